@@ -1,0 +1,67 @@
+"""The progress bar and the status lines of a training run."""
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..alignment import alignment_status
+from ..console import Console, status_text
+
+ALWAYS_LOGGED_STEPS = (50, 100, 200)
+"""Steps whose CosSim the run summary names; they are logged whatever `logging_steps` is."""
+
+
+class StatusCallback(TrainerCallback):
+    """Shows `Loss | CosSim | Status` on a progress bar and as a line at every logging step.
+
+    Args:
+        plain: no emoji and no progress bar.
+    """
+
+    def __init__(self, plain: bool = False) -> None:
+        self._console = Console(plain)
+        self._shows_bar = not plain and sys.stderr.isatty()
+        self._bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar at the step the run starts from."""
+        if state.is_world_process_zero and self._shows_bar and not args.disable_tqdm:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar, and have the steps logged that the summary names."""
+        if self._bar is not None:
+            self._bar.update()
+        if state.global_step in ALWAYS_LOGGED_STEPS:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print one line for each training log."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        parts = [f"Loss: {logs['loss']:.4f}"]
+        if "cos_sim" in logs:
+            status = status_text(alignment_status(logs["cos_sim"]), self._console.emoji)
+            parts.append(f"CosSim: {logs['cos_sim']:.4f} {status}")
+        self._console.print(f"[Step {state.global_step:04d}] {' | '.join(parts)}")
+        if self._bar is not None:
+            self._bar.set_postfix_str(" | ".join(parts))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

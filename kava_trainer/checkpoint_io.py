@@ -1,0 +1,100 @@
+"""Saves that are whole or absent, and finding the newest checkpoint that can be resumed."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .errors import BadRequest
+
+PROJECTOR_FILE = "projector.pth"
+"""Name of the projector file inside a checkpoint folder."""
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+def _flush(path: Path) -> None:
+    """Make sure that what was written to a file or a folder entry is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `path`, flush it to disk, and swap it into place."""
+    path = Path(path)
+    staging, previous = (path.with_name(f".{path.name}.{kind}") for kind in ("staging", "previous"))
+    for leftover in (staging, previous):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    staging.mkdir(parents=True)
+    write(staging)
+    for file in staging.rglob("*"):
+        _flush(file)
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(staging, path)
+    _flush(path.parent)
+    if previous.exists():
+        shutil.rmtree(previous)
+
+
+def is_resumable(folder: Path) -> bool:
+    """Whether a folder holds what a resumed run reads first; the trainer's state is written last."""
+    return (folder / TRAINER_STATE_FILE).is_file() and (folder / PROJECTOR_FILE).is_file()
+
+
+def find_newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The resumable `checkpoint-<N>` folder with the highest N, or None."""
+    found = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        if match and is_resumable(folder):
+            found[int(match.group(1))] = folder
+    return found[max(found)] if found else None
+
+
+def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint folder that `resume_from_checkpoint` means.
+
+    Args:
+        resume_from_checkpoint: a folder, `true` for the newest resumable one in `output_dir`, `false` or None for none.
+        output_dir: where `true` looks.
+
+    Returns:
+        The folder, or None to start afresh: also for `true` where there is no checkpoint yet.
+
+    Raises:
+        BadRequest: if a named folder does not exist or is not a KAVA checkpoint.
+    """
+    if resume_from_checkpoint is None or resume_from_checkpoint.lower() == "false":
+        return None
+    if resume_from_checkpoint.lower() == "true":
+        return find_newest_checkpoint(output_dir)
+    folder = Path(resume_from_checkpoint)
+    if not folder.is_dir():
+        raise BadRequest(f"resume_from_checkpoint names {folder}, which is not a folder; write true for the newest.")
+    if not is_resumable(folder):
+        raise BadRequest(
+            f"{folder} is not a checkpoint that KAVA can resume: it lacks {TRAINER_STATE_FILE} or {PROJECTOR_FILE}."
+        )
+    return folder

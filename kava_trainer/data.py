@@ -1,0 +1,271 @@
+"""From a named data set to padded batches: loading, prompt and answer, masking, truncation, collating."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from .arguments import QUICKSTART, DataArguments
+from .errors import BadRequest
+from .quickstart import SPLIT_SIZES, generate_problems
+
+IGNORED = -100
+"""Label of a token that carries no language-model loss."""
+
+FORMAT_VERSION = 1
+"""Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
+
+HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
+"""Where a data set has no test split, this share of the training split is held out, up to this many examples."""
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_FORMATS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+
+PROMPT = "Question: {question}\nAnswer:"
+"""How a `question` becomes a prompt; the `answer` follows after one space."""
+
+
+def _read(arguments: DataArguments) -> Dataset | DatasetDict:
+    """The data set a name stands for, with whatever splits it has."""
+    name = arguments.dataset_name
+    if name == QUICKSTART:
+        return DatasetDict(
+            {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
+        )
+    path = Path(name).expanduser()
+    builder = _BUILDERS.get(path.suffix)
+    if builder:
+        if not path.is_file():
+            raise BadRequest(f"dataset_name names the file {path}, which does not exist.")
+        if path.stat().st_size == 0:
+            raise BadRequest(f"The data file {path} is empty.")
+        return load_dataset(builder, data_files=str(path))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))
+    return load_dataset(name, arguments.dataset_config_name)
+
+
+def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]:
+    """Load the training split and the evaluation split.
+
+    Where the data set has no `dataset_test_split`, a fixed part of the training split is held out instead.
+
+    Args:
+        arguments: where the data is and how much of it to use.
+
+    Returns:
+        Training examples, evaluation examples, and the number of examples that the training split holds in all.
+
+    Raises:
+        BadRequest: if the data cannot be found or read, a split does not exist, or there are no examples.
+    """
+    name = arguments.dataset_name
+    try:
+        loaded = _read(arguments)
+    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, RuntimeError, StopIteration) as error:
+        reason = next(iter(str(error.__cause__ or error).splitlines()), "it holds no examples")
+        raise BadRequest(f"The data set {name!r} cannot be loaded: {reason}") from error
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
+    if arguments.dataset_train_split not in splits:
+        raise BadRequest(
+            f"The data set {name!r} has no split {arguments.dataset_train_split!r}; "
+            f"set dataset_train_split to one of {', '.join(splits)}."
+        )
+    train = splits[arguments.dataset_train_split]
+    if len(train) == 0:
+        raise BadRequest(f"The split {arguments.dataset_train_split!r} of {name!r} holds no examples.")
+    total, test = len(train), splits.get(arguments.dataset_test_split)
+    if test is None and total > 1:
+        held_out = max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * total)))
+        train, test = train.train_test_split(test_size=held_out, seed=0).values()
+    return _first(train, arguments.max_train_samples), _first(test, arguments.max_eval_samples), total
+
+
+def _first(dataset: Dataset | None, count: int | None) -> Dataset | None:
+    return dataset if dataset is None or count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def find_format(columns: list[str]) -> tuple[str, ...]:
+    """The columns that hold prompt and answer. Raises `BadRequest` where no known set of columns is there."""
+    for names in _FORMATS:
+        if set(names) <= set(columns):
+            return names
+    raise BadRequest(
+        f"The data set has the columns {', '.join(columns)}; KAVA reads "
+        f"{', '.join(' + '.join(names) for names in _FORMATS)}. Rename yours to one of these."
+    )
+
+
+def _text(value: Any) -> Any:
+    """A cell as text: nothing for a missing one, `42` for the number 42; a list of chat messages stays a list."""
+    return value if isinstance(value, list) else "" if value is None else str(value)
+
+
+def prompt_and_answer(example: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any]:
+    """Prompt and answer of one example: two texts, or two lists of chat messages.
+
+    Of a conversation the last message is the answer; plain `text` is all answer.
+    """
+    if names == ("text",):
+        return "", _text(example["text"])
+    if names == ("messages",):
+        messages = example["messages"] or []
+        return messages[:-1], messages[-1:]
+    prompt, answer = (_text(example[name]) for name in names)
+    if names == ("question", "answer"):
+        return PROMPT.format(question=prompt), f" {answer}" if answer else ""
+    return prompt, answer
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _tokenize(prompt: Any, answer: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt alone and of prompt and answer together."""
+    if isinstance(answer, str):
+        return tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
+    plain = {"tokenize": True, "return_dict": False}
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **plain) if prompt else []
+    return before, tokenizer.apply_chat_template(prompt + answer, **plain)
+
+
+def _end_with_eos(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Make end-of-text the last token; white space that a chat template leaves behind it is dropped."""
+    eos = tokenizer.eos_token_id
+    if eos in tokens:
+        last = len(tokens) - 1 - tokens[::-1].index(eos)
+        if not tokenizer.decode(tokens[last + 1 :]).strip():
+            return tokens[: last + 1]
+    return [*tokens, eos]
+
+
+def encode_example(
+    prompt: Any, answer: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[int] | int | bool]:
+    """Turn one prompt and answer into tokens and labels.
+
+    The text is tokenised as a whole, as the model will see it; the prompt is the part that its own tokens share with
+    that. A complete answer always ends with the end-of-text token and learns it. A cut answer does not: it must not
+    teach the student to stop in the middle.
+
+    Args:
+        prompt: text or chat messages that carry no language-model loss.
+        answer: text or chat messages that do.
+        tokenizer: the tokenizer of both models.
+        max_length: longest example in tokens.
+
+    Returns:
+        `input_ids`, `labels` (-100 on the prompt), `prompt_length`, and whether the example was `truncated`. Without
+        an answer left, `labels` holds nothing but -100.
+    """
+    prompt_tokens, tokens = _tokenize(prompt, answer, tokenizer) if answer else ([], [])
+    prompt_length = _common_prefix(prompt_tokens, tokens)
+    if prompt_length < len(tokens):
+        tokens = _end_with_eos(tokens, tokenizer)
+    kept = tokens[:max_length]
+    return {
+        "input_ids": kept,
+        "labels": [IGNORED] * min(prompt_length, len(kept)) + kept[prompt_length:],
+        "prompt_length": prompt_length,
+        "truncated": len(kept) < len(tokens),
+    }
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples, and what tokenising cost: how many were cut and how many had no answer (left)."""
+
+    dataset: Dataset
+    truncated: int
+    dropped: int
+
+
+def _fingerprint(dataset: Dataset, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """Cache key of the tokenised data: all that decides which tokens come out, and nothing else.
+
+    `datasets` would hash the tokenizer object, whose state changes with use. `_fingerprint` is the data set's own
+    content key (read in datasets 5.2.0).
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    text = [FORMAT_VERSION, PROMPT, vocabulary, str(tokenizer.chat_template), tokenizer.eos_token_id]
+    parts = [*text, dataset._fingerprint, names, max_length]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, description: str) -> Encoded:
+    """Tokenise a data set, drop the examples without an answer, and count what was cut and dropped.
+
+    Args:
+        dataset: examples with the columns of one of the known formats.
+        tokenizer: the tokenizer of both models.
+        max_length: longest example in tokens.
+        description: name of the progress bar.
+
+    Returns:
+        Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`.
+
+    Raises:
+        BadRequest: if the columns are not known, a chat has no template, or no example has an answer.
+    """
+    names = find_format(dataset.column_names)
+    if names == ("messages",) and not tokenizer.chat_template:
+        raise BadRequest("The data set holds chat messages, but the tokenizer has no chat template; add one to it.")
+
+    def encode(example: dict[str, Any]) -> dict[str, Any]:
+        prompt, answer = prompt_and_answer(example, names)
+        text = answer if isinstance(answer, str) else "".join(message["content"] or "" for message in answer)
+        row = encode_example(prompt, answer, tokenizer, max_length)
+        return {**row, "answer_text": text, "answered": any(label != IGNORED for label in row["labels"][1:])}
+
+    encoded = dataset.map(
+        encode,
+        remove_columns=dataset.column_names,
+        new_fingerprint=_fingerprint(dataset, names, tokenizer, max_length),
+        desc=description,
+    )
+    answered = [row for row, is_answered in enumerate(encoded["answered"]) if is_answered]
+    if not answered:
+        raise BadRequest(
+            f"No example has an answer within max_length {max_length}; raise max_length or look at the data's columns."
+        )
+    return Encoded(
+        dataset=encoded.select(answered).remove_columns(["truncated", "answered"]),
+        truncated=sum(encoded["truncated"]),
+        dropped=len(encoded) - len(answered),
+    )
+
+
+class DistillationCollator:
+    """Pads examples on the right to the longest of the batch.
+
+    The attention mask follows from the lengths, never from the padding token: many tokenizers pad with end-of-text.
+    `logits_columns` [K] names the positions where at least one example has a next token to learn, so that the
+    vocabulary head need not run elsewhere.
+
+    Args:
+        tokenizer: gives the padding token; its end-of-text token stands in where it has none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate examples with `input_ids` and `labels` into [B, T] tensors."""
+        input_ids = [torch.tensor(example["input_ids"]) for example in examples]
+        labels = [torch.tensor(example["labels"]) for example in examples]
+        padded_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        return {
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+            "labels": padded_labels,
+            "logits_columns": (padded_labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten(),
+        }

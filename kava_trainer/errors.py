@@ -1,0 +1,16 @@
+"""The two ways a run ends badly, each with its exit code."""
+
+
+class BadRequest(Exception):
+    """What was asked for cannot be done: a wrong argument, a missing path, data or models that do not fit.
+
+    The message is one or more plain sentences for the user: what is wrong, where, and what to write instead.
+    """
+
+    exit_code = 2
+
+
+class RunFailed(Exception):
+    """The request was fine and the run went wrong. The message says what happened and what is left on disk."""
+
+    exit_code = 1

@@ -1,0 +1,187 @@
+"""What a model is worth on held-out problems: perplexity on the answers, and exact match of the final answer."""
+
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .capture import answer_logits
+from .data import IGNORED
+from .losses import next_token_loss, next_tokens
+
+FINAL_ANSWER = "####"
+"""What GSM8K writes before the final answer."""
+
+_MINUS = r"(?<![\d)])-"
+_AMOUNT = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/[1-9]\d*)?|\.\d+"
+_NUMBER = re.compile(rf"(?P<sign>{_MINUS})?\s*\$?\s*(?P<inner_sign>{_MINUS})?(?P<amount>{_AMOUNT})")
+
+
+def _numbers(text: str) -> list[Fraction]:
+    """All numbers of a text as people mean them: `$1,800`, `18.`, `18.0`, `-3`, `1/2`."""
+    found = []
+    for match in _NUMBER.finditer(text):
+        amount = Fraction(match["amount"].replace(",", ""))
+        found.append(-amount if match["sign"] or match["inner_sign"] else amount)
+    return found
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).rstrip(".").casefold()
+
+
+def is_exact_match(prediction: str, reference: str) -> bool:
+    """Whether a generated answer ends in the reference's final answer.
+
+    The final answer stands behind the first `####`. A prediction without that mark is read by its last number. Numbers
+    are compared as numbers (`#### 18.`, `$18` and `18.0` are one answer), other answers as text without case.
+    """
+    expected = reference.split(FINAL_ANSWER, 1)[-1].split("\n")[0] if FINAL_ANSWER in reference else reference
+    marked = FINAL_ANSWER in prediction
+    given = prediction.split(FINAL_ANSWER, 1)[1].split("\n")[0] if marked else prediction
+    wanted = _numbers(expected)
+    if len(wanted) != 1 or re.search(r"[^\W\d_]{2,}", expected):
+        return _plain(given) == _plain(expected)
+    numbers = _numbers(given)
+    return bool(numbers) and (numbers[0] if marked else numbers[-1]) == wanted[0]
+
+
+class FinalAnswerMatch(evaluate.Metric):
+    """`exact_match`: the share of predictions whose final answer is the reference's, see `is_exact_match`.
+
+    Use it as any `evaluate` metric: `FinalAnswerMatch().compute(predictions=[...], references=[...])`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description="Share of generated answers whose final answer equals the reference's.",
+            citation="Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv:2110.14168.",
+            inputs_description="predictions and references: full answers as text, the final one behind ####.",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        matches = [is_exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
+        return {"exact_match": sum(matches) / len(matches)}
+
+
+def _batches(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+@torch.no_grad()
+def answer_cross_entropy(
+    model: PreTrainedModel, dataset: datasets.Dataset, collator: Callable[[list], dict], batch_size: int
+) -> float:
+    """Mean cross-entropy in nats over the answer tokens of a data set, shared out over the ranks.
+
+    Args:
+        model: a causal language model; it is left in the mode it came in.
+        dataset: examples of `data.encode_dataset`.
+        collator: a `data.DistillationCollator`.
+        batch_size: examples at a time.
+    """
+    training = model.training
+    model.eval()
+    order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
+    total, count = 0.0, 0
+    with PartialState().split_between_processes(order) as share:
+        for rows in _batches(share, batch_size):
+            batch = collator([dataset[row] for row in rows])
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            logits = answer_logits(model, batch["input_ids"], batch["attention_mask"], batch["logits_columns"])
+            targets = next_tokens(batch["labels"], batch["logits_columns"])
+            total += next_token_loss(logits, targets, num_items=1.0).item()
+            count += int((targets != IGNORED).sum())
+    model.train(training)
+    shares = gather_object([(total, count)])
+    return sum(part for part, _ in shares) / max(sum(tokens for _, tokens in shares), 1)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers to the prompts of a data set, batched and padded on the left, shared out over the ranks.
+
+    Returns:
+        One text for each example, in the data set's order, without the prompt.
+    """
+    training = model.training
+    model.eval()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    order = sorted(range(len(dataset)), key=lambda row: dataset[row]["prompt_length"])
+    answers: list[tuple[int, str]] = []
+    with PartialState().split_between_processes(order) as share:
+        for rows in _batches(share, batch_size):
+            prompts = [torch.tensor(_prompt(dataset[row], tokenizer)) for row in rows]
+            width = {"batch_first": True, "padding_side": "left"}
+            input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
+            mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
+            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
+            texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+            answers += zip(rows, texts, strict=True)
+    model.train(training)
+    return [text for _, text in sorted(gather_object(answers))]
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end-of-text token and whatever else the model itself stops at."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+
+
+def _prompt(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens before the answer; plain text has none and is continued from the beginning-of-text token."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return example["input_ids"][: example["prompt_length"]] or [start]
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    collator: Callable[[list], dict],
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> dict[str, float | None]:
+    """Answer perplexity, and with `max_new_tokens` also exact match of greedy answers.
+
+    Returns:
+        `perplexity` and `exact_match` (a share from 0 to 1, None where nothing was generated).
+    """
+    figures: dict[str, float | None] = {
+        "perplexity": math.exp(min(answer_cross_entropy(model, dataset, collator, batch_size), 700)),
+        "exact_match": None,
+    }
+    if max_new_tokens is not None:
+        predictions = generate_answers(model, tokenizer, dataset, batch_size, max_new_tokens)
+        metric = FinalAnswerMatch(keep_in_memory=True)
+        figures |= metric.compute(predictions=predictions, references=list(dataset["answer_text"]))
+    return figures
+
+
+def longest_answer(dataset: datasets.Dataset) -> int:
+    """Tokens of the longest reference answer."""
+    return max(len(row["input_ids"]) - row["prompt_length"] for row in dataset)

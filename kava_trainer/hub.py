@@ -1,0 +1,108 @@
+"""The model card of a finished student, and sending the student to the hub."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+
+from .arguments import QUICKSTART, KavaArguments
+
+_CARD = """---
+{metadata}
+---
+
+# {name}
+
+Distilled with KAVA from `{teacher}` on `{dataset}`: a frozen teacher's hidden states are aligned with the student's
+through a projector that is not part of this model.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+| model | answer perplexity | exact match |
+|---|---|---|
+{rows}
+
+Steps: {steps}. CosSim of the last log line: {cos_sim}.
+"""
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
+def _public_name(name: str | None) -> str | None:
+    """A hub id as it is; a local path or the quickstart has no page on the hub."""
+    return None if name is None or name == QUICKSTART or Path(name).exists() else name
+
+
+def render_model_card(name: str, arguments: KavaArguments, summary: dict[str, Any]) -> str:
+    """The text of `README.md` for a finished student.
+
+    Args:
+        name: repository or folder of the student.
+        arguments: what the run was asked for.
+        summary: the content of `run_summary.json`.
+    """
+    measured = summary["evaluation"]["student_after"] or {}
+    teacher, dataset = arguments.model.teacher_model_name_or_path, arguments.data.dataset_name
+    results = [
+        EvalResult("text-generation", dataset, Path(dataset).name, metric, value)
+        for metric, value in measured.items()
+        if value is not None
+    ]
+    student = _public_name(arguments.model.student_model_name_or_path)
+    metadata = ModelCardData(
+        model_name=name,
+        base_model=student,
+        base_model_relation="finetune" if student else None,
+        datasets=[dataset] if _public_name(dataset) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["kava", "knowledge-distillation"],
+        eval_results=results or None,
+    )
+    rows = [
+        f"| {who.replace('_', ' ')} | {_figure(figures['perplexity'])} | {_figure(figures['exact_match'])} |"
+        for who, figures in summary["evaluation"].items()
+        if figures is not None
+    ]
+    return _CARD.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        teacher=teacher,
+        dataset=dataset,
+        rows="\n".join(rows) or "| none | not measured | not measured |",
+        steps=summary["global_step"],
+        cos_sim=_figure(summary["final"]["cos_sim"]),
+    )
+
+
+def push_student(folder: Path, repo_id: str, arguments: KavaArguments) -> str | None:
+    """Send a finished student to its hub repository.
+
+    A failure never harms the run: everything is on disk by now.
+
+    Returns:
+        None if it worked, else one sentence with the reason and the command that tries again.
+    """
+    training = arguments.training
+    try:
+        HfApi(token=training.hub_token).upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=training.hub_revision,
+            commit_message="Distilled student",
+        )
+    except Exception as error:  # the network fails in many ways; all of them are told, none may harm the run
+        reason = str(error).splitlines()[0]
+        return (
+            f"The student could not be sent to {repo_id} ({reason}). It is whole in {folder}; try again with: "
+            f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(folder))}"
+        )
+    return None

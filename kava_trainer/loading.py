@@ -1,0 +1,144 @@
+"""Configs, tokenizers and weights by hub id or local folder, with one clear error where they cannot be had."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .arguments import QUICKSTART, ModelArguments
+from .errors import BadRequest
+from .quickstart import STUDENT_FOLDER, TEACHER_FOLDER
+
+T = TypeVar("T")
+
+
+def _locate(name: str, role: str) -> str:
+    """The folder behind the name `quickstart`; any other name is left as it is."""
+    if name == QUICKSTART:
+        return str(TEACHER_FOLDER if role == "teacher" else STUDENT_FOLDER)
+    return name
+
+
+def _load(what: str, name: str, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BadRequest(f"The {what} {name!r} cannot be loaded: {reason}") from error
+
+
+def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
+    """The config of a model. Raises `BadRequest` where it cannot be had."""
+    return _load(
+        f"{role}'s config",
+        name,
+        lambda: AutoConfig.from_pretrained(
+            _locate(name, role), revision=revision, trust_remote_code=arguments.trust_remote_code
+        ),
+    )
+
+
+def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises `BadRequest` where it cannot be had or has no end-of-text token."""
+    tokenizer = _load(
+        f"{role}'s tokenizer",
+        name,
+        lambda: AutoTokenizer.from_pretrained(
+            _locate(name, role), revision=revision, trust_remote_code=arguments.trust_remote_code
+        ),
+    )
+    if tokenizer.eos_token_id is None:
+        raise BadRequest(
+            f"The {role}'s tokenizer {name!r} has no end-of-text token, so a student could never learn to stop; "
+            "set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _dtype(name: str) -> str | torch.dtype:
+    return "auto" if name == "auto" else getattr(torch, name)
+
+
+def load_causal_lm(
+    name: str, role: str, revision: str | None, dtype: str, arguments: ModelArguments, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal language model with its trained weights.
+
+    Args:
+        name: hub id, local folder or `quickstart`.
+        role: `teacher` or `student`, for messages and for the meaning of `quickstart`.
+        revision: hub revision, or None.
+        dtype: `auto`, `float32` or `bfloat16`.
+        arguments: attention implementation and trust in remote code.
+        kwargs: passed on to `from_pretrained`.
+
+    Raises:
+        BadRequest: if the model cannot be found, read or built.
+    """
+    return _load(
+        role,
+        name,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            _locate(name, role),
+            revision=revision,
+            dtype=_dtype(dtype),
+            attn_implementation=arguments.attn_implementation,
+            trust_remote_code=arguments.trust_remote_code,
+            **kwargs,
+        ),
+    )
+
+
+def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArguments) -> PreTrainedModel:
+    """A causal language model with random weights, in the config's data type where `dtype` is `auto`."""
+    chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForCausalLM.from_config(
+        config,
+        dtype=chosen,
+        attn_implementation=arguments.attn_implementation,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def check_tokenizers_agree(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Compare the token -> id maps of two tokenizers, so that position t means the same token to both models.
+
+    Sizes are not compared: embeddings are often padded beyond the tokenizer's last id.
+
+    Raises:
+        BadRequest: naming up to three tokens on which they differ.
+    """
+    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
+    differing = [
+        f"{token!r} is {teacher_ids.get(token, 'missing')} for the teacher and "
+        f"{student_ids.get(token, 'missing')} for the student"
+        for token in sorted(teacher_ids.keys() | student_ids.keys())
+        if teacher_ids.get(token) != student_ids.get(token)
+    ]
+    if differing:
+        raise BadRequest(
+            f"The tokenizers of teacher and student differ in {len(differing)} tokens: {'; '.join(differing[:3])}. "
+            "Hidden states can only be aligned token by token; choose a student of the teacher's family."
+        )
+
+
+def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that a model has an embedding for every id of the tokenizer. Raises `BadRequest` if not."""
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise BadRequest(
+            f"The tokenizer has ids up to {highest}, but the {role} has embeddings for {rows} tokens only; "
+            f"give the {role} a vocab_size of at least {highest + 1}."
+        )

@@ -1,0 +1,190 @@
+"""From `ARGS.json [--name value ...]` to checked arguments, with all mistakes in one message."""
+
+import argparse
+import difflib
+import json
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
+from transformers import HfArgumentParser
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+
+from .arguments import DataArguments, KavaArguments, KavaTrainingArguments, ModelArguments
+from .errors import BadRequest
+
+USAGE = "run_kava.py ARGS.json [--name value ...]"
+_GROUPS = (ModelArguments, DataArguments, KavaTrainingArguments)
+_HINTS = {name: hint for group in _GROUPS for name, hint in get_type_hints(group).items()}
+_NAMES = [f.name for group in _GROUPS for f in fields(group) if f.init]
+_CHOICES: dict[str, type[Enum]] = {
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+    "hub_strategy": HubStrategy,
+    "lr_scheduler_type": SchedulerType,
+    "optim": OptimizerNames,
+}
+"""Fields that `TrainingArguments` types as text and turns into these enums only later."""
+
+_TYPE_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text in quotes",
+    dict: "an object in braces",
+    list: "a list in brackets",
+}
+
+
+class _Parser(HfArgumentParser):
+    """The command line alone: only what was given, and mistakes raised instead of printed."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise BadRequest(f"On the command line: {message}.")
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(_GROUPS, prog="run_kava.py", usage=USAGE, allow_abbrev=False)
+    parser.add_argument("json_file", nargs="?", metavar="ARGS.json", help="Arguments as one JSON object.")
+    return parser
+
+
+def _explicit_arguments(argv: list[str], found: list[str]) -> dict[str, Any]:
+    """The options given on the command line, converted one by one so that every bad value is named at once."""
+    parser = _build_parser()
+    converters = {}
+    for action in parser._actions:  # argparse has no public way to learn which options were really given
+        if action.dest != "help":
+            converters[action.dest] = action.type
+            action.default, action.required, action.type, action.choices = argparse.SUPPRESS, False, None, None
+    namespace, unknown = parser.parse_known_args(argv)
+    names = [name.lstrip("-").split("=")[0] for name in unknown if name.startswith("--")]
+    found += [_unknown_problem(name) for name in names or unknown]
+    given = {}
+    for name, raw in vars(namespace).items():
+        try:
+            given[name] = _convert(raw, converters[name])
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            found.append(f"{name} is {json.dumps(raw)}; write {_expected(_HINTS[name])}.")
+    return given
+
+
+def _convert(raw: Any, converter: Callable[[str], Any] | None) -> Any:
+    if converter is None or isinstance(raw, bool):
+        return raw
+    return [converter(item) for item in raw] if isinstance(raw, list) else converter(raw)
+
+
+def _read_json(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRequest(f"The arguments file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise BadRequest(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise BadRequest(f'{path} must hold one JSON object, such as {{"dataset_name": "quickstart"}}.')
+    return content
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The member types of a union without None and without bare enums, which JSON writes as text."""
+    parts = get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return [p for p in parts if p is not type(None) and not (isinstance(p, type) and issubclass(p, Enum))]
+
+
+def _expected(hint: Any) -> str:
+    words = []
+    for part in _alternatives(hint):
+        if typing.get_origin(part) is typing.Literal:
+            words.append("one of " + ", ".join(str(choice) for choice in get_args(part)))
+        else:
+            words.append(_TYPE_WORDS.get(typing.get_origin(part) or part, str(part)))
+    return " or ".join(words)
+
+
+def _fits(name: str, value: Any, hint: Any) -> bool:
+    parts = _alternatives(hint)
+    if isinstance(value, bool) and bool not in parts:  # to Python a bool is an int
+        return False
+    if isinstance(value, int) and not isinstance(value, bool) and float in parts:
+        return True
+    try:
+        type_validator(name, value, hint)
+    except TypeError:
+        return False
+    return True
+
+
+def _type_problem(name: str, value: Any) -> str | None:
+    if name == "resume_from_checkpoint" and isinstance(value, bool):
+        return None
+    if name == "layer_mapping" and isinstance(value, list):
+        return None
+    if not _fits(name, value, _HINTS[name]):
+        return f"{name} is {json.dumps(value)}; write {_expected(_HINTS[name])}."
+    if name in _CHOICES and value not in [choice.value for choice in _CHOICES[name]]:
+        choices = [str(choice.value) for choice in _CHOICES[name]]
+        near = difflib.get_close_matches(str(value), choices, n=3) or choices[:8]
+        return f"{name} is {json.dumps(value)}; write one of {', '.join(near)}{', ...' if len(choices) > 8 else ''}."
+    return None
+
+
+def _unknown_problem(name: str) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), _NAMES, n=1)
+    return f"There is no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+
+
+def _construct(build: Callable[[], Any], found: list[str]) -> Any:
+    """Build one dataclass; its own complaint about a value joins the list of mistakes."""
+    try:
+        return build()
+    except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
+        found.extend(str(error).splitlines())
+        return None
+
+
+def parse_arguments(argv: list[str]) -> KavaArguments:
+    """Read a JSON file of arguments and command-line overrides.
+
+    Args:
+        argv: the command line without the program: at most one JSON file, then `--name value` pairs, which win.
+
+    Returns:
+        The checked arguments.
+
+    Raises:
+        BadRequest: with one sentence for each mistake: unknown names (with the nearest right one), wrong types and
+            values, missing arguments. Nothing has been loaded by then.
+    """
+    found: list[str] = []
+    given = _explicit_arguments(argv, found)
+    values = {**_read_json(given.pop("json_file", None)), **given}
+    found += [_unknown_problem(name) for name in values if name not in _NAMES]
+    values = {name: value for name, value in values.items() if name in _NAMES}
+    wrong = {name: problem for name, value in values.items() if (problem := _type_problem(name, value))}
+    found += wrong.values()
+    values = {name: value for name, value in values.items() if name not in wrong}
+    if isinstance(values.get("resume_from_checkpoint"), bool):
+        values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"]).lower()
+    parts = [_part(group, values) for group in _GROUPS]
+    model, data = (_construct(build, found) for build in parts[:2])
+    found += [problem for part in (model, data) for problem in part.problems() if problem.split()[0] not in wrong]
+    training = _construct(parts[2], found)
+    if found:
+        raise BadRequest("\n".join(found))
+    return KavaArguments(model, data, training)
+
+
+def _part(group: type, values: dict[str, Any]) -> Callable[[], Any]:
+    own = {f.name for f in fields(group) if f.init}
+    return lambda: group(**{name: value for name, value in values.items() if name in own})

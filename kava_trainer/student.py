@@ -1,0 +1,147 @@
+"""The student: loading it, starting it from random weights or teacher layers, and training it beside projectors."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .arguments import ModelArguments
+from .capture import HiddenStateCapture, answer_logits, number_of_layers
+from .errors import BadRequest
+from .loading import build_causal_lm, load_causal_lm, load_config
+from .targets import HiddenStateTarget
+
+
+def _config(arguments: ModelArguments) -> PreTrainedConfig:
+    name = arguments.student_model_name_or_path or arguments.student_config_name
+    return load_config(name, "student", arguments.student_revision, arguments)
+
+
+def load_student(arguments: ModelArguments, teacher: PreTrainedModel) -> PreTrainedModel:
+    """Load or make the student, in training mode, on the CPU.
+
+    Args:
+        arguments: which student, its start (`student_init`) and data type.
+        teacher: gives its layers where `student_init` is `teacher_layers`.
+
+    Raises:
+        BadRequest: if it cannot be found or read, or the teacher's layers do not fit it.
+    """
+    if arguments.student_init == "teacher_layers":
+        student = build_causal_lm(_config(arguments), arguments.student_dtype, arguments)
+        copy_teacher_layers(teacher, student)
+        return student.train()
+    if arguments.student_init == "random":
+        return build_causal_lm(_config(arguments), arguments.student_dtype, arguments).train()
+    return load_causal_lm(
+        arguments.student_model_name_or_path,
+        "student",
+        arguments.student_revision,
+        arguments.student_dtype,
+        arguments,
+    ).train()
+
+
+@torch.no_grad()
+def copy_teacher_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Fill a student with the teacher's embeddings, norm and head, and with evenly spaced teacher blocks.
+
+    The first student block is the teacher's first, the last one its last.
+
+    Raises:
+        BadRequest: if the teacher is quantised, the student is deeper, or any width differs.
+    """
+    if getattr(teacher, "is_quantized", False):
+        raise BadRequest("student_init teacher_layers needs the teacher's own weights; set teacher_quantization none.")
+    depth, teacher_depth = number_of_layers(student), number_of_layers(teacher)
+    if depth > teacher_depth:
+        raise BadRequest(
+            f"student_init teacher_layers: the student has {depth} layers and the teacher only {teacher_depth}."
+        )
+    source_of = [round(index * (teacher_depth - 1) / max(depth - 1, 1)) for index in range(depth)]
+    weights = teacher.state_dict()
+    for name, parameter in student.state_dict().items():
+        source = re.sub(r"(^|\.)(layers|h|blocks)\.(\d+)\.", lambda m: _renumber(m, source_of), name, count=1)
+        if source not in weights or weights[source].shape != parameter.shape:
+            shape = tuple(weights[source].shape) if source in weights else "missing"
+            raise BadRequest(
+                f"student_init teacher_layers: {source} is {shape} in the teacher and {tuple(parameter.shape)} in "
+                "the student. All widths must agree; only the number of layers may differ."
+            )
+        parameter.copy_(weights[source])
+
+
+def _renumber(match: re.Match[str], source_of: list[int]) -> str:
+    return f"{match[1]}{match[2]}.{source_of[int(match[3])]}."
+
+
+@dataclass
+class StudentOutput:
+    """What one forward pass of the student and the projectors gives.
+
+    It is no mapping and no tuple on purpose: accelerate would copy every tensor of those to float32.
+    """
+
+    logits: torch.Tensor
+    """[B, K, vocabulary] at the K positions that were asked for."""
+    hidden_states: dict[int, torch.Tensor]
+    """[B, T, d_s] by student layer."""
+    targets: list[torch.Tensor]
+    """[B, T, d_s] for each pair; empty without teacher states."""
+
+
+class DistillationModel(nn.Module):
+    """The student and the projectors in one module, so that one wrapper serves both.
+
+    Data parallelism, gradient clipping and gradient accumulation see one model; the student inside stays a plain
+    `PreTrainedModel`. Attributes that this module lacks are the student's (`config`, `generate`, ...), and
+    `save_pretrained` therefore writes the student alone.
+
+    Args:
+        student: the model to train.
+        target: what is aligned, with its projectors.
+    """
+
+    def __init__(self, student: PreTrainedModel, target: HiddenStateTarget) -> None:
+        super().__init__()
+        self.student = student
+        self.target = target
+        self._capture = HiddenStateCapture(student, target.student_layers)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "student":
+                raise
+            return getattr(self.student, name)
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """Tied weights that a checkpoint leaves out; Trainer asks for them before it warns of missing keys."""
+        return list(getattr(self.student, "all_tied_weights_keys", {}))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_columns: torch.Tensor | None = None,
+        teacher_states: dict[int, torch.Tensor] | None = None,
+    ) -> StudentOutput:
+        """Run the student, keep its mapped hidden states, and project the teacher's.
+
+        Args:
+            input_ids: tokens [B, T].
+            attention_mask: 1 at real tokens [B, T].
+            labels: taken and left alone, so that Trainer finds the column; losses are computed elsewhere.
+            logits_columns: positions [K] at which logits are wanted; all of them by default.
+            teacher_states: the teacher's states [B, T, d_t] by layer; without them nothing is projected.
+        """
+        with self._capture as states:
+            logits = answer_logits(self.student, input_ids, attention_mask, logits_columns)
+        targets = [] if teacher_states is None else self.target(teacher_states)
+        return StudentOutput(logits=logits, hidden_states=states, targets=targets)

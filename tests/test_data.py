@@ -1,0 +1,185 @@
+import json
+
+import pytest
+from conftest import random_examples
+from datasets import Dataset, DatasetDict
+
+from kava_trainer.arguments import DataArguments
+from kava_trainer.data import DistillationCollator, encode_dataset, encode_example, load_splits
+from kava_trainer.errors import BadRequest
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PROBLEM = {"question": "What is 2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}
+
+
+def answer_text(tokenizer, row):
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def encode_one(example, tokenizer, max_length=256):
+    return encode_dataset(Dataset.from_list([example]), tokenizer, max_length, "test").dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("example", "prompt", "answer"),
+    [
+        (PROBLEM, "Question: What is 2+3?\nAnswer:", " 2+3=<<2+3=5>>5\n#### 5"),
+        ({"prompt": "2+3=", "completion": "5"}, "2+3=", "5"),
+        ({"prompt": "2+3=", "completion": 5}, "2+3=", "5"),
+        ({"text": "Five is 5."}, "", "Five is 5."),
+    ],
+)
+def test_only_the_answer_carries_labels_and_it_ends_with_end_of_text(tokenizer, example, prompt, answer):
+    row = encode_one(example, tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == f"{prompt}{answer}<|endoftext|>"
+    assert tokenizer.decode(row["input_ids"][: row["prompt_length"]]) == prompt
+    assert answer_text(tokenizer, row) == f"{answer}<|endoftext|>"
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == row["labels"][-1]
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    before = tokenizer.chat_template
+    tokenizer.chat_template = CHAT_TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = before
+
+
+def test_chat_messages_use_the_template_and_learn_the_last_answer(chat_tokenizer):
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "2+3?"), ("assistant", "5")]
+    row = encode_one({"messages": [{"role": role, "content": content} for role, content in turns]}, chat_tokenizer)
+    assert answer_text(chat_tokenizer, row) == "5<|endoftext|>"
+    assert row["answer_text"] == "5"
+
+
+def test_a_conversational_prompt_and_completion_use_the_template(chat_tokenizer):
+    example = {
+        "prompt": [{"role": "user", "content": "2+3?"}],
+        "completion": [{"role": "assistant", "content": "5"}],
+    }
+    assert answer_text(chat_tokenizer, encode_one(example, chat_tokenizer)) == "5<|endoftext|>"
+
+
+def test_chat_messages_without_a_template_are_refused(tokenizer):
+    with pytest.raises(BadRequest, match="no chat template"):
+        encode_one({"messages": [{"role": "user", "content": "x"}]}, tokenizer)
+
+
+def test_truncation_is_counted_and_a_cut_answer_does_not_learn_to_stop(tokenizer):
+    long, short = {"prompt": "a b c d e f g h", "completion": " 1 2 3 4 5 6 7 8 9"}, {"prompt": "a", "completion": "1"}
+    prompt_only = {"prompt": "a b c d e f g h i j k l m n o p q r s t u v", "completion": "1"}
+    encoded = encode_dataset(Dataset.from_list([long, short, prompt_only]), tokenizer, 20, "test")
+    assert (len(encoded.dataset), encoded.truncated, encoded.dropped) == (2, 2, 1)
+    assert len(encoded.dataset[0]["input_ids"]) == 20
+    assert encoded.dataset[0]["labels"][-1] != tokenizer.eos_token_id
+    assert encoded.dataset[1]["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_an_example_without_an_answer_is_dropped(tokenizer):
+    rows = [PROBLEM, {"question": "why?", "answer": ""}, {"question": "why?", "answer": None}]
+    encoded = encode_dataset(Dataset.from_list(rows), tokenizer, 256, "test")
+    assert (len(encoded.dataset), encoded.dropped) == (1, 2)
+
+
+def test_no_answers_at_all_is_refused(tokenizer):
+    with pytest.raises(BadRequest, match="No example has an answer within max_length 3"):
+        encode_dataset(Dataset.from_list([PROBLEM]), tokenizer, 3, "test")
+
+
+def test_unknown_columns_are_named(tokenizer):
+    with pytest.raises(BadRequest, match=r"has the columns foo; KAVA reads messages, prompt \+ completion"):
+        encode_dataset(Dataset.from_list([{"foo": "x"}]), tokenizer, 10, "test")
+
+
+def test_tokenizing_is_cached_by_content(tokenizer, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(PROBLEM) + "\n")
+    arguments = DataArguments(dataset_name=str(path))
+    prints = {}
+    for name, max_length in (("first", 64), ("again", 64), ("longer", 65)):
+        tokenizer("use changes a tokenizer's state, not its vocabulary", truncation=True, max_length=3)
+        train, _, _ = load_splits(arguments)
+        prints[name] = encode_dataset(train, tokenizer, max_length, "test").dataset._fingerprint
+    assert prints["first"] == prints["again"] != prints["longer"]
+
+
+def test_batches_are_masked_by_length_not_by_the_padding_token(tokenizer):
+    rows = random_examples(3)
+    batch = DistillationCollator(tokenizer)(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert batch["input_ids"].shape == (3, max(lengths))
+    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+    assert all(batch["labels"][i, n:].eq(-100).all() for i, n in enumerate(lengths))
+    wanted = (batch["labels"][:, 1:] != -100).any(dim=0)
+    assert batch["logits_columns"].tolist() == [t for t, is_wanted in enumerate(wanted) if is_wanted]
+
+
+def test_a_tokenizer_without_padding_token_pads_with_end_of_text(tokenizer):
+    class NoPadding:
+        pad_token_id, eos_token_id = None, 7
+
+    batch = DistillationCollator(NoPadding())(
+        [{"input_ids": [1], "labels": [1]}, {"input_ids": [1, 2], "labels": [1, 2]}]
+    )
+    assert batch["input_ids"].tolist() == [[1, 7], [1, 2]]
+
+
+ROWS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(40)]
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+WRITERS = {
+    "data.jsonl": write_jsonl,
+    "data.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "data.csv": lambda path: Dataset.from_list(ROWS).to_csv(str(path)),
+    "data.parquet": lambda path: Dataset.from_list(ROWS).to_parquet(str(path)),
+    "folder": lambda path: Dataset.from_list(ROWS).save_to_disk(str(path)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_local_data_is_read_and_a_part_is_held_out(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    train, test, total = load_splits(DataArguments(dataset_name=str(tmp_path / name)))
+    assert (len(train), len(test), total) == (38, 2, 40)
+    assert not set(train["question"]) & set(test["question"])
+
+
+def test_an_arrow_file_is_read(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "folder"))
+    file = next((tmp_path / "folder").glob("*.arrow"))
+    assert load_splits(DataArguments(dataset_name=str(file)))[2] == 40
+
+
+def test_named_splits_and_sample_limits(tmp_path):
+    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:9])).save_to_disk(str(tmp_path / "both"))
+    arguments = DataArguments(dataset_name=str(tmp_path / "both"), max_train_samples=5, max_eval_samples=3)
+    train, test, total = load_splits(arguments)
+    assert (len(train), len(test), total) == (5, 3, 40)
+    with pytest.raises(BadRequest, match="has no split 'nope'; set dataset_train_split to one of train, test"):
+        load_splits(DataArguments(dataset_name=str(tmp_path / "both"), dataset_train_split="nope"))
+
+
+def test_missing_empty_and_broken_data_are_refused(tmp_path):
+    with pytest.raises(BadRequest, match=r"gone\.jsonl, which does not exist"):
+        load_splits(DataArguments(dataset_name=str(tmp_path / "gone.jsonl")))
+    with pytest.raises(BadRequest, match="cannot be loaded"):
+        load_splits(DataArguments(dataset_name="nobody/nothing"))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(BadRequest, match="empty"):
+        load_splits(DataArguments(dataset_name=str(tmp_path / "empty.jsonl")))
+    (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    with pytest.raises(BadRequest, match="broken"):
+        load_splits(DataArguments(dataset_name=str(tmp_path / "broken.jsonl")))
+
+
+def test_boundary_tokens_that_merge_belong_to_the_answer(tokenizer):
+    row = encode_example("Question", ": x", tokenizer, 50)
+    assert row["input_ids"][: row["prompt_length"]] == tokenizer("Question")["input_ids"]
+    assert row["input_ids"][:-1] == tokenizer("Question: x")["input_ids"]

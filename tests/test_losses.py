@@ -1,0 +1,133 @@
+import math
+
+import pytest
+import torch
+
+from kava_trainer.losses import mercator_loss, next_token_loss, next_tokens, token_mean
+
+
+def naive_mercator(student, target, mask, alpha, beta):
+    total, count = 0.0, 0
+    for b in range(mask.shape[0]):
+        for t in range(mask.shape[1]):
+            if mask[b, t]:
+                s, g = student[b, t].float(), target[b, t].float()
+                cosine = (s @ g) / (s.norm() * g.norm())
+                total = total + alpha * (1 - cosine) + beta * (s.norm().log() - g.norm().log()) ** 2
+                count += 1
+    return total / count
+
+
+def naive_cross_entropy(logits, targets):
+    losses = [
+        -logits[b, k].float().log_softmax(-1)[targets[b, k]]
+        for b in range(targets.shape[0])
+        for k in range(targets.shape[1])
+        if targets[b, k] != -100
+    ]
+    return sum(losses) / len(losses)
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+def states(shape, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(2, 7, 5), (3, 1, 8), (1, 1, 3), (4, 13, 17)])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.01), (0.3, 2.0)])
+def test_mercator_value_and_gradient_equal_the_naive_reference(shape, dtype, tolerance, alpha, beta):
+    student, target = states(shape, dtype, 0), states(shape, dtype, 1)
+    mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(2)) < 0.7
+    mask[0, 0] = True
+    loss = mercator_loss(student, target, mask, alpha, beta)
+    reference = naive_mercator(student, target, mask, alpha, beta)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    for ours, naive in zip(gradients(loss, student, target), gradients(reference, student, target), strict=True):
+        torch.testing.assert_close(ours, naive, rtol=tolerance, atol=tolerance)
+
+
+def test_mercator_is_zero_at_equal_states_and_knows_direction_from_length():
+    student = states((1, 3, 4), torch.float32, 0)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    assert mercator_loss(student, student.detach(), mask).item() == pytest.approx(0, abs=1e-6)
+    assert mercator_loss(student, -student.detach(), mask, beta=0.0).item() == pytest.approx(2, abs=1e-6)
+    scaled = mercator_loss(student, math.e * student.detach(), mask, alpha=1.0, beta=0.5)
+    assert scaled.item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_zero_state_gives_a_finite_loss_and_gradient():
+    student = torch.zeros(1, 2, 4, requires_grad=True)
+    loss = mercator_loss(student, torch.ones(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
+def test_masked_garbage_changes_neither_loss_nor_gradient(garbage):
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    results = []
+    for filler in (0.0, garbage):
+        student, target = states((2, 3, 4), torch.float32, 0), states((2, 3, 4), torch.float32, 1)
+        with torch.no_grad():
+            student[~mask], target[~mask] = filler, filler
+        loss = mercator_loss(student, target, mask)
+        loss.backward()
+        results.append((loss, student.grad, target.grad))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+    assert (results[1][1][~mask] == 0).all()
+
+
+def test_all_masked_gives_zero_loss_and_zero_gradient():
+    student = states((2, 3, 4), torch.float32, 0)
+    loss = mercator_loss(student, states((2, 3, 4), torch.float32, 1), torch.zeros(2, 3, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert (student.grad == 0).all()
+
+
+def test_micro_batches_with_num_items_add_up_to_the_mean_over_tokens():
+    student, target = states((4, 5, 6), torch.float32, 0), states((4, 5, 6), torch.float32, 1)
+    mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) < 0.6
+    whole = mercator_loss(student, target, mask)
+    parts = [
+        mercator_loss(student[i : i + 1], target[i : i + 1], mask[i : i + 1], num_items=mask.sum()) for i in range(4)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_next_token_loss_equals_the_naive_reference(dtype):
+    logits = states((2, 5, 11), dtype, 0)
+    targets = torch.tensor([[3, -100, 7, 0, -100], [-100, -100, -100, 10, 1]])
+    loss, reference = next_token_loss(logits, targets), naive_cross_entropy(logits, targets)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(
+        *(gradients(value, logits)[0] for value in (loss, reference)), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_next_token_loss_without_targets_is_zero():
+    logits = states((1, 2, 5), torch.float32, 0)
+    loss = next_token_loss(logits, torch.full((1, 2), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+
+
+def test_next_tokens_moves_left_and_selects_columns():
+    labels = torch.tensor([[-100, 5, 6], [-100, -100, 9]])
+    assert next_tokens(labels).tolist() == [[5, 6, -100], [-100, 9, -100]]
+    assert next_tokens(labels, torch.tensor([1])).tolist() == [[6], [9]]
+
+
+def test_token_mean_ignores_masked_values():
+    values = torch.tensor([[1.0, float("nan")], [3.0, 5.0]])
+    assert token_mean(values, torch.tensor([[True, False], [True, True]])).item() == 3

@@ -1,0 +1,157 @@
+import json
+
+import pytest
+from conftest import ROOT
+
+from kava_trainer.errors import BadRequest
+from kava_trainer.parsing import parse_arguments
+
+MINIMAL = {
+    "teacher_model_name_or_path": "quickstart",
+    "student_model_name_or_path": "quickstart",
+    "dataset_name": "quickstart",
+}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps({**MINIMAL, "output_dir": str(tmp_path / "out"), "use_cpu": True, **changes}))
+    return str(path)
+
+
+def refused(tmp_path, *argv, **changes):
+    with pytest.raises(BadRequest) as caught:
+        parse_arguments([write(tmp_path, **changes), *argv])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "training_args").glob("*.json")), ids=lambda path: path.name)
+def test_every_recipe_is_parsed(recipe):
+    assert parse_arguments([str(recipe), "--use_cpu"]).data.dataset_name
+
+
+def test_defaults_are_those_of_the_home_case(tmp_path):
+    arguments = parse_arguments([write(tmp_path)])
+    training = arguments.training
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 16)
+    assert (arguments.data.max_length, training.num_train_epochs) == (512, 1)
+    assert (training.learning_rate, training.projector_learning_rate) == (5e-5, 1e-3)
+    assert (training.projector_mlp_ratio, training.projector_dropout) == (1.0, 0.1)
+    assert (training.mercator_alpha, training.mercator_beta, training.lm_weight) == (1.0, 0.01, 1.0)
+    assert (training.save_steps, training.logging_steps) == (200, 50)
+    assert training.final_dir == training.output_dir
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    arguments = parse_arguments(
+        [write(tmp_path, max_steps=5, learning_rate=1e-4), "--max_steps", "7", "--lm-weight=0.5"]
+    )
+    assert (arguments.training.max_steps, arguments.training.learning_rate) == (7, 1e-4)
+    assert arguments.training.lm_weight == 0.5
+
+
+def test_arguments_of_transformers_work_as_users_know_them(tmp_path):
+    training = parse_arguments(
+        [
+            write(tmp_path, lr_scheduler_type="cosine", optim="adamw_torch", eval_strategy="steps", warmup_steps=10),
+            *(
+                "--gradient_checkpointing",
+                "true",
+                "--report_to",
+                "none",
+                "--lr_scheduler_kwargs",
+                '{"num_cycles": 0.25}',
+            ),
+        ]
+    ).training
+    assert training.lr_scheduler_type == "cosine"
+    assert training.eval_steps == training.logging_steps
+    assert training.gradient_checkpointing
+    assert training.lr_scheduler_kwargs == {"num_cycles": 0.25}
+
+
+def test_no_file_is_needed():
+    argv = [word for name, value in MINIMAL.items() for word in (f"--{name}", value)]
+    assert parse_arguments([*argv, "--use_cpu"]).model.teacher_model_name_or_path == "quickstart"
+
+
+@pytest.mark.parametrize("value", [True, "true"])
+def test_resume_takes_true_and_a_path(tmp_path, value):
+    assert parse_arguments([write(tmp_path, resume_from_checkpoint=value)]).training.resume_from_checkpoint == "true"
+    argv = [write(tmp_path), "--resume_from_checkpoint", "some/checkpoint-3"]
+    assert parse_arguments(argv).training.resume_from_checkpoint == "some/checkpoint-3"
+
+
+def test_layer_pairs_may_be_a_json_list(tmp_path):
+    assert parse_arguments([write(tmp_path, layer_mapping=[[1, 2]])]).training.layer_mapping == "[[1, 2]]"
+
+
+def test_all_mistakes_come_in_one_message(tmp_path):
+    message = refused(
+        tmp_path,
+        *("--max_stps", "3", "--save_steps", "often"),
+        mercator_wieght=1,
+        learning_rate="5e-5",
+        teacher_quantization="3bit",
+        bf16=1,
+        num_train_epochs=None and 1 or "2",
+        max_length=1,
+        projector_dropout=2.0,
+        optim="adam",
+    )
+    for part in (
+        "'max_stps'; did you mean 'max_steps'?",
+        "'mercator_wieght'; did you mean 'mercator_weight'?",
+        'save_steps is "often"; write a number.',
+        'learning_rate is "5e-5"; write a number.',
+        'teacher_quantization is "3bit"; write one of none, 8bit, 4bit.',
+        "bf16 is 1; write true or false.",
+        'num_train_epochs is "2"; write a number.',
+        "max_length is 1;",
+        "projector_dropout is 2.0;",
+        'optim is "adam"; write one of',
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path is missing"),
+        ({"student_model_name_or_path": None}, "The student is missing"),
+        ({"student_config_name": "x"}, "exclude each other"),
+        ({"dataset_name": None}, "dataset_name is missing"),
+        ({"mercator_weight": 0, "lm_weight": 0}, "nothing to train on"),
+        ({"mercator_weight": -1}, "cannot be negative"),
+        ({"gradient_accumulation_steps": 0}, "write 1 or more"),
+        ({"projector_mlp_ratio": 0}, "above 0"),
+        ({"max_train_samples": 0}, "max_train_samples is 0"),
+        ({"layer_mapping": "first"}, "layer_mapping is 'first'"),
+        ({"layer_mapping": [[0, 1]]}, "counted from 1"),
+        ({"layer_mapping": "uniform:0"}, "uniform:2"),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size is 2.5; write a whole number."),
+        ({"per_device_train_batch_size": True}, "write a whole number."),
+        ({"dataset_name": 3}, "dataset_name is 3; write text in quotes."),
+        ({"lr_scheduler_type": "cosin"}, "write one of cosine"),
+        ({"generation_max_new_tokens": 0}, "generation_max_new_tokens is 0"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+    ],
+)
+def test_wrong_values_are_refused(tmp_path, changes, part):
+    assert part in refused(tmp_path, **changes)
+
+
+def test_a_missing_file_and_broken_json_are_named(tmp_path):
+    with pytest.raises(BadRequest, match=r"gone\.json cannot be read"):
+        parse_arguments([str(tmp_path / "gone.json")])
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(BadRequest, match="not valid JSON"):
+        parse_arguments([str(tmp_path / "broken.json")])
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(BadRequest, match="one JSON object"):
+        parse_arguments([str(tmp_path / "list.json")])
+
+
+def test_secrets_are_masked_where_arguments_are_written(tmp_path):
+    arguments = parse_arguments([write(tmp_path, hub_token="hf_planted")])
+    assert "hf_planted" not in json.dumps(arguments.to_dict(), default=str)

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+
+from kava_trainer.errors import BadRequest
+from kava_trainer.projector import (
+    ElasticBottleneck,
+    ProjectorConfig,
+    load_projectors,
+    restore_projectors,
+    save_projectors,
+)
+
+
+def make(count=1, **changes):
+    return nn.ModuleList(
+        ElasticBottleneck(ProjectorConfig(**{"teacher_size": 6, "student_size": 4, **changes})) for _ in range(count)
+    )
+
+
+@pytest.mark.parametrize(("ratio", "hidden"), [(0.5, 768), (1.0, 1536), (2.0, 3072)])
+def test_shapes_of_the_home_case(ratio, hidden):
+    projector = ElasticBottleneck(ProjectorConfig(1536, 896, ratio))
+    assert projector.up.weight.shape == (hidden, 1536)
+    assert projector(torch.randn(2, 3, 1536)).shape == (2, 3, 896)
+
+
+def test_the_function_is_the_defined_one():
+    projector = make(dropout=0.5)[0].eval()
+    x = torch.randn(5, 6)
+    inner = nn.functional.layer_norm(x, (6,), projector.norm.weight, projector.norm.bias)
+    inner = nn.functional.silu(inner @ projector.up.weight.T + projector.up.bias)
+    torch.testing.assert_close(projector(x), inner @ projector.down.weight.T + projector.down.bias)
+
+
+def test_bf16_states_are_projected_in_the_projectors_own_type():
+    assert make()[0](torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_saved_projectors_come_back_equal(tmp_path):
+    projectors = make(2)
+    save_projectors(projectors, tmp_path / "p.pth")
+    loaded = load_projectors(tmp_path / "p.pth")
+    assert [p.config for p in loaded] == [p.config for p in projectors]
+    for ours, theirs in zip(projectors.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [f.name for f in tmp_path.iterdir()] == ["p.pth"]
+    assert set(torch.load(tmp_path / "p.pth", weights_only=True)) == {"config", "state_dict"}
+
+
+def test_a_projector_of_other_widths_is_refused(tmp_path):
+    save_projectors(make(teacher_size=8), tmp_path / "p.pth")
+    with pytest.raises(BadRequest, match="does not fit this run"):
+        restore_projectors(make(), tmp_path / "p.pth")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(BadRequest, match=r"no projector file at .*gone\.pth"):
+        load_projectors(tmp_path / "gone.pth")
+
+
+def test_a_file_that_carries_code_is_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save(Payload(), tmp_path / "evil.pth")
+    with pytest.raises(BadRequest, match="not a projector file"):
+        load_projectors(tmp_path / "evil.pth")
