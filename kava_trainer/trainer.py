@@ -256,8 +256,6 @@ class KavaTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, plus `cos_sim`, `mercator_loss`, `lm_loss` and `perplexity` as exact token means."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if self.compute_metrics is None:
-            kwargs["prediction_loss_only"] = True
         output = super().evaluation_loop(*args, **kwargs)
         means = self.eval_means.drain(self._sum_over_ranks)
         weights = {"mercator_loss": self.args.mercator_weight, "lm_loss": self.args.lm_weight}

@@ -94,7 +94,7 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         learning_rate="5e-5",
         teacher_quantization="3bit",
         bf16=1,
-        num_train_epochs=None and 1 or "2",
+        num_train_epochs="2",
         max_length=1,
         projector_dropout=2.0,
         optim="adam",

@@ -1,0 +1,46 @@
+"""One optimizer step for `test_invariants.py`, in one process or one of several ranks; rank 0 writes the weights."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch  # noqa: E402
+from conftest import STUDENT_FOLDER  # noqa: E402
+from test_trainer import make_trainer  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+
+def main(output: str, batch_size: str, accumulation: str, weighting: str) -> None:
+    mercator_weight, lm_weight = map(float, weighting.split(","))
+    trainer = make_trainer(
+        output,
+        AutoTokenizer.from_pretrained(STUDENT_FOLDER),
+        count=8,
+        max_steps=1,
+        per_device_train_batch_size=int(batch_size),
+        gradient_accumulation_steps=int(accumulation),
+        projector_dropout=0.0,
+        optim="sgd",
+        max_grad_norm=0.0,
+        learning_rate=1.0,
+        projector_learning_rate=1.0,
+        lr_scheduler_type="constant",
+        mercator_weight=mercator_weight,
+        lm_weight=lm_weight,
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        state = {
+            "weights": {name: parameter.detach() for name, parameter in trainer.model.named_parameters()},
+            "line": {k: v for k, v in trainer.state.log_history[0].items() if isinstance(v, float)},
+            "world_size": trainer.args.world_size,
+            "wrapper": type(trainer.model_wrapped).__name__,
+        }
+        torch.save(state, f"{output}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,50 @@
+"""A training run for `test_faults.py` in which a rank signals itself; exits as `run_kava.py` would."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from conftest import STUDENT_FOLDER  # noqa: E402
+from test_trainer import make_trainer  # noqa: E402
+from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
+
+from kava_trainer.callbacks.emergency import exit_code  # noqa: E402
+
+
+class SignalAtStep(TrainerCallback):
+    """Sends a signal to this process `times` times at the beginning of the third step."""
+
+    def __init__(self, number: int, times: int) -> None:
+        self.number, self.times = number, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+def main(output: str, signal_name: str, times: str, rank: str) -> int:
+    trainer = make_trainer(
+        output,
+        AutoTokenizer.from_pretrained(STUDENT_FOLDER),
+        max_steps=5,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        save_strategy="steps",
+        save_steps=100,
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    if trainer.args.process_index == int(rank):
+        trainer.add_callback(SignalAtStep(getattr(signal, signal_name), int(times)))
+    trainer.train()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    print(f"rank {trainer.args.process_index} of {trainer.args.world_size} stopped at step {trainer.state.global_step}")
+    return exit_code(trainer.emergency.received)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

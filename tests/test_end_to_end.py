@@ -1,0 +1,225 @@
+"""The program as a user runs it: the quickstart, every recipe, and the real models and data where they are at hand."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, shared_path
+from datasets import load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import run_kava
+from kava_trainer.projector import load_projectors
+
+RECIPES = sorted(path.name for path in (ROOT / "training_args").glob("*.json"))
+QUICKSTART = {
+    "teacher_model_name_or_path": "quickstart",
+    "student_model_name_or_path": "quickstart",
+    "dataset_name": "quickstart",
+    "teacher_quantization": "none",
+}
+SHORT = {
+    "max_train_samples": 64,
+    "max_eval_samples": 8,
+    "max_steps": 3,
+    "generation_max_new_tokens": 8,
+    "use_cpu": True,
+}
+
+
+def words(options):
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def launch(*argv, cwd=ROOT, timeout=600):
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "run_kava.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout)
+
+
+def summary_of(folder):
+    return json.loads((folder / "run_summary.json").read_text())
+
+
+def test_the_quickstart_leaves_everything_it_promises(tmp_path):
+    recipe = str(ROOT / "training_args" / "quickstart.json")
+    options = {**SHORT, "max_steps": 4, "save_steps": 2, "logging_steps": 2, "output_dir": "out", "final_dir": "final"}
+    result = launch(recipe, *words(options), "--lr_scheduler_type", "constant", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for line in (
+        "== Environment",
+        "Teacher: quickstart",
+        "Effective batch size: 32",
+        "Dataset loaded: 8000 samples",
+        "2 batches prepared",
+        "Teacher: d_model=128",
+        "Student: d_model=64",
+        "Projector: 128 -> 64",
+        "Loss: Mercator (alpha=1.0, beta=0.01)",
+    ):
+        assert line in result.stdout
+    assert re.search(
+        r"^\[Step 0004\] Loss: \d+\.\d{4} \| CosSim: -?\d\.\d{4} (Adapting|Learning)$", result.stdout, re.M
+    )
+    assert result.stdout.isascii()
+    out, final = tmp_path / "out", tmp_path / "final"
+    names = {path.name for path in out.iterdir()}
+    assert names == {"checkpoint-2", "checkpoint-4", "proj_step_2.pth", "proj_step_4.pth", "run_summary.json"}
+    assert {path.name for path in final.iterdir()} == {"final_student", "final_projector.pth"}
+    student = AutoModelForCausalLM.from_pretrained(final / "final_student")
+    tokenizer = AutoTokenizer.from_pretrained(final / "final_student")
+    prompt = tokenizer("Question: What is 2+3?\nAnswer:", return_tensors="pt")
+    assert student.generate(**prompt, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
+    assert (final / "final_student" / "generation_config.json").exists()
+    assert "base_model" not in (final / "final_student" / "README.md").read_text()
+    assert load_projectors(final / "final_projector.pth")[0].config.teacher_size == 128
+
+
+def test_the_summary_has_the_agreed_shape(tmp_path):
+    recipe = str(ROOT / "training_args" / "quickstart.json")
+    options = {**SHORT, "max_steps": 51, "output_dir": tmp_path, "logging_steps": 30}
+    assert run_kava.main([recipe, *words(options)]) == 0
+    summary = summary_of(tmp_path)
+    assert list(summary) == [
+        *("schema_version", "status", "started_at", "finished_at", "duration_seconds", "environment", "arguments"),
+        *("global_step", "cos_sim_at", "final", "evaluation", "verdict", "throughput", "problems", "checkpoints"),
+    ]
+    assert (summary["schema_version"], summary["status"], summary["global_step"]) == (1, "completed", 51)
+    assert summary["cos_sim_at"]["50"] is not None
+    assert summary["cos_sim_at"]["100"] is summary["cos_sim_at"]["200"] is None
+    assert set(summary["final"]) == {
+        *("loss", "mercator_loss", "cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka"),
+        *("student_effective_rank", "target_effective_rank", "teacher_effective_rank"),
+    }
+    assert summary["final"]["centred_cos_sim"] is None
+    assert set(summary["evaluation"]) == {"teacher", "student_before", "student_after", "control_sft"}
+    assert summary["evaluation"]["teacher"]["perplexity"] < 1.2
+    assert summary["evaluation"]["student_after"]["perplexity"] < summary["evaluation"]["student_before"]["perplexity"]
+    assert summary["evaluation"]["control_sft"] is None
+    assert summary["throughput"]["tokens_per_second"] > 0
+    assert summary["arguments"]["max_steps"] == 51
+    assert summary["checkpoints"] == [str(tmp_path / "checkpoint-51")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_on_the_quickstart(tmp_path, recipe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {**QUICKSTART, **SHORT, "max_steps": 2, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "out"}
+    assert run_kava.main([str(ROOT / "training_args" / recipe), *words(options)]) == 0
+    summary = summary_of(tmp_path / "out")
+    assert summary["status"] == "completed"
+    assert summary["evaluation"]["student_after"]["exact_match"] is not None
+
+
+def test_the_seed_recipe_names_its_files_as_ever(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(ROOT / "training_args" / "seed_mercator_only.json")
+    options = {**QUICKSTART, **SHORT, "gradient_accumulation_steps": 1, "save_steps": 2}
+    assert run_kava.main([recipe, *words(options)]) == 0
+    for name in ("checkpoints/proj_step_2.pth", "final_projector.pth", "final_student/model.safetensors"):
+        assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantised_teacher_distils_on_the_cpu(tmp_path, quantization):
+    pytest.importorskip("bitsandbytes")
+    options = {**QUICKSTART, **SHORT, "teacher_quantization": quantization, "output_dir": tmp_path}
+    assert run_kava.main([*words(options), "--per_device_train_batch_size", "8"]) == 0
+    assert summary_of(tmp_path)["evaluation"]["teacher"]["perplexity"] < 2
+
+
+def test_own_jsonl_and_a_student_of_teacher_layers(tmp_path):
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(40)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = AutoModelForCausalLM.from_pretrained(ROOT / "kava_trainer/quickstart/teacher").config
+    config.num_hidden_layers, config.layer_types = 2, ["full_attention"] * 2
+    config.save_pretrained(tmp_path / "config")
+    options = {
+        "teacher_model_name_or_path": "quickstart",
+        "student_config_name": tmp_path / "config",
+        "student_init": "teacher_layers",
+        "dataset_name": tmp_path / "own.jsonl",
+        "output_dir": tmp_path / "out",
+        "layer_mapping": "all",
+        "max_steps": 2,
+        "use_cpu": True,
+    }
+    assert run_kava.main(words(options)) == 0
+    assert summary_of(tmp_path / "out")["evaluation"]["student_before"]["perplexity"] > 1
+
+
+def test_resuming_goes_on_and_starting_over_with_true_starts_afresh(tmp_path, capsys):
+    recipe = str(ROOT / "training_args" / "quickstart.json")
+    options = {**SHORT, "output_dir": tmp_path, "save_steps": 2, "resume_from_checkpoint": "true"}
+    assert run_kava.main([recipe, *words(options)]) == 0
+    assert "No checkpoint to resume from yet" in capsys.readouterr().out
+    assert run_kava.main([recipe, *words({**options, "max_steps": 5})]) == 0
+    assert f"Resuming from {tmp_path / 'checkpoint-3'}" in capsys.readouterr().out
+    assert summary_of(tmp_path)["global_step"] == 5
+
+
+@pytest.mark.slow
+def test_a_real_teacher_on_the_real_gsm8k(tmp_path):
+    teacher, data = shared_path("models", "stories260k"), shared_path("data", "gsm8k", "train.jsonl")
+    config = AutoModelForCausalLM.from_pretrained(teacher).config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 32, 86, 2
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    config.save_pretrained(tmp_path / "config")
+    options = {
+        "teacher_model_name_or_path": teacher,
+        "student_config_name": tmp_path / "config",
+        "dataset_name": data,
+        "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "max_steps": 200,
+        "max_eval_samples": 20,
+        "evaluate_generation": True,
+        "generation_max_new_tokens": 32,
+        "use_cpu": True,
+    }
+    result = launch(*words(options), timeout=1200)
+    assert result.returncode == 0, result.stderr
+    assert "Dataset loaded: 7473 samples" in result.stdout
+    summary = summary_of(tmp_path / "out")
+    assert summary["cos_sim_at"]["200"] > summary["cos_sim_at"]["50"]
+    assert summary["evaluation"]["student_after"]["perplexity"] < summary["evaluation"]["student_before"]["perplexity"]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final_student")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "final_student")
+    prompt = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+    assert student.generate(**prompt, max_new_tokens=8).shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.slow
+def test_two_steps_at_the_real_shapes(tmp_path):
+    models, data = shared_path("models"), shared_path("data", "gsm8k", "train.jsonl")
+    teacher = tmp_path / "teacher"
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(models / "qwen2.5-1.5b-instruct")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(teacher)
+    del model
+    AutoTokenizer.from_pretrained(models / "qwen2.5-tokenizer").save_pretrained(teacher)
+    load_dataset("json", data_files=str(data), split="train[:68]").to_json(tmp_path / "some.jsonl")
+    options = {
+        "teacher_model_name_or_path": teacher,
+        "student_config_name": models / "qwen2.5-0.5b",
+        "student_dtype": "bfloat16",
+        "dataset_name": tmp_path / "some.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "max_eval_samples": 2,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    result = launch(*words(options), timeout=1500)
+    assert result.returncode == 0, result.stderr
+    for line in ("Teacher: d_model=1536", "Student: d_model=896", "Projector: 1536 -> 896", "no better than chance"):
+        assert line in result.stdout
+    summary = summary_of(tmp_path / "out")
+    assert math.isfinite(summary["final"]["loss"])
+    assert summary["throughput"]["peak_memory_bytes"] < 24 * 2**30

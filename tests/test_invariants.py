@@ -1,0 +1,125 @@
+"""Properties of whole runs: how a batch is split does not matter, padding does not, nor does an interruption."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, random_examples, tiny_qwen
+from test_trainer import make_trainer
+
+from kava_trainer.projector import load_projectors
+
+SCRIPT = Path(__file__).parent / "ddp_step.py"
+WEIGHTS = "1.0,1.0"
+
+
+def one_step(tmp_path, batch_size, accumulation, ranks, weights=WEIGHTS):
+    output = tmp_path / f"{ranks}x{batch_size}x{accumulation}"
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*launcher, str(SCRIPT), str(output), str(batch_size), str(accumulation), weights]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return torch.load(f"{output}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tmp_path_factory):
+    return one_step(tmp_path_factory.mktemp("whole"), 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "ranks"), [(1, 8, 1), (3, 3, 1), (4, 1, 2), (1, 4, 2), (2, 1, 4)]
+)
+def test_one_step_does_not_depend_on_how_the_batch_is_split(tmp_path, whole_batch, batch_size, accumulation, ranks):
+    split = one_step(tmp_path, batch_size, accumulation, ranks)
+    assert split["world_size"] == ranks
+    assert split["wrapper"] == ("DistributedDataParallel" if ranks > 1 else "DistillationModel")
+    for name, parameter in whole_batch["weights"].items():
+        torch.testing.assert_close(
+            split["weights"][name], parameter, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name in ("loss", "cos_sim", "mercator_loss", "lm_loss"):
+        assert split["line"][name] == pytest.approx(whole_batch["line"][name], rel=1e-5), name
+
+
+def test_the_step_really_moves_student_and_projector(whole_batch, tokenizer, tmp_path):
+    start = dict(make_trainer(tmp_path, tokenizer).model.named_parameters())
+    moved = [name for name, parameter in whole_batch["weights"].items() if (parameter - start[name]).abs().max() > 1e-4]
+    assert any(name.startswith("student.") for name in moved)
+    assert any(name.startswith("target.") for name in moved)
+
+
+def loss_and_gradients(trainer, batch):
+    trainer.model.zero_grad()
+    trainer.model.train()
+    torch.manual_seed(0)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("terms", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_padding_changed_to_garbage_leaves_loss_and_gradients_exactly_unchanged(tmp_path, tokenizer, terms):
+    trainer = make_trainer(tmp_path, tokenizer, mercator_weight=terms[0], lm_weight=terms[1])
+    batch = trainer.data_collator(random_examples(6))
+    padding = batch["attention_mask"] == 0
+    assert padding.any()
+    dirty = {**batch, "input_ids": batch["input_ids"].clone()}
+    dirty["input_ids"][padding] = torch.randint(1, 512, (int(padding.sum()),))
+    loss, gradients = loss_and_gradients(trainer, batch)
+    dirty_loss, dirty_gradients = loss_and_gradients(trainer, dirty)
+    assert torch.equal(loss, dirty_loss)
+    assert gradients.keys() == dirty_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, dirty_gradients[name]), name
+
+
+def weight_hash(module):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_the_teacher_is_the_same_before_and_after_and_out_of_optimizer_and_checkpoint(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=1, lr_scheduler_type="constant")
+    teacher = trainer.teacher.model
+    before = weight_hash(teacher)
+    trainer.train()
+    trainer.evaluate()
+    assert weight_hash(teacher) == before
+    assert not teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert not trained & {id(parameter) for parameter in teacher.parameters()}
+
+
+RESUMED = [
+    {},
+    {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+    {"dataloader_num_workers": 2},
+    {"bf16": True},
+    {"model": tiny_qwen, "optim": "adamw_torch"},
+]
+
+
+@pytest.mark.parametrize("changes", RESUMED, ids=str)
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_resumed_run_ends_bit_equal_to_one_never_stopped(tmp_path, tokenizer, changes, stop):
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": stop, "save_total_limit": 5, **changes}
+    settings.setdefault("gradient_accumulation_steps", 1)
+    straight = make_trainer(tmp_path, tokenizer, count=12, **settings)
+    straight.train()
+    resumed = make_trainer(tmp_path / "again", tokenizer, count=12, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert weight_hash(resumed.model) == weight_hash(straight.model)
+    lines = [[x["loss"] for x in t.state.log_history if "loss" in x] for t in (straight, resumed)]
+    assert lines[0] == lines[1]
+    saved = load_projectors(tmp_path / f"proj_step_{stop}.pth")
+    assert weight_hash(saved) != weight_hash(resumed.target.projectors)

@@ -1,0 +1,175 @@
+"""What is shown and written about a run: statuses, status lines, summary, model card, hub."""
+
+import io
+import json
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+
+from kava_trainer.alignment import alignment_status
+from kava_trainer.callbacks.status import StatusCallback
+from kava_trainer.console import can_show_emoji, status_text
+from kava_trainer.hub import push_student, render_model_card
+from kava_trainer.metrics import TokenMeans
+from kava_trainer.parsing import parse_arguments
+from kava_trainer.pipeline import resume_command
+from kava_trainer.summary import RunSummary, describe_environment
+
+
+@pytest.mark.parametrize(
+    ("cos_sim", "status"),
+    [
+        (-1.0, "Adapting"),
+        (0.4999, "Adapting"),
+        (0.5, "Learning"),
+        (0.6999, "Learning"),
+        (0.7, "Good"),
+        (0.9, "Great"),
+        (0.9499, "Great"),
+        (0.95, "Excellent"),
+        (1.0, "Excellent"),
+    ],
+)
+def test_statuses_have_inclusive_lower_edges(cos_sim, status):
+    assert alignment_status(cos_sim) == status
+
+
+class Terminal(io.StringIO):
+    def __init__(self, encoding, is_terminal):
+        super().__init__()
+        self._encoding, self._is_terminal = encoding, is_terminal
+
+    encoding = property(lambda self: self._encoding)
+
+    def isatty(self):
+        return self._is_terminal
+
+
+@pytest.mark.parametrize(
+    ("encoding", "is_terminal", "plain", "expected"),
+    [
+        ("utf-8", True, False, True),
+        ("utf-8", True, True, False),
+        ("utf-8", False, False, False),
+        ("ascii", True, False, False),
+    ],
+)
+def test_emoji_only_where_they_can_be_shown(monkeypatch, encoding, is_terminal, plain, expected):
+    monkeypatch.setattr("sys.stdout", Terminal(encoding, is_terminal))
+    assert can_show_emoji(plain) is expected
+
+
+class State:
+    is_world_process_zero, global_step, max_steps = True, 50, 100
+
+
+def status_line(capsys, logs, emoji):
+    callback = StatusCallback()
+    callback._console.emoji = emoji
+    callback.on_log(None, State(), None, logs=logs)
+    return capsys.readouterr().out
+
+
+def test_the_status_line(capsys):
+    logs = {"loss": 0.45213, "cos_sim": 0.54791}
+    assert status_line(capsys, logs, True) == "[Step 0050] Loss: 0.4521 | CosSim: 0.5479 ⚠️ Learning\n"
+    assert status_line(capsys, logs, False) == "[Step 0050] Loss: 0.4521 | CosSim: 0.5479 Learning\n"
+    assert status_line(capsys, {"loss": 0.45213}, False) == "[Step 0050] Loss: 0.4521\n"
+    assert status_line(capsys, {"eval_loss": 1.0}, False) == ""
+    assert status_text("Collapsed", True) == "❌ Collapsed"
+
+
+def test_other_ranks_print_nothing(capsys):
+    state = State()
+    state.is_world_process_zero = False
+    StatusCallback().on_log(None, state, None, logs={"loss": 1.0})
+    assert capsys.readouterr().out == ""
+
+
+def test_token_means_add_up_and_start_anew():
+    means = TokenMeans()
+    assert means.drain(lambda sums: sums) == {}
+    for total, count in ((3.0, 1), (5.0, 3)):
+        means.add("a", torch.tensor(total), torch.tensor(count))
+    means.add("nothing", torch.tensor(0.0), torch.tensor(0))
+    assert means.drain(lambda sums: 2 * sums) == {"a": 2.0}
+    assert means.drain(lambda sums: sums) == {}
+
+
+ARGUMENTS = [
+    *(
+        "--teacher_model_name_or_path",
+        "Qwen/Qwen2.5-1.5B-Instruct",
+        "--student_model_name_or_path",
+        "Qwen/Qwen2.5-0.5B",
+    ),
+    *("--dataset_name", "openai/gsm8k", "--use_cpu", "--hub_token", "hf_planted", "--hub_model_id", "me/student"),
+]
+
+
+@pytest.fixture
+def summary():
+    summary = RunSummary(parse_arguments(ARGUMENTS).to_dict(), describe_environment(torch.device("cpu")))
+    history = [{"loss": 1.0, "cos_sim": 0.2, "step": 50}, {"eval_loss": 3.0, "step": 50}, {"loss": 0.5, "step": 60}]
+    summary.add_training(history, 60)
+    summary.add_evaluation("student_after", {"perplexity": 3.25, "exact_match": None})
+    return summary
+
+
+def test_the_summary_reads_the_log_and_keeps_what_was_not_measured_null(summary, tmp_path):
+    content = json.loads(summary.write(tmp_path, "completed").read_text())
+    assert content["cos_sim_at"] == {"50": 0.2, "100": None, "200": None}
+    assert content["final"]["loss"] == 0.5
+    assert content["final"]["cos_sim"] is None
+    assert content["evaluation"]["teacher"] is None
+    assert content["environment"]["torch"] == torch.__version__
+    assert "hf_planted" not in json.dumps(content)
+
+
+def test_the_model_card_is_valid_and_tells_the_measured_results(summary):
+    card = ModelCard(render_model_card("me/student", parse_arguments(ARGUMENTS), summary.content))
+    assert card.data.base_model == "Qwen/Qwen2.5-0.5B"
+    assert card.data.datasets == ["openai/gsm8k"]
+    assert card.data.library_name == "transformers"
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("perplexity", 3.25)]
+    assert "| student after | 3.25 | not measured |" in card.text
+    assert "hf_planted" not in str(card)
+
+
+def test_a_failed_push_names_the_command_to_push_again(tmp_path, monkeypatch):
+    arguments, calls = parse_arguments(ARGUMENTS), []
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: calls.append((self.token, kwargs)))
+    assert push_student(tmp_path, "me/student", arguments) is None
+    assert calls[0][0] == "hf_planted"
+    assert calls[0][1]["repo_id"] == "me/student"
+
+    def refuse(self, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "upload_folder", refuse)
+    assert f"(no network). It is whole in {tmp_path}; try again with: hf upload me/student" in push_student(
+        tmp_path, "me/student", arguments
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["a.json", "--max_steps", "3"],
+        ["a.json", "--resume_from_checkpoint", "true", "--max_steps", "3"],
+        ["a.json", "--resume-from-checkpoint=old", "--max_steps", "3"],
+        ["--resume_from_checkpoint", "old/checkpoint-1", "a.json", "--max_steps", "3"],
+    ],
+)
+def test_the_resume_command_keeps_everything_but_the_old_checkpoint(monkeypatch, tmp_path, argv):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["run_kava.py", *argv])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    expected = "run_kava.py a.json --max_steps 3 --resume_from_checkpoint 'my runs/checkpoint-7'"
+    assert resume_command(argv, "my runs/checkpoint-7") == f"accelerate launch {expected}"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resume_command(argv, "my runs/checkpoint-7").startswith(
+        "python -m torch.distributed.run --nproc-per-node 2 run"
+    )

@@ -1,0 +1,246 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from kava_trainer.arguments import KavaTrainingArguments
+from kava_trainer.capture import resolve_layer_pairs
+from kava_trainer.data import DistillationCollator
+from kava_trainer.errors import RunFailed
+from kava_trainer.losses import mercator_loss, next_token_loss
+from kava_trainer.projector import ProjectorConfig, load_projectors
+from kava_trainer.targets import HiddenStateTarget
+from kava_trainer.teacher import OnlineTeacher
+from kava_trainer.trainer import KavaTrainer
+
+
+def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):
+    arguments = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "plain_output": True,
+        **changes,
+    }
+    args = KavaTrainingArguments(**arguments)
+    teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
+    student = model(STUDENT_SIZE, STUDENT_LAYERS, seed=2)
+    pairs = resolve_layer_pairs(args.layer_mapping, STUDENT_LAYERS, TEACHER_LAYERS)
+    torch.manual_seed(3)
+    shape = ProjectorConfig(TEACHER_SIZE, STUDENT_SIZE, args.projector_mlp_ratio, args.projector_dropout)
+    target = HiddenStateTarget(pairs, shape, args.mercator_alpha, args.mercator_beta)
+    data = Dataset.from_list(random_examples(count))
+    return KavaTrainer(
+        student,
+        OnlineTeacher(teacher, target.teacher_layers),
+        target,
+        args,
+        train_dataset=data,
+        eval_dataset=data.select(range(7)),
+        data_collator=DistillationCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("mapping", ["last", "uniform:2"])
+def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path, tokenizer, mapping):
+    trainer = make_trainer(tmp_path, tokenizer, layer_mapping=mapping, mercator_weight=0.7, lm_weight=0.3)
+    trainer.model.eval()
+    batch = trainer.data_collator(random_examples(5, seed=9))
+    mask = batch["attention_mask"].bool()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    teacher = trainer.teacher.model(**inputs, output_hidden_states=True).hidden_states
+    student = trainer.student(**inputs, output_hidden_states=True)
+    pairs = trainer.target.pairs
+    mercator = sum(
+        mercator_loss(student.hidden_states[s], projector(teacher[t]), mask)
+        for (s, t), projector in zip(pairs, trainer.target.projectors, strict=True)
+    ) / len(pairs)
+    lm = next_token_loss(student.logits[:, :-1], batch["labels"][:, 1:])
+    with torch.enable_grad():
+        loss = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(loss, 0.7 * mercator + 0.3 * lm)
+    means = trainer.train_means.drain(lambda sums: sums)
+    assert means["mercator_loss"] == pytest.approx(mercator.item(), rel=1e-5)
+    assert means["lm_loss"] == pytest.approx(lm.item(), rel=1e-5)
+
+
+def test_without_the_language_model_term_no_logits_are_computed(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, lm_weight=0.0)
+    batch = trainer.data_collator(random_examples(2))
+    trainer.model.train()
+    assert trainer.student_outputs(trainer.model, batch, None).logits.shape[1] == 0
+    trainer.train()
+    assert "lm_loss" not in trainer.state.log_history[0]
+
+
+def test_without_the_mercator_term_the_teacher_does_not_run(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, mercator_weight=0.0)
+    trainer.teacher.features = None
+    before = [parameter.clone() for parameter in trainer.target.parameters()]
+    trainer.train()
+    assert "cos_sim" not in trainer.state.log_history[0]
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.target.parameters(), strict=True))
+
+
+def test_two_learning_rates_with_decay_and_no_decay_cover_every_parameter_once(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, weight_decay=0.1, projector_learning_rate=5e-2)
+    groups = trainer.create_optimizer().param_groups
+    assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [(1e-3, 0.0), (1e-3, 0.1), (5e-2, 0.0), (5e-2, 0.1)]
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in trainer.model.parameters())
+    projector = {id(parameter) for parameter in trainer.target.parameters()}
+    for group in groups:
+        assert {id(p) in projector for p in group["params"]} == {group["lr"] == 5e-2}
+        assert all((p.dim() > 1) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_student_and_projector_are_clipped_together(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_grad_norm=1e-3, max_steps=1)
+    norms = []
+
+    def record(optimizer, args, kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append((len(gradients), torch.stack([g.norm() for g in gradients]).norm().item()))
+
+    trainer.create_optimizer().register_step_pre_hook(record)
+    trainer.train()
+    assert norms == [(len(list(trainer.model.parameters())), pytest.approx(1e-3, rel=1e-3))]
+
+
+def test_evaluation_gives_exact_token_means(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    metrics = trainer.evaluate()
+    whole = trainer.data_collator(trainer.eval_dataset.to_list())
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, whole).item()
+    means = trainer.eval_means.drain(lambda sums: sums)
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["eval_cos_sim"] == pytest.approx(means["cos_sim"], rel=1e-5)
+    assert metrics["eval_mercator_loss"] == pytest.approx(means["mercator_loss"], rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(means["lm_loss"]), rel=1e-4)
+
+
+def test_predict_gives_logits_and_labels_and_compute_metrics_sees_them(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    output = trainer.predict(trainer.eval_dataset)
+    assert output.predictions.shape == (7, output.label_ids.shape[1], 512)
+    trainer.compute_metrics = lambda prediction: {"seen": prediction.predictions.shape[0]}
+    assert trainer.evaluate()["eval_seen"] == 7
+
+
+def test_a_log_line_has_the_loss_of_its_terms_and_both_learning_rates(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, mercator_weight=2.0, lm_weight=0.5)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["loss"] == pytest.approx(2.0 * line["mercator_loss"] + 0.5 * line["lm_loss"], rel=1e-4)
+    assert -1 <= line["cos_sim"] <= 1
+    assert line["projector_learning_rate"] > 0
+    assert set(trainer.throughput()) == {"tokens_per_second", "samples_per_second", "padding_fraction"}
+    assert 0 < trainer.throughput()["padding_fraction"] < 1
+
+
+def test_the_export_is_a_plain_student_without_the_projector(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path / "run", tokenizer)
+    trainer.train()
+    trainer.save_student(tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    for (name, ours), theirs in zip(trainer.student.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not [name for name in loaded.state_dict() if "projector" in name or "target" in name]
+    assert loaded.config.use_cache
+    assert (tmp_path / "student" / "tokenizer.json").exists()
+    assert not list((tmp_path / "student").glob("*.bin"))
+    loaded.generate(torch.tensor([[5, 6]]), max_new_tokens=3)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    with torch.no_grad():
+        trainer.student.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(RunFailed, match=r"At step 1 .*mercator_loss"):
+        trainer.train()
+
+
+def test_checkpoints_hold_student_and_projector_and_no_pickled_arguments(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=1, hub_token="hf_planted")
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "projector.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names
+    assert "training_args.bin" not in names
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_planted" in path.read_bytes()]
+    for step in (1, 2):
+        saved = load_projectors(tmp_path / f"proj_step_{step}.pth")
+    for ours, theirs in zip(trainer.target.projectors.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_best_student_and_its_projector_are_loaded_at_the_end(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        max_steps=4,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        load_best_model_at_end=True,
+        metric_for_best_model="perplexity",
+        greater_is_better=False,
+        **dict.fromkeys(("save_strategy", "eval_strategy"), "steps"),
+        **dict.fromkeys(("save_steps", "eval_steps"), 1),
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert not best.endswith("-4")
+    assert trainer.evaluate()["eval_perplexity"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
+    saved = load_projectors(f"{best}/projector.pth")
+    for ours, theirs in zip(trainer.target.projectors.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"optim": "adafactor"},
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_num_workers": 1},
+        {"neftune_noise_alpha": 5.0},
+        {"label_smoothing_factor": 0.1},
+        {"auto_find_batch_size": True},
+        {"include_num_input_tokens_seen": "non_padding"},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 1},
+        {"num_train_epochs": 1.5, "max_steps": -1},
+        {"eval_on_start": True},
+        {"max_grad_norm": 0.0},
+    ],
+    ids=str,
+)
+def test_training_arguments_work_as_users_know_them(tmp_path, tokenizer, changes):
+    trainer = make_trainer(tmp_path, tokenizer, **changes)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    assert all(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+    assert all(math.isfinite(line["loss"]) for line in trainer.state.log_history if "loss" in line)
+
+
+def test_fewer_activations_are_kept_with_gradient_checkpointing_and_the_loss_is_the_same(tmp_path, tokenizer):
+    losses = []
+    for name, value in (("off", False), ("on", True)):
+        trainer = make_trainer(tmp_path / name, tokenizer, gradient_checkpointing=value, projector_dropout=0.0)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
