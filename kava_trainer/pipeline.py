@@ -68,6 +68,7 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
     training = arguments.training
     console = Console(training.plain_output)
     _quieten(training.plain_output or not console.emoji)
+    _use_all_cores(arguments)
     summary = RunSummary(arguments.to_dict(), describe_environment(training.device))
     checkpoint = resolve_checkpoint(training.resume_from_checkpoint, training.output_dir)
     _prepare_folders(arguments)
@@ -106,6 +107,14 @@ def _quieten(plain: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     if plain:
         datasets.disable_progress_bars()
+
+
+def _use_all_cores(arguments: KavaArguments) -> None:
+    """Undo the single thread that `accelerate launch` gives a lone process on a CPU (read in accelerate 1.15.0)."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and arguments.training.world_size == 1 and arguments.training.device.type == "cpu":
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(available or 1)
 
 
 def _prepare_folders(arguments: KavaArguments) -> None:
