@@ -63,14 +63,16 @@ def is_resumable(folder: Path) -> bool:
     return (folder / TRAINER_STATE_FILE).is_file() and (folder / PROJECTOR_FILE).is_file()
 
 
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The `checkpoint-<N>` folders by rising N."""
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    folders = {path: pattern.fullmatch(path.name) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return sorted((path for path, match in folders.items() if match), key=lambda path: int(folders[path].group(1)))
+
+
 def find_newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The resumable `checkpoint-<N>` folder with the highest N, or None."""
-    found = {}
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
-        if match and is_resumable(folder):
-            found[int(match.group(1))] = folder
-    return found[max(found)] if found else None
+    return next((folder for folder in reversed(list_checkpoints(output_dir)) if is_resumable(folder)), None)
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:

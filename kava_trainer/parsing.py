@@ -63,6 +63,8 @@ def _explicit_arguments(argv: list[str], found: list[str]) -> dict[str, Any]:
     for action in parser._actions:  # argparse has no public way to learn which options were really given
         if action.dest != "help":
             converters[action.dest] = action.type
+            if action.default not in (None, argparse.SUPPRESS):
+                action.help = f"{action.help or ''} (default: {action.default})".replace("%", "%%")
             action.default, action.required, action.type, action.choices = argparse.SUPPRESS, False, None, None
     namespace, unknown = parser.parse_known_args(argv)
     names = [name.lstrip("-").split("=")[0] for name in unknown if name.startswith("--")]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from .arguments import KavaArguments
 from .callbacks.emergency import EMERGENCY_PROJECTOR, exit_code
 from .capture import hidden_size, number_of_layers, resolve_layer_pairs
-from .checkpoint_io import resolve_checkpoint, write_folder_atomically
+from .checkpoint_io import list_checkpoints, resolve_checkpoint, write_folder_atomically
 from .console import Console
 from .data import DistillationCollator, Encoded, encode_dataset, load_splits
 from .errors import BadRequest
@@ -74,15 +74,15 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
     _prepare_folders(arguments)
     _show_environment(console, training.device)
     _show_configuration(console, arguments, checkpoint)
-    status = "failed"
+    tokenizer = _load_tokenizers(arguments)
+    data = _load_data(console, arguments, tokenizer)
+    models = _load_models(console, arguments, tokenizer)
+    trainer = _build_trainer(console, arguments, models, data)
+    _check_teacher(console, models, data, training.per_device_eval_batch_size)
+    _evaluate(console, arguments, models, data, summary, ("teacher", "student_before"))
+    console.stage("Training")
+    status = "failed"  # from here on the output folder is this run's, and its summary is written however it ends
     try:
-        tokenizer = _load_tokenizers(arguments)
-        data = _load_data(console, arguments, tokenizer)
-        models = _load_models(console, arguments, tokenizer)
-        trainer = _build_trainer(console, arguments, models, data)
-        _check_teacher(console, models, data, training.per_device_eval_batch_size)
-        _evaluate(console, arguments, models, data, summary, ("teacher", "student_before"))
-        console.stage("Training")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         summary.add_training(trainer.state.log_history, trainer.state.global_step)
         _add_throughput(summary, trainer)
@@ -92,12 +92,15 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         _finish(console, arguments, models, data, trainer, summary)
         status = "completed"
         return 0
+    except BadRequest:
+        status = None
+        raise
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        if training.should_save:
-            summary.content["checkpoints"] = sorted(map(str, Path(training.output_dir).glob("checkpoint-*")))
+        if training.should_save and status is not None:
+            summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(training.output_dir)]
             path = summary.write(training.output_dir, status)
             console.print(f"Summary: {path}")
 

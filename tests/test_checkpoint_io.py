@@ -2,6 +2,7 @@ import pytest
 
 from kava_trainer.checkpoint_io import (
     find_newest_checkpoint,
+    list_checkpoints,
     resolve_checkpoint,
     write_atomically,
     write_folder_atomically,
@@ -54,6 +55,7 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     make_checkpoint(tmp_path, 11, files=("projector.pth",))
     make_checkpoint(tmp_path, "final")
     assert find_newest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (9, 10, 11)]
     assert resolve_checkpoint("true", tmp_path).name == "checkpoint-10"
 
 
