@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .capture import answer_logits
@@ -75,8 +76,11 @@ class FinalAnswerMatch(evaluate.Metric):
         return {"exact_match": sum(matches) / len(matches)}
 
 
-def _batches(indices: list[int], size: int) -> list[list[int]]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
+def _batches(indices: list[int], size: int, description: str) -> Iterator[list[int]]:
+    """Consecutive batches under a progress bar, which is drawn on the main process's terminal only."""
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    hidden = None if PartialState().is_main_process else True
+    yield from tqdm(batches, desc=description, leave=False, disable=hidden)
 
 
 @torch.no_grad()
@@ -96,7 +100,7 @@ def answer_cross_entropy(
     order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
     total, count = 0.0, 0
     with PartialState().split_between_processes(order) as share:
-        for rows in _batches(share, batch_size):
+        for rows in _batches(share, batch_size, "Perplexity"):
             batch = collator([dataset[row] for row in rows])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             logits = answer_logits(model, batch["input_ids"], batch["attention_mask"], batch["logits_columns"])
@@ -134,7 +138,7 @@ def generate_answers(
     order = sorted(range(len(dataset)), key=lambda row: dataset[row]["prompt_length"])
     answers: list[tuple[int, str]] = []
     with PartialState().split_between_processes(order) as share:
-        for rows in _batches(share, batch_size):
+        for rows in _batches(share, batch_size, "Generating answers"):
             prompts = [torch.tensor(_prompt(dataset[row], tokenizer)) for row in rows]
             width = {"batch_first": True, "padding_side": "left"}
             input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
