@@ -340,9 +340,7 @@ def _finish(
     console.print(f"Student: {student_folder}")
     console.print(f"Projector: {projector}")
     if data.evaluation is not None:
-        metrics = trainer.evaluate()
-        for name in ("loss", "mercator_loss", "cos_sim"):
-            summary.content["final"][name] = metrics.get(f"eval_{name}")
+        summary.add_final(trainer.evaluate())
     _evaluate(console, arguments, models, data, summary, ("student_after",))
     if training.should_save:
         name = trainer.hub_model_id or FINAL_STUDENT

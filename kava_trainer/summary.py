@@ -105,6 +105,11 @@ class RunSummary:
         if lines:
             self.content["final"] |= {name: lines[-1].get(name) for name in ("loss", "mercator_loss", "cos_sim")}
 
+    def add_final(self, metrics: dict[str, float]) -> None:
+        """Set the final figures from the metrics of an evaluation; what it did not measure becomes null."""
+        self.content["final"] = {name: metrics.get(f"eval_{name}") for name in _FINAL}
+        self.content["verdict"]["collapsed"] = bool(metrics["eval_collapsed"]) if "eval_collapsed" in metrics else None
+
     def add_evaluation(self, who: str, figures: dict[str, float | None]) -> None:
         """Set the figures of `teacher`, `student_before`, `student_after` or `control_sft`."""
         self.content["evaluation"][who] = figures

@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from .arguments import KavaTrainingArguments
 from .callbacks.emergency import EmergencyCheckpointCallback
+from .callbacks.probe import FirstProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
 from .checkpoint_io import PROJECTOR_FILE
 from .errors import RunFailed
 from .losses import next_token_loss, next_tokens, token_mean, token_sum
 from .metrics import TokenMeans
+from .probe import AlignmentProbe, ProbeResult, choose_examples
 from .projector import restore_projectors, save_projectors
 from .student import DistillationModel, StudentOutput
 from .targets import HiddenStateTarget
@@ -63,7 +66,11 @@ class KavaTrainer(Trainer):
         self.emergency = EmergencyCheckpointCallback()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        for callback in (StatusCallback(plain=args.plain_output), ProjectorSaveCallback(), self.emergency):
+        self.probe = self._make_probe()
+        self.last_probe: ProbeResult | None = None
+        self._probed_at = 0
+        own = [StatusCallback(args.plain_output), FirstProbeCallback(self._log_probe), ProjectorSaveCallback()]
+        for callback in (*own, self.emergency):
             self.add_callback(callback)
 
     @property
@@ -75,6 +82,32 @@ class KavaTrainer(Trainer):
     def target(self) -> HiddenStateTarget:
         """What is aligned, with its projectors."""
         return self.model.target
+
+    def _make_probe(self) -> AlignmentProbe | None:
+        """The fixed probe, where something is aligned and there is one set of held-out examples."""
+        if self.teacher is None or self.args.mercator_weight == 0 or not has_length(self.eval_dataset):
+            return None
+        if isinstance(self.eval_dataset, dict):
+            return None
+        examples = choose_examples(self.eval_dataset)
+        return AlignmentProbe(examples, self.data_collator, self.args.per_device_eval_batch_size)
+
+    def run_probe(self, prefix: str = "probe") -> dict[str, float]:
+        """Measure the alignment on the probe and return the figures as metrics; empty where there is no probe."""
+        if self.probe is None:
+            return {}
+        self.last_probe, self._probed_at = self.probe.measure(self.model, self.teacher), self.state.global_step
+        return self.last_probe.metrics(prefix)
+
+    def _log_probe(self) -> None:
+        metrics = self.run_probe()
+        if metrics:
+            self.log(metrics)
+
+    @property
+    def collapse(self) -> str | None:
+        """Why the alignment counts as collapsed, from the last probe of a model that has been trained; else None."""
+        return None if self.last_probe is None or self._probed_at == 0 else self.last_probe.collapse
 
     def compute_loss(
         self,
@@ -220,6 +253,7 @@ class KavaTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.train_means.drain(self._sum_over_ranks))
             logs["projector_learning_rate"] = self._projector_learning_rate()
+            logs["collapsed"] = float(self.collapse is not None)
             broken = [name for name, value in logs.items() if not math.isfinite(value)]
             if broken:
                 raise RunFailed(
@@ -253,16 +287,23 @@ class KavaTrainer(Trainer):
             return loss, None, None
         return loss, outputs["logits"], inputs["labels"]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's loop, plus `cos_sim`, `mercator_loss`, `lm_loss` and `perplexity` as exact token means."""
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output = super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Trainer's loop, plus `cos_sim`, `mercator_loss`, `lm_loss` and `perplexity` as exact token means.
+
+        An evaluation also runs the probe; its figures have the same prefix.
+        """
+        prefix = metric_key_prefix
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
         means = self.eval_means.drain(self._sum_over_ranks)
         weights = {"mercator_loss": self.args.mercator_weight, "lm_loss": self.args.lm_weight}
         output.metrics[f"{prefix}_loss"] = sum(weights[name] * means[name] for name in weights if name in means)
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
             output.metrics[f"{prefix}_perplexity"] = math.exp(min(means["lm_loss"], 700))
+        probed = self.run_probe(prefix) if description == "Evaluation" else {}
+        output.metrics.update({name: value for name, value in probed.items() if name not in output.metrics})
         return output
 
     def save_projector(self, path: str | Path) -> None:

@@ -9,7 +9,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch  # noqa: E402
 from conftest import STUDENT_FOLDER  # noqa: E402
-from test_trainer import make_trainer  # noqa: E402
+from test_trainer import loss_lines, make_trainer  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 
@@ -35,7 +35,7 @@ def main(output: str, batch_size: str, accumulation: str, weighting: str) -> Non
     if trainer.is_world_process_zero():
         state = {
             "weights": {name: parameter.detach() for name, parameter in trainer.model.named_parameters()},
-            "line": {k: v for k, v in trainer.state.log_history[0].items() if isinstance(v, float)},
+            "line": {k: v for k, v in loss_lines(trainer)[0].items() if isinstance(v, float)},
             "world_size": trainer.args.world_size,
             "wrapper": type(trainer.model_wrapped).__name__,
         }

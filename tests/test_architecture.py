@@ -18,8 +18,15 @@ ORDER = [
         "student",
         "data",
         "evaluation",
+        "probe",
     ),
-    *("callbacks", "callbacks.status", "callbacks.projector_save", "callbacks.emergency"),
+    *(
+        "callbacks",
+        "callbacks.status",
+        "callbacks.probe",
+        "callbacks.projector_save",
+        "callbacks.emergency",
+    ),
     *("trainer", "summary", "hub", "pipeline", "quickstart.train_teacher"),
 ]
 PACKAGE = ROOT / "kava_trainer"

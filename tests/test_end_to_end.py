@@ -94,7 +94,10 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
         *("loss", "mercator_loss", "cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka"),
         *("student_effective_rank", "target_effective_rank", "teacher_effective_rank"),
     }
-    assert summary["final"]["centred_cos_sim"] is None
+    assert all(value is not None for value in summary["final"].values())
+    assert summary["final"]["margin"] == pytest.approx(
+        summary["final"]["cos_sim"] - summary["final"]["shuffled_cos_sim"], abs=0.02
+    )
     assert set(summary["evaluation"]) == {"teacher", "student_before", "student_after", "control_sft"}
     assert summary["evaluation"]["teacher"]["perplexity"] < 1.2
     assert summary["evaluation"]["student_after"]["perplexity"] < summary["evaluation"]["student_before"]["perplexity"]

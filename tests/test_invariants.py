@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, random_examples, tiny_qwen
-from test_trainer import make_trainer
+from test_trainer import loss_lines, make_trainer
 
 from kava_trainer.projector import load_projectors
 
@@ -119,7 +119,7 @@ def test_a_resumed_run_ends_bit_equal_to_one_never_stopped(tmp_path, tokenizer, 
     resumed = make_trainer(tmp_path / "again", tokenizer, count=12, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
     assert weight_hash(resumed.model) == weight_hash(straight.model)
-    lines = [[x["loss"] for x in t.state.log_history if "loss" in x] for t in (straight, resumed)]
+    lines = [[line["loss"] for line in loss_lines(trainer)] for trainer in (straight, resumed)]
     assert lines[0] == lines[1]
     saved = load_projectors(tmp_path / f"proj_step_{stop}.pth")
     assert weight_hash(saved) != weight_hash(resumed.target.projectors)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 
-from kava_trainer.alignment import alignment_status
 from kava_trainer.callbacks.status import StatusCallback
 from kava_trainer.console import can_show_emoji, status_text
 from kava_trainer.hub import push_student, render_model_card
@@ -15,24 +14,6 @@ from kava_trainer.metrics import TokenMeans
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.pipeline import resume_command
 from kava_trainer.summary import RunSummary, describe_environment
-
-
-@pytest.mark.parametrize(
-    ("cos_sim", "status"),
-    [
-        (-1.0, "Adapting"),
-        (0.4999, "Adapting"),
-        (0.5, "Learning"),
-        (0.6999, "Learning"),
-        (0.7, "Good"),
-        (0.9, "Great"),
-        (0.9499, "Great"),
-        (0.95, "Excellent"),
-        (1.0, "Excellent"),
-    ],
-)
-def test_statuses_have_inclusive_lower_edges(cos_sim, status):
-    assert alignment_status(cos_sim) == status
 
 
 class Terminal(io.StringIO):

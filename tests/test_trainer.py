@@ -52,6 +52,10 @@ def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):
     )
 
 
+def loss_lines(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
 @pytest.mark.parametrize("mapping", ["last", "uniform:2"])
 def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path, tokenizer, mapping):
     trainer = make_trainer(tmp_path, tokenizer, layer_mapping=mapping, mercator_weight=0.7, lm_weight=0.3)
@@ -81,7 +85,7 @@ def test_without_the_language_model_term_no_logits_are_computed(tmp_path, tokeni
     trainer.model.train()
     assert trainer.student_outputs(trainer.model, batch, None).logits.shape[1] == 0
     trainer.train()
-    assert "lm_loss" not in trainer.state.log_history[0]
+    assert "lm_loss" not in loss_lines(trainer)[0]
 
 
 def test_without_the_mercator_term_the_teacher_does_not_run(tmp_path, tokenizer):
@@ -89,7 +93,7 @@ def test_without_the_mercator_term_the_teacher_does_not_run(tmp_path, tokenizer)
     trainer.teacher.features = None
     before = [parameter.clone() for parameter in trainer.target.parameters()]
     trainer.train()
-    assert "cos_sim" not in trainer.state.log_history[0]
+    assert "cos_sim" not in loss_lines(trainer)[0]
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.target.parameters(), strict=True))
 
 
@@ -143,7 +147,7 @@ def test_predict_gives_logits_and_labels_and_compute_metrics_sees_them(tmp_path,
 def test_a_log_line_has_the_loss_of_its_terms_and_both_learning_rates(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, mercator_weight=2.0, lm_weight=0.5)
     trainer.train()
-    line = trainer.state.log_history[0]
+    line = loss_lines(trainer)[0]
     assert line["loss"] == pytest.approx(2.0 * line["mercator_loss"] + 0.5 * line["lm_loss"], rel=1e-4)
     assert -1 <= line["cos_sim"] <= 1
     assert line["projector_learning_rate"] > 0
@@ -234,7 +238,7 @@ def test_training_arguments_work_as_users_know_them(tmp_path, tokenizer, changes
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     trainer.train()
     assert all(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
-    assert all(math.isfinite(line["loss"]) for line in trainer.state.log_history if "loss" in line)
+    assert all(math.isfinite(line["loss"]) for line in loss_lines(trainer))
 
 
 def test_fewer_activations_are_kept_with_gradient_checkpointing_and_the_loss_is_the_same(tmp_path, tokenizer):
@@ -242,5 +246,5 @@ def test_fewer_activations_are_kept_with_gradient_checkpointing_and_the_loss_is_
     for name, value in (("off", False), ("on", True)):
         trainer = make_trainer(tmp_path / name, tokenizer, gradient_checkpointing=value, projector_dropout=0.0)
         trainer.train()
-        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        losses.append([line["loss"] for line in loss_lines(trainer)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -52,8 +52,8 @@ class StatusCallback(TrainerCallback):
             return
         parts = [f"Loss: {logs['loss']:.4f}"]
         if "cos_sim" in logs:
-            status = status_text(alignment_status(logs["cos_sim"]), self._console.emoji)
-            parts.append(f"CosSim: {logs['cos_sim']:.4f} {status}")
+            status = alignment_status(logs["cos_sim"], collapsed=bool(logs.get("collapsed")))
+            parts.append(f"CosSim: {logs['cos_sim']:.4f} {status_text(status, self._console.emoji)}")
         self._console.print(f"[Step {state.global_step:04d}] {' | '.join(parts)}")
         if self._bar is not None:
             self._bar.set_postfix_str(" | ".join(parts))
