@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -118,9 +119,11 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata=_help("Configuration of a hub data set."))
     dataset_train_split: str = field(default="train", metadata=_help("Split to train on."))
-    dataset_test_split: str = field(
-        default="test",
-        metadata=_help("Split to evaluate on; where it does not exist a part of the training split is held out."),
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata=_help(
+            "Split to evaluate on; by default test, else validation, else a held-out part of the training split."
+        ),
     )
     max_length: int = field(default=512, metadata=_help("Longest example in tokens; longer ones are cut and counted."))
     max_train_samples: int | None = field(default=None, metadata=_help("Use only the first so many examples."))
@@ -141,7 +144,8 @@ class DataArguments:
 
 
 _NOT_NEGATIVE = (
-    "mercator_alpha", "mercator_beta", "mercator_weight", "lm_weight", "projector_learning_rate", "learning_rate"
+    "mercator_alpha", "mercator_beta", "mercator_weight", "lm_weight", "projector_learning_rate", "learning_rate",
+    "seed",
 )  # fmt: skip
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
@@ -193,17 +197,38 @@ class KavaTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.layer_mapping, (list, tuple)):
             self.layer_mapping = json.dumps(self.layer_mapping)
-        super().__post_init__()
+        found = self.problems()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            found.append(str(error))
+        if found:
+            raise ValueError("\n".join(found))
         self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.final_dir is None:
             self.final_dir = self.output_dir
-        found = self.problems()
-        if found:
-            raise ValueError("\n".join(found))
+
+    def _not_supported(self) -> list[tuple[str, str]]:
+        """What `TrainingArguments` offers and KAVA would not really do, with what to use instead."""
+
+        def launched(engine: str) -> bool:
+            return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+        config = self.accelerator_config
+        dispatches = config.get("dispatch_batches") if isinstance(config, dict) else False
+        offers = [
+            ("fsdp", self.fsdp or launched("FSDP"), "start several processes without it (DDP)"),
+            ("deepspeed", self.deepspeed or launched("DEEPSPEED"), "start several processes without it (DDP)"),
+            ("accelerator_config.dispatch_batches", dispatches, "leave it out"),
+        ]
+        return [(name, instead) for name, value, instead in offers if value]
 
     def problems(self) -> list[str]:
         """One sentence for each mistake in the distillation's own arguments; empty when there is none."""
         found = [f"{n} is {getattr(self, n)}; it cannot be negative." for n in _NOT_NEGATIVE if getattr(self, n) < 0]
+        found += [f"{name} is not supported yet; {instead}." for name, instead in self._not_supported()]
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            found.append(f"num_train_epochs is {self.num_train_epochs}; write a number above 0, or set max_steps.")
         found += [f"{n} is {getattr(self, n)}; write 1 or more." for n in _AT_LEAST_ONE if getattr(self, n) < 1]
         if self.mercator_weight == 0 and self.lm_weight == 0:
             found.append("mercator_weight and lm_weight are both 0, so there is nothing to train on.")

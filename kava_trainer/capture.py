@@ -70,6 +70,11 @@ def hidden_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).hidden_size
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens a model has positions for, or None where its config sets no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def find_decoder(model: PreTrainedModel) -> nn.Module:
     """The module whose output is the last hidden state: the model without its vocabulary head."""
     return model.get_decoder()

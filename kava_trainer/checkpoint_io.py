@@ -1,5 +1,6 @@
 """Saves that are whole or absent, and finding the newest checkpoint that can be resumed."""
 
+import json
 import os
 import re
 import shutil
@@ -59,8 +60,19 @@ def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> 
 
 
 def is_resumable(folder: Path) -> bool:
-    """Whether a folder holds what a resumed run reads first; the trainer's state is written last."""
-    return (folder / TRAINER_STATE_FILE).is_file() and (folder / PROJECTOR_FILE).is_file()
+    """Whether a folder holds a projector and a readable trainer's state, which is written last."""
+    try:
+        return bool(json.loads((folder / TRAINER_STATE_FILE).read_text())) and (folder / PROJECTOR_FILE).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def unreadable_checkpoint(folder: str | Path | None, error: Exception) -> BadRequest:
+    """The error for a checkpoint that is there and cannot be loaded."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return BadRequest(
+        f"The checkpoint {folder} cannot be loaded ({reason}). Resume from an older one, or start afresh."
+    )
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -97,6 +109,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Pat
         raise BadRequest(f"resume_from_checkpoint names {folder}, which is not a folder; write true for the newest.")
     if not is_resumable(folder):
         raise BadRequest(
-            f"{folder} is not a checkpoint that KAVA can resume: it lacks {TRAINER_STATE_FILE} or {PROJECTOR_FILE}."
+            f"{folder} is not a checkpoint that KAVA can resume: it lacks a readable {TRAINER_STATE_FILE} or "
+            f"{PROJECTOR_FILE}."
         )
     return folder

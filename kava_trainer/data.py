@@ -69,7 +69,15 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
     name = arguments.dataset_name
     try:
         loaded = _read(arguments)
-    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, RuntimeError, StopIteration) as error:
+    except (
+        DatasetNotFoundError,
+        DatasetGenerationError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        StopIteration,
+    ) as error:
         reason = next(iter(str(error.__cause__ or error).splitlines()), "it holds no examples")
         raise BadRequest(f"The data set {name!r} cannot be loaded: {reason}") from error
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
@@ -81,11 +89,23 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
     train = splits[arguments.dataset_train_split]
     if len(train) == 0:
         raise BadRequest(f"The split {arguments.dataset_train_split!r} of {name!r} holds no examples.")
-    total, test = len(train), splits.get(arguments.dataset_test_split)
+    total, test = len(train), _test_split(splits, arguments)
     if test is None and total > 1:
         held_out = max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * total)))
         train, test = train.train_test_split(test_size=held_out, seed=0).values()
     return _first(train, arguments.max_train_samples), _first(test, arguments.max_eval_samples), total
+
+
+def _test_split(splits: DatasetDict, arguments: DataArguments) -> Dataset | None:
+    """The split to evaluate on, or None where a part of the training split has to be held out."""
+    wanted, train = arguments.dataset_test_split, arguments.dataset_train_split
+    if wanted is not None and wanted not in splits:
+        raise BadRequest(
+            f"The data set {arguments.dataset_name!r} has no split {wanted!r}; set dataset_test_split to one of "
+            f"{', '.join(splits)}, or leave it out."
+        )
+    names = [wanted] if wanted is not None else ["test", "validation"]
+    return next((splits[name] for name in names if name in splits and name != train), None)
 
 
 def _first(dataset: Dataset | None, count: int | None) -> Dataset | None:
@@ -103,24 +123,45 @@ def find_format(columns: list[str]) -> tuple[str, ...]:
     )
 
 
-def _text(value: Any) -> Any:
-    """A cell as text: nothing for a missing one, `42` for the number 42; a list of chat messages stays a list."""
-    return value if isinstance(value, list) else "" if value is None else str(value)
+def _text(value: Any, name: str) -> str:
+    """A cell as text: nothing for a missing one, `42` for the number 42."""
+    if value is None or isinstance(value, (str, int, float)):
+        return "" if value is None else str(value)
+    raise ValueError(f"{name} must be text, but it is a {type(value).__name__}")
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    """Chat messages with a role and text each."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError(f"{name} must be a list of messages, but it is a {type(value).__name__}")
+    for message in value:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f'{name} must hold messages such as {{"role": "user", "content": "text"}}')
+    return value
 
 
 def prompt_and_answer(example: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any]:
     """Prompt and answer of one example: two texts, or two lists of chat messages.
 
     Of a conversation the last message is the answer; plain `text` is all answer.
+
+    Raises:
+        ValueError: if a cell is not what its column should hold, or a conversation does not end with the assistant.
     """
     if names == ("text",):
-        return "", _text(example["text"])
+        return "", _text(example["text"], "text")
     if names == ("messages",):
-        messages = example["messages"] or []
-        return messages[:-1], messages[-1:]
-    prompt, answer = (_text(example[name]) for name in names)
-    if names == ("question", "answer"):
-        return PROMPT.format(question=prompt), f" {answer}" if answer else ""
+        messages = _messages(example["messages"] or [], "messages")
+        prompt, answer = messages[:-1], messages[-1:]
+    elif isinstance(example[names[0]], list) or isinstance(example[names[1]], list):
+        prompt, answer = (_messages(example[name] or [], name) for name in names)
+    else:
+        prompt, answer = (_text(example[name], name) for name in names)
+        if names == ("question", "answer"):
+            return PROMPT.format(question=prompt), f" {answer}" if answer else ""
+        return prompt, answer
+    if answer and answer[-1]["role"] != "assistant":
+        raise ValueError(f"a conversation must end with the assistant, but this one ends with {answer[-1]['role']!r}")
     return prompt, answer
 
 
@@ -195,7 +236,8 @@ def _fingerprint(dataset: Dataset, names: tuple[str, ...], tokenizer: PreTrained
     content key (read in datasets 5.2.0).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    vocabulary = json.dumps(content | {"truncation": None, "padding": None}, sort_keys=True)  # set by mere use
     text = [FORMAT_VERSION, PROMPT, vocabulary, str(tokenizer.chat_template), tokenizer.eos_token_id]
     parts = [*text, dataset._fingerprint, names, max_length]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -217,17 +259,21 @@ def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         BadRequest: if the columns are not known, a chat has no template, or no example has an answer.
     """
     names = find_format(dataset.column_names)
-    if names == ("messages",) and not tokenizer.chat_template:
-        raise BadRequest("The data set holds chat messages, but the tokenizer has no chat template; add one to it.")
 
-    def encode(example: dict[str, Any]) -> dict[str, Any]:
-        prompt, answer = prompt_and_answer(example, names)
-        text = answer if isinstance(answer, str) else "".join(message["content"] or "" for message in answer)
+    def encode(example: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            prompt, answer = prompt_and_answer(example, names)
+        except ValueError as error:
+            raise BadRequest(f"Row {index + 1} of the data cannot be used: {error}.") from error
+        if isinstance(answer, list) and not tokenizer.chat_template:
+            raise BadRequest("The data set holds chat messages, but the tokenizer has no chat template; add one to it.")
+        text = answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
         row = encode_example(prompt, answer, tokenizer, max_length)
         return {**row, "answer_text": text, "answered": any(label != IGNORED for label in row["labels"][1:])}
 
     encoded = dataset.map(
         encode,
+        with_indices=True,
         remove_columns=dataset.column_names,
         new_fingerprint=_fingerprint(dataset, names, tokenizer, max_length),
         desc=description,

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -23,14 +24,15 @@ FINAL_ANSWER = "####"
 """What GSM8K writes before the final answer."""
 
 _MINUS = r"(?<![\d)])-"
-_AMOUNT = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/[1-9]\d*)?|\.\d+"
+_DIGITS = r"\d{1,40}"  # Python refuses to read thousands of digits, which a looping model writes
+_AMOUNT = rf"(?:\d{{1,3}}(?:,\d{{3}})+|{_DIGITS})(?:\.{_DIGITS}|/[1-9]\d{{0,39}})?|\.{_DIGITS}"
 _NUMBER = re.compile(rf"(?P<sign>{_MINUS})?\s*\$?\s*(?P<inner_sign>{_MINUS})?(?P<amount>{_AMOUNT})")
 
 
 def _numbers(text: str) -> list[Fraction]:
     """All numbers of a text as people mean them: `$1,800`, `18.`, `18.0`, `-3`, `1/2`."""
     found = []
-    for match in _NUMBER.finditer(text):
+    for match in _NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")):
         amount = Fraction(match["amount"].replace(",", ""))
         found.append(-amount if match["sign"] or match["inner_sign"] else amount)
     return found
@@ -46,11 +48,12 @@ def is_exact_match(prediction: str, reference: str) -> bool:
     The final answer stands behind the first `####`. A prediction without that mark is read by its last number. Numbers
     are compared as numbers (`#### 18.`, `$18` and `18.0` are one answer), other answers as text without case.
     """
-    expected = reference.split(FINAL_ANSWER, 1)[-1].split("\n")[0] if FINAL_ANSWER in reference else reference
+    is_problem = FINAL_ANSWER in reference
+    expected = reference.split(FINAL_ANSWER, 1)[1].split("\n")[0] if is_problem else reference
     marked = FINAL_ANSWER in prediction
     given = prediction.split(FINAL_ANSWER, 1)[1].split("\n")[0] if marked else prediction
     wanted = _numbers(expected)
-    if len(wanted) != 1 or re.search(r"[^\W\d_]{2,}", expected):
+    if len(wanted) != 1 or (not is_problem and re.search(r"[^\W\d_]{2,}", expected)):
         return _plain(given) == _plain(expected)
     numbers = _numbers(given)
     return bool(numbers) and (numbers[0] if marked else numbers[-1]) == wanted[0]
@@ -143,11 +146,22 @@ def generate_answers(
             width = {"batch_first": True, "padding_side": "left"}
             input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
             mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
-            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
+            with _own_defaults_off(model):
+                output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
             texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
             answers += zip(rows, texts, strict=True)
     model.train(training)
     return [text for _, text in sorted(gather_object(answers))]
+
+
+@contextmanager
+def _own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a config leaves open from the model's own, such as a repetition penalty; not in here."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
-from .arguments import QUICKSTART, KavaArguments
+from .arguments import QUICKSTART, KavaArguments, KavaTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 _CARD = """---
 {metadata}
@@ -28,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 |---|---|---|
 {rows}
 
-Steps: {steps}. CosSim of the last log line: {cos_sim}.
+Steps: {steps}. CosSim on held-out examples: {cos_sim}.
 """
 
 
@@ -83,6 +88,33 @@ def render_model_card(name: str, arguments: KavaArguments, summary: dict[str, An
     )
 
 
+_STATE_FILES = ["optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "projector.pth"]
+
+
+def push_checkpoint(folder: Path, repo_id: str, arguments: KavaTrainingArguments) -> PushInProgress:
+    """Begin to send a checkpoint to the hub, as `hub_strategy` asks, and return the running job.
+
+    Args:
+        folder: the checkpoint.
+        repo_id: where to.
+        arguments: `every_save` sends the student alone, `checkpoint` all of it as `last-checkpoint`,
+            `all_checkpoints` all of it under its own name.
+    """
+    strategy = arguments.hub_strategy
+    names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+    job = HfApi(token=arguments.hub_token).upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=names.get(strategy),
+        ignore_patterns=None if strategy in names else _STATE_FILES,
+        revision=arguments.hub_revision,
+        commit_message=f"Training in progress, {folder.name}",
+        run_as_future=True,
+    )
+    job.add_done_callback(lambda done: done.exception() and logger.warning("%s was not sent to the hub.", folder))
+    return PushInProgress([job])
+
+
 def push_student(folder: Path, repo_id: str, arguments: KavaArguments) -> str | None:
     """Send a finished student to its hub repository.
 
@@ -100,7 +132,7 @@ def push_student(folder: Path, repo_id: str, arguments: KavaArguments) -> str | 
             commit_message="Distilled student",
         )
     except Exception as error:  # the network fails in many ways; all of them are told, none may harm the run
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         return (
             f"The student could not be sent to {repo_id} ({reason}). It is whole in {folder}; try again with: "
             f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(folder))}"

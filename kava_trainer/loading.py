@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -31,7 +32,7 @@ def _locate(name: str, role: str) -> str:
 def _load(what: str, name: str, load: Callable[[], T]) -> T:
     try:
         return load()
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -103,11 +104,15 @@ def load_causal_lm(
 def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArguments) -> PreTrainedModel:
     """A causal language model with random weights, in the config's data type where `dtype` is `auto`."""
     chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    return AutoModelForCausalLM.from_config(
-        config,
-        dtype=chosen,
-        attn_implementation=arguments.attn_implementation,
-        trust_remote_code=arguments.trust_remote_code,
+    return _load(
+        "student of type",
+        config.model_type,
+        lambda: AutoModelForCausalLM.from_config(
+            config,
+            dtype=chosen,
+            attn_implementation=arguments.attn_implementation,
+            trust_remote_code=arguments.trust_remote_code,
+        ),
     )
 
 

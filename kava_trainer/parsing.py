@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def _explicit_arguments(argv: list[str], found: list[str]) -> dict[str, Any]:
     converters = {}
     for action in parser._actions:  # argparse has no public way to learn which options were really given
         if action.dest != "help":
-            converters[action.dest] = action.type
+            converters.setdefault(action.dest, action.type)  # `--no_x` shares the name of `--x`
             if action.default not in (None, argparse.SUPPRESS):
                 action.help = f"{action.help or ''} (default: {action.default})".replace("%", "%%")
             action.default, action.required, action.type, action.choices = argparse.SUPPRESS, False, None, None
@@ -134,11 +135,21 @@ def _type_problem(name: str, value: Any) -> str | None:
         return None
     if not _fits(name, value, _HINTS[name]):
         return f"{name} is {json.dumps(value)}; write {_expected(_HINTS[name])}."
-    if name in _CHOICES and value not in [choice.value for choice in _CHOICES[name]]:
-        choices = [str(choice.value) for choice in _CHOICES[name]]
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} is {value}; write a finite number."
+    choices = _choices(name)
+    if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=3) or choices[:8]
         return f"{name} is {json.dumps(value)}; write one of {', '.join(near)}{', ...' if len(choices) > 8 else ''}."
     return None
+
+
+def _choices(name: str) -> list[str]:
+    """The values a text argument may have, or nothing where any text will do."""
+    if name in _CHOICES:
+        return [str(choice.value) for choice in _CHOICES[name]]
+    metadata = next(f.metadata for group in _GROUPS for f in fields(group) if f.name == name)
+    return list(metadata.get("choices", ()))
 
 
 def _unknown_problem(name: str) -> str:

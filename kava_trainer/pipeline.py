@@ -2,30 +2,38 @@
 
 import math
 import os
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .arguments import KavaArguments
 from .callbacks.emergency import EMERGENCY_PROJECTOR, exit_code
-from .capture import hidden_size, number_of_layers, resolve_layer_pairs
+from .capture import context_length, hidden_size, number_of_layers, resolve_layer_pairs
 from .checkpoint_io import list_checkpoints, resolve_checkpoint, write_folder_atomically
 from .console import Console
 from .data import DistillationCollator, Encoded, encode_dataset, load_splits
+from .environment import (
+    describe_environment,
+    describe_memory,
+    device_name,
+    peak_memory_bytes,
+    quieten,
+    resume_command,
+    use_all_cores,
+)
 from .errors import BadRequest
 from .evaluation import answer_cross_entropy, evaluate_model, longest_answer
 from .hub import push_student, render_model_card
 from .loading import check_tokenizers_agree, check_vocabulary_fits, load_tokenizer
 from .projector import ProjectorConfig
 from .student import load_student
-from .summary import RunSummary, describe_environment, device_name, peak_memory_bytes
+from .summary import RunSummary
 from .targets import HiddenStateTarget
 from .teacher import OnlineTeacher, load_teacher
 from .trainer import KavaTrainer
@@ -67,8 +75,8 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
     """
     training = arguments.training
     console = Console(training.plain_output)
-    _quieten(training.plain_output or not console.emoji)
-    _use_all_cores(arguments)
+    quieten(training.plain_output or not console.emoji)
+    use_all_cores(training)
     summary = RunSummary(arguments.to_dict(), describe_environment(training.device))
     checkpoint = resolve_checkpoint(training.resume_from_checkpoint, training.output_dir)
     _prepare_folders(arguments)
@@ -84,9 +92,7 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
     status = "failed"  # from here on the output folder is this run's, and its summary is written however it ends
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        summary.add_training(trainer.state.log_history, trainer.state.global_step)
-        _add_throughput(summary, trainer)
-        if trainer.emergency.received is not None:
+        if trainer.emergency.received is not None and _last_checkpoint(trainer).is_dir():
             status = "interrupted"
             return _tell_interruption(console, trainer, argv)
         _finish(console, arguments, models, data, trainer, summary)
@@ -100,24 +106,12 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         raise
     finally:
         if training.should_save and status is not None:
+            summary.add_training(trainer.state.log_history, trainer.state.global_step)
+            summary.content["throughput"] |= {"peak_memory_bytes": peak_memory_bytes(training.device)}
+            summary.content["throughput"] |= trainer.throughput()
             summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(training.output_dir)]
             path = summary.write(training.output_dir, status)
             console.print(f"Summary: {path}")
-
-
-def _quieten(plain: bool) -> None:
-    """Leave the screen to KAVA's own stages; warnings of the libraries still come through."""
-    transformers.utils.logging.disable_progress_bar()
-    if plain:
-        datasets.disable_progress_bars()
-
-
-def _use_all_cores(arguments: KavaArguments) -> None:
-    """Undo the single thread that `accelerate launch` gives a lone process on a CPU (read in accelerate 1.15.0)."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if launched and arguments.training.world_size == 1 and arguments.training.device.type == "cpu":
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(available or 1)
 
 
 def _prepare_folders(arguments: KavaArguments) -> None:
@@ -129,15 +123,9 @@ def _prepare_folders(arguments: KavaArguments) -> None:
             raise BadRequest(f"{name} {folder} cannot be made: {error.strerror}.") from error
         if not os.access(folder, os.W_OK):
             raise BadRequest(f"{name} {folder} cannot be written to; choose another folder.")
-
-
-def _memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    return "unknown"
+    student = Path(arguments.training.final_dir) / FINAL_STUDENT
+    if student.exists() and not student.is_dir():
+        raise BadRequest(f"{student} is a file, but the student's folder goes there; move it or set final_dir.")
 
 
 def _show_environment(console: Console, device: torch.device) -> None:
@@ -145,7 +133,7 @@ def _show_environment(console: Console, device: torch.device) -> None:
     versions = (sys.version.split()[0], torch.__version__, transformers.__version__)
     console.print("Python {}, PyTorch {}, Transformers {}".format(*versions))
     console.print(f"Accelerator: {device_name(device)}")
-    console.print(f"Memory: {_memory(device)}")
+    console.print(f"Memory: {describe_memory(device)}")
 
 
 def _show_configuration(console: Console, arguments: KavaArguments, checkpoint: Path | None) -> None:
@@ -205,12 +193,13 @@ def _load_models(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     student = load_student(arguments.model, teacher)
     for role, model in (("teacher", teacher), ("student", student)):
         check_vocabulary_fits(model, role, tokenizer)
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = context_length(model)
         if limit is not None and arguments.data.max_length > limit:
             raise BadRequest(f"max_length is {arguments.data.max_length}, but the {role} reads {limit} tokens at most.")
         width, depth = hidden_size(model), number_of_layers(model)
         console.print(
-            f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters"
+            f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{str(model.dtype).removeprefix('torch.')}"
         )
     return Models(teacher, student, tokenizer)
 
@@ -234,16 +223,20 @@ def _build_trainer(console: Console, arguments: KavaArguments, models: Models, d
         dropout=training.projector_dropout,
     )
     target = HiddenStateTarget(pairs, shape, training.mercator_alpha, training.mercator_beta)
-    trainer = KavaTrainer(
-        student=models.student,
-        teacher=OnlineTeacher(models.teacher, target.teacher_layers),
-        target=target,
-        args=training,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        data_collator=data.collator,
-        processing_class=models.tokenizer,
-    )
+    try:
+        trainer = KavaTrainer(
+            student=models.student,
+            teacher=OnlineTeacher(models.teacher, target.teacher_layers),
+            target=target,
+            args=training,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            data_collator=data.collator,
+            processing_class=models.tokenizer,
+        )
+        trainer.create_optimizer()
+    except (ValueError, ImportError, KeyError, OSError, HTTPError) as error:
+        raise BadRequest(f"Trainer cannot be set up with these arguments: {error}") from error
     console.print(f"Projector: {shape.teacher_size} -> {shape.student_size}")
     console.print(f"Aligned layers (student, teacher): {', '.join(map(str, pairs))}")
     console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
@@ -277,6 +270,8 @@ def _evaluate(
     console.stage("Evaluation")
     models.student.to(training.device)
     new_tokens = training.generation_max_new_tokens or 2 * longest_answer(data.evaluation)
+    limits = [limit for model in (models.teacher, models.student) if (limit := context_length(model)) is not None]
+    new_tokens = min([new_tokens, *(limit - max(data.evaluation["prompt_length"]) for limit in limits)])
     for name in names:
         figures = evaluate_model(
             models.teacher if name == "teacher" else models.student,
@@ -292,39 +287,17 @@ def _evaluate(
         console.print(f"{name.replace('_', ' ').capitalize()}: perplexity {figures['perplexity']:.4g}{shown}")
 
 
-def _add_throughput(summary: RunSummary, trainer: KavaTrainer) -> None:
-    device = trainer.args.device
-    figures: dict[str, Any] = {"peak_memory_bytes": peak_memory_bytes(device), **trainer.throughput()}
-    summary.content["throughput"] |= figures
+def _last_checkpoint(trainer: KavaTrainer) -> Path:
+    return Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
 
 
 def _tell_interruption(console: Console, trainer: KavaTrainer, argv: list[str]) -> int:
     output = Path(trainer.args.output_dir)
-    checkpoint = output / f"checkpoint-{trainer.state.global_step}"
+    checkpoint = _last_checkpoint(trainer)
     console.stage("Interrupted")
     console.print(f"Saved after step {trainer.state.global_step}: {checkpoint} and {output / EMERGENCY_PROJECTOR}")
     console.print(f"Resume with: {resume_command(argv, checkpoint)}")
     return exit_code(trainer.emergency.received)
-
-
-def resume_command(argv: list[str], checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint, started the way this process was started."""
-    kept, skip = [], False
-    for word in argv:
-        name = word.split("=")[0].replace("-", "_")
-        if skip and not word.startswith("--"):
-            skip = False
-        elif name == "__resume_from_checkpoint":
-            skip = "=" not in word
-        else:
-            kept.append(word)
-            skip = False
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    launcher = f"python -m torch.distributed.run --nproc-per-node {world_size}"
-    if world_size == 1:
-        launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
-    script = os.path.relpath(sys.argv[0])
-    return f"{launcher} {shlex.join([script, *kept, '--resume_from_checkpoint', str(checkpoint)])}"
 
 
 def _finish(

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -44,18 +43,16 @@ class ElasticBottleneck(nn.Module):
         return self.down(self.dropout(self.activation(self.up(states))))
 
 
-def save_projectors(projectors: nn.ModuleList, path: str | Path, state_dict: dict[str, Any] | None = None) -> None:
+def save_projectors(projectors: nn.ModuleList, path: str | Path) -> None:
     """Write projectors and their shapes into one file that `torch.load(..., weights_only=True)` reads.
 
     Args:
         projectors: one `ElasticBottleneck` for each aligned pair of layers.
         path: the file; it is replaced in one step, so a reader never sees half of it.
-        state_dict: the weights, where the caller has gathered them already (sharded training).
     """
-    state = projectors.state_dict() if state_dict is None else state_dict
     payload = {
         "config": [asdict(projector.config) for projector in projectors],
-        "state_dict": {name: tensor.detach().cpu() for name, tensor in state.items()},
+        "state_dict": {name: tensor.detach().cpu() for name, tensor in projectors.state_dict().items()},
     }
     write_atomically(path, lambda temporary: torch.save(payload, temporary))
 

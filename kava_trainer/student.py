@@ -23,6 +23,8 @@ def _config(arguments: ModelArguments) -> PreTrainedConfig:
 def load_student(arguments: ModelArguments, teacher: PreTrainedModel) -> PreTrainedModel:
     """Load or make the student, in training mode, on the CPU.
 
+    Weights stored in float16 become float32: Adam's updates overflow in pure float16.
+
     Args:
         arguments: which student, its start (`student_init`) and data type.
         teacher: gives its layers where `student_init` is `teacher_layers`.
@@ -30,19 +32,14 @@ def load_student(arguments: ModelArguments, teacher: PreTrainedModel) -> PreTrai
     Raises:
         BadRequest: if it cannot be found or read, or the teacher's layers do not fit it.
     """
-    if arguments.student_init == "teacher_layers":
+    if arguments.student_init == "pretrained":
+        name, revision = arguments.student_model_name_or_path, arguments.student_revision
+        student = load_causal_lm(name, "student", revision, arguments.student_dtype, arguments)
+    else:
         student = build_causal_lm(_config(arguments), arguments.student_dtype, arguments)
+    if arguments.student_init == "teacher_layers":
         copy_teacher_layers(teacher, student)
-        return student.train()
-    if arguments.student_init == "random":
-        return build_causal_lm(_config(arguments), arguments.student_dtype, arguments).train()
-    return load_causal_lm(
-        arguments.student_model_name_or_path,
-        "student",
-        arguments.student_revision,
-        arguments.student_dtype,
-        arguments,
-    ).train()
+    return (student.float() if student.dtype == torch.float16 else student).train()
 
 
 @torch.no_grad()

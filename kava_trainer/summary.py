@@ -1,20 +1,15 @@
 """`run_summary.json`: what a run was, what it measured, how it ended. A figure that was not measured is null."""
 
 import json
-import platform
-import sys
+import math
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .callbacks.status import ALWAYS_LOGGED_STEPS
 from .checkpoint_io import write_atomically
 
 SUMMARY_FILE = "run_summary.json"
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "safetensors")
 _FINAL = (
     "loss", "mercator_loss", "cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka",
     "student_effective_rank", "target_effective_rank", "teacher_effective_rank",
@@ -26,45 +21,18 @@ _THROUGHPUT = (
 )  # fmt: skip
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    """The name of an accelerator, or of the processor's architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Python, operating system, device, and the versions of the packages that decide results."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device_name(device),
-        **{package: _version(package) for package in _PACKAGES},
-    }
-
-
 def now() -> datetime:
     """The current time with its zone."""
     return datetime.now(timezone.utc)
 
 
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory in use at once: on the accelerator, or of this process; None where it cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _finite(value: Any) -> Any:
+    """The value with every number that is not finite replaced by None: JSON has no word for those."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunSummary:
@@ -96,13 +64,16 @@ class RunSummary:
         }
 
     def add_training(self, log_history: list[dict[str, float]], global_step: int) -> None:
-        """Read the log lines of the training: CosSim at the named steps, and the last loss and CosSim."""
+        """Read the log lines of the training: CosSim at the named steps.
+
+        The last loss and CosSim of the training stand in for final figures where no evaluation has set those.
+        """
         self.content["global_step"] = global_step
         lines = [line for line in log_history if "loss" in line]
         for line in lines:
             if str(line["step"]) in self.content["cos_sim_at"]:
                 self.content["cos_sim_at"][str(line["step"])] = line.get("cos_sim")
-        if lines:
+        if lines and self.content["final"]["loss"] is None:
             self.content["final"] |= {name: lines[-1].get(name) for name in ("loss", "mercator_loss", "cos_sim")}
 
     def add_final(self, metrics: dict[str, float]) -> None:
@@ -128,4 +99,4 @@ class RunSummary:
 
     def to_json(self) -> str:
         """The summary as JSON text."""
-        return json.dumps(self.content, indent=2, ensure_ascii=False, default=str) + "\n"
+        return json.dumps(_finite(self.content), indent=2, ensure_ascii=False, default=str) + "\n"

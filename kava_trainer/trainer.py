@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerState
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from .arguments import KavaTrainingArguments
@@ -16,20 +17,19 @@ from .callbacks.emergency import EmergencyCheckpointCallback
 from .callbacks.probe import FirstProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
-from .checkpoint_io import PROJECTOR_FILE
-from .errors import RunFailed
+from .checkpoint_io import TRAINER_STATE_FILE
 from .losses import next_token_loss, next_tokens, token_mean, token_sum
 from .metrics import TokenMeans
 from .probe import AlignmentProbe, ProbeResult, choose_examples
-from .projector import restore_projectors, save_projectors
+from .saving import SavingTrainer
 from .student import DistillationModel, StudentOutput
 from .targets import HiddenStateTarget
 from .teacher import TeacherSource
 
-_STUDENT_PREFIX = "student."
+_TERMS = ("mercator_loss", "lm_loss", "cos_sim")
 
 
-class KavaTrainer(Trainer):
+class KavaTrainer(SavingTrainer):
     """Distils a frozen teacher into a student.
 
     The model that Trainer sees is a `DistillationModel`: student and projectors in one module, so that wrappers,
@@ -44,9 +44,6 @@ class KavaTrainer(Trainer):
             `optimizers`, `compute_metrics`, ...
     """
 
-    args: KavaTrainingArguments
-    model: DistillationModel
-
     def __init__(
         self,
         student: PreTrainedModel,
@@ -56,13 +53,11 @@ class KavaTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.teacher = teacher
-        self._student_uses_cache = student.config.use_cache
         target.requires_grad_(args.mercator_weight > 0)
         super().__init__(model=DistillationModel(student, target), args=args, **kwargs)
         self.loss_is_scaled_for_ga = True
         self.train_means, self.eval_means = TokenMeans(), TokenMeans()
-        self._real_tokens: torch.Tensor | float = 0.0
-        self._positions = 0
+        self._seen = torch.zeros(2, dtype=torch.float64)
         self.emergency = EmergencyCheckpointCallback()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -72,16 +67,6 @@ class KavaTrainer(Trainer):
         own = [StatusCallback(args.plain_output), FirstProbeCallback(self._log_probe), ProjectorSaveCallback()]
         for callback in (*own, self.emergency):
             self.add_callback(callback)
-
-    @property
-    def student(self) -> PreTrainedModel:
-        """The student alone, as `AutoModelForCausalLM` would load it."""
-        return self.model.student
-
-    @property
-    def target(self) -> HiddenStateTarget:
-        """What is aligned, with its projectors."""
-        return self.model.target
 
     def _make_probe(self) -> AlignmentProbe | None:
         """The fixed probe, where something is aligned and there is one set of held-out examples."""
@@ -130,12 +115,28 @@ class KavaTrainer(Trainer):
         loss = self.total_loss(terms, num_items_in_batch)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `Trainer.train` does; the signal handlers in force before are back however it ends."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer.train` does; the signal handlers in force before are back however it ends.
+
+        A checkpoint that is already at the last step is loaded, and nothing is trained.
+        """
+        self._seen.zero_()
+        if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
+            apply_liger_kernel(self.student, self.args.liger_kernel_config)
+        if isinstance(resume_from_checkpoint, str) and (state := self._finished_state(resume_from_checkpoint)):
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self.state = state
+            return TrainOutput(state.global_step, 0.0, {})
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.emergency.restore_handlers()
+
+    def _finished_state(self, checkpoint: str) -> TrainerState | None:
+        """The state of a checkpoint with no step left to train, else None."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return state if state.global_step >= max_steps else None
 
     def teacher_states(self, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor] | None:
         """The teacher's states on a batch; None where nothing is aligned."""
@@ -165,8 +166,9 @@ class KavaTrainer(Trainer):
         means = self.train_means if torch.is_grad_enabled() else self.eval_means
         tokens, answers = (None, None) if num_items is None else num_items
         terms = {}
+        mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
         if outputs.targets:
-            terms["mercator"] = self._mercator_term(outputs, inputs["attention_mask"].bool(), tokens, means)
+            terms["mercator"] = self._mercator_term(outputs, mask, tokens, means)
         if outputs.logits.shape[1] > 0:
             terms["lm"] = self._language_model_term(outputs, inputs, answers, means)
         return terms
@@ -210,20 +212,21 @@ class KavaTrainer(Trainer):
             return batches, None
         tokens = sum(batch["attention_mask"].sum() for batch in batches)
         answers = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-        num_items = self._sum_over_ranks(torch.stack([tokens, answers]).to(device))
-        self._real_tokens += num_items[0]
-        self._positions += sum(batch["input_ids"].numel() for batch in batches) * self.accelerator.num_processes
-        return batches, num_items
+        positions = torch.as_tensor(sum(batch["input_ids"].numel() for batch in batches), device=tokens.device)
+        counts = self._sum_over_ranks(torch.stack([tokens, answers, positions]).to(device))
+        self._seen = self._seen.to(device) + counts[[0, 2]]
+        return batches, counts[:2]
 
     def throughput(self) -> dict[str, float | None]:
         """Real tokens and examples a second, and the share of padding, of the last `train()`; None before it."""
         runs = [line for line in self.state.log_history if "train_runtime" in line]
-        if not runs or self._positions == 0:
+        tokens, positions = self._seen.tolist()
+        if not runs or positions == 0:
             return {}
         return {
-            "tokens_per_second": float(self._real_tokens) / runs[-1]["train_runtime"],
+            "tokens_per_second": tokens / runs[-1]["train_runtime"],
             "samples_per_second": runs[-1]["train_samples_per_second"],
-            "padding_fraction": 1 - float(self._real_tokens) / self._positions,
+            "padding_fraction": 1 - tokens / positions,
         }
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -254,12 +257,9 @@ class KavaTrainer(Trainer):
             logs.update(self.train_means.drain(self._sum_over_ranks))
             logs["projector_learning_rate"] = self._projector_learning_rate()
             logs["collapsed"] = float(self.collapse is not None)
-            broken = [name for name, value in logs.items() if not math.isfinite(value)]
+            broken = [name for name in ("loss", *_TERMS) if not math.isfinite(logs.get(name, 0.0))]
             if broken:
-                raise RunFailed(
-                    f"At step {self.state.global_step} {' and '.join(broken)} stopped being finite numbers. "
-                    "Resume from an earlier checkpoint with a lower learning rate."
-                )
+                raise self.not_finite(" and ".join(broken))
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
@@ -278,7 +278,7 @@ class KavaTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Loss on one evaluation batch; also logits at every position and labels where they are asked for."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_repeated(self._prepare_inputs(inputs))
         if not prediction_loss_only:
             inputs = {name: value for name, value in inputs.items() if name != "logits_columns"}
         with torch.no_grad():
@@ -286,6 +286,16 @@ class KavaTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs["logits"], inputs["labels"]
+
+    def _without_repeated(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Take the examples out of every mean that accelerate repeats to give all ranks equally many."""
+        state, rows = self.accelerator.gradient_state, len(inputs["input_ids"])
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        first = self.args.process_index * self.args.eval_batch_size
+        repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
+        counted = inputs["attention_mask"].bool() & ~repeated.unsqueeze(1)
+        return {**inputs, "counted": counted, "labels": inputs["labels"].masked_fill(~counted, -100)}
 
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -305,42 +315,3 @@ class KavaTrainer(Trainer):
         probed = self.run_probe(prefix) if description == "Evaluation" else {}
         output.metrics.update({name: value for name, value in probed.items() if name not in output.metrics})
         return output
-
-    def save_projector(self, path: str | Path) -> None:
-        """Write the projectors to one `.pth` file, from the main process."""
-        if self.args.should_save:
-            save_projectors(self.target.projectors, path)
-
-    def save_student(self, output_dir: str | Path) -> None:
-        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it."""
-        self.student.config.use_cache = self._student_uses_cache
-        self._save(str(output_dir))
-        self.student.config.use_cache = self.args.use_cache
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student; inside a checkpoint also the projectors beside it."""
-        super().save_model(output_dir, _internal_call=_internal_call)
-        if _internal_call:
-            self.save_projector(Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
-
-    # The private methods of Trainer that KAVA overrides or calls are below and in `prediction_step`
-    # (`_prepare_inputs`); all were read in transformers 5.23.0.
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write student and tokenizer. No pickled arguments: they would carry the hub token."""
-        if not self.args.should_save:
-            return
-        folder = output_dir or self.args.output_dir
-        if state_dict is not None:
-            own = {n: t for n, t in state_dict.items() if n.startswith(_STUDENT_PREFIX)}
-            state_dict = {name.removeprefix(_STUDENT_PREFIX): tensor for name, tensor in own.items()}
-        self.student.save_pretrained(folder, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, self.student)
-        restore_projectors(self.target.projectors, Path(resume_from_checkpoint) / PROJECTOR_FILE)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)

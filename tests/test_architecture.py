@@ -7,7 +7,18 @@ import pytest
 from conftest import ROOT
 
 ORDER = [
-    *("errors", "arguments", "parsing", "losses", "alignment", "metrics", "capture", "console", "checkpoint_io"),
+    *(
+        "errors",
+        "arguments",
+        "parsing",
+        "environment",
+        "losses",
+        "alignment",
+        "metrics",
+        "capture",
+        "console",
+        "checkpoint_io",
+    ),
     *(
         "quickstart.problems",
         "quickstart",
@@ -27,7 +38,7 @@ ORDER = [
         "callbacks.projector_save",
         "callbacks.emergency",
     ),
-    *("trainer", "summary", "hub", "pipeline", "quickstart.train_teacher"),
+    *("hub", "saving", "trainer", "summary", "pipeline", "quickstart.train_teacher"),
 ]
 PACKAGE = ROOT / "kava_trainer"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

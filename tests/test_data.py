@@ -65,7 +65,23 @@ def test_a_conversational_prompt_and_completion_use_the_template(chat_tokenizer)
 
 def test_chat_messages_without_a_template_are_refused(tokenizer):
     with pytest.raises(BadRequest, match="no chat template"):
-        encode_one({"messages": [{"role": "user", "content": "x"}]}, tokenizer)
+        encode_one({"messages": [{"role": "assistant", "content": "x"}]}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"messages": '[{"role": "assistant", "content": "x"}]'}, "must be a list of messages, but it is a str"),
+        ({"messages": [{"from": "gpt", "value": "x"}]}, "must hold messages such as"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "must end with the assistant"),
+        ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "prompt must be a list of messages"),
+        ({"question": "x", "answer": {"value": "x"}}, "answer must be text"),
+        ({"text": ["x"]}, "text must be text"),
+    ],
+)
+def test_odd_cells_are_refused_with_their_row(tokenizer, example, message):
+    with pytest.raises(BadRequest, match=f"Row 1 of the data cannot be used: .*{message}"):
+        encode_one(example, tokenizer)
 
 
 def test_truncation_is_counted_and_a_cut_answer_does_not_learn_to_stop(tokenizer):
@@ -100,9 +116,10 @@ def test_tokenizing_is_cached_by_content(tokenizer, tmp_path):
     arguments = DataArguments(dataset_name=str(path))
     prints = {}
     for name, max_length in (("first", 64), ("again", 64), ("longer", 65)):
-        tokenizer("use changes a tokenizer's state, not its vocabulary", truncation=True, max_length=3)
         train, _, _ = load_splits(arguments)
-        prints[name] = encode_dataset(train, tokenizer, max_length, "test").dataset._fingerprint
+        encoded = encode_dataset(train, tokenizer, max_length, "test").dataset
+        prints[name] = (encoded._fingerprint, encoded.cache_files[0]["filename"])
+        tokenizer(["use changes", "a tokenizer's state"], truncation=True, padding=True, max_length=3 + len(name))
     assert prints["first"] == prints["again"] != prints["longer"]
 
 
@@ -162,8 +179,25 @@ def test_named_splits_and_sample_limits(tmp_path):
     arguments = DataArguments(dataset_name=str(tmp_path / "both"), max_train_samples=5, max_eval_samples=3)
     train, test, total = load_splits(arguments)
     assert (len(train), len(test), total) == (5, 3, 40)
-    with pytest.raises(BadRequest, match="has no split 'nope'; set dataset_train_split to one of train, test"):
-        load_splits(DataArguments(dataset_name=str(tmp_path / "both"), dataset_train_split="nope"))
+    for name in ("train", "test"):
+        with pytest.raises(BadRequest, match=f"has no split 'nope'; set dataset_{name}_split to one of train, test"):
+            load_splits(DataArguments(dataset_name=str(tmp_path / "both"), **{f"dataset_{name}_split": "nope"}))
+
+
+@pytest.mark.parametrize(
+    ("splits", "arguments", "expected"),
+    [
+        (("train", "validation"), {}, (40, 40)),
+        (("test",), {"dataset_train_split": "test"}, (38, 2)),
+        (("train", "test"), {"dataset_test_split": "train"}, (38, 2)),
+    ],
+)
+def test_training_examples_are_never_evaluated_on(tmp_path, splits, arguments, expected):
+    rows = {name: [{"text": f"{name} {i}"} for i in range(40)] for name in splits}
+    DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()}).save_to_disk(str(tmp_path / "d"))
+    train, test, _ = load_splits(DataArguments(dataset_name=str(tmp_path / "d"), **arguments))
+    assert (len(train), len(test)) == expected
+    assert not set(train["text"]) & set(test["text"])
 
 
 def test_missing_empty_and_broken_data_are_refused(tmp_path):

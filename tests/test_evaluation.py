@@ -30,6 +30,9 @@ from kava_trainer.evaluation import (
         ("#### -$3", "#### -3", True),
         ("#### 1/2", "#### 0.5", True),
         ("#### 18 dollars", "#### 18", True),
+        ("#### 18", "#### 18 dollars", True),
+        ("#### \N{MINUS SIGN}3", "#### -3", True),
+        ("1" * 5000, "#### 18", False),
         ("#### 18\n#### 20", "#### 18", True),
         ("8 - 5 = 3, so 8-3", "#### 3", True),
         ("the answer", "#### 18", False),
@@ -70,6 +73,15 @@ def test_batched_generation_equals_generation_one_by_one(tokenizer):
     ids = torch.tensor([data[3]["input_ids"][: data[3]["prompt_length"]]])
     greedy = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     assert together[3] == tokenizer.decode(greedy, skip_special_tokens=True)
+
+
+def test_generation_is_greedy_whatever_the_model_s_own_defaults_are(tokenizer):
+    model, data = tiny_llama(32, 2), Dataset.from_list(random_examples(4))
+    plain = generate_answers(model, tokenizer, data, 4, max_new_tokens=12)
+    own = model.generation_config
+    own.repetition_penalty, own.num_beams, own.min_new_tokens = 5.0, 3, 12
+    assert generate_answers(model, tokenizer, data, 4, max_new_tokens=12) == plain
+    assert model.generation_config is own
 
 
 def test_a_model_is_evaluated_with_and_without_generation(tokenizer):

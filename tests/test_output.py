@@ -9,11 +9,11 @@ from huggingface_hub import HfApi, ModelCard
 
 from kava_trainer.callbacks.status import StatusCallback
 from kava_trainer.console import can_show_emoji, status_text
+from kava_trainer.environment import describe_environment, resume_command
 from kava_trainer.hub import push_student, render_model_card
 from kava_trainer.metrics import TokenMeans
 from kava_trainer.parsing import parse_arguments
-from kava_trainer.pipeline import resume_command
-from kava_trainer.summary import RunSummary, describe_environment
+from kava_trainer.summary import RunSummary
 
 
 class Terminal(io.StringIO):

@@ -70,6 +70,13 @@ def test_arguments_of_transformers_work_as_users_know_them(tmp_path):
     assert training.lr_scheduler_kwargs == {"num_cycles": 0.25}
 
 
+def test_a_flag_that_is_on_by_default_can_be_turned_off(tmp_path):
+    argv = [write(tmp_path), "--remove_unused_columns", "false", "--no_average_tokens_across_devices"]
+    training = parse_arguments(argv).training
+    assert not training.remove_unused_columns
+    assert not training.average_tokens_across_devices
+
+
 def test_no_file_is_needed():
     argv = [word for name, value in MINIMAL.items() for word in (f"--{name}", value)]
     assert parse_arguments([*argv, "--use_cpu"]).model.teacher_model_name_or_path == "quickstart"
@@ -133,6 +140,14 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         ({"per_device_train_batch_size": True}, "write a whole number."),
         ({"dataset_name": 3}, "dataset_name is 3; write text in quotes."),
         ({"lr_scheduler_type": "cosin"}, "write one of cosine"),
+        ({"train_sampling_strategy": "grouped"}, "train_sampling_strategy is"),
+        ({"learning_rate": float("nan")}, "write a finite number"),
+        ({"seed": -1}, "seed is -1"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0"),
+        ({"fsdp": "full_shard"}, "fsdp is not supported yet"),
+        ({"deepspeed": "ds.json"}, "deepspeed is not supported yet"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is not supported yet"),
+        ({"load_best_model_at_end": True, "projector_dropout": 2.0}, "projector_dropout is 2.0"),
         ({"generation_max_new_tokens": 0}, "generation_max_new_tokens is 0"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
     ],

@@ -43,6 +43,11 @@ def test_the_data_type_is_the_one_asked_for(name, dtype):
         assert load(student_dtype=name, **source).dtype == dtype
 
 
+def test_float16_weights_are_trained_in_float32(tmp_path):
+    tiny_llama(32, 2).half().save_pretrained(tmp_path)
+    assert load(student_model_name_or_path=str(tmp_path)).dtype == torch.float32
+
+
 def test_teacher_layers_are_evenly_spaced_with_first_and_last():
     teacher, student = tiny_llama(32, 7, seed=1), tiny_llama(32, 3, seed=2)
     copy_teacher_layers(teacher, student)

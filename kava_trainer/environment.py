@@ -1,0 +1,101 @@
+"""The machine a run stands on: what it is, how it is used, and how the run was started."""
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from .arguments import KavaTrainingArguments
+
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "safetensors")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """The name of an accelerator, or of the processor's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Python, operating system, device, and the versions of the packages that decide results."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(device),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def describe_memory(device: torch.device) -> str:
+    """Free and total memory of an accelerator, or the machine's memory."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    return "unknown"
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory in use at once: on the accelerator, or of this process; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def quieten(plain: bool) -> None:
+    """Leave the screen to KAVA's own stages; warnings of the libraries still come through."""
+    transformers.utils.logging.disable_progress_bar()
+    if plain:
+        datasets.disable_progress_bars()
+
+
+def use_all_cores(training: KavaTrainingArguments) -> None:
+    """Undo the single thread that `accelerate launch` gives a lone process on a CPU (read in accelerate 1.15.0)."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and training.world_size == 1 and training.device.type == "cpu":
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(available or 1)
+
+
+def resume_command(argv: list[str], checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint, started the way this process was started."""
+    kept, skip = [], False
+    for word in argv:
+        name = word.split("=")[0].replace("-", "_")
+        if skip and not word.startswith("--"):
+            skip = False
+        elif name == "__resume_from_checkpoint":
+            skip = "=" not in word
+        else:
+            kept.append(word)
+            skip = False
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision in ("bf16", "fp16") and f"--{precision}" not in kept:
+        kept += [f"--{precision}", "true"]
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = f"python -m torch.distributed.run --nproc-per-node {world_size}"
+    if world_size == 1:
+        launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
+    script = os.path.relpath(sys.argv[0])
+    return f"{launcher} {shlex.join([script, *kept, '--resume_from_checkpoint', str(checkpoint)])}"

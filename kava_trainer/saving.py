@@ -1,0 +1,110 @@
+"""What a trainer of a student beside projectors saves, loads and sends, and where Trainer's own way does not fit."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import HubStrategy
+
+from .arguments import KavaTrainingArguments
+from .checkpoint_io import PROJECTOR_FILE, unreadable_checkpoint
+from .errors import RunFailed
+from .hub import push_checkpoint
+from .projector import restore_projectors, save_projectors
+from .student import DistillationModel
+from .targets import HiddenStateTarget
+
+_STUDENT_PREFIX = "student."
+
+
+class SavingTrainer(Trainer):
+    """A `Trainer` of a `DistillationModel` that keeps student and projectors apart on disk."""
+
+    args: KavaTrainingArguments
+    model: DistillationModel
+
+    def __init__(self, model: DistillationModel, **kwargs: Any) -> None:
+        self._student_uses_cache = model.config.use_cache
+        super().__init__(model=model, **kwargs)
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The student alone, as `AutoModelForCausalLM` would load it."""
+        return self.model.student
+
+    @property
+    def target(self) -> HiddenStateTarget:
+        """What is aligned, with its projectors."""
+        return self.model.target
+
+    def not_finite(self, what: str) -> RunFailed:
+        """The error for losses or weights that are no finite numbers any more."""
+        return RunFailed(
+            f"At step {self.state.global_step} {what} stopped being finite numbers. "
+            "Resume from the newest checkpoint, which is sound, with a lower learning rate."
+        )
+
+    def save_projector(self, path: str | Path) -> None:
+        """Write the projectors to one `.pth` file, from the main process."""
+        if self.args.should_save:
+            save_projectors(self.target.projectors, path)
+
+    def save_student(self, output_dir: str | Path) -> None:
+        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it."""
+        self.student.config.use_cache = self._student_uses_cache
+        self._save(str(output_dir))
+        self.student.config.use_cache = self.args.use_cache
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student; inside a checkpoint also the projectors beside it.
+
+        Raises:
+            RunFailed: if a weight is no finite number, before anything is written.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise self.not_finite("weights")
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if _internal_call:
+            self.save_projector(Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
+
+    # The private methods of Trainer that KAVA overrides are below; all were read in transformers 5.23.0. Of those it
+    # only calls there is one more: `_prepare_inputs`, in `trainer.py`.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write student and tokenizer. No pickled arguments: they would carry the hub token."""
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        if state_dict is not None:
+            own = {n: t for n, t in state_dict.items() if n.startswith(_STUDENT_PREFIX)}
+            state_dict = {name.removeprefix(_STUDENT_PREFIX): tensor for name, tensor in own.items()}
+        self.student.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, self.student)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise unreadable_checkpoint(resume_from_checkpoint, error) from error
+        restore_projectors(self.target.projectors, Path(resume_from_checkpoint) / PROJECTOR_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (OSError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+            raise unreadable_checkpoint(checkpoint, error) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Send a checkpoint to the hub as `hub_strategy` asks, in the background.
+
+        Trainer would send all of `output_dir` with its pickled arguments, and those hold the hub token.
+        """
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self.push_in_progress = push_checkpoint(Path(checkpoint_folder), self.hub_model_id, self.args)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
