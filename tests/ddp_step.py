@@ -32,10 +32,13 @@ def main(output: str, batch_size: str, accumulation: str, weighting: str) -> Non
         lm_weight=lm_weight,
     )
     trainer.train()
+    metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         state = {
             "weights": {name: parameter.detach() for name, parameter in trainer.model.named_parameters()},
             "line": {k: v for k, v in loss_lines(trainer)[0].items() if isinstance(v, float)},
+            "evaluation": {name: metrics[f"eval_{name}"] for name in ("loss", "cos_sim", "lm_loss", "cka")},
+            "throughput": trainer.throughput()["padding_fraction"],
             "world_size": trainer.args.world_size,
             "wrapper": type(trainer.model_wrapped).__name__,
         }

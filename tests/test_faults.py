@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, STUDENT_SIZE, tiny_llama
 from test_end_to_end import QUICKSTART, SHORT, words
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, T5Config
 
 import run_kava
 from kava_trainer.projector import ElasticBottleneck, ProjectorConfig, load_projectors, save_projectors
@@ -73,6 +73,22 @@ def test_all_ranks_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):
     }
 
 
+def test_a_launcher_that_dies_alone_does_not_leave_an_orphan_training(tmp_path):
+    options = {**SHORT, "max_train_samples": 640, "max_steps": 500, "logging_steps": 2, "output_dir": tmp_path / "out"}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "run_kava.py", "training_args/quickstart.json"]
+    process = subprocess.Popen(
+        [*launcher, *words(options)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    for line in process.stdout:
+        if line.startswith("[Step 0002]"):
+            process.kill()
+        if line.startswith("Saved after step"):
+            break
+    rest = process.communicate(timeout=120)[0]
+    assert "Resume with: accelerate launch run_kava.py" in rest
+    assert json.loads((tmp_path / "out" / "run_summary.json").read_text())["status"] == "interrupted"
+
+
 def test_ctrl_c_before_training_touches_nothing_and_shows_no_traceback(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run_summary.json").write_text("of an earlier run")
@@ -114,6 +130,11 @@ def config_of(folder, **changes):
     return folder / "config"
 
 
+def t5_config(folder):
+    T5Config(vocab_size=512, d_model=32, num_layers=1).save_pretrained(folder / "config")
+    return folder / "config"
+
+
 def corrupted_teacher(folder):
     copy = folder / "broken"
     copy.mkdir()
@@ -125,13 +146,21 @@ def corrupted_teacher(folder):
 def foreign_checkpoint(folder):
     checkpoint = folder / "checkpoint-1"
     tiny_llama(STUDENT_SIZE, 2).save_pretrained(checkpoint)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
     save_projectors(torch.nn.ModuleList([ElasticBottleneck(ProjectorConfig(7, 5))]), checkpoint / "projector.pth")
     return checkpoint
 
 
 def student(path):
     return {"student_model_name_or_path": None, "student_config_name": path}
+
+
+def damaged_checkpoint(folder, name):
+    checkpoint = folder / "checkpoint-1"
+    options = {**QUICKSTART, **SHORT, "max_steps": 1, "save_steps": 1, "max_length": 128, "output_dir": folder}
+    assert run_kava.main(words(options)) == 0
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:100])
+    return checkpoint
 
 
 BAD_REQUESTS = {
@@ -163,6 +192,29 @@ BAD_REQUESTS = {
     "foreign checkpoint": (
         lambda f: {**student(config_of(f)), "resume_from_checkpoint": foreign_checkpoint(f)},
         "does not fit this run",
+    ),
+    "damaged weights": (
+        lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "model.safetensors")},
+        "checkpoint .* cannot be loaded",
+    ),
+    "damaged optimizer": (
+        lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "optimizer.pt")},
+        "checkpoint .* cannot be loaded",
+    ),
+    "damaged projector": (
+        lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "projector.pth")},
+        "is not a projector file",
+    ),
+    "damaged state": (
+        lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "trainer_state.json")},
+        "lacks a readable trainer_state.json",
+    ),
+    "unknown tracker": (lambda f: {"report_to": "tensorbord"}, "Trainer cannot be set up with these arguments"),
+    "hub offline": (lambda f: {"push_to_hub": "true"}, "Trainer cannot be set up with these arguments"),
+    "wrong kind of student": (lambda f: student(t5_config(f)), "student of type 't5' cannot be loaded"),
+    "student is a file": (
+        lambda f: {"final_dir": write_dataset(f, "x", "final_student").parent},
+        "is a file, but the student's folder goes there",
     ),
     "output is a file": (lambda f: {"output_dir": write_dataset(f, "x", "file")}, "output_dir .* cannot be made"),
     "eval without data": (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, random_examples, tiny_qwen
+from safetensors.torch import load_file
 from test_trainer import loss_lines, make_trainer
 
 from kava_trainer.projector import load_projectors
@@ -45,6 +46,7 @@ def test_one_step_does_not_depend_on_how_the_batch_is_split(tmp_path, whole_batc
         )
     for name in ("loss", "cos_sim", "mercator_loss", "lm_loss"):
         assert split["line"][name] == pytest.approx(whole_batch["line"][name], rel=1e-5), name
+    assert split["evaluation"] == pytest.approx(whole_batch["evaluation"], rel=1e-4)
 
 
 def test_the_step_really_moves_student_and_projector(whole_batch, tokenizer, tmp_path):
@@ -87,6 +89,16 @@ def weight_hash(module):
     return digest.hexdigest()
 
 
+def test_a_finished_run_is_resumed_without_another_step(tmp_path, tokenizer):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    straight = make_trainer(tmp_path, tokenizer, **settings)
+    straight.train()
+    resumed = make_trainer(tmp_path / "again", tokenizer, **settings)
+    assert resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).global_step == 2
+    assert resumed.state.global_step == 2
+    assert weight_hash(resumed.model) == weight_hash(straight.model)
+
+
 def test_the_teacher_is_the_same_before_and_after_and_out_of_optimizer_and_checkpoint(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=1, lr_scheduler_type="constant")
     teacher = trainer.teacher.model
@@ -98,6 +110,9 @@ def test_the_teacher_is_the_same_before_and_after_and_out_of_optimizer_and_check
     assert all(parameter.grad is None for parameter in teacher.parameters())
     trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert not trained & {id(parameter) for parameter in teacher.parameters()}
+    saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert set(saved) <= set(trainer.student.state_dict())
+    assert sum(tensor.numel() for tensor in saved.values()) < teacher.num_parameters()
 
 
 RESUMED = [

@@ -1,11 +1,14 @@
 import json
 import math
+from concurrent.futures import Future
 
 import pytest
 import torch
 from conftest import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kava_trainer.arguments import KavaTrainingArguments
 from kava_trainer.capture import resolve_layer_pairs
@@ -175,6 +178,49 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tokenizer):
         trainer.student.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(RunFailed, match=r"At step 1 .*mercator_loss"):
         trainer.train()
+
+
+def test_weights_that_are_no_numbers_never_replace_a_sound_checkpoint(tmp_path, tokenizer):
+    settings = {"max_steps": 6, "save_steps": 1, "logging_steps": 6, "save_total_limit": 1, "save_strategy": "steps"}
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 3:
+                model.student.get_input_embeddings().weight.data.fill_(float("nan"))
+
+    trainer.add_callback(Break())
+    with pytest.raises(RunFailed, match="At step 3 weights"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_an_overflow_of_the_gradient_alone_does_not_end_the_run(tmp_path, tokenizer):
+    make_trainer(tmp_path, tokenizer).log({"eval_loss": 1.0, "grad_norm": float("inf")})
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
+def test_checkpoints_go_to_the_hub_without_any_secret(tmp_path, tokenizer, monkeypatch, strategy):
+    sent = []
+
+    def upload(self, folder_path, path_in_repo, ignore_patterns, **kwargs):
+        kept = filter_repo_objects([path.name for path in folder_path.iterdir()], ignore_patterns=ignore_patterns)
+        sent.append((path_in_repo, sorted(kept), b"".join(path.read_bytes() for path in folder_path.iterdir())))
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(KavaTrainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/student"))
+    settings = {"save_strategy": "steps", "save_steps": 2, "push_to_hub": True, "hub_token": "hf_planted"}
+    make_trainer(tmp_path, tokenizer, hub_strategy=strategy, **settings).train()
+    expected = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
+    assert [path for path, *_ in sent] == ([] if strategy == "end" else [expected])
+    for _, names, content in sent:
+        assert "model.safetensors" in names
+        assert ("optimizer.pt" in names) == (expected is not None)
+        assert b"hf_planted" not in content
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_planted" in path.read_bytes()]
 
 
 def test_checkpoints_hold_student_and_projector_and_no_pickled_arguments(tmp_path, tokenizer):
