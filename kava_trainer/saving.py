@@ -17,8 +17,6 @@ from .projector import restore_projectors, save_projectors
 from .student import DistillationModel
 from .targets import HiddenStateTarget
 
-_STUDENT_PREFIX = "student."
-
 
 class SavingTrainer(Trainer):
     """A `Trainer` of a `DistillationModel` that keeps student and projectors apart on disk."""
@@ -74,14 +72,14 @@ class SavingTrainer(Trainer):
     # only calls there is one more: `_prepare_inputs`, in `trainer.py`.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write student and tokenizer. No pickled arguments: they would carry the hub token."""
+        """Write student and tokenizer. No pickled arguments: they would carry the hub token.
+
+        Trainer hands over a `state_dict` under engines only that KAVA refuses.
+        """
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        if state_dict is not None:
-            own = {n: t for n, t in state_dict.items() if n.startswith(_STUDENT_PREFIX)}
-            state_dict = {name.removeprefix(_STUDENT_PREFIX): tensor for name, tensor in own.items()}
-        self.student.save_pretrained(folder, state_dict=state_dict)
+        self.student.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

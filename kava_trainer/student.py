@@ -102,6 +102,9 @@ class DistillationModel(nn.Module):
         target: what is aligned, with its projectors.
     """
 
+    accepts_loss_kwargs = True
+    """Tells Trainer that the loss is already normalised over the whole optimizer step."""
+
     def __init__(self, student: PreTrainedModel, target: HiddenStateTarget) -> None:
         super().__init__()
         self.student = student

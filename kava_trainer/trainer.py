@@ -55,7 +55,6 @@ class KavaTrainer(SavingTrainer):
         self.teacher = teacher
         target.requires_grad_(args.mercator_weight > 0)
         super().__init__(model=DistillationModel(student, target), args=args, **kwargs)
-        self.loss_is_scaled_for_ga = True
         self.train_means, self.eval_means = TokenMeans(), TokenMeans()
         self._seen = torch.zeros(2, dtype=torch.float64)
         self.emergency = EmergencyCheckpointCallback()

@@ -36,41 +36,29 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(STUDENT_FOLDER)
 
 
+def tiny_sizes(hidden_size: int, layers: int) -> dict:
+    return {
+        "vocab_size": 512,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+
+
 def tiny_llama(hidden_size: int, layers: int, seed: int = 0, tie: bool = True) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=128,
-            tie_word_embeddings=tie,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**tiny_sizes(hidden_size, layers), tie_word_embeddings=tie))
 
 
 def tiny_qwen(hidden_size: int, layers: int, seed: int = 0) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=512,
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=128,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
+    return Qwen2ForCausalLM(Qwen2Config(**tiny_sizes(hidden_size, layers)))
 
 
 def random_examples(count: int, seed: int = 0, longest: int = 24) -> list[dict]:
