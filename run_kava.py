@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Interrupted outside of the training steps. Every checkpoint saved before is whole.", file=sys.stderr)
+        print("Interrupted while no step was running, so there was nothing to save.", file=sys.stderr)
         return 130
 
 

@@ -33,7 +33,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 |---|---|---|
 {rows}
 
-Steps: {steps}. CosSim on held-out examples: {cos_sim}.
+Steps: {steps}. On held-out examples: CosSim {cos_sim}, centred {centred}, margin over other tokens' targets {margin},
+CKA to the teacher {cka}.{collapse}
 """
 
 
@@ -85,6 +86,10 @@ def render_model_card(name: str, arguments: KavaArguments, summary: dict[str, An
         rows="\n".join(rows) or "| none | not measured | not measured |",
         steps=summary["global_step"],
         cos_sim=_figure(summary["final"]["cos_sim"]),
+        centred=_figure(summary["final"]["centred_cos_sim"]),
+        margin=_figure(summary["final"]["margin"]),
+        cka=_figure(summary["final"]["cka"]),
+        collapse=" **The alignment collapsed.**" if summary["verdict"]["collapsed"] else "",
     )
 
 

@@ -12,11 +12,12 @@ import transformers
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from .alignment import alignment_status
 from .arguments import KavaArguments
 from .callbacks.emergency import EMERGENCY_PROJECTOR, exit_code
 from .capture import context_length, hidden_size, number_of_layers, resolve_layer_pairs
 from .checkpoint_io import list_checkpoints, resolve_checkpoint, write_folder_atomically
-from .console import Console
+from .console import Console, status_text
 from .data import DistillationCollator, Encoded, encode_dataset, load_splits
 from .environment import (
     describe_environment,
@@ -91,7 +92,7 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
     console.stage("Training")
     status = "failed"  # from here on the output folder is this run's, and its summary is written however it ends
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _train(console, trainer, checkpoint, summary)
         if trainer.emergency.received is not None and _last_checkpoint(trainer).is_dir():
             status = "interrupted"
             return _tell_interruption(console, trainer, argv)
@@ -106,9 +107,6 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         raise
     finally:
         if training.should_save and status is not None:
-            summary.add_training(trainer.state.log_history, trainer.state.global_step)
-            summary.content["throughput"] |= {"peak_memory_bytes": peak_memory_bytes(training.device)}
-            summary.content["throughput"] |= trainer.throughput()
             summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(training.output_dir)]
             path = summary.write(training.output_dir, status)
             console.print(f"Summary: {path}")
@@ -287,6 +285,31 @@ def _evaluate(
         console.print(f"{name.replace('_', ' ').capitalize()}: perplexity {figures['perplexity']:.4g}{shown}")
 
 
+def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summary: RunSummary) -> None:
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not result.metrics:
+            console.print("The checkpoint is at the last step already; nothing is left to train.")
+    finally:
+        summary.add_training(trainer.state.log_history, trainer.state.global_step)
+        summary.content["throughput"] |= {"peak_memory_bytes": peak_memory_bytes(trainer.args.device)}
+        summary.content["throughput"] |= trainer.throughput()
+
+
+def _tell_alignment(console: Console, metrics: dict[str, float], collapse: str | None) -> None:
+    """Print the final CosSim beside the figures that tell whether it means anything."""
+    if "eval_centred_cos_sim" not in metrics:
+        return
+    status = status_text(alignment_status(metrics["eval_cos_sim"], collapse is not None), console.emoji)
+    others = {"centred": "centred_cos_sim", "margin": "margin", "CKA to the teacher": "cka"}
+    figures = ", ".join(f"{word} {metrics[f'eval_{name}']:.4f}" for word, name in others.items())
+    console.print(f"Alignment: CosSim {metrics['eval_cos_sim']:.4f} {status} ({figures})")
+    if collapse is not None:
+        console.warn(
+            f"{collapse} CosSim says nothing here. Raise lm_weight, lower projector_learning_rate or use more data."
+        )
+
+
 def _last_checkpoint(trainer: KavaTrainer) -> Path:
     return Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
 
@@ -313,8 +336,11 @@ def _finish(
     console.print(f"Student: {student_folder}")
     console.print(f"Projector: {projector}")
     if data.evaluation is not None:
-        summary.add_final(trainer.evaluate())
+        metrics = trainer.evaluate()
+        summary.add_final(metrics, trainer.collapse)
     _evaluate(console, arguments, models, data, summary, ("student_after",))
+    if data.evaluation is not None:
+        _tell_alignment(console, metrics, trainer.collapse)
     if training.should_save:
         name = trainer.hub_model_id or FINAL_STUDENT
         card = render_model_card(name, arguments, summary.content)

@@ -62,9 +62,8 @@ class KavaTrainer(SavingTrainer):
             self.remove_callback(callback)
         self.probe = self._make_probe()
         self.last_probe: ProbeResult | None = None
-        self._probed_at = 0
-        own = [StatusCallback(args.plain_output), FirstProbeCallback(self._log_probe), ProjectorSaveCallback()]
-        for callback in (*own, self.emergency):
+        own = [StatusCallback(args.plain_output), FirstProbeCallback(self._log_first_probe), ProjectorSaveCallback()]
+        for callback in (self.emergency, *own):
             self.add_callback(callback)
 
     def _make_probe(self) -> AlignmentProbe | None:
@@ -76,22 +75,20 @@ class KavaTrainer(SavingTrainer):
         examples = choose_examples(self.eval_dataset)
         return AlignmentProbe(examples, self.data_collator, self.args.per_device_eval_batch_size)
 
-    def run_probe(self, prefix: str = "probe") -> dict[str, float]:
-        """Measure the alignment on the probe and return the figures as metrics; empty where there is no probe."""
-        if self.probe is None:
-            return {}
-        self.last_probe, self._probed_at = self.probe.measure(self.model, self.teacher), self.state.global_step
-        return self.last_probe.metrics(prefix)
+    def run_probe(self) -> ProbeResult | None:
+        """Measure the alignment on the probe; None where there is no probe."""
+        return None if self.probe is None else self.probe.measure(self.model, self.teacher)
 
-    def _log_probe(self) -> None:
-        metrics = self.run_probe()
-        if metrics:
-            self.log(metrics)
+    def _log_first_probe(self) -> None:
+        """Log where the run starts. It is not called collapsed: an untrained pair has nothing to agree on."""
+        result = self.run_probe()
+        if result is not None:
+            self.log(result.metrics("probe"))
 
     @property
     def collapse(self) -> str | None:
-        """Why the alignment counts as collapsed, from the last probe of a model that has been trained; else None."""
-        return None if self.last_probe is None or self._probed_at == 0 else self.last_probe.collapse
+        """Why the alignment counted as collapsed at the last evaluation; None where it did not."""
+        return None if self.last_probe is None else self.last_probe.collapse
 
     def compute_loss(
         self,
@@ -311,6 +308,7 @@ class KavaTrainer(SavingTrainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
             output.metrics[f"{prefix}_perplexity"] = math.exp(min(means["lm_loss"], 700))
-        probed = self.run_probe(prefix) if description == "Evaluation" else {}
-        output.metrics.update({name: value for name, value in probed.items() if name not in output.metrics})
+        if description == "Evaluation" and (probed := self.run_probe()) is not None:
+            self.last_probe = probed
+            output.metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in output.metrics})
         return output

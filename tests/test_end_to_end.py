@@ -74,6 +74,8 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
     prompt = tokenizer("Question: What is 2+3?\nAnswer:", return_tensors="pt")
     assert student.generate(**prompt, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
     assert (final / "final_student" / "generation_config.json").exists()
+    assert "Steps: 4." in (final / "final_student" / "README.md").read_text()
+    assert re.search(r"^Alignment: CosSim 0\.\d{4} \w+ \(centred -?\d", result.stdout, re.M)
     assert "base_model" not in (final / "final_student" / "README.md").read_text()
     assert load_projectors(final / "final_projector.pth")[0].config.teacher_size == 128
 
@@ -161,6 +163,8 @@ def test_resuming_goes_on_and_starting_over_with_true_starts_afresh(tmp_path, ca
     assert "No checkpoint to resume from yet" in capsys.readouterr().out
     assert run_kava.main([recipe, *words({**options, "max_steps": 5})]) == 0
     assert f"Resuming from {tmp_path / 'checkpoint-3'}" in capsys.readouterr().out
+    assert run_kava.main([recipe, *words({**options, "max_steps": 5})]) == 0
+    assert "nothing is left to train" in capsys.readouterr().out
     assert summary_of(tmp_path)["global_step"] == 5
 
 

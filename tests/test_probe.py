@@ -56,12 +56,12 @@ def test_a_planted_collapse_is_called_by_the_next_probe_and_shown(tmp_path, toke
 
 def test_an_untrained_model_is_not_called_collapsed(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
-    trainer.run_probe()
-    assert trainer.last_probe.collapse is not None
+    assert trainer.run_probe().collapse is not None
+    trainer.train()
     assert trainer.collapse is None
 
 
 def test_without_alignment_there_is_no_probe(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, mercator_weight=0.0)
-    assert trainer.run_probe() == {}
+    assert trainer.run_probe() is None
     assert "eval_cka" not in trainer.evaluate()

@@ -33,10 +33,10 @@ class StatusCallback(TrainerCallback):
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance the bar, and have the steps logged that the summary names."""
+        """Advance the bar, and have the last step logged as well as those that the summary names."""
         if self._bar is not None:
             self._bar.update()
-        if state.global_step in ALWAYS_LOGGED_STEPS:
+        if state.global_step in ALWAYS_LOGGED_STEPS or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(
