@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .errors import BadRequest
+from .errors import BadRequest, reason_of
 
 PROJECTOR_FILE = "projector.pth"
 """Name of the projector file inside a checkpoint folder."""
@@ -69,7 +69,7 @@ def is_resumable(folder: Path) -> bool:
 
 def unreadable_checkpoint(folder: str | Path | None, error: Exception) -> BadRequest:
     """The error for a checkpoint that is there and cannot be loaded."""
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = reason_of(error)
     return BadRequest(
         f"The checkpoint {folder} cannot be loaded ({reason}). Resume from an older one, or start afresh."
     )

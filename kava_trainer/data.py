@@ -13,11 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import QUICKSTART, DataArguments
-from .errors import BadRequest
+from .errors import BadRequest, reason_of
+from .losses import IGNORED
 from .quickstart import SPLIT_SIZES, generate_problems
-
-IGNORED = -100
-"""Label of a token that carries no language-model loss."""
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
@@ -78,7 +76,7 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
         LookupError,
         StopIteration,
     ) as error:
-        reason = next(iter(str(error.__cause__ or error).splitlines()), "it holds no examples")
+        reason = "it holds no examples" if isinstance(error, StopIteration) else reason_of(error.__cause__ or error)
         raise BadRequest(f"The data set {name!r} cannot be loaded: {reason}") from error
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
     if arguments.dataset_train_split not in splits:

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .capture import answer_logits
-from .data import IGNORED
-from .losses import next_token_loss, next_tokens
+from .losses import IGNORED, next_token_loss, next_tokens
 
 FINAL_ANSWER = "####"
 """What GSM8K writes before the final answer."""

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from .arguments import QUICKSTART, KavaArguments, KavaTrainingArguments
+from .errors import reason_of
 
 logger = logging.get_logger(__name__)
 
@@ -137,9 +138,8 @@ def push_student(folder: Path, repo_id: str, arguments: KavaArguments) -> str | 
             commit_message="Distilled student",
         )
     except Exception as error:  # the network fails in many ways; all of them are told, none may harm the run
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         return (
-            f"The student could not be sent to {repo_id} ({reason}). It is whole in {folder}; try again with: "
-            f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(folder))}"
+            f"The student could not be sent to {repo_id} ({reason_of(error)}). It is whole in {folder}; try again "
+            f"with: hf upload {shlex.quote(repo_id)} {shlex.quote(str(folder))}"
         )
     return None

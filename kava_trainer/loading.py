@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from .arguments import QUICKSTART, ModelArguments
-from .errors import BadRequest
+from .errors import BadRequest, reason_of
 from .quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 
 T = TypeVar("T")
@@ -35,8 +35,7 @@ def _load(what: str, name: str, load: Callable[[], T]) -> T:
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BadRequest(f"The {what} {name!r} cannot be loaded: {reason}") from error
+        raise BadRequest(f"The {what} {name!r} cannot be loaded: {reason_of(error)}") from error
 
 
 def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:

@@ -11,16 +11,23 @@ import torch.nn.functional as F
 
 MINIMUM_NORM = 1e-6
 
+IGNORED = -100
+"""Label of a token that carries no language-model loss."""
+
 
 def token_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum of `values` [B, T] over the tokens where the boolean `mask` [B, T] is true."""
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum()
 
 
+def _divisor(mask: torch.Tensor, num_items: torch.Tensor | float | None) -> torch.Tensor:
+    """What a sum over tokens is divided by: `num_items`, by default the unmasked tokens here; never less than 1."""
+    return (mask.sum() if num_items is None else torch.as_tensor(num_items, device=mask.device)).clamp(min=1)
+
+
 def token_mean(values: torch.Tensor, mask: torch.Tensor, num_items: torch.Tensor | float | None = None) -> torch.Tensor:
     """Sum over unmasked tokens divided by `num_items`, by default the number of unmasked tokens here."""
-    count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=values.device)
-    return token_sum(values, mask) / count.clamp(min=1)
+    return token_sum(values, mask) / _divisor(mask, num_items)
 
 
 def mercator_per_token(
@@ -86,7 +93,7 @@ def next_tokens(labels: torch.Tensor, columns: torch.Tensor | None = None) -> to
     Returns:
         [B, T], or [B, K] with `columns`.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=-100)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return following if columns is None else following[:, columns]
 
 
@@ -110,9 +117,8 @@ def next_token_loss(
     total = F.cross_entropy(
         logits.float().flatten(0, -2),
         targets.flatten(),
-        ignore_index=-100,
+        ignore_index=IGNORED,
         reduction="sum",
         label_smoothing=label_smoothing,
     )
-    count = (targets != -100).sum() if num_items is None else torch.as_tensor(num_items, device=logits.device)
-    return total / count.clamp(min=1)
+    return total / _divisor(targets != IGNORED, num_items)

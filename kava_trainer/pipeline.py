@@ -338,8 +338,7 @@ def _finish(
     if data.evaluation is not None:
         metrics = trainer.evaluate()
         summary.add_final(metrics, trainer.collapse)
-    _evaluate(console, arguments, models, data, summary, ("student_after",))
-    if data.evaluation is not None:
+        _evaluate(console, arguments, models, data, summary, ("student_after",))
         _tell_alignment(console, metrics, trainer.collapse)
     if training.should_save:
         name = trainer.hub_model_id or FINAL_STUDENT

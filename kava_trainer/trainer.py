@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .callbacks.probe import FirstProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
 from .checkpoint_io import TRAINER_STATE_FILE
-from .losses import next_token_loss, next_tokens, token_mean, token_sum
+from .losses import IGNORED, next_token_loss, next_tokens, token_mean, token_sum
 from .metrics import TokenMeans
 from .probe import AlignmentProbe, ProbeResult, choose_examples
 from .saving import SavingTrainer
@@ -56,7 +57,7 @@ class KavaTrainer(SavingTrainer):
         target.requires_grad_(args.mercator_weight > 0)
         super().__init__(model=DistillationModel(student, target), args=args, **kwargs)
         self.train_means, self.eval_means = TokenMeans(), TokenMeans()
-        self._seen = torch.zeros(2, dtype=torch.float64)
+        self._seen = torch.zeros(2, dtype=torch.int64)
         self.emergency = EmergencyCheckpointCallback()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -188,9 +189,10 @@ class KavaTrainer(SavingTrainer):
     ) -> torch.Tensor:
         targets = next_tokens(inputs["labels"], inputs.get("logits_columns"))
         smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
-        here = (targets != -100).sum()
-        loss = next_token_loss(outputs.logits, targets, here if answers is None else answers, smoothing)
-        means.add("lm_loss", loss * (here if answers is None else answers), here)
+        here = (targets != IGNORED).sum()
+        divisor = here if answers is None else answers
+        loss = next_token_loss(outputs.logits, targets, divisor, smoothing)
+        means.add("lm_loss", loss * divisor, here)
         return loss
 
     def total_loss(self, terms: dict[str, torch.Tensor], num_items: torch.Tensor | None = None) -> torch.Tensor:
@@ -202,12 +204,15 @@ class KavaTrainer(SavingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | None]:
-        """Fetch the micro-batches of one optimizer step and count real tokens and answer tokens over all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """Fetch the micro-batches of one optimizer step and count real tokens and answer tokens over all ranks.
+
+        Trainer's own would count the labels first, with a gather over the ranks that nothing here needs.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         tokens = sum(batch["attention_mask"].sum() for batch in batches)
-        answers = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
         positions = torch.as_tensor(sum(batch["input_ids"].numel() for batch in batches), device=tokens.device)
         counts = self._sum_over_ranks(torch.stack([tokens, answers, positions]).to(device))
         self._seen = self._seen.to(device) + counts[[0, 2]]
@@ -291,7 +296,7 @@ class KavaTrainer(SavingTrainer):
         first = self.args.process_index * self.args.eval_batch_size
         repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
         counted = inputs["attention_mask"].bool() & ~repeated.unsqueeze(1)
-        return {**inputs, "counted": counted, "labels": inputs["labels"].masked_fill(~counted, -100)}
+        return {**inputs, "counted": counted, "labels": inputs["labels"].masked_fill(~counted, IGNORED)}
 
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
