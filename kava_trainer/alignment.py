@@ -14,6 +14,11 @@ STATUSES = ((0.95, "Excellent"), (0.90, "Great"), (0.70, "Good"), (0.50, "Learni
 """Lower edges of CosSim, inclusive, from the best status down; below the last one it is `Adapting`."""
 
 COLLAPSED = "Collapsed"
+COLLAPSE_REMEDY = (
+    "Write projector_direction student_to_teacher, or projector_anchor reconstruction, and lm_weight above 0."
+)
+"""What to change after a collapse."""
+
 MINIMUM_MARGIN = 0.05
 MINIMUM_RANK_SHARE = 0.25
 
@@ -93,18 +98,19 @@ class Diagnostics:
 
 
 @torch.no_grad()
-def diagnose(student: torch.Tensor, target: torch.Tensor, teacher: torch.Tensor) -> Diagnostics:
+def diagnose(compared: torch.Tensor, target: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor) -> Diagnostics:
     """All diagnostics of one pair on a probe.
 
     Args:
-        student: student states [N, d_s].
-        target: their targets [N, d_s].
+        compared: the student's side of the comparison [N, d]: its states, or what a projector makes of them.
+        target: their targets [N, d]: what a projector makes of the teacher's states, or these.
+        student: raw, unprojected student states [N, d_s] of the same tokens.
         teacher: raw, unprojected teacher states [N, d_t] of the same tokens.
     """
-    cos_sim, shuffled = mean_cosine(student, target), shuffled_cosine(student, target)
+    cos_sim, shuffled = mean_cosine(compared, target), shuffled_cosine(compared, target)
     return Diagnostics(
         cos_sim=cos_sim,
-        centred_cos_sim=centred_cosine(student, target),
+        centred_cos_sim=centred_cosine(compared, target),
         shuffled_cos_sim=shuffled,
         margin=cos_sim - shuffled,
         cka=linear_cka(student, teacher),

@@ -144,10 +144,12 @@ class DataArguments:
 
 
 _NOT_NEGATIVE = (
-    "mercator_alpha", "mercator_beta", "mercator_weight", "lm_weight", "projector_learning_rate", "learning_rate",
-    "seed",
+    "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
+    "projector_learning_rate", "learning_rate", "seed",
 )  # fmt: skip
-_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "calibration_tokens",
+)  # fmt: skip
 
 
 @dataclass
@@ -173,15 +175,71 @@ class KavaTrainingArguments(TrainingArguments):
     lm_weight: float = field(
         default=1.0, metadata=_help("Weight of the next-token loss on the answers; 0 turns it off.")
     )
+    kd_weight: float = field(
+        default=0.0,
+        metadata=_help("Weight of the divergence from the teacher's next-token distribution on the answers."),
+    )
+    kd_temperature: float = field(
+        default=1.0, metadata=_help("Temperature of both distributions in that divergence, above 0.")
+    )
+    kd_beta: float = field(
+        default=0.0,
+        metadata=_help("Kind of that divergence: 0 forward KL, 1 reverse KL, between them generalised Jensen-Shannon."),
+    )
+    mse_weight: float = field(
+        default=0.0,
+        metadata=_help("Weight of the squared difference of the aligned states; 0.2 beside mercator_weight 0.8."),
+    )
+    anchor_weight: float = field(
+        default=1.0, metadata=_help("Weight of the reconstruction error where projector_anchor is reconstruction.")
+    )
+    alignment_schedule: Literal["constant", "linear", "cosine"] = field(
+        default="constant",
+        metadata=_help(
+            "What becomes of mercator_weight and mse_weight over the run: they stay, or fall to 0 at the last step."
+        ),
+    )
     layer_mapping: str = field(
         default="last",
         metadata=_help("Layers to align: last, uniform:k, all, or pairs such as [[12, 14], [24, 28]]."),
     )
+    layer_weights: list[float] | None = field(
+        default=None,
+        metadata=_help("Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."),
+    )
+    projector_direction: Literal["teacher_to_student", "student_to_teacher"] = field(
+        default="teacher_to_student",
+        metadata=_help(
+            "Project the teacher's states into the student's space, or the student's into the teacher's, where the "
+            "teacher's own states are a target that cannot move."
+        ),
+    )
+    projector_anchor: Literal["none", "pca", "reconstruction"] = field(
+        default="none",
+        metadata=_help(
+            "What keeps a teacher_to_student projector from collapsing: nothing, a frozen principal subspace of the "
+            "teacher's states, or a decoder that rebuilds them."
+        ),
+    )
+    projector_init: Literal["random", "least_squares"] = field(
+        default="random",
+        metadata=_help("Start the projector from random weights, or from a ridge fit on the first training examples."),
+    )
+    calibration_tokens: int = field(
+        default=32_768,
+        metadata=_help("Training tokens that the pca anchor and the least_squares start are computed from."),
+    )
     projector_mlp_ratio: float = field(
-        default=1.0, metadata=_help("Width of the projector's hidden layer as a multiple of the teacher's width.")
+        default=1.0, metadata=_help("Width of the projector's hidden layer as a multiple of its input's width.")
     )
     projector_dropout: float = field(default=0.1, metadata=_help("Dropout inside the projector, from 0 to below 1."))
     projector_learning_rate: float = field(default=1e-3, metadata=_help("Learning rate of the projector alone."))
+    run_control: bool = field(
+        default=False,
+        metadata=_help(
+            "Afterwards train a second student from the same start on the same data with the next-token loss alone."
+        ),
+    )
     evaluate_generation: bool = field(
         default=False,
         metadata=_help("Also let teacher and student answer the evaluation problems and count exact matches."),
@@ -208,6 +266,16 @@ class KavaTrainingArguments(TrainingArguments):
         if self.final_dir is None:
             self.final_dir = self.output_dir
 
+    @property
+    def aligns(self) -> bool:
+        """Whether any term compares hidden states."""
+        return self.mercator_weight > 0 or self.mse_weight > 0
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the projectors start from a calibration pass."""
+        return self.aligns and (self.projector_anchor == "pca" or self.projector_init == "least_squares")
+
     def _not_supported(self) -> list[tuple[str, str]]:
         """What `TrainingArguments` offers and KAVA would not really do, with what to use instead."""
 
@@ -230,14 +298,34 @@ class KavaTrainingArguments(TrainingArguments):
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             found.append(f"num_train_epochs is {self.num_train_epochs}; write a number above 0, or set max_steps.")
         found += [f"{n} is {getattr(self, n)}; write 1 or more." for n in _AT_LEAST_ONE if getattr(self, n) < 1]
-        if self.mercator_weight == 0 and self.lm_weight == 0:
-            found.append("mercator_weight and lm_weight are both 0, so there is nothing to train on.")
+        if not self.aligns and self.lm_weight == 0 and self.kd_weight == 0:
+            found.append("mercator_weight, mse_weight, lm_weight and kd_weight are all 0: nothing would be trained.")
+        if self.kd_temperature <= 0:
+            found.append(f"kd_temperature is {self.kd_temperature}; write a number above 0, such as 1.0.")
+        if not 0 <= self.kd_beta <= 1:
+            found.append(f"kd_beta is {self.kd_beta}; write a number from 0 to 1.")
+        found += self._projector_problems()
+        if self.generation_max_new_tokens is not None and self.generation_max_new_tokens < 1:
+            found.append(f"generation_max_new_tokens is {self.generation_max_new_tokens}; write 1 or more.")
+        return found
+
+    def _projector_problems(self) -> list[str]:
+        found = []
         if self.projector_mlp_ratio <= 0:
             found.append(f"projector_mlp_ratio is {self.projector_mlp_ratio}; write a number above 0, such as 1.0.")
         if not 0 <= self.projector_dropout < 1:
             found.append(f"projector_dropout is {self.projector_dropout}; write a number from 0 to below 1.")
-        if self.generation_max_new_tokens is not None and self.generation_max_new_tokens < 1:
-            found.append(f"generation_max_new_tokens is {self.generation_max_new_tokens}; write 1 or more.")
+        if self.projector_direction == "student_to_teacher" and self.projector_anchor != "none":
+            found.append(
+                f"projector_anchor {self.projector_anchor} holds a projector of the teacher's states, but "
+                "projector_direction student_to_teacher has none; its target cannot collapse. Write none."
+            )
+        if self.projector_anchor == "pca" and self.projector_init == "least_squares":
+            found.append("projector_anchor pca sets the projector itself; write projector_init random.")
+        if self.projector_anchor == "reconstruction" and self.anchor_weight == 0:
+            found.append("anchor_weight is 0, so projector_anchor reconstruction would hold nothing; raise it.")
+        if self.layer_weights is not None and not (self.layer_weights and min(self.layer_weights) > 0):
+            found.append(f"layer_weights is {self.layer_weights}; write one number above 0 for each pair of layers.")
         try:
             parse_layer_mapping(self.layer_mapping)
         except ValueError as error:

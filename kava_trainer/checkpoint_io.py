@@ -6,7 +6,9 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import is_zipfile
 
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .errors import BadRequest, reason_of
@@ -65,6 +67,18 @@ def is_resumable(folder: Path) -> bool:
         return bool(json.loads((folder / TRAINER_STATE_FILE).read_text())) and (folder / PROJECTOR_FILE).is_file()
     except (OSError, ValueError):
         return False
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint can be resumed and none of its weight and state files was cut short."""
+    try:
+        for path in folder.rglob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    archives = [path for path in folder.rglob("*") if path.suffix in (".pt", ".pth")]
+    return is_resumable(folder) and all(is_zipfile(path) for path in archives)
 
 
 def unreadable_checkpoint(folder: str | Path | None, error: Exception) -> BadRequest:

@@ -183,13 +183,15 @@ def evaluate_model(
     batch_size: int,
     max_new_tokens: int | None = None,
 ) -> dict[str, float | None]:
-    """Answer perplexity, and with `max_new_tokens` also exact match of greedy answers.
+    """Cross-entropy and perplexity of the answers, and with `max_new_tokens` also exact match of greedy answers.
 
     Returns:
-        `perplexity` and `exact_match` (a share from 0 to 1, None where nothing was generated).
+        `cross_entropy` in nats, `perplexity` and `exact_match` (a share from 0 to 1, None where nothing was generated).
     """
+    loss = answer_cross_entropy(model, dataset, collator, batch_size)
     figures: dict[str, float | None] = {
-        "perplexity": math.exp(min(answer_cross_entropy(model, dataset, collator, batch_size), 700)),
+        "cross_entropy": loss,
+        "perplexity": math.exp(min(loss, 700)),
         "exact_match": None,
     }
     if max_new_tokens is not None:

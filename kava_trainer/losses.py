@@ -6,8 +6,12 @@ accumulated micro-batches add up to the mean over tokens. Without it the mean ov
 without any unmasked token gives 0 with zero gradients.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 MINIMUM_NORM = 1e-6
 
@@ -81,6 +85,92 @@ def mercator_loss(
     """
     per_token, _ = mercator_per_token(student, target, mask, alpha, beta)
     return token_mean(per_token, mask, num_items)
+
+
+def mse_per_token(student: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared difference of two vectors, averaged over their width: float32 [B, T], 0 where `mask` is false.
+
+    Args:
+        student: student states [B, T, d], any floating type.
+        target: their targets [B, T, d].
+        mask: boolean [B, T]; where it is false the states may hold anything, NaN included, and get no gradient.
+    """
+    difference = torch.where(mask.unsqueeze(-1), student.float() - target.float(), 0.0)
+    return difference.square().mean(dim=-1)
+
+
+def generalized_jsd_per_token(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, beta: float = 0.0
+) -> torch.Tensor:
+    """Generalised Jensen-Shannon divergence of two next-token distributions, times the squared temperature.
+
+    With teacher P, student Q and their mixture M = beta P + (1 - beta) Q it is beta KL(P|M) + (1 - beta) KL(Q|M)
+    (GKD, arXiv 2306.13649, equation 1); the ends are the forward KL(P|Q) at 0 and the reverse KL(Q|P) at 1.
+
+    Args:
+        student_logits: [N, vocabulary].
+        teacher_logits: [N, vocabulary].
+        temperature: both logits are divided by it.
+        beta: interpolation, from 0 to 1.
+
+    Returns:
+        Float32 [N], in nats times temperature squared, which keeps the gradient's size at any temperature.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    if beta == 0:
+        divergence = _kl(teacher, student)
+    elif beta == 1:
+        divergence = _kl(student, teacher)
+    else:
+        mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+        divergence = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+    return divergence * temperature**2
+
+
+def _kl(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """KL(left | right) of two tensors of log-probabilities, over the last dimension."""
+    return F.kl_div(right, left, reduction="none", log_target=True).sum(dim=-1)
+
+
+def generalized_jsd_loss(
+    student_logits: torch.Tensor,
+    teacher_states: torch.Tensor,
+    teacher_head: Callable[[torch.Tensor], torch.Tensor],
+    mask: torch.Tensor,
+    temperature: float = 1.0,
+    beta: float = 0.0,
+    num_items: torch.Tensor | float | None = None,
+    chunk_size: int = 256,
+) -> torch.Tensor:
+    """Token mean of `generalized_jsd_per_token`, computed a chunk of tokens at a time, forward and backward.
+
+    The teacher's logits and all float32 copies exist for one chunk only; the backward pass computes them again.
+    Where the vocabularies differ in size, as embeddings padded to a round number do, the common first part counts.
+
+    Args:
+        student_logits: [B, K, vocabulary].
+        teacher_states: the teacher's last hidden states [B, K, d_t] of the same positions.
+        teacher_head: maps [n, d_t] to logits [n, vocabulary].
+        mask: boolean [B, K], true where the divergence counts.
+        temperature: see `generalized_jsd_per_token`.
+        beta: see `generalized_jsd_per_token`.
+        num_items: tokens of the whole optimizer step; see the module's docstring.
+        chunk_size: tokens at a time.
+
+    Returns:
+        A float32 scalar.
+    """
+
+    def chunk_sum(logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            reference = teacher_head(states)
+        size = min(logits.shape[-1], reference.shape[-1])
+        return generalized_jsd_per_token(logits[..., :size], reference[..., :size], temperature, beta).sum()
+
+    chunks = zip(student_logits[mask].split(chunk_size), teacher_states[mask].split(chunk_size), strict=True)
+    sums = [checkpoint(chunk_sum, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(sums).sum() / _divisor(mask, num_items)
 
 
 def next_tokens(labels: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:

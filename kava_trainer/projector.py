@@ -1,27 +1,46 @@
-"""The elastic bottleneck that maps teacher states into the student's space, and its files."""
+"""The projectors that map hidden states of one model into the other's space, what holds them, and their files."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint_io import write_atomically
 from .errors import BadRequest
 
+Anchor = Literal["none", "pca", "reconstruction"]
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Shape of one projector: widths in and out, hidden width as a multiple of the width in, dropout."""
+    """Shape of one projector.
 
-    teacher_size: int
-    student_size: int
+    Attributes:
+        input_size: width of the states that go in.
+        output_size: width of what comes out.
+        mlp_ratio: hidden width as a multiple of `input_size`.
+        dropout: dropout on the hidden layer, from 0 to below 1.
+        anchor: what keeps the output from collapsing: nothing, a frozen principal subspace in place of the trained
+            network, or a decoder that must rebuild the input from it.
+    """
+
+    input_size: int
+    output_size: int
     mlp_ratio: float = 1.0
     dropout: float = 0.1
+    anchor: Anchor = "none"
+
+
+def normalise(states: torch.Tensor) -> torch.Tensor:
+    """States [..., d] in float32 with mean 0 and variance 1 over their width."""
+    return F.layer_norm(states.float(), states.shape[-1:])
 
 
 class ElasticBottleneck(nn.Module):
-    """LayerNorm(d_t) -> Linear(d_t, round(mlp_ratio * d_t)) -> SiLU -> Dropout -> Linear(., d_s).
+    """LayerNorm(d_in) -> Linear(d_in, round(mlp_ratio * d_in)) -> SiLU -> Dropout -> Linear(., d_out).
 
     Args:
         config: the shape. For Qwen2.5 1.5B to 0.5B that is 1536 -> 896.
@@ -30,31 +49,84 @@ class ElasticBottleneck(nn.Module):
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config = config
-        hidden = max(1, round(config.mlp_ratio * config.teacher_size))
-        self.norm = nn.LayerNorm(config.teacher_size)
-        self.up = nn.Linear(config.teacher_size, hidden)
+        hidden = max(1, round(config.mlp_ratio * config.input_size))
+        self.norm = nn.LayerNorm(config.input_size)
+        self.up = nn.Linear(config.input_size, hidden)
         self.activation = nn.SiLU()
         self.dropout = nn.Dropout(config.dropout)
-        self.down = nn.Linear(hidden, config.student_size)
+        self.down = nn.Linear(hidden, config.output_size)
 
-    def forward(self, teacher_states: torch.Tensor) -> torch.Tensor:
-        """Map [..., d_t] to [..., d_s] in the projector's own data type."""
-        states = self.norm(teacher_states.to(self.norm.weight.dtype))
-        return self.down(self.dropout(self.activation(self.up(states))))
+    def hidden(self, states: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads: [..., d_in] to [..., round(mlp_ratio * d_in)]."""
+        states = self.norm(states.to(self.norm.weight.dtype))
+        return self.dropout(self.activation(self.up(states)))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map [..., d_in] to [..., d_out] in the projector's own data type."""
+        return self.down(self.hidden(states))
 
 
-def save_projectors(projectors: nn.ModuleList, path: str | Path) -> None:
+class PrincipalProjection(nn.Module):
+    """A frozen linear map of the normalised states onto their principal subspace; it cannot take part in a collapse.
+
+    It is zero until `calibration` sets it.
+
+    Args:
+        config: `input_size` and `output_size` of the map.
+    """
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("weight", torch.zeros(config.output_size, config.input_size))
+        self.register_buffer("bias", torch.zeros(config.output_size))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map [..., d_in] to float32 [..., d_out]."""
+        return F.linear(normalise(states), self.weight, self.bias)
+
+
+def build_projector(config: ProjectorConfig) -> nn.Module:
+    """The projector that a config describes, with random weights."""
+    return PrincipalProjection(config) if config.anchor == "pca" else ElasticBottleneck(config)
+
+
+def build_decoder(config: ProjectorConfig) -> nn.Linear:
+    """The map from a projector's output back to its normalised input."""
+    return nn.Linear(config.output_size, config.input_size)
+
+
+def save_projectors(projectors: nn.ModuleList, path: str | Path, decoders: nn.ModuleList | None = None) -> None:
     """Write projectors and their shapes into one file that `torch.load(..., weights_only=True)` reads.
 
     Args:
-        projectors: one `ElasticBottleneck` for each aligned pair of layers.
+        projectors: one for each aligned pair of layers.
         path: the file; it is replaced in one step, so a reader never sees half of it.
+        decoders: the decoders of a reconstruction anchor, where training shall go on from this file.
     """
     payload = {
         "config": [asdict(projector.config) for projector in projectors],
-        "state_dict": {name: tensor.detach().cpu() for name, tensor in projectors.state_dict().items()},
+        "state_dict": _on_cpu(projectors),
+        "decoders": _on_cpu(decoders) if decoders else {},
     }
     write_atomically(path, lambda temporary: torch.save(payload, temporary))
+
+
+def _on_cpu(modules: nn.ModuleList) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in modules.state_dict().items()}
+
+
+def _read(path: str | Path) -> tuple[nn.ModuleList, dict[str, torch.Tensor]]:
+    """The projectors of a file and the weights of their decoders. Raises as `load_projectors` does."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        projectors = nn.ModuleList(build_projector(ProjectorConfig(**config)) for config in payload["config"])
+        projectors.load_state_dict(payload["state_dict"])
+        return projectors, payload["decoders"]
+    except FileNotFoundError as error:
+        raise BadRequest(f"There is no projector file at {path}.") from error
+    except Exception as error:  # torch.load and unpickling raise many kinds for one cause: not a projector file
+        raise BadRequest(f"{path} is not a projector file written by KAVA: {error}") from error
 
 
 def load_projectors(path: str | Path) -> nn.ModuleList:
@@ -63,29 +135,31 @@ def load_projectors(path: str | Path) -> nn.ModuleList:
     Raises:
         BadRequest: if the file is missing, is not such a file, or holds weights that do not fit its own shapes.
     """
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-        projectors = nn.ModuleList(ElasticBottleneck(ProjectorConfig(**config)) for config in payload["config"])
-        projectors.load_state_dict(payload["state_dict"])
-    except FileNotFoundError as error:
-        raise BadRequest(f"There is no projector file at {path}.") from error
-    except Exception as error:  # torch.load and unpickling raise many kinds for one cause: not a projector file
-        raise BadRequest(f"{path} is not a projector file written by KAVA: {error}") from error
-    return projectors
+    return _read(path)[0]
 
 
-def restore_projectors(projectors: nn.ModuleList, path: str | Path) -> None:
-    """Load the weights of a projector file into existing projectors.
+def restore_projectors(projectors: nn.ModuleList, path: str | Path, decoders: nn.ModuleList | None = None) -> None:
+    """Load the weights of a projector file into existing projectors and decoders.
 
     Raises:
-        BadRequest: if the file is not a projector file or was made for other widths or another number of pairs.
+        BadRequest: if the file is not a projector file, was made for other widths, another anchor or another number
+            of pairs, or lacks the decoders that are asked for.
     """
-    saved = load_projectors(path)
-    saved_shapes = [(p.config.teacher_size, p.config.student_size, p.up.out_features) for p in saved]
-    own_shapes = [(p.config.teacher_size, p.config.student_size, p.up.out_features) for p in projectors]
-    if saved_shapes != own_shapes:
+    saved, saved_decoders = _read(path)
+    shapes, own = ([_shape(projector) for projector in group] for group in (saved, projectors))
+    if shapes != own:
         raise BadRequest(
-            f"The projector in {path} does not fit this run: its shapes (teacher, student, hidden) are "
-            f"{saved_shapes}, this run's are {own_shapes}. Resume with the models and layers it was trained with."
+            f"The projector in {path} does not fit this run: its shapes (in, hidden, out, anchor) are {shapes}, this "
+            f"run's are {own}. Resume with the models, layers and projector arguments it was trained with."
         )
+    if decoders and not saved_decoders:
+        raise BadRequest(f"{path} holds no decoders to train on with; resume from a checkpoint folder instead.")
     projectors.load_state_dict(saved.state_dict())
+    if decoders:
+        decoders.load_state_dict(saved_decoders)
+
+
+def _shape(projector: nn.Module) -> tuple[int, int | None, int, str]:
+    config = projector.config
+    hidden = projector.up.out_features if isinstance(projector, ElasticBottleneck) else None
+    return config.input_size, hidden, config.output_size, config.anchor

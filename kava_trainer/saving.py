@@ -45,10 +45,15 @@ class SavingTrainer(Trainer):
             "Resume from the newest checkpoint, which is sound, with a lower learning rate."
         )
 
-    def save_projector(self, path: str | Path) -> None:
-        """Write the projectors to one `.pth` file, from the main process."""
+    def save_projector(self, path: str | Path, with_decoders: bool = False) -> None:
+        """Write the projectors to one `.pth` file, from the main process.
+
+        Args:
+            path: the file.
+            with_decoders: also the decoders of a reconstruction anchor, which only further training needs.
+        """
         if self.args.should_save:
-            save_projectors(self.target.projectors, path)
+            save_projectors(self.target.projectors, path, self.target.decoders if with_decoders else None)
 
     def save_student(self, output_dir: str | Path) -> None:
         """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it."""
@@ -66,7 +71,7 @@ class SavingTrainer(Trainer):
             raise self.not_finite("weights")
         super().save_model(output_dir, _internal_call=_internal_call)
         if _internal_call:
-            self.save_projector(Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
+            self.save_projector(Path(output_dir or self.args.output_dir) / PROJECTOR_FILE, with_decoders=True)
 
     # The private methods of Trainer that KAVA overrides are below; all were read in transformers 5.23.0. Of those it
     # only calls there is one more: `_prepare_inputs`, in `trainer.py`.
@@ -88,7 +93,8 @@ class SavingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, self.student)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise unreadable_checkpoint(resume_from_checkpoint, error) from error
-        restore_projectors(self.target.projectors, Path(resume_from_checkpoint) / PROJECTOR_FILE)
+        file = Path(resume_from_checkpoint) / PROJECTOR_FILE
+        restore_projectors(self.target.projectors, file, self.target.decoders)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:

@@ -12,7 +12,7 @@ from .arguments import ModelArguments
 from .capture import HiddenStateCapture, answer_logits, number_of_layers
 from .errors import BadRequest
 from .loading import build_causal_lm, load_causal_lm, load_config
-from .targets import HiddenStateTarget
+from .targets import AlignedStates, HiddenStateTarget
 
 
 def _config(arguments: ModelArguments) -> PreTrainedConfig:
@@ -86,8 +86,8 @@ class StudentOutput:
     """[B, K, vocabulary] at the K positions that were asked for."""
     hidden_states: dict[int, torch.Tensor]
     """[B, T, d_s] by student layer."""
-    targets: list[torch.Tensor]
-    """[B, T, d_s] for each pair; empty without teacher states."""
+    pairs: list[AlignedStates]
+    """Both sides of each pair of layers in one space; empty without teacher states."""
 
 
 class DistillationModel(nn.Module):
@@ -132,7 +132,7 @@ class DistillationModel(nn.Module):
         logits_columns: torch.Tensor | None = None,
         teacher_states: dict[int, torch.Tensor] | None = None,
     ) -> StudentOutput:
-        """Run the student, keep its mapped hidden states, and project the teacher's.
+        """Run the student, keep its mapped hidden states, and bring them and the teacher's into one space.
 
         Args:
             input_ids: tokens [B, T].
@@ -143,5 +143,5 @@ class DistillationModel(nn.Module):
         """
         with self._capture as states:
             logits = answer_logits(self.student, input_ids, attention_mask, logits_columns)
-        targets = [] if teacher_states is None else self.target(teacher_states)
-        return StudentOutput(logits=logits, hidden_states=states, targets=targets)
+        pairs = [] if teacher_states is None else self.target(states, teacher_states)
+        return StudentOutput(logits=logits, hidden_states=states, pairs=pairs)

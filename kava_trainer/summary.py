@@ -76,18 +76,9 @@ class RunSummary:
         if lines and self.content["final"]["loss"] is None:
             self.content["final"] |= {name: lines[-1].get(name) for name in ("loss", "mercator_loss", "cos_sim")}
 
-    def add_final(self, metrics: dict[str, float], collapse: str | None) -> None:
-        """Set the final figures from the metrics of an evaluation; what it did not measure becomes null.
-
-        Args:
-            metrics: what `Trainer.evaluate` returned.
-            collapse: why the alignment counts as collapsed; a collapsed run is no success.
-        """
+    def add_final(self, metrics: dict[str, float]) -> None:
+        """Set the final figures from the metrics of `Trainer.evaluate`; what it did not measure becomes null."""
         self.content["final"] = {name: metrics.get(f"eval_{name}") for name in _FINAL}
-        if "eval_collapsed" in metrics:
-            reasons = [] if collapse is None else [collapse]
-            success = None if collapse is None else False
-            self.content["verdict"] = {"success": success, "collapsed": collapse is not None, "reasons": reasons}
 
     def add_evaluation(self, who: str, figures: dict[str, float | None]) -> None:
         """Set the figures of `teacher`, `student_before`, `student_after` or `control_sft`."""

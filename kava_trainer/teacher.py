@@ -22,6 +22,9 @@ class TeacherSource(Protocol):
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[int, torch.Tensor]:
         """Detached states [B, T, d_t] of the layers that were asked for at construction, by layer index."""
 
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of last hidden states [..., d_t]."""
+
 
 def quantization_config(kind: str) -> BitsAndBytesConfig | None:
     """How bitsandbytes shall hold the teacher: `none`, `8bit`, or `4bit` (NF4, double quantisation, bf16 compute).
@@ -95,3 +98,24 @@ class OnlineTeacher:
         with self._capture as states:
             self._decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return states
+
+    @torch.no_grad()
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of last hidden states [..., d_t], from the vocabulary head alone."""
+        return self.model.get_output_embeddings()(states)
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Make sure that the teacher's logits are what `head` makes of its last state.
+
+        Raises:
+            BadRequest: if the model does more to them, such as capping, so that divergences would be wrong.
+        """
+        ids = torch.arange(4, device=self.model.device).unsqueeze(0)
+        output = self.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        own, logits = self.head(output.hidden_states[-1]).float(), output.logits.float()
+        if not torch.allclose(own, logits, rtol=1e-2, atol=1e-2 * logits.abs().max().item()):
+            raise BadRequest(
+                f"{type(self.model).__name__} does more to its logits than its vocabulary head, so the divergence "
+                "from them cannot be computed from its hidden states; set kd_weight to 0."
+            )

@@ -13,21 +13,23 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
+from .alignment import COLLAPSE_REMEDY
 from .arguments import KavaTrainingArguments
+from .calibration import calibrate
 from .callbacks.emergency import EmergencyCheckpointCallback
 from .callbacks.probe import FirstProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
 from .checkpoint_io import TRAINER_STATE_FILE
-from .losses import IGNORED, next_token_loss, next_tokens, token_mean, token_sum
+from .console import Console
+from .losses import IGNORED
 from .metrics import TokenMeans
-from .probe import AlignmentProbe, ProbeResult, choose_examples
+from .probe import MINIMUM_SHARE, AlignmentProbe, ProbeResult, ShareWatch, choose_examples
 from .saving import SavingTrainer
-from .student import DistillationModel, StudentOutput
+from .student import DistillationModel
 from .targets import HiddenStateTarget
 from .teacher import TeacherSource
-
-_TERMS = ("mercator_loss", "lm_loss", "cos_sim")
+from .terms import LossTerms
 
 
 class KavaTrainer(SavingTrainer):
@@ -38,7 +40,7 @@ class KavaTrainer(SavingTrainer):
 
     Args:
         student: the `PreTrainedModel` to train.
-        teacher: where the teacher's states come from; None where no term needs them (`mercator_weight` 0).
+        teacher: where the teacher's states come from; None where no term needs them (only `lm_weight` above 0).
         target: what is aligned, with its projectors.
         args: `KavaTrainingArguments`.
         kwargs: as for `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `processing_class`, `callbacks`,
@@ -53,32 +55,47 @@ class KavaTrainer(SavingTrainer):
         args: KavaTrainingArguments,
         **kwargs: Any,
     ) -> None:
-        self.teacher = teacher
-        target.requires_grad_(args.mercator_weight > 0)
+        target.requires_grad_(args.aligns)
         super().__init__(model=DistillationModel(student, target), args=args, **kwargs)
+        self.terms = LossTerms(args, target, teacher, self.accelerator.autocast)
         self.train_means, self.eval_means = TokenMeans(), TokenMeans()
         self._seen = torch.zeros(2, dtype=torch.int64)
         self.emergency = EmergencyCheckpointCallback()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        self._console = Console(args.plain_output)
         self.probe = self._make_probe()
         self.last_probe: ProbeResult | None = None
+        self._shares = ShareWatch()
         own = [StatusCallback(args.plain_output), FirstProbeCallback(self._log_first_probe), ProjectorSaveCallback()]
         for callback in (self.emergency, *own):
             self.add_callback(callback)
 
+    @property
+    def teacher(self) -> TeacherSource | None:
+        """Where the teacher's states come from."""
+        return self.terms.teacher
+
     def _make_probe(self) -> AlignmentProbe | None:
         """The fixed probe, where something is aligned and there is one set of held-out examples."""
-        if self.teacher is None or self.args.mercator_weight == 0 or not has_length(self.eval_dataset):
+        if self.teacher is None or not self.args.aligns or not has_length(self.eval_dataset):
             return None
         if isinstance(self.eval_dataset, dict):
             return None
-        examples = choose_examples(self.eval_dataset)
-        return AlignmentProbe(examples, self.data_collator, self.args.per_device_eval_batch_size)
+        sizes = (self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
+        return AlignmentProbe(choose_examples(self.eval_dataset), self.data_collator, *sizes)
 
     def run_probe(self) -> ProbeResult | None:
-        """Measure the alignment on the probe; None where there is no probe."""
-        return None if self.probe is None else self.probe.measure(self.model, self.teacher)
+        """Measure the alignment on the probe; None where there is no probe. Terms that do nothing are named once."""
+        if self.probe is None:
+            return None
+        result = self.probe.measure(self.model, self.terms, self.progress)
+        for name in self._shares.without_effect(result.gradient_shares):
+            self._console.warn(
+                f"The term {name} has given less than {MINIMUM_SHARE:.0%} of the student's gradient so far; raise "
+                f"{name}_weight, or set it to 0 to save its cost."
+            )
+        return result
 
     def _log_first_probe(self) -> None:
         """Log where the run starts. It is not called collapsed: an untrained pair has nothing to agree on."""
@@ -86,10 +103,25 @@ class KavaTrainer(SavingTrainer):
         if result is not None:
             self.log(result.metrics("probe"))
 
+    def calibrate(self) -> None:
+        """Start the projectors from the first training examples, as `projector_anchor` and `projector_init` ask.
+
+        Raises:
+            BadRequest: if there are too few tokens for a fit.
+        """
+        examples = choose_examples(self.train_dataset, self.args.calibration_tokens)
+        size = self.args.per_device_eval_batch_size
+        calibrate(self.model, self.teacher, examples, self.data_collator, size, self._sum_over_ranks)
+
     @property
     def collapse(self) -> str | None:
         """Why the alignment counted as collapsed at the last evaluation; None where it did not."""
         return None if self.last_probe is None else self.last_probe.collapse
+
+    def _tell_collapse(self, probed: ProbeResult) -> None:
+        """Say once why the alignment counts as collapsed, and what to change."""
+        if probed.collapse is not None and self.collapse is None:
+            self._console.warn(f"{probed.collapse} CosSim says nothing here. {COLLAPSE_REMEDY}")
 
     def compute_loss(
         self,
@@ -106,11 +138,20 @@ class KavaTrainer(SavingTrainer):
             return_outputs: also return the logits.
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
         """
-        teacher_states = self.teacher_states(inputs)
-        outputs = self.student_outputs(model, inputs, teacher_states)
-        terms = self.loss_terms(outputs, inputs, num_items_in_batch)
-        loss = self.total_loss(terms, num_items_in_batch)
+        training = torch.is_grad_enabled()
+        means, progress = (self.train_means, self.progress) if training else (self.eval_means, 0.0)
+        teacher_states = self.terms.teacher_states(inputs)
+        outputs = self.terms.student_outputs(model, inputs, teacher_states)
+        terms = self.terms.compute(outputs, inputs, teacher_states, num_items_in_batch, means, progress)
+        loss = self.terms.total(terms, progress)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the ranks' gradients will be averaged
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    @property
+    def progress(self) -> float:
+        """Share of the optimizer steps that are done, from 0 to 1."""
+        return self.state.global_step / max(self.state.max_steps, 1)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does; the signal handlers in force before are back however it ends.
@@ -124,6 +165,8 @@ class KavaTrainer(SavingTrainer):
             self._load_from_checkpoint(resume_from_checkpoint)
             self.state = state
             return TrainOutput(state.global_step, 0.0, {})
+        if self.args.calibrates and not resume_from_checkpoint:
+            self.calibrate()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -134,72 +177,6 @@ class KavaTrainer(SavingTrainer):
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return state if state.global_step >= max_steps else None
-
-    def teacher_states(self, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor] | None:
-        """The teacher's states on a batch; None where nothing is aligned."""
-        if self.teacher is None or self.args.mercator_weight == 0:
-            return None
-        with self.accelerator.autocast():
-            return self.teacher.features(inputs["input_ids"], inputs["attention_mask"])
-
-    def student_outputs(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], teacher_states: dict[int, torch.Tensor] | None
-    ) -> StudentOutput:
-        """Run student and projectors, with logits only where a term or the evaluation reads them."""
-        columns = inputs.get("logits_columns")
-        if model.training and self.args.lm_weight == 0:
-            columns = inputs["input_ids"].new_empty(0)
-        return model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_columns=columns,
-            teacher_states=teacher_states,
-        )
-
-    def loss_terms(
-        self, outputs: StudentOutput, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Each unweighted term by name, as a token mean over the whole optimizer step; means are noted for the log."""
-        means = self.train_means if torch.is_grad_enabled() else self.eval_means
-        tokens, answers = (None, None) if num_items is None else num_items
-        terms = {}
-        mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
-        if outputs.targets:
-            terms["mercator"] = self._mercator_term(outputs, mask, tokens, means)
-        if outputs.logits.shape[1] > 0:
-            terms["lm"] = self._language_model_term(outputs, inputs, answers, means)
-        return terms
-
-    def _mercator_term(
-        self, outputs: StudentOutput, mask: torch.Tensor, tokens: torch.Tensor | None, means: TokenMeans
-    ) -> torch.Tensor:
-        pairs = self.target.align(outputs.hidden_states, outputs.targets, mask)
-        loss = torch.stack([pair.loss for pair in pairs]).mean(dim=0)
-        cosine = torch.stack([pair.cosine for pair in pairs]).mean(dim=0)
-        means.add("mercator_loss", token_sum(loss, mask), mask.sum())
-        means.add("cos_sim", token_sum(cosine, mask), mask.sum())
-        return token_mean(loss, mask, tokens)
-
-    def _language_model_term(
-        self,
-        outputs: StudentOutput,
-        inputs: dict[str, torch.Tensor],
-        answers: torch.Tensor | None,
-        means: TokenMeans,
-    ) -> torch.Tensor:
-        targets = next_tokens(inputs["labels"], inputs.get("logits_columns"))
-        smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
-        here = (targets != IGNORED).sum()
-        divisor = here if answers is None else answers
-        loss = next_token_loss(outputs.logits, targets, divisor, smoothing)
-        means.add("lm_loss", loss * divisor, here)
-        return loss
-
-    def total_loss(self, terms: dict[str, torch.Tensor], num_items: torch.Tensor | None = None) -> torch.Tensor:
-        """Weighted sum of the terms; scaled by the world size where the ranks' gradients will be averaged."""
-        weights = {"mercator": self.args.mercator_weight, "lm": self.args.lm_weight}
-        total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        return total if num_items is None else total * self.accelerator.num_processes
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -255,10 +232,11 @@ class KavaTrainer(SavingTrainer):
             RunFailed: if the loss is no finite number any more, before anything else is saved.
         """
         if "loss" in logs:
-            logs.update(self.train_means.drain(self._sum_over_ranks))
+            means = self.train_means.drain(self._sum_over_ranks)
+            logs |= means
             logs["projector_learning_rate"] = self._projector_learning_rate()
             logs["collapsed"] = float(self.collapse is not None)
-            broken = [name for name in ("loss", *_TERMS) if not math.isfinite(logs.get(name, 0.0))]
+            broken = [name for name in ("loss", *means) if not math.isfinite(logs[name])]
             if broken:
                 raise self.not_finite(" and ".join(broken))
         super().log(logs, start_time)
@@ -301,19 +279,20 @@ class KavaTrainer(SavingTrainer):
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Trainer's loop, plus `cos_sim`, `mercator_loss`, `lm_loss` and `perplexity` as exact token means.
+        """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
 
-        An evaluation also runs the probe; its figures have the same prefix.
+        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it. An
+        evaluation also runs the probe; its figures have the same prefix.
         """
         prefix = metric_key_prefix
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
         means = self.eval_means.drain(self._sum_over_ranks)
-        weights = {"mercator_loss": self.args.mercator_weight, "lm_loss": self.args.lm_weight}
-        output.metrics[f"{prefix}_loss"] = sum(weights[name] * means[name] for name in weights if name in means)
+        output.metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
             output.metrics[f"{prefix}_perplexity"] = math.exp(min(means["lm_loss"], 700))
         if description == "Evaluation" and (probed := self.run_probe()) is not None:
+            self._tell_collapse(probed)
             self.last_probe = probed
             output.metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in output.metrics})
         return output

@@ -96,11 +96,11 @@ RANK_ONE = states(300, 1, seed=8) @ states(1, 16, seed=9)
     ],
 )
 def test_a_planted_collapse_is_called(student, target, part):
-    assert part in collapse_reason(diagnose(student, target, TEACHER), 16)
+    assert part in collapse_reason(diagnose(student, target, student, TEACHER), 16)
 
 
 def test_a_healthy_alignment_is_not_called():
-    figures = diagnose(HEALTHY, TEACHER[:, :16], TEACHER)
+    figures = diagnose(HEALTHY, TEACHER[:, :16], HEALTHY, TEACHER)
     assert collapse_reason(figures, 16) is None
     assert figures.margin == pytest.approx(figures.cos_sim - figures.shuffled_cos_sim)
     assert figures.cka > 0.4

@@ -27,6 +27,8 @@ ORDER = [
         "teacher",
         "targets",
         "student",
+        "calibration",
+        "terms",
         "data",
         "evaluation",
         "probe",
@@ -38,7 +40,17 @@ ORDER = [
         "callbacks.projector_save",
         "callbacks.emergency",
     ),
-    *("hub", "saving", "trainer", "summary", "pipeline", "quickstart.train_teacher"),
+    *(
+        "hub",
+        "saving",
+        "trainer",
+        "summary",
+        "verdict",
+        "preparation",
+        "control",
+        "pipeline",
+        "quickstart.train_teacher",
+    ),
 ]
 PACKAGE = ROOT / "kava_trainer"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

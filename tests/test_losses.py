@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from kava_trainer.losses import mercator_loss, next_token_loss, next_tokens, token_mean
+from kava_trainer.losses import (
+    generalized_jsd_loss,
+    generalized_jsd_per_token,
+    mercator_loss,
+    mse_per_token,
+    next_token_loss,
+    next_tokens,
+    token_mean,
+)
 
 
 def naive_mercator(student, target, mask, alpha, beta):
@@ -131,3 +139,65 @@ def test_next_tokens_moves_left_and_selects_columns():
 def test_token_mean_ignores_masked_values():
     values = torch.tensor([[1.0, float("nan")], [3.0, 5.0]])
     assert token_mean(values, torch.tensor([[True, False], [True, True]])).item() == 3
+
+
+def test_mse_is_the_mean_over_the_width_and_ignores_what_is_masked():
+    student, target = states((2, 3, 5), torch.float32, 0), states((2, 3, 5), torch.float32, 1)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    with torch.no_grad():
+        target[0, 2] = float("nan")
+    per_token = mse_per_token(student, target, mask)
+    for b, t in [(0, 0), (0, 1), (1, 0)]:
+        assert per_token[b, t].item() == pytest.approx(((student[b, t] - target[b, t]) ** 2).sum().item() / 5)
+    assert per_token[~mask].abs().sum() == 0
+    (gradient,) = gradients(per_token.sum(), student)
+    torch.testing.assert_close(gradient[0, 0], 2 * (student[0, 0] - target[0, 0]).detach() / 5)
+    assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
+
+
+def naive_jsd(student, teacher, temperature, beta):
+    q, p = (torch.softmax(x.double() / temperature, -1) for x in (student, teacher))
+    if beta in (0, 1):
+        left, right = (p, q) if beta == 0 else (q, p)
+        return (left * (left / right).log()).sum(-1) * temperature**2
+    m = beta * p + (1 - beta) * q
+    mixed = beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
+    return mixed * temperature**2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_generalised_jsd_value_and_gradient_equal_the_naive_reference(beta, temperature):
+    student, teacher = states((6, 11), torch.float32, 0), states((6, 11), torch.float32, 1).detach()
+    ours = generalized_jsd_per_token(student, teacher, temperature, beta)
+    reference = naive_jsd(student, teacher, temperature, beta)
+    torch.testing.assert_close(ours, reference.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        *(gradients(x.sum(), student)[0] for x in (ours, reference)), rtol=1e-4, atol=1e-6, check_dtype=False
+    )
+    assert (ours > 0).all()
+    same = generalized_jsd_per_token(teacher, teacher, temperature, beta)
+    torch.testing.assert_close(same, torch.zeros(6), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 256])
+@pytest.mark.parametrize("vocabularies", [(11, 11), (11, 13), (13, 11)])
+def test_chunks_change_neither_value_nor_gradient_of_the_divergence(chunk_size, vocabularies):
+    student, teacher_states = states((2, 4, vocabularies[0]), torch.float32, 0), states((2, 4, 5), torch.float32, 1)
+    head = torch.nn.Linear(5, vocabularies[1])
+    mask = torch.tensor([[True, True, False, True], [False, True, True, True]])
+    loss = generalized_jsd_loss(student, teacher_states, head, mask, 2.0, 0.3, num_items=10, chunk_size=chunk_size)
+    size = min(vocabularies)
+    logits = head(teacher_states).detach()
+    reference = naive_jsd(student[mask][:, :size], logits[mask][:, :size], 2.0, 0.3).sum() / 10
+    torch.testing.assert_close(loss, reference.float(), rtol=1e-4, atol=1e-6)
+    ours, naive = (gradients(x, student)[0] for x in (loss, reference))
+    torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-6, check_dtype=False)
+    assert not any(torch.autograd.grad(loss, p, allow_unused=True)[0] is not None for p in head.parameters())
+
+
+def test_no_token_to_learn_gives_no_divergence():
+    student = states((1, 3, 7), torch.float32, 0)
+    loss = generalized_jsd_loss(student, torch.randn(1, 3, 5), torch.nn.Linear(5, 7), torch.zeros(1, 3).bool())
+    assert loss.item() == 0
+    assert gradients(loss, student)[0].abs().sum() == 0

@@ -128,7 +128,7 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         ({"student_model_name_or_path": None}, "The student is missing"),
         ({"student_config_name": "x"}, "exclude each other"),
         ({"dataset_name": None}, "dataset_name is missing"),
-        ({"mercator_weight": 0, "lm_weight": 0}, "nothing to train on"),
+        ({"mercator_weight": 0, "lm_weight": 0}, "nothing would be trained"),
         ({"mercator_weight": -1}, "cannot be negative"),
         ({"gradient_accumulation_steps": 0}, "write 1 or more"),
         ({"projector_mlp_ratio": 0}, "above 0"),

@@ -18,7 +18,7 @@ def test_the_first_examples_with_enough_tokens_are_chosen():
 @pytest.mark.parametrize("mapping", ["last", "uniform:2"])
 def test_the_probe_sees_the_real_tokens_of_both_models(tmp_path, tokenizer, mapping):
     trainer = make_trainer(tmp_path, tokenizer, layer_mapping=mapping)
-    result = trainer.probe.measure(trainer.model, trainer.teacher)
+    result = trainer.probe.measure(trainer.model, trainer.terms)
     assert trainer.model.training
     trainer.model.eval()
     for (layer, teacher_layer), projector, figures in zip(
@@ -27,12 +27,13 @@ def test_the_probe_sees_the_real_tokens_of_both_models(tmp_path, tokenizer, mapp
         rows = []
         for example in trainer.eval_dataset:
             ids = {"input_ids": torch.tensor([example["input_ids"]]), "output_hidden_states": True}
-            teacher = trainer.teacher.model(**ids).hidden_states[teacher_layer][0]
-            rows.append((trainer.student(**ids).hidden_states[layer][0], projector(teacher), teacher))
+            teacher = trainer.terms.teacher.model(**ids).hidden_states[teacher_layer][0]
+            student = trainer.student(**ids).hidden_states[layer][0]
+            rows.append((student, projector(teacher), student, teacher))
         expected = diagnose(*(torch.cat(states) for states in zip(*rows, strict=True)))
         assert figures.to_dict() == pytest.approx(expected.to_dict(), rel=1e-3, abs=1e-5)
     pairs = len(result.pairs)
-    assert len(result.metrics("eval")) == 8 + 1 + (8 * pairs if pairs > 1 else 0)
+    assert len(result.metrics("eval")) == 8 + 2 + 1 + (8 * pairs if pairs > 1 else 0)
 
 
 def test_the_probe_runs_before_the_first_step_and_at_every_evaluation(tmp_path, tokenizer):

@@ -14,7 +14,7 @@ from kava_trainer.projector import (
 
 def make(count=1, **changes):
     return nn.ModuleList(
-        ElasticBottleneck(ProjectorConfig(**{"teacher_size": 6, "student_size": 4, **changes})) for _ in range(count)
+        ElasticBottleneck(ProjectorConfig(**{"input_size": 6, "output_size": 4, **changes})) for _ in range(count)
     )
 
 
@@ -45,11 +45,11 @@ def test_saved_projectors_come_back_equal(tmp_path):
     for ours, theirs in zip(projectors.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert [f.name for f in tmp_path.iterdir()] == ["p.pth"]
-    assert set(torch.load(tmp_path / "p.pth", weights_only=True)) == {"config", "state_dict"}
+    assert set(torch.load(tmp_path / "p.pth", weights_only=True)) == {"config", "state_dict", "decoders"}
 
 
 def test_a_projector_of_other_widths_is_refused(tmp_path):
-    save_projectors(make(teacher_size=8), tmp_path / "p.pth")
+    save_projectors(make(input_size=8), tmp_path / "p.pth")
     with pytest.raises(BadRequest, match="does not fit this run"):
         restore_projectors(make(), tmp_path / "p.pth")
 

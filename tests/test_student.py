@@ -83,5 +83,5 @@ def test_the_distillation_model_behaves_as_the_student():
     names = {name.split(".")[0] for name, _ in model.named_parameters()}
     assert names == {"student", "target"}
     output = model(torch.tensor([[1, 2, 3]]), teacher_states={2: torch.randn(1, 3, 64)})
-    assert output.targets[0].shape == output.hidden_states[2].shape == (1, 3, 32)
+    assert output.pairs[0].target.shape == output.hidden_states[2].shape == (1, 3, 32)
     assert output.logits.shape == (1, 3, 512)

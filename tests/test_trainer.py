@@ -11,13 +11,13 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.capture import resolve_layer_pairs
 from kava_trainer.data import DistillationCollator
 from kava_trainer.errors import RunFailed
 from kava_trainer.losses import mercator_loss, next_token_loss
-from kava_trainer.projector import ProjectorConfig, load_projectors
-from kava_trainer.targets import HiddenStateTarget
+from kava_trainer.projector import load_projectors
+from kava_trainer.targets import build_target
 from kava_trainer.teacher import OnlineTeacher
+from kava_trainer.terms import needed_teacher_layers
 from kava_trainer.trainer import KavaTrainer
 
 
@@ -38,14 +38,12 @@ def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):
     args = KavaTrainingArguments(**arguments)
     teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
     student = model(STUDENT_SIZE, STUDENT_LAYERS, seed=2)
-    pairs = resolve_layer_pairs(args.layer_mapping, STUDENT_LAYERS, TEACHER_LAYERS)
     torch.manual_seed(3)
-    shape = ProjectorConfig(TEACHER_SIZE, STUDENT_SIZE, args.projector_mlp_ratio, args.projector_dropout)
-    target = HiddenStateTarget(pairs, shape, args.mercator_alpha, args.mercator_beta)
+    target = build_target(args, student, teacher)
     data = Dataset.from_list(random_examples(count))
     return KavaTrainer(
         student,
-        OnlineTeacher(teacher, target.teacher_layers),
+        OnlineTeacher(teacher, needed_teacher_layers(args, target, TEACHER_LAYERS)),
         target,
         args,
         train_dataset=data,
@@ -86,7 +84,7 @@ def test_without_the_language_model_term_no_logits_are_computed(tmp_path, tokeni
     trainer = make_trainer(tmp_path, tokenizer, lm_weight=0.0)
     batch = trainer.data_collator(random_examples(2))
     trainer.model.train()
-    assert trainer.student_outputs(trainer.model, batch, None).logits.shape[1] == 0
+    assert trainer.terms.student_outputs(trainer.model, batch, None).logits.shape[1] == 0
     trainer.train()
     assert "lm_loss" not in loss_lines(trainer)[0]
 

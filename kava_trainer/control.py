@@ -1,0 +1,58 @@
+"""The control: a second student with the same start, data, steps and learning rates, and no teacher."""
+
+import copy
+from pathlib import Path
+
+from accelerate.utils import release_memory
+from transformers import set_seed
+
+from .arguments import KavaArguments, KavaTrainingArguments
+from .checkpoint_io import find_newest_checkpoint
+from .preparation import Data, Models, make_trainer
+from .student import load_student
+from .trainer import KavaTrainer
+
+CONTROL_FOLDER = "control"
+"""Folder under `output_dir` that takes the control's checkpoints."""
+
+
+def control_arguments(training: KavaTrainingArguments) -> KavaTrainingArguments:
+    """The run's arguments with the next-token loss as the only term, saving into a folder of its own.
+
+    The control stays local. Of the trackers only TensorBoard goes on, which keeps a folder for each run; any other
+    would mix the control's lines into the run's.
+    """
+    control = copy.copy(training)
+    control.mercator_weight = control.mse_weight = control.kd_weight = 0.0
+    control.lm_weight = training.lm_weight or 1.0
+    control.output_dir = control.final_dir = str(Path(training.output_dir) / CONTROL_FOLDER)
+    control.push_to_hub = control.run_control = False
+    control.report_to = [tracker for tracker in training.report_to if tracker == "tensorboard"]
+    return control
+
+
+def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:
+    """The control's trainer, around a student that starts with the very weights the run's student started with.
+
+    Args:
+        arguments: of the run.
+        models: of the run; its student makes room on the device.
+        data: of the run.
+    """
+    models.student.to("cpu")
+    release_memory()
+    training = control_arguments(arguments.training)
+    set_seed(training.seed)
+    student = load_student(arguments.model, models.teacher)
+    return make_trainer(training, Models(models.teacher, student, models.tokenizer), data)
+
+
+def train_control(trainer: KavaTrainer, resume: bool) -> None:
+    """Train the control.
+
+    Args:
+        trainer: see `build_control`.
+        resume: go on from the control's newest checkpoint, where there is one.
+    """
+    checkpoint = find_newest_checkpoint(trainer.args.output_dir) if resume else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,0 +1,168 @@
+"""What a run needs before its first step: tokenizer, data, models and trainer, and what the user sees of them."""
+
+import math
+from dataclasses import dataclass
+
+import datasets
+from huggingface_hub.errors import HTTPError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from .arguments import KavaArguments, KavaTrainingArguments
+from .capture import context_length, hidden_size, number_of_layers
+from .console import Console
+from .data import DistillationCollator, Encoded, encode_dataset, load_splits
+from .errors import BadRequest
+from .evaluation import answer_cross_entropy
+from .loading import check_tokenizers_agree, check_vocabulary_fits, load_tokenizer
+from .student import load_student
+from .targets import build_target
+from .teacher import OnlineTeacher, load_teacher
+from .terms import needed_teacher_layers
+from .trainer import KavaTrainer
+
+
+@dataclass
+class Data:
+    """Tokenised examples and what pads them."""
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset | None
+    collator: DistillationCollator
+
+
+@dataclass
+class Models:
+    """The pair and their one tokenizer."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, which agrees with the teacher's; the teacher's own where the student has none."""
+    model = arguments.model
+    teacher = load_tokenizer(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+    if model.student_model_name_or_path is None:
+        return teacher
+    student = load_tokenizer(model.student_model_name_or_path, "student", model.student_revision, model)
+    check_tokenizers_agree(teacher, student)
+    return student
+
+
+def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Both splits, tokenised, with what pads them. Raises `BadRequest` where the data cannot be used."""
+    console.stage("Data")
+    with arguments.training.main_process_first(desc="loading the data"):
+        train, test, total = load_splits(arguments.data)
+        console.print(f"Dataset loaded: {total} samples")
+        encoded = encode_dataset(train, tokenizer, arguments.data.max_length, "Tokenizing the training data")
+        held_out = test and encode_dataset(test, tokenizer, arguments.data.max_length, "Tokenizing the held-out data")
+    _tell_encoding(console, "training", encoded, len(train), arguments.data.max_length)
+    if held_out:
+        _tell_encoding(console, "held-out", held_out, len(test), arguments.data.max_length)
+    else:
+        console.warn("There are no held-out examples, so nothing will be evaluated.")
+    batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
+    console.print(f"{batches} batches prepared")
+    return Data(encoded.dataset, held_out.dataset if held_out else None, DistillationCollator(tokenizer))
+
+
+def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, max_length: int) -> None:
+    console.print(
+        f"{len(encoded.dataset)} {which} examples of {total}: {encoded.truncated} cut to {max_length} tokens, "
+        f"{encoded.dropped} dropped because no answer was left"
+    )
+
+
+def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Models:
+    """Teacher and student. Raises `BadRequest` where one cannot be had, or does not fit tokenizer or lengths."""
+    console.stage("Models")
+    teacher = load_teacher(arguments.model, arguments.training.device)
+    set_seed(arguments.training.seed)
+    student = load_student(arguments.model, teacher)
+    for role, model in (("teacher", teacher), ("student", student)):
+        check_vocabulary_fits(model, role, tokenizer)
+        limit = context_length(model)
+        if limit is not None and arguments.data.max_length > limit:
+            raise BadRequest(f"max_length is {arguments.data.max_length}, but the {role} reads {limit} tokens at most.")
+        width, depth = hidden_size(model), number_of_layers(model)
+        console.print(
+            f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{str(model.dtype).removeprefix('torch.')}"
+        )
+    return Models(teacher, student, tokenizer)
+
+
+def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) -> KavaTrainer:
+    """The trainer of one student; its teacher runs only where a term reads it.
+
+    Raises:
+        BadRequest: if the models do not have what the arguments ask for, or Trainer refuses an argument.
+    """
+    target = build_target(training, models.student, models.teacher)
+    layers = needed_teacher_layers(training, target, number_of_layers(models.teacher))
+    teacher = OnlineTeacher(models.teacher, layers) if layers else None
+    if training.kd_weight > 0:
+        teacher.check_head()
+    try:
+        trainer = KavaTrainer(
+            student=models.student,
+            teacher=teacher,
+            target=target,
+            args=training,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            data_collator=data.collator,
+            processing_class=models.tokenizer,
+        )
+        trainer.create_optimizer()
+    except (ValueError, ImportError, KeyError, OSError, HTTPError) as error:
+        raise BadRequest(f"Trainer cannot be set up with these arguments: {error}") from error
+    return trainer
+
+
+def build_trainer(console: Console, arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:
+    """The trainer of the run, and what the user sees of its loss.
+
+    Raises:
+        BadRequest: as `make_trainer`, and where the devices or the evaluation do not fit the arguments.
+    """
+    training = arguments.training
+    if training.n_gpu > 1:
+        raise BadRequest(
+            f"One process sees {training.n_gpu} GPUs. Start one process for each with "
+            f"accelerate launch --num_processes {training.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0."
+        )
+    if data.evaluation is None and training.eval_strategy != "no":
+        raise BadRequest("eval_strategy asks for evaluation, but there are no held-out examples; write no.")
+    trainer = make_trainer(training, models, data)
+    if training.aligns:
+        _tell_alignment(console, training, trainer)
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in trainer.terms.weights(0.0).items())
+    schedule = "" if training.alignment_schedule == "constant" else f" (alignment: {training.alignment_schedule} to 0)"
+    console.print(f"Loss terms: {weights}{schedule}")
+    return trainer
+
+
+def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: KavaTrainer) -> None:
+    config = trainer.target.projectors[0].config
+    anchor = "" if config.anchor == "none" else f", anchor {config.anchor}"
+    direction = training.projector_direction.replace("_", " ")
+    console.print(f"Projector: {config.input_size} -> {config.output_size} ({direction}{anchor})")
+    console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
+    console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
+    if training.calibrates:
+        console.print(f"Calibration: the first {training.calibration_tokens} training tokens set the projector")
+
+
+def check_teacher(console: Console, models: Models, data: Data, batch_size: int) -> None:
+    """Warn of a teacher that knows no more about the answers than chance."""
+    examples = data.train.select(range(min(batch_size, len(data.train))))
+    loss = answer_cross_entropy(models.teacher, examples, data.collator, batch_size)
+    chance = math.log(models.teacher.get_input_embeddings().num_embeddings)
+    console.print(f"Teacher's cross-entropy on one batch: {loss:.2f} nats (chance: {chance:.2f})")
+    if not loss < 0.95 * chance:
+        console.warn(
+            "The teacher is no better than chance on these answers. Look at its weights, its tokenizer and the data."
+        )

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from test_trainer import make_trainer
+
+from kava_trainer.alignment import mean_cosine
+from kava_trainer.calibration import Moments
+from kava_trainer.errors import BadRequest
+
+
+def tokens(count, size, seed, mix=True):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, generator=generator)
+    return x @ torch.randn(size, size, generator=generator) + 3 if mix else x
+
+
+def filled(parts, x, y=None):
+    moments = Moments(x.shape[1], 0 if y is None else y.shape[1])
+    for rows in torch.arange(len(x)).tensor_split(parts):
+        moments.add(x[rows], None if y is None else y[rows])
+    return moments
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_ridge_equals_the_closed_form_on_all_tokens_at_once(parts):
+    x, y = tokens(200, 6, 0), tokens(200, 4, 1)
+    weight, bias = filled(parts, x, y).ridge(penalty=0.1)
+    a, b = (z.double() - z.double().mean(0) for z in (x, y))
+    damping = 0.1 * (a * a).mean() * len(a)
+    expected = torch.linalg.solve(a.T @ a + damping * torch.eye(6, dtype=torch.float64), a.T @ b).T
+    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(bias, y.double().mean(0) - expected @ x.double().mean(0))
+
+
+def test_a_linear_relation_is_found():
+    x = tokens(500, 6, 0)
+    y = x @ tokens(6, 4, 1, mix=False) + 2
+    weight, bias = filled(3, x, y).ridge(penalty=1e-9)
+    torch.testing.assert_close(x.double() @ weight.T + bias, y.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(3, 3), (8, 6)])
+def test_the_principal_map_keeps_the_largest_axes_and_has_mean_square_one(size, kept):
+    x = tokens(400, 6, 0)
+    weight, bias = filled(5, x).principal(size)
+    projected = x.double() @ weight.T + bias
+    torch.testing.assert_close(projected.mean(0), torch.zeros(size, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert projected.square().mean().item() == pytest.approx(1, rel=1e-4)
+    values = torch.linalg.svdvals(x.double() - x.double().mean(0))[:kept]
+    covariance = projected.T @ projected
+    ratios = covariance.diagonal()[:kept] / values**2
+    torch.testing.assert_close(ratios, ratios[0].expand(kept), rtol=1e-4, atol=0)
+    torch.testing.assert_close(covariance, covariance.diagonal().diag(), rtol=0, atol=1e-3 * covariance.max().item())
+
+
+def test_ranks_add_up():
+    x, y = tokens(50, 3, 0), tokens(50, 2, 1)
+    whole, first, second = filled(1, x, y), filled(1, x[:20], y[:20]), filled(1, x[20:], y[20:])
+    first.reduce(lambda products: products + second._products)
+    for ours, theirs in zip(first.ridge(), whole.ridge(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher"])
+def test_the_least_squares_start_agrees_better_and_changes_the_last_layer_alone(tmp_path, tokenizer, direction):
+    changes = {"projector_direction": direction, "projector_anchor": "none", "layer_mapping": "uniform:2"}
+    trainer = make_trainer(tmp_path, tokenizer, count=60, projector_init="least_squares", **changes)
+    before = trainer.run_probe()
+    names = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    generator = torch.get_rng_state()
+    trainer.calibrate()
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert trainer.model.training
+    after = trainer.run_probe()
+    for first, second in zip(before.pairs, after.pairs, strict=True):
+        assert second.cos_sim > first.cos_sim + 0.2
+        assert second.margin > first.margin
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(names[name], parameter)}
+    assert changed == {f"target.projectors.{i}.down.{part}" for i in range(2) for part in ("weight", "bias")}
+
+
+def test_the_pca_targets_are_the_teachers_principal_subspace_and_never_move(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, count=60, projector_anchor="pca", max_steps=3)
+    trainer.calibrate()
+    first = {name: buffer.clone() for name, buffer in trainer.target.named_buffers()}
+    assert all(buffer.abs().sum() > 0 for buffer in first.values())
+    trainer.train()
+    for name, buffer in trainer.target.named_buffers():
+        assert torch.equal(buffer, first[name]), name
+    assert trainer.last_probe is None
+    assert trainer.evaluate()["eval_target_effective_rank"] > 8
+
+
+def test_a_resumed_run_is_not_calibrated_again(tmp_path, tokenizer, monkeypatch):
+    changes = {"projector_anchor": "pca", "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "count": 60}
+    trainer = make_trainer(tmp_path, tokenizer, **changes)
+    trainer.train()
+    final = trainer.target.state_dict()
+    again = make_trainer(tmp_path, tokenizer, **changes)
+    monkeypatch.setattr(again, "calibrate", lambda: pytest.fail("calibrated again"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, tensor in again.target.state_dict().items():
+        assert torch.equal(tensor, final[name]), name
+
+
+def test_too_few_tokens_are_refused(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, projector_anchor="pca", calibration_tokens=8)
+    with pytest.raises(BadRequest, match="raise calibration_tokens"):
+        trainer.train()
+
+
+def test_the_fit_is_no_worse_than_any_other_last_layer(tmp_path, tokenizer):
+    """The ridge fit from a projector's own features leaves no linear improvement beyond its small penalty."""
+    x, y = tokens(300, 8, 0), tokens(300, 5, 1)
+    weight, bias = filled(1, x, y).ridge(penalty=1e-6)
+    fit = x.double() @ weight.T + bias
+    other = x.double() @ (weight + 0.05 * torch.randn_like(weight)).T + bias
+    assert mean_cosine(fit, y) > mean_cosine(other, y)
