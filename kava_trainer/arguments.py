@@ -223,7 +223,11 @@ class KavaTrainingArguments(TrainingArguments):
     )
     projector_init: Literal["random", "least_squares"] = field(
         default="random",
-        metadata=_help("Start the projector from random weights, or from a ridge fit on the first training examples."),
+        metadata=_help(
+            "Start the projector from random weights, or from the least squares fit to the other side on the first "
+            "training examples (with the pca anchor: turn its axes towards the student's states). Wise for a student "
+            "that was trained before."
+        ),
     )
     calibration_tokens: int = field(
         default=32_768,
@@ -320,8 +324,6 @@ class KavaTrainingArguments(TrainingArguments):
                 f"projector_anchor {self.projector_anchor} holds a projector of the teacher's states, but "
                 "projector_direction student_to_teacher has none; its target cannot collapse. Write none."
             )
-        if self.projector_anchor == "pca" and self.projector_init == "least_squares":
-            found.append("projector_anchor pca sets the projector itself; write projector_init random.")
         if self.projector_anchor == "reconstruction" and self.anchor_weight == 0:
             found.append("anchor_weight is 0, so projector_anchor reconstruction would hold nothing; raise it.")
         if self.layer_weights is not None and not (self.layer_weights and min(self.layer_weights) > 0):

@@ -27,7 +27,7 @@ class Moments:
 
     Args:
         input_size: d.
-        output_size: e; 0 where only x matters.
+        output_size: e.
         device: where the sums are kept.
     """
 
@@ -38,9 +38,9 @@ class Moments:
         width = input_size + output_size + 1
         self._products = torch.zeros(width, width, **self._where)
 
-    def add(self, inputs: torch.Tensor, outputs: torch.Tensor | None = None) -> None:
-        """Add tokens: x [N, d] and, where there are outputs, y [N, e]."""
-        columns = [inputs, *([] if outputs is None else [outputs]), torch.ones_like(inputs[:, :1])]
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Add tokens: x [N, d] and y [N, e]."""
+        columns = (inputs, outputs, torch.ones_like(inputs[:, :1]))
         rows = torch.cat([column.to(**self._where) for column in columns], dim=1)
         self._products += rows.T @ rows
 
@@ -70,19 +70,28 @@ class Moments:
         weight = torch.linalg.solve(inputs + damping * torch.eye(size, **self._where), covariance[:size, size:]).T
         return weight, means[size:] - weight @ means[:size]
 
-    def principal(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight [size, d] and bias [size] of the projection on the first principal axes of x, centred.
+    def principal(self, turn: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [e, d] and bias [e] of the projection on the first e principal axes of x, centred.
 
-        One common factor gives the outputs mean square 1, as a normalised hidden state has; the proportions between
-        the axes stay. Where `size` exceeds d the rest is zero.
+        One common factor gives the outputs the variance of y; the proportions between the axes stay. Where e exceeds
+        d the outputs lie in a subspace.
+
+        Args:
+            turn: which orthonormal basis describes the subspace is free; take the one nearest to y in the least
+                squares (orthogonal Procrustes, Schoenemann 1966) in place of the principal axes.
         """
+        size, outputs = self.sizes
         means, covariance = self._centred()
-        values, axes = torch.linalg.eigh(covariance[: self.sizes[0], : self.sizes[0]])
-        kept = min(size, self.sizes[0])
-        scale = (size / values[-kept:].clamp(min=0).sum().clamp(min=1e-12)).sqrt()
-        weight = torch.zeros(size, self.sizes[0], **self._where)
-        weight[:kept] = scale * axes[:, -kept:].flip(1).T
-        return weight, -weight @ means[: self.sizes[0]]
+        values, axes = torch.linalg.eigh(covariance[:size, :size])
+        kept = min(outputs, size)
+        basis = torch.zeros(outputs, size, **self._where)
+        basis[:kept] = axes[:, -kept:].flip(1).T
+        if turn:
+            left, _, right = torch.linalg.svd((basis @ covariance[:size, size:]).T)
+            basis = left @ right @ basis
+        variance = covariance[size:, size:].trace() / values[-kept:].clamp(min=0).sum().clamp(min=1e-12)
+        weight = variance.sqrt() * basis
+        return weight, -weight @ means[:size]
 
 
 @torch.no_grad()
@@ -93,11 +102,13 @@ def calibrate(
     collator: Callable[[list], dict],
     batch_size: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    least_squares: bool,
 ) -> None:
     """Set the projectors of a model from what student and teacher make of the first examples.
 
-    A `PrincipalProjection` gets the teacher's principal subspace. The last layer of an `ElasticBottleneck` gets the
-    ridge fit from its random hidden features to the other side, so that the pair agrees as well as it can at once.
+    A `PrincipalProjection` gets the teacher's principal subspace. With `least_squares` its axes are turned towards the
+    student's states, and the last layer of an `ElasticBottleneck` gets the ridge fit from its random hidden features
+    to the other side, so that the pair agrees as well as it can at once.
 
     Args:
         model: student and projectors; their mode is kept.
@@ -106,6 +117,7 @@ def calibrate(
         collator: pads them.
         batch_size: examples at a time.
         sum_over_ranks: sums a tensor over all ranks.
+        least_squares: whether the projectors start near the student's states, or from a subspace alone.
 
     Raises:
         BadRequest: if the examples hold fewer tokens than a fit needs.
@@ -121,12 +133,12 @@ def calibrate(
     model.train(training)
     for projector, sums in zip(model.target.projectors, moments, strict=True):
         sums.reduce(sum_over_ranks)
-        _set(projector, sums)
+        _set(projector, sums, least_squares)
 
 
 def _moments_of(projector: nn.Module, device: torch.device) -> Moments:
     if isinstance(projector, PrincipalProjection):
-        return Moments(projector.config.input_size, 0, device)
+        return Moments(projector.config.input_size, projector.config.output_size, device)
     return Moments(projector.down.in_features, projector.down.out_features, device)
 
 
@@ -142,13 +154,10 @@ def _add_batch(
         source, other = teacher_states[layer][mask], output.hidden_states[student][mask]
         if model.target.direction == "student_to_teacher":
             source, other = other, source
-        if isinstance(projector, ElasticBottleneck):
-            sums.add(projector.hidden(source), other)
-        else:
-            sums.add(normalise(source))
+        sums.add(projector.hidden(source) if isinstance(projector, ElasticBottleneck) else normalise(source), other)
 
 
-def _set(projector: nn.Module, moments: Moments) -> None:
+def _set(projector: nn.Module, moments: Moments, least_squares: bool) -> None:
     size = moments.sizes[0]
     if moments.count <= size:
         raise BadRequest(
@@ -156,7 +165,7 @@ def _set(projector: nn.Module, moments: Moments) -> None:
             "calibration_tokens or use more training data."
         )
     if isinstance(projector, PrincipalProjection):
-        weight, bias = moments.principal(projector.config.output_size)
+        weight, bias = moments.principal(turn=least_squares)
         projector.weight.copy_(weight)
         projector.bias.copy_(bias)
     else:

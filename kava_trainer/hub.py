@@ -35,8 +35,13 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 {rows}
 
 Steps: {steps}. On held-out examples: CosSim {cos_sim}, centred {centred}, margin over other tokens' targets {margin},
-CKA to the teacher {cka}.{collapse}
+CKA to the teacher {cka}.
+
+Verdict of the run: {verdict}
 """
+
+
+_VERDICTS = {True: "success.", False: "**no success.**", None: "none."}
 
 
 def _figure(value: float | None) -> str:
@@ -90,7 +95,7 @@ def render_model_card(name: str, arguments: KavaArguments, summary: dict[str, An
         centred=_figure(summary["final"]["centred_cos_sim"]),
         margin=_figure(summary["final"]["margin"]),
         cka=_figure(summary["final"]["cka"]),
-        collapse=" **The alignment collapsed.**" if summary["verdict"]["collapsed"] else "",
+        verdict=" ".join([_VERDICTS[summary["verdict"]["success"]], *summary["verdict"]["reasons"]]),
     )
 
 

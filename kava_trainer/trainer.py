@@ -110,8 +110,8 @@ class KavaTrainer(SavingTrainer):
             BadRequest: if there are too few tokens for a fit.
         """
         examples = choose_examples(self.train_dataset, self.args.calibration_tokens)
-        size = self.args.per_device_eval_batch_size
-        calibrate(self.model, self.teacher, examples, self.data_collator, size, self._sum_over_ranks)
+        size, fit = self.args.per_device_eval_batch_size, self.args.projector_init == "least_squares"
+        calibrate(self.model, self.teacher, examples, self.data_collator, size, self._sum_over_ranks, fit)
 
     @property
     def collapse(self) -> str | None:

@@ -13,10 +13,10 @@ def tokens(count, size, seed, mix=True):
     return x @ torch.randn(size, size, generator=generator) + 3 if mix else x
 
 
-def filled(parts, x, y=None):
-    moments = Moments(x.shape[1], 0 if y is None else y.shape[1])
+def filled(parts, x, y):
+    moments = Moments(x.shape[1], y.shape[1])
     for rows in torch.arange(len(x)).tensor_split(parts):
-        moments.add(x[rows], None if y is None else y[rows])
+        moments.add(x[rows], y[rows])
     return moments
 
 
@@ -38,18 +38,32 @@ def test_a_linear_relation_is_found():
     torch.testing.assert_close(x.double() @ weight.T + bias, y.double(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "kept"), [(3, 3), (8, 6)])
-def test_the_principal_map_keeps_the_largest_axes_and_has_mean_square_one(size, kept):
-    x = tokens(400, 6, 0)
-    weight, bias = filled(5, x).principal(size)
+def projected_on_principal_axes(x, weight):
+    axes = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False).Vh[: len(weight)]
+    return weight[: len(axes)] @ axes.T
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_the_principal_map_keeps_the_largest_axes_and_their_proportions(size):
+    x, y = tokens(400, 6, 0), tokens(400, size, 1)
+    weight, bias = filled(5, x, y).principal(turn=False)
+    along = projected_on_principal_axes(x, weight)
+    torch.testing.assert_close(along, along.diagonal().diag(), rtol=0, atol=1e-5)
     projected = x.double() @ weight.T + bias
     torch.testing.assert_close(projected.mean(0), torch.zeros(size, dtype=torch.float64), rtol=0, atol=1e-5)
-    assert projected.square().mean().item() == pytest.approx(1, rel=1e-4)
-    values = torch.linalg.svdvals(x.double() - x.double().mean(0))[:kept]
-    covariance = projected.T @ projected
-    ratios = covariance.diagonal()[:kept] / values**2
+    assert projected.square().sum().item() == pytest.approx(((y - y.mean(0)) ** 2).sum().item(), rel=1e-4)
+    kept = min(size, 6)
+    ratios = torch.linalg.svdvals(projected)[:kept] / torch.linalg.svdvals(x.double() - x.double().mean(0))[:kept]
     torch.testing.assert_close(ratios, ratios[0].expand(kept), rtol=1e-4, atol=0)
-    torch.testing.assert_close(covariance, covariance.diagonal().diag(), rtol=0, atol=1e-3 * covariance.max().item())
+
+
+def test_the_principal_map_is_turned_towards_states_that_mean_something():
+    x = tokens(400, 6, 0)
+    axes = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:4]
+    rotation = torch.linalg.qr(tokens(4, 4, 2, mix=False)).Q
+    y = 7 * (x - x.mean(0)) @ axes.T @ rotation + 1
+    weight, bias = filled(3, x, y).principal(turn=True)
+    torch.testing.assert_close(x.double() @ weight.T + bias, y.double() - 1, rtol=1e-3, atol=1e-3)
 
 
 def test_ranks_add_up():

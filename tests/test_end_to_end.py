@@ -47,6 +47,7 @@ def summary_of(folder):
 def test_the_quickstart_leaves_everything_it_promises(tmp_path):
     recipe = str(ROOT / "training_args" / "quickstart.json")
     options = {**SHORT, "max_steps": 4, "save_steps": 2, "logging_steps": 2, "output_dir": "out", "final_dir": "final"}
+    options |= {"run_control": "false"}
     result = launch(recipe, *words(options), "--lr_scheduler_type", "constant", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for line in (
@@ -57,8 +58,11 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
         "2 batches prepared",
         "Teacher: d_model=128",
         "Student: d_model=64",
-        "Projector: 128 -> 64",
+        "Projector: 128 -> 64 (teacher to student, anchor pca)",
         "Loss: Mercator (alpha=1.0, beta=0.01)",
+        "Loss terms: mercator 30, lm 1",
+        "== Verdict",
+        "No success.",
     ):
         assert line in result.stdout
     assert re.search(
@@ -77,12 +81,12 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
     assert "Steps: 4." in (final / "final_student" / "README.md").read_text()
     assert re.search(r"^Alignment: CosSim 0\.\d{4} \w+ \(centred -?\d", result.stdout, re.M)
     assert "base_model" not in (final / "final_student" / "README.md").read_text()
-    assert load_projectors(final / "final_projector.pth")[0].config.teacher_size == 128
+    assert load_projectors(final / "final_projector.pth")[0].config.input_size == 128
 
 
 def test_the_summary_has_the_agreed_shape(tmp_path):
     recipe = str(ROOT / "training_args" / "quickstart.json")
-    options = {**SHORT, "max_steps": 51, "output_dir": tmp_path, "logging_steps": 30}
+    options = {**SHORT, "max_steps": 51, "output_dir": tmp_path, "logging_steps": 30, "run_control": "false"}
     assert run_kava.main([recipe, *words(options)]) == 0
     summary = summary_of(tmp_path)
     assert list(summary) == [
@@ -104,6 +108,9 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     assert summary["evaluation"]["teacher"]["perplexity"] < 1.2
     assert summary["evaluation"]["student_after"]["perplexity"] < summary["evaluation"]["student_before"]["perplexity"]
     assert summary["evaluation"]["control_sft"] is None
+    assert summary["verdict"]["success"] is False
+    assert summary["verdict"]["collapsed"] is False
+    assert summary["verdict"]["reasons"][0].startswith("CosSim is 0.")
     assert summary["throughput"]["tokens_per_second"] > 0
     assert summary["arguments"]["max_steps"] == 51
     assert summary["checkpoints"] == [str(tmp_path / "checkpoint-51")]

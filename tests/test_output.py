@@ -109,11 +109,13 @@ def test_the_summary_reads_the_log_and_keeps_what_was_not_measured_null(summary,
 
 
 def test_a_collapse_is_in_the_summary_and_in_the_card(summary):
-    summary.add_final({"eval_loss": 1.0, "eval_cos_sim": 0.99, "eval_margin": 0.01, "eval_collapsed": 1.0}, "Because.")
-    assert summary.content["verdict"] == {"success": False, "collapsed": True, "reasons": ["Because."]}
+    summary.add_final({"eval_loss": 1.0, "eval_cos_sim": 0.99, "eval_margin": 0.01})
+    assert summary.content["final"]["margin"] == 0.01
+    assert summary.content["final"]["cka"] is None
+    summary.content["verdict"] = {"success": False, "collapsed": True, "reasons": ["Because.", "Why not."]}
     card = render_model_card("me/student", parse_arguments(ARGUMENTS), summary.content)
     assert "Steps: 60." in card
-    assert "**The alignment collapsed.**" in card
+    assert "Verdict of the run: **no success.** Because. Why not." in card
 
 
 def test_the_model_card_is_valid_and_tells_the_measured_results(summary):

@@ -1,0 +1,320 @@
+"""What each way of distilling is worth on the quickstart pair, at equal steps on equal data.
+
+    python benchmarks/effectiveness.py run --workers 2
+    python benchmarks/effectiveness.py run --workers 2 --groups finalists --seeds 0 1 2 3 4 5 6 7
+    python benchmarks/effectiveness.py table
+
+Every run is a real `KavaTrainer` run with the quickstart recipe and a few arguments changed; a seed decides the
+student's start, the projector's start and the order of the data. Rows go to a CSV file, and what is in it already is
+not run again. The teacher's states are computed once in each worker and remembered by their tokens, which changes no
+figure and saves the larger half of the time.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import datasets  # noqa: E402
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+from transformers import logging, set_seed  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+from kava_trainer.arguments import KavaArguments  # noqa: E402
+from kava_trainer.capture import resolve_layer_pairs  # noqa: E402
+from kava_trainer.checkpoint_io import write_folder_atomically  # noqa: E402
+from kava_trainer.console import Console  # noqa: E402
+from kava_trainer.evaluation import evaluate_model, longest_answer  # noqa: E402
+from kava_trainer.parsing import parse_arguments  # noqa: E402
+from kava_trainer.preparation import Models, load_data, load_tokenizers, make_trainer  # noqa: E402
+from kava_trainer.student import load_student  # noqa: E402
+from kava_trainer.teacher import OnlineTeacher, load_teacher  # noqa: E402
+from kava_trainer.trainer import KavaTrainer  # noqa: E402
+
+RECIPE = ROOT / "training_args" / "quickstart.json"
+CSV_FILE = ROOT / "docs" / "effectiveness.csv"
+FIGURES = (
+    "cross_entropy", "exact_match", "cos_sim", "centred_cos_sim", "margin", "cka", "student_effective_rank",
+    "target_effective_rank", "collapsed", "step_of_cos_sim_0.90", "train_seconds",
+)  # fmt: skip
+EXACT_MATCH_SAMPLES = 200
+COLUMNS = ("group", "name", "seed", *FIGURES, "arguments")
+
+SFT = {"mercator_weight": 0.0, "lm_weight": 1.0, "kd_weight": 0.0}
+WAYS = {
+    "t2s none": {"projector_direction": "teacher_to_student", "projector_anchor": "none"},
+    "t2s pca": {"projector_direction": "teacher_to_student", "projector_anchor": "pca"},
+    "t2s reconstruction": {"projector_direction": "teacher_to_student", "projector_anchor": "reconstruction"},
+    "s2t": {"projector_direction": "student_to_teacher", "projector_anchor": "none"}
+    | {"projector_mlp_ratio": 2.0, "projector_dropout": 0.0, "projector_learning_rate": 3e-3},
+}
+"""The last way starts from the narrower states, so its projector is given more width."""
+
+
+KD = {"kd_weight": 3.0, "kd_temperature": 1.0}
+"""The divergence that did best beside the next-token loss in the group `kd`."""
+
+
+def _grid() -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {"SFT": SFT}
+    for way, weight in itertools.product(WAYS, (0.3, 1.0, 3.0, 30.0)):
+        rows[f"{way}, weight {weight:g}, last"] = WAYS[way] | {"mercator_weight": weight}
+    for way in WAYS:
+        base = WAYS[way] | {"mercator_weight": 30.0}
+        rows[f"{way}, weight 30, uniform:2"] = base | {"layer_mapping": "uniform:2"}
+        rows[f"{way}, weight 30, last + KD"] = base | KD
+    return rows
+
+
+def _together() -> dict[str, dict[str, Any]]:
+    """Alignment and divergence in one run: is it their proportion, or their order?"""
+    pca, linear = WAYS["t2s pca"] | {"mercator_weight": 30.0}, {"alignment_schedule": "linear"}
+    return {
+        "t2s pca, weight 100, last + KD": pca | KD | {"mercator_weight": 100.0},
+        "t2s pca, weight 30, last, linear to 0": pca | linear,
+        "t2s pca, weight 30, last, linear to 0 + KD": pca | KD | linear,
+    }
+
+
+def _divergences() -> dict[str, dict[str, Any]]:
+    return {
+        f"SFT + KD {weight:g}, T {temperature:g}": SFT | {"kd_weight": weight, "kd_temperature": temperature}
+        for weight, temperature in itertools.product((1.0, 3.0, 10.0), (1.0, 2.0))
+    }
+
+
+def _starts() -> dict[str, dict[str, Any]]:
+    """The closed-form start against the random one, for both projectors that train."""
+    starts = ("random", "least_squares")
+    ways = {"t2s reconstruction": 30.0, "s2t": 30.0}
+    return {
+        f"{way}, start {start}": WAYS[way] | {"mercator_weight": weight, "projector_init": start, "logging_steps": 5}
+        for (way, weight), start in itertools.product(ways.items(), starts)
+    }
+
+
+def _trained() -> dict[str, dict[str, Any]]:
+    """A student that has learned for one run before, as pretrained students have, trained for one more."""
+    student = {"trained": True, "learning_rate": 3e-3}
+    pca = student | WAYS["t2s pca"] | {"mercator_weight": 30.0}
+    s2t = student | WAYS["s2t"]
+    fit = {"projector_init": "least_squares"}
+    return {
+        "SFT": student | SFT,
+        "SFT + KD": student | SFT | KD,
+        "t2s pca, weight 30": pca,
+        "t2s pca, weight 30, turned towards the student": pca | fit,
+        "s2t, weight 3": s2t | {"mercator_weight": 3.0},
+        "s2t, weight 3, start least_squares": s2t | {"mercator_weight": 3.0} | fit,
+    }
+
+
+GROUPS = {
+    "kd": _divergences,
+    "grid": _grid,
+    "together": _together,
+    "start": _starts,
+    "trained": _trained,
+    "finalists": lambda: {"SFT": SFT, "SFT + KD": SFT | KD, "shipped recipe": {}},
+}
+
+
+class RememberedTeacher:
+    """A teacher whose states are computed once for each sequence of tokens and kept in memory.
+
+    Args:
+        teacher: the teacher that runs where a sequence is new.
+    """
+
+    def __init__(self, teacher: OnlineTeacher) -> None:
+        self._teacher = teacher
+        self._known: dict[bytes, dict[int, torch.Tensor]] = {}
+        self.hidden_size, self.num_layers, self.head = teacher.hidden_size, teacher.num_layers, teacher.head
+
+    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[int, torch.Tensor]:
+        """As `OnlineTeacher.features`; states at padding are 0."""
+        lengths = attention_mask.sum(dim=1).tolist()
+        keys = [row[:length].numpy().tobytes() for row, length in zip(input_ids, lengths, strict=True)]
+        new = [row for row, key in enumerate(keys) if key not in self._known]
+        if new:
+            states = self._teacher.features(input_ids[new], attention_mask[new])
+            for index, row in enumerate(new):
+                self._known[keys[row]] = {k: v[index, : lengths[row]].clone() for k, v in states.items()}
+        layers = self._known[keys[0]]
+        return {layer: pad_sequence([self._known[key][layer] for key in keys], batch_first=True) for layer in layers}
+
+
+class Bench:
+    """What all runs of one process share: data, tokenizer and the remembered teacher."""
+
+    def __init__(self) -> None:
+        logging.set_verbosity_error()
+        disable_progress_bar()
+        datasets.disable_progress_bars()
+        self._folder = tempfile.TemporaryDirectory()
+        arguments = self._arguments(0, {})
+        tokenizer = load_tokenizers(arguments)
+        self._data = load_data(Console(plain=True), arguments, tokenizer)
+        self._models = Models(load_teacher(arguments.model, arguments.training.device), None, tokenizer)
+        layers = sorted({teacher for _, teacher in resolve_layer_pairs("uniform:2", 3, 4)})
+        self._teacher = RememberedTeacher(OnlineTeacher(self._models.teacher, layers))
+
+    def _arguments(self, seed: int, changes: dict[str, Any]) -> KavaArguments:
+        values = json.loads(RECIPE.read_text()) | {
+            "output_dir": self._folder.name, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+            "use_cpu": True, "plain_output": True, "run_control": False, "seed": seed, "max_eval_samples": 500,
+        }  # fmt: skip
+        path = Path(self._folder.name) / "arguments.json"
+        path.write_text(json.dumps(values | changes))
+        return parse_arguments([str(path)])
+
+    def _trained_student(self, seed: int) -> str:
+        """The folder of a student after one run with the next-token loss alone; it is made once for each seed."""
+        folder = Path(tempfile.gettempdir()) / f"kava-trained-student-{seed}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                trainer = self._trainer(self._arguments(seed, SFT))
+                trainer.train()
+                write_folder_atomically(folder, trainer.save_student)
+        return str(folder)
+
+    def _trainer(self, arguments: KavaArguments) -> KavaTrainer:
+        set_seed(arguments.training.seed)
+        student = load_student(arguments.model, self._models.teacher)
+        models = Models(self._models.teacher, student, self._models.tokenizer)
+        trainer = make_trainer(arguments.training, models, self._data)
+        if trainer.teacher is not None:
+            trainer.terms.teacher = self._teacher
+        return trainer
+
+    def run(self, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+        """Train one student and measure it on the 500 held-out problems; exact match on the first 200 of them."""
+        changes = dict(changes)
+        if changes.pop("trained", False):
+            changes["student_model_name_or_path"] = self._trained_student(seed)
+        trainer = self._trainer(self._arguments(seed, changes))
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        metrics = trainer.evaluate()
+        held_out, size = self._data.evaluation, trainer.args.per_device_eval_batch_size
+        subset = held_out.select(range(EXACT_MATCH_SAMPLES))
+        figures = evaluate_model(
+            trainer.student, self._models.tokenizer, subset, self._data.collator, size, longest_answer(held_out)
+        )
+        cosines = [(line["step"], line["cos_sim"]) for line in trainer.state.log_history if "cos_sim" in line]
+        return {
+            **{name: metrics.get(f"eval_{name}") for name in FIGURES},
+            "cross_entropy": metrics["eval_lm_loss"],
+            "exact_match": figures["exact_match"],
+            "step_of_cos_sim_0.90": next((step for step, cosine in cosines if cosine >= 0.9), None),
+            "train_seconds": round(seconds, 1),
+        }
+
+
+_bench: Bench | None = None
+
+
+def _work(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
+    """One row of the CSV, in a worker process that keeps its `Bench`."""
+    global _bench
+    group, name, seed, changes = job
+    _bench = _bench or Bench()
+    figures = _bench.run(seed, changes)
+    return {"group": group, "name": name, "seed": seed, **figures, "arguments": json.dumps(changes)}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows measured so far."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(groups: list[str], seeds: list[int], workers: int, path: Path) -> None:
+    """Run what is missing of some groups and append it to the CSV file, all groups of one seed after another."""
+    done = {(row["arguments"], int(row["seed"])) for row in read_rows(path)}
+    jobs = [
+        (group, name, seed, changes)
+        for seed in seeds
+        for group in groups
+        for name, changes in GROUPS[group]().items()
+        if (json.dumps(changes), seed) not in done
+    ]
+    jobs = list({(json.dumps(job[3]), job[2]): job for job in reversed(jobs)}.values())[::-1]
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with path.open("a", newline="") as file, context.Pool(workers, torch.set_num_threads, (threads,)) as pool:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not done:
+            writer.writeheader()
+        for row in tqdm(pool.imap_unordered(_work, jobs), total=len(jobs), desc="Runs"):
+            writer.writerow({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in row.items()})
+            file.flush()
+
+
+def _shown(values: list[str], digits: int, scale: float = 1.0) -> str:
+    """Mean and range of a column, or nothing where it was not measured."""
+    numbers = [scale * float(value) for value in values if value]
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """A Markdown table of rows with equal arguments, the best cross-entropy first."""
+    shown = {
+        "cross_entropy": ("Cross-entropy", 3, 1.0), "exact_match": ("Exact match %", 1, 100.0),
+        "cos_sim": ("CosSim", 3, 1.0), "centred_cos_sim": ("Centred", 3, 1.0), "margin": ("Margin", 3, 1.0),
+        "cka": ("CKA", 3, 1.0), "target_effective_rank": ("Rank of targets", 1, 1.0),
+    }  # fmt: skip
+    same: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        same.setdefault(row["arguments"], []).append(row)
+    ordered = sorted(same.values(), key=lambda group: statistics.mean(float(row["cross_entropy"]) for row in group))
+    titles = ["What", "Seeds", *(title for title, _, _ in shown.values())]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for group in ordered:
+        collapsed = sum(row["collapsed"] not in ("", "0") for row in group)
+        name = group[0]["name"] + (f" (collapsed in {collapsed})" if collapsed else "")
+        cells = [_shown([row[key] for row in group], digits, scale) for key, (_, digits, scale) in shown.items()]
+        lines.append(f"| {' | '.join([name, str(len(group)), *cells])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=1, help="processes, which share the cores")
+    parser.add_argument("--csv", type=Path, default=CSV_FILE)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments.groups, arguments.seeds, arguments.workers, arguments.csv)
+    else:
+        for group in arguments.groups:
+            known = {json.dumps(changes) for changes in GROUPS[group]().values()}
+            print(f"### {group}\n\n{table([row for row in read_rows(arguments.csv) if row['arguments'] in known])}\n")
+
+
+if __name__ == "__main__":
+    main()
