@@ -5,6 +5,7 @@ here are computed on a fixed probe of held-out tokens; linear CKA looks at the r
 All functions take states [N, d] of N unmasked tokens and compute in float32.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,11 +15,6 @@ STATUSES = ((0.95, "Excellent"), (0.90, "Great"), (0.70, "Good"), (0.50, "Learni
 """Lower edges of CosSim, inclusive, from the best status down; below the last one it is `Adapting`."""
 
 COLLAPSED = "Collapsed"
-COLLAPSE_REMEDY = (
-    "Write projector_direction student_to_teacher, or projector_anchor reconstruction, and lm_weight above 0."
-)
-"""What to change after a collapse."""
-
 MINIMUM_MARGIN = 0.05
 MINIMUM_RANK_SHARE = 0.25
 
@@ -130,6 +126,8 @@ def collapse_reason(figures: Diagnostics, student_size: int) -> str | None:
         figures: a probe of one pair.
         student_size: width d_s of the student.
     """
+    if not all(map(math.isfinite, figures.to_dict().values())):
+        return "The states on the probe are no finite numbers any more."
     if figures.margin < MINIMUM_MARGIN:
         return (
             f"A student state agrees with the target of another token ({figures.shuffled_cos_sim:.3f}) as well as with "
@@ -142,3 +140,20 @@ def collapse_reason(figures: Diagnostics, student_size: int) -> str | None:
             "projector has thrown most of the teacher away."
         )
     return None
+
+
+def collapse_remedy(trained_projector: bool, held: bool, supervised: bool) -> str:
+    """What to change after a collapse, in one sentence.
+
+    Args:
+        trained_projector: whether the target moves with a projector that trains.
+        held: whether an anchor holds that projector.
+        supervised: whether a term trains the next-token predictions.
+    """
+    if not supervised:
+        return "Set lm_weight above 0, so that the student's states have to carry something."
+    if not trained_projector:
+        return "Lower mercator_weight, or align another layer: this one has next to one direction for all tokens."
+    if held:
+        return "Raise anchor_weight, or write projector_anchor pca, whose targets cannot move."
+    return "Write projector_anchor pca or reconstruction, or projector_direction student_to_teacher."

@@ -196,7 +196,7 @@ class KavaTrainingArguments(TrainingArguments):
     alignment_schedule: Literal["constant", "linear", "cosine"] = field(
         default="constant",
         metadata=_help(
-            "What becomes of mercator_weight and mse_weight over the run: they stay, or fall to 0 at the last step."
+            "What becomes of mercator_weight and mse_weight over the run: they stay, or fall towards 0 at its end."
         ),
     )
     layer_mapping: str = field(
@@ -224,9 +224,8 @@ class KavaTrainingArguments(TrainingArguments):
     projector_init: Literal["random", "least_squares"] = field(
         default="random",
         metadata=_help(
-            "Start the projector from random weights, or from the least squares fit to the other side on the first "
-            "training examples (with the pca anchor: turn its axes towards the student's states). Wise for a student "
-            "that was trained before."
+            "Start the projector from random weights, or from the least squares fit to the other side on some "
+            "training examples (with the pca anchor: turn its axes towards the student's states)."
         ),
     )
     calibration_tokens: int = field(
@@ -308,9 +307,20 @@ class KavaTrainingArguments(TrainingArguments):
             found.append(f"kd_temperature is {self.kd_temperature}; write a number above 0, such as 1.0.")
         if not 0 <= self.kd_beta <= 1:
             found.append(f"kd_beta is {self.kd_beta}; write a number from 0 to 1.")
-        found += self._projector_problems()
+        found += [*self._projector_problems(), *self._control_problems()]
         if self.generation_max_new_tokens is not None and self.generation_max_new_tokens < 1:
             found.append(f"generation_max_new_tokens is {self.generation_max_new_tokens}; write 1 or more.")
+        return found
+
+    def _control_problems(self) -> list[str]:
+        if not self.run_control:
+            return []
+        found = []
+        if not self.aligns and self.kd_weight == 0:
+            found.append("run_control is true, but the run itself has the next-token loss alone; write false.")
+        unrepeatable = {"lr_scheduler_type": "reduce_lr_on_plateau", "train_sampling_strategy": "group_by_length"}
+        for name in (name for name, value in unrepeatable.items() if getattr(self, name) == value):
+            found.append(f"run_control cannot repeat {name} {unrepeatable[name]}; write another, or run_control false.")
         return found
 
     def _projector_problems(self) -> list[str]:

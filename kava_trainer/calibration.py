@@ -16,10 +16,13 @@ from tqdm.auto import tqdm
 from .errors import BadRequest
 from .projector import ElasticBottleneck, PrincipalProjection, normalise
 from .student import DistillationModel
+from .targets import HiddenStateTarget
 from .teacher import TeacherSource
 
 RIDGE = 1e-3
 """Ridge penalty as a share of the mean variance of the inputs."""
+
+MOST_PAIRS_ON_DEVICE = 4
 
 
 class Moments:
@@ -28,35 +31,42 @@ class Moments:
     Args:
         input_size: d.
         output_size: e.
-        device: where the sums are kept.
+        device: where the sums are kept, in float64.
     """
 
     def __init__(self, input_size: int, output_size: int, device: torch.device | str = "cpu") -> None:
-        # Two float64 matrices at most; mps has no float64 and keeps them on the CPU.
-        self._where = {"dtype": torch.float64, "device": "cpu" if torch.device(device).type == "mps" else device}
         self.sizes = (input_size, output_size)
-        width = input_size + output_size + 1
-        self._products = torch.zeros(width, width, **self._where)
+        self._where = {"dtype": torch.float64, "device": device}
+        self._inputs = torch.zeros(input_size + 1, input_size + output_size + 1, **self._where)
+        self._squares = torch.zeros(output_size, **self._where)
 
     def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """Add tokens: x [N, d] and y [N, e]."""
-        columns = (inputs, outputs, torch.ones_like(inputs[:, :1]))
-        rows = torch.cat([column.to(**self._where) for column in columns], dim=1)
-        self._products += rows.T @ rows
+        ones = torch.ones_like(inputs[:, :1])
+        x, y, one = (part.to(**self._where) for part in (inputs, outputs, ones))
+        self._inputs += torch.cat([x, one], dim=1).T @ torch.cat([x, y, one], dim=1)
+        self._squares += y.square().sum(dim=0)
 
-    def reduce(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Put the sums over all ranks in place of this rank's."""
-        self._products = sum_over_ranks(self._products)
+    def reduce(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], device: torch.device | str) -> None:
+        """Put the sums over all ranks in place of this rank's; `device` is where ranks can exchange tensors."""
+        self._inputs, self._squares = (
+            sum_over_ranks(sums.to(device)).to(**self._where) for sums in (self._inputs, self._squares)
+        )
 
     @property
     def count(self) -> int:
         """Tokens seen."""
-        return round(self._products[-1, -1].item())
+        return round(self._inputs[-1, -1].item())
 
     def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The means of (x, y) and their covariance matrix."""
-        means = self._products[-1, :-1] / self.count
-        return means, self._products[:-1, :-1] / self.count - torch.outer(means, means)
+        """The means of (x, y) and the covariances [d, d + e] of x with both."""
+        means = self._inputs[-1, :-1] / self.count
+        return means, self._inputs[:-1, :-1] / self.count - torch.outer(means[: self.sizes[0]], means)
+
+    def output_variance(self) -> torch.Tensor:
+        """Sum of the variances of y."""
+        means = self._inputs[-1, self.sizes[0] : -1] / self.count
+        return (self._squares / self.count - means.square()).sum()
 
     def ridge(self, penalty: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight [e, d] and bias [e] of the linear map from x to y with the least squared error plus penalty.
@@ -65,9 +75,9 @@ class Moments:
         """
         size = self.sizes[0]
         means, covariance = self._centred()
-        inputs = covariance[:size, :size]
+        inputs = covariance[:, :size]
         damping = penalty * inputs.diagonal().mean().clamp(min=1e-12)
-        weight = torch.linalg.solve(inputs + damping * torch.eye(size, **self._where), covariance[:size, size:]).T
+        weight = torch.linalg.solve(inputs + damping * torch.eye(size, **self._where), covariance[:, size:]).T
         return weight, means[size:] - weight @ means[:size]
 
     def principal(self, turn: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,15 +92,15 @@ class Moments:
         """
         size, outputs = self.sizes
         means, covariance = self._centred()
-        values, axes = torch.linalg.eigh(covariance[:size, :size])
+        values, axes = torch.linalg.eigh(covariance[:, :size])
         kept = min(outputs, size)
         basis = torch.zeros(outputs, size, **self._where)
         basis[:kept] = axes[:, -kept:].flip(1).T
         if turn:
-            left, _, right = torch.linalg.svd((basis @ covariance[:size, size:]).T)
+            left, _, right = torch.linalg.svd((basis @ covariance[:, size:]).T)
             basis = left @ right @ basis
-        variance = covariance[size:, size:].trace() / values[-kept:].clamp(min=0).sum().clamp(min=1e-12)
-        weight = variance.sqrt() * basis
+        scale = self.output_variance() / values[-kept:].clamp(min=0).sum().clamp(min=1e-12)
+        weight = scale.sqrt() * basis
         return weight, -weight @ means[:size]
 
 
@@ -113,18 +123,18 @@ def calibrate(
     Args:
         model: student and projectors; their mode is kept.
         teacher: the teacher's states.
-        examples: the same on every rank; the ranks share them out.
+        examples: the same on every rank, which share them out; see `check_enough_tokens`.
         collator: pads them.
         batch_size: examples at a time.
         sum_over_ranks: sums a tensor over all ranks.
         least_squares: whether the projectors start near the student's states, or from a subspace alone.
-
-    Raises:
-        BadRequest: if the examples hold fewer tokens than a fit needs.
     """
     training = model.training
     model.eval()
-    moments = [_moments_of(projector, model.student.device) for projector in model.target.projectors]
+    device = model.student.device
+    # In float64, which a Mac's GPU lacks; and for many pairs the sums would fill a small GPU.
+    where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
+    moments = [Moments(*_sizes(projector), where) for projector in model.target.projectors]
     with PartialState().split_between_processes(examples) as share:
         starts = range(0, len(share), batch_size)
         shown = None if PartialState().is_main_process else True
@@ -132,14 +142,25 @@ def calibrate(
             _add_batch(moments, model, teacher, collator(share[start : start + batch_size]))
     model.train(training)
     for projector, sums in zip(model.target.projectors, moments, strict=True):
-        sums.reduce(sum_over_ranks)
+        sums.reduce(sum_over_ranks, device)
         _set(projector, sums, least_squares)
 
 
-def _moments_of(projector: nn.Module, device: torch.device) -> Moments:
+def _sizes(projector: nn.Module) -> tuple[int, int]:
+    """Widths in and out of the linear map that is fitted."""
     if isinstance(projector, PrincipalProjection):
-        return Moments(projector.config.input_size, projector.config.output_size, device)
-    return Moments(projector.down.in_features, projector.down.out_features, device)
+        return projector.config.input_size, projector.config.output_size
+    return projector.down.in_features, projector.down.out_features
+
+
+def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
+    """Make sure that there are more tokens than inputs of any fit. Raises `BadRequest` if not."""
+    size = max(_sizes(projector)[0] for projector in target.projectors)
+    if tokens <= size:
+        raise BadRequest(
+            f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
+            "calibration_tokens or use more training data."
+        )
 
 
 def _add_batch(
@@ -158,12 +179,6 @@ def _add_batch(
 
 
 def _set(projector: nn.Module, moments: Moments, least_squares: bool) -> None:
-    size = moments.sizes[0]
-    if moments.count <= size:
-        raise BadRequest(
-            f"The calibration pass saw {moments.count} tokens, and a fit of {size} inputs needs more; raise "
-            "calibration_tokens or use more training data."
-        )
     if isinstance(projector, PrincipalProjection):
         weight, bias = moments.principal(turn=least_squares)
         projector.weight.copy_(weight)

@@ -10,6 +10,7 @@ from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import BadRequest, reason_of
 
@@ -70,15 +71,22 @@ def is_resumable(folder: Path) -> bool:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint can be resumed and none of its weight and state files was cut short."""
-    try:
-        for path in folder.rglob("*.safetensors"):
-            with safe_open(path, framework="pt"):
-                pass
-    except (OSError, SafetensorError):
+    """Whether a checkpoint holds weights and training state, every part of them, and none was cut short."""
+    if not is_resumable(folder):
         return False
+    weights, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    parts = [weights]
+    try:
+        if index.is_file():
+            parts = [folder / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+        for part in parts:
+            with safe_open(part, framework="pt"):
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    needed = ["optimizer.pt", "scheduler.pt"] if any(folder.glob("rng_state*.pth")) else []  # not with save_only_model
     archives = [path for path in folder.rglob("*") if path.suffix in (".pt", ".pth")]
-    return is_resumable(folder) and all(is_zipfile(path) for path in archives)
+    return all((folder / name).is_file() for name in needed) and all(map(is_zipfile, archives))
 
 
 def unreadable_checkpoint(folder: str | Path | None, error: Exception) -> BadRequest:

@@ -1,6 +1,7 @@
 """The control: a second student with the same start, data, steps and learning rates, and no teacher."""
 
 import copy
+import shutil
 from pathlib import Path
 
 from accelerate.utils import release_memory
@@ -24,22 +25,33 @@ def control_arguments(training: KavaTrainingArguments) -> KavaTrainingArguments:
     """
     control = copy.copy(training)
     control.mercator_weight = control.mse_weight = control.kd_weight = 0.0
-    control.lm_weight = training.lm_weight or 1.0
+    control.lm_weight = 1.0
+    control.metric_for_best_model, control.load_best_model_at_end = None, False  # it may be one that only KAVA has
     control.output_dir = control.final_dir = str(Path(training.output_dir) / CONTROL_FOLDER)
     control.push_to_hub = control.run_control = False
     control.report_to = [tracker for tracker in training.report_to if tracker == "tensorboard"]
     return control
 
 
+def forget_control(training: KavaTrainingArguments) -> None:
+    """Delete what an earlier run's control left, so that it is never taken for this run's."""
+    folder = Path(control_arguments(training).output_dir)
+    if training.should_save and folder.exists():
+        shutil.rmtree(folder)
+
+
 def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:
     """The control's trainer, around a student that starts with the very weights the run's student started with.
 
+    The teacher makes room on the device, unless it is quantised and cannot move.
+
     Args:
         arguments: of the run.
-        models: of the run; its student makes room on the device.
+        models: of the run, whose trainer has been released.
         data: of the run.
     """
-    models.student.to("cpu")
+    if not getattr(models.teacher, "is_quantized", False):
+        models.teacher.to("cpu")
     release_memory()
     training = control_arguments(arguments.training)
     set_seed(training.seed)

@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 MINIMUM_NORM = 1e-6
 
+CHUNK_BYTES = 2**24
+"""Size of one float32 tensor of logits in the divergence: 27 tokens of a vocabulary of 151,936."""
+
 IGNORED = -100
 """Label of a token that carries no language-model loss."""
 
@@ -141,7 +144,7 @@ def generalized_jsd_loss(
     temperature: float = 1.0,
     beta: float = 0.0,
     num_items: torch.Tensor | float | None = None,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Token mean of `generalized_jsd_per_token`, computed a chunk of tokens at a time, forward and backward.
 
@@ -156,11 +159,13 @@ def generalized_jsd_loss(
         temperature: see `generalized_jsd_per_token`.
         beta: see `generalized_jsd_per_token`.
         num_items: tokens of the whole optimizer step; see the module's docstring.
-        chunk_size: tokens at a time.
+        chunk_size: tokens at a time; by default as many as make a float32 tensor of `CHUNK_BYTES`. The divergence
+            needs six to nine of those at once.
 
     Returns:
         A float32 scalar.
     """
+    chunk_size = chunk_size or max(1, CHUNK_BYTES // (4 * student_logits.shape[-1]))
 
     def chunk_sum(logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -14,7 +14,7 @@ from .callbacks.emergency import EMERGENCY_PROJECTOR, exit_code
 from .capture import context_length
 from .checkpoint_io import is_whole, list_checkpoints, resolve_checkpoint, write_folder_atomically
 from .console import Console, status_text
-from .control import build_control, train_control
+from .control import build_control, forget_control, train_control
 from .environment import (
     describe_environment,
     describe_memory,
@@ -30,7 +30,7 @@ from .hub import push_student, render_model_card
 from .preparation import Data, Models, build_trainer, check_teacher, load_data, load_models, load_tokenizers
 from .summary import RunSummary
 from .trainer import KavaTrainer
-from .verdict import judge
+from .verdict import CONTROL_FAILED, judge
 
 _WHO = {
     "teacher": "Teacher",
@@ -102,14 +102,17 @@ def _train_and_judge(
 ) -> tuple[str, int]:
     """Everything from the first step on; the status and the exit code of the run."""
     console.stage("Training")
-    finished_before = _train(console, trainer, checkpoint, summary)
+    finished_before = checkpoint is not None and trainer.finished_state(str(checkpoint)) is not None
+    if not finished_before:
+        forget_control(arguments.training)
+    _train(console, trainer, checkpoint, summary)
     if _was_interrupted(trainer):
         return "interrupted", _tell_interruption(console, trainer, trainer, argv)
     collapse = _finish(console, arguments, models, data, trainer, summary)
     if arguments.training.run_control:
-        control = build_control(arguments, models, data)
-        _run_control(console, arguments, models, data, control, summary, resume=finished_before)
-        if _was_interrupted(control):
+        trainer.release()
+        control = _run_control(console, arguments, models, data, summary, resume=finished_before)
+        if control is not None and _was_interrupted(control):
             return "interrupted", _tell_interruption(console, control, trainer, argv)
     _conclude(console, arguments, trainer, summary, collapse)
     return "completed", 0
@@ -183,13 +186,11 @@ def _evaluate(
         console.print(f"{_WHO[name]}: perplexity {figures['perplexity']:.4g}{shown}")
 
 
-def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summary: RunSummary) -> bool:
-    """Train, and note the figures however it ends; whether there was nothing left to train."""
+def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summary: RunSummary) -> None:
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not result.metrics:
             console.print("The checkpoint is at the last step already; nothing is left to train.")
-        return not result.metrics
     finally:
         summary.add_training(trainer.state.log_history, trainer.state.global_step)
         summary.content["throughput"] |= {"peak_memory_bytes": peak_memory_bytes(trainer.args.device)}
@@ -197,27 +198,22 @@ def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summ
 
 
 def _run_control(
-    console: Console,
-    arguments: KavaArguments,
-    models: Models,
-    data: Data,
-    control: KavaTrainer,
-    summary: RunSummary,
-    resume: bool,
-) -> None:
+    console: Console, arguments: KavaArguments, models: Models, data: Data, summary: RunSummary, resume: bool
+) -> KavaTrainer | None:
     """Train and measure the control. Where it breaks the run goes on without it: the student is safe already."""
     console.stage("Control: the same start, data and steps with the next-token loss alone")
     try:
+        control = build_control(arguments, models, data)
         train_control(control, resume)
-    except RunFailed as error:
+        if not _was_interrupted(control):
+            own = Models(models.teacher, control.student, models.tokenizer)
+            _evaluate(console, arguments, own, data, summary, ("control_sft",))
+        return control
+    except (RunFailed, BadRequest, torch.OutOfMemoryError) as error:
         console.warn(f"The control broke off, so there is nothing to compare with: {error}")
-        summary.content["problems"].append(
-            {"step": control.state.global_step, "kind": "control_failed", "action": "went on without the control"}
-        )
-        return
-    if not _was_interrupted(control):
-        own = Models(models.teacher, control.student, models.tokenizer)
-        _evaluate(console, arguments, own, data, summary, ("control_sft",))
+        action = "went on without the control"
+        summary.content["problems"].append({"step": None, "kind": CONTROL_FAILED, "action": action})
+        return None
 
 
 def _tell_alignment(console: Console, metrics: dict[str, float], collapse: str | None) -> None:
@@ -246,10 +242,11 @@ def _tell_interruption(console: Console, stopped: KavaTrainer, main: KavaTrainer
         stopped: the trainer that the signal ended: the run's own or its control's.
         main: the run's own, whose checkpoint the command names.
     """
-    checkpoint = _last_checkpoint(stopped)
-    projector = Path(stopped.args.output_dir) / EMERGENCY_PROJECTOR
+    saved = [_last_checkpoint(stopped)]
+    if stopped.args.aligns:
+        saved.append(Path(stopped.args.output_dir) / EMERGENCY_PROJECTOR)
     console.stage("Interrupted")
-    console.print(f"Saved after step {stopped.state.global_step}: {checkpoint} and {projector}")
+    console.print(f"Saved after step {stopped.state.global_step}: {' and '.join(map(str, saved))}")
     console.print(f"Resume with: {resume_command(argv, _last_checkpoint(main))}")
     return exit_code(stopped.emergency.received)
 

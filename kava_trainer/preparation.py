@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import datasets
+import torch
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -104,7 +105,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     layers = needed_teacher_layers(training, target, number_of_layers(models.teacher))
     teacher = OnlineTeacher(models.teacher, layers) if layers else None
     if training.kd_weight > 0:
-        teacher.check_head()
+        teacher.check_head(torch.tensor([data.train[0]["input_ids"]]))
     try:
         trainer = KavaTrainer(
             student=models.student,
@@ -136,7 +137,11 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
         )
     if data.evaluation is None and training.eval_strategy != "no":
         raise BadRequest("eval_strategy asks for evaluation, but there are no held-out examples; write no.")
+    if data.evaluation is None and training.run_control:
+        raise BadRequest("run_control compares two students on held-out examples, and there are none; write false.")
     trainer = make_trainer(training, models, data)
+    if training.calibrates:
+        trainer.calibration_examples()
     if training.aligns:
         _tell_alignment(console, training, trainer)
     weights = ", ".join(f"{name} {weight:g}" for name, weight in trainer.terms.weights(0.0).items())
@@ -151,9 +156,13 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
     direction = training.projector_direction.replace("_", " ")
     console.print(f"Projector: {config.input_size} -> {config.output_size} ({direction}{anchor})")
     console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
-    console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
-    if training.calibrates:
-        console.print(f"Calibration: the first {training.calibration_tokens} training tokens set the projector")
+    if training.mercator_weight > 0:
+        console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
+    if training.projector_direction == "teacher_to_student" and config.anchor == "none":
+        console.warn(
+            "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing. Write "
+            "projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out."
+        )
 
 
 def check_teacher(console: Console, models: Models, data: Data, batch_size: int) -> None:

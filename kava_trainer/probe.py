@@ -1,20 +1,22 @@
 """The alignment diagnostics of a model in training, on one fixed batch of held-out tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
 
 from .alignment import Diagnostics, collapse_reason, diagnose
+from .losses import IGNORED
 from .student import DistillationModel
 from .terms import LossTerms
 
 PROBE_TOKENS = 2048
 """The probe takes as many held-out examples as give this many tokens, or all of them."""
+
+GRADIENT_EXAMPLES = 16
+"""Examples of the probe that the gradient of each term is measured on."""
 
 MINIMUM_SHARE = 0.01
 """A term with a smaller share of the student's gradient has next to no effect."""
@@ -25,15 +27,17 @@ class ProbeResult:
     """What the probe shows of each pair of layers and of the loss terms."""
 
     pairs: list[Diagnostics]
+    shares: list[float]
+    """Weight of each pair; they sum to 1."""
     collapse: str | None
     """Why the first collapsed pair counts as collapsed; None if none does."""
     gradient_shares: dict[str, float] = field(default_factory=dict)
     """Norm of each weighted term's gradient in the student, as a share of the sum of these norms."""
 
     def mean(self) -> dict[str, float]:
-        """Each figure as the mean over the pairs."""
+        """Each figure as the weighted mean over the pairs."""
         rows = [pair.to_dict() for pair in self.pairs]
-        return {name: fmean(row[name] for row in rows) for name in rows[0]}
+        return {name: sum(share * row[name] for share, row in zip(self.shares, rows, strict=True)) for name in rows[0]}
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """The means and gradient shares as log metrics and, where there are several pairs, the figures of each."""
@@ -56,44 +60,25 @@ def choose_examples(dataset: Any, tokens: int = PROBE_TOKENS) -> list[dict[str, 
     return chosen
 
 
-def gradient_shares(terms: dict[str, torch.Tensor], model: nn.Module) -> dict[str, float]:
-    """Norm of each term's gradient in a model's trained parameters, as a share of the sum of these norms.
+class ShareWatch:
+    """Notices terms whose share of the student's gradient stays under `MINIMUM_SHARE`, and names each one once.
 
     Args:
-        terms: weighted scalar losses by name; their graphs are freed.
-        model: whose parameters count.
+        ignored: terms that are meant to have none: the anchor, and what a schedule lets fade out.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norms = {}
-    for left, (name, term) in enumerate(terms.items(), start=1 - len(terms)):
-        gradients = torch.autograd.grad(term, parameters, retain_graph=left < 0, allow_unused=True)
-        parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
-        norms[name] = torch.stack(parts).norm().item() if parts else 0.0
-    total = sum(norms.values())
-    return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
 
-
-class ShareWatch:
-    """Notices terms whose share of the student's gradient stays under `MINIMUM_SHARE`, and names each one once."""
-
-    def __init__(self) -> None:
-        self._shares: dict[str, list[float]] = {}
+    def __init__(self, ignored: set[str]) -> None:
+        self._ignored = ignored
+        self._small_before: set[str] = set()
         self._named: set[str] = set()
 
     def without_effect(self, shares: dict[str, float]) -> list[str]:
-        """Note one measurement; the terms that were small in it and in all before, from the second on.
-
-        The anchor never counts: it holds the projector and has no gradient in the student.
-        """
-        for name, share in shares.items():
-            self._shares.setdefault(name, []).append(share)
-        small = [
-            name
-            for name, seen in self._shares.items()
-            if name != "anchor" and len(seen) > 1 and max(seen) < MINIMUM_SHARE and name not in self._named
-        ]
-        self._named.update(small)
-        return small
+        """Note one measurement; the terms that were small in it and in the one before."""
+        small = {name for name, share in shares.items() if share < MINIMUM_SHARE} - self._ignored
+        named = sorted((small & self._small_before) - self._named)
+        self._small_before = small
+        self._named.update(named)
+        return named
 
 
 class AlignmentProbe:
@@ -103,7 +88,7 @@ class AlignmentProbe:
         examples: held-out examples with `input_ids` and `labels`.
         collator: pads them.
         batch_size: examples at a time.
-        gradient_examples: examples that the gradient shares are measured on, in one batch.
+        gradient_batch_size: examples at a time with gradients, as many as the device holds in training.
     """
 
     def __init__(
@@ -111,14 +96,15 @@ class AlignmentProbe:
         examples: list[dict[str, Any]],
         collator: Callable[[list], dict],
         batch_size: int,
-        gradient_examples: int,
+        gradient_batch_size: int,
     ) -> None:
-        batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
-        self._batches = [collator(batch) for batch in batches]
-        self._gradient_batch = collator(examples[:gradient_examples])
+        self._batches = [collator(batch) for batch in _split(examples, batch_size)]
+        self._gradient_batches = [
+            collator(batch) for batch in _split(examples[:GRADIENT_EXAMPLES], gradient_batch_size)
+        ]
 
     def measure(self, model: DistillationModel, terms: LossTerms, progress: float = 0.0) -> ProbeResult:
-        """Run both models on the probe and compare. The model keeps its mode, the random numbers their state.
+        """Run both models on the probe and compare. Mode, gradients and random numbers are left as they were.
 
         Args:
             model: student and projectors, not wrapped.
@@ -131,7 +117,7 @@ class AlignmentProbe:
         shares = self._gradient_shares(model.train(), terms, progress)
         model.train(training)
         reasons = [reason for pair in pairs if (reason := collapse_reason(pair, model.target.student_size))]
-        return ProbeResult(pairs, reasons[0] if reasons else None, shares)
+        return ProbeResult(pairs, model.target.shares, reasons[0] if reasons else None, shares)
 
     @torch.no_grad()
     def _diagnose(self, model: DistillationModel, terms: LossTerms) -> list[Diagnostics]:
@@ -148,11 +134,44 @@ class AlignmentProbe:
         return [diagnose(*(torch.cat(kept) for kept in row)) for row in rows]
 
     def _gradient_shares(self, model: DistillationModel, terms: LossTerms, progress: float) -> dict[str, float]:
-        batch = send_to_device(self._gradient_batch, model.student.device)
+        """Norm of each weighted term's gradient in the student, as a share of the sum of these norms.
+
+        One backward pass a term, each from a forward pass of its own: one gradient and one graph in memory at a time,
+        and reentrant checkpointing works too.
+        """
+        before = {parameter: parameter.grad for parameter in model.parameters()}
         devices = [model.student.device] if model.student.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        norms = {}
+        try:
+            for name, weight in terms.weights(progress).items():
+                model.zero_grad()
+                with torch.random.fork_rng(devices), torch.enable_grad():
+                    torch.manual_seed(0)
+                    self._backward(model, terms, name)
+                norms[name] = weight * _norm(parameter.grad for parameter in model.student.parameters())
+        finally:
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
+        total = sum(norms.values())
+        return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
+
+    def _backward(self, model: DistillationModel, terms: LossTerms, name: str) -> None:
+        """The gradient of one term as a token mean over all gradient batches."""
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in self._gradient_batches)
+        answers = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in self._gradient_batches)
+        for batch in self._gradient_batches:
+            batch = send_to_device(batch, model.student.device)
             states = terms.teacher_states(batch)
-            losses = terms.compute(terms.student_outputs(model, batch, states), batch, states)
-            weights = terms.weights(progress)
-            weighted = {name: weights[name] * loss for name, loss in losses.items() if weights[name] > 0}
-            return gradient_shares(weighted, model.student)
+            counts = torch.tensor([tokens, answers], device=model.student.device)
+            losses = terms.compute(terms.student_outputs(model, batch, states), batch, states, counts)
+            if name in losses:
+                losses[name].backward()
+
+
+def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def _norm(gradients: Iterable[torch.Tensor | None]) -> float:
+    parts = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients if gradient is not None]
+    return torch.stack(parts).norm().item() if parts else 0.0

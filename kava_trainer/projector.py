@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,8 @@ class ElasticBottleneck(nn.Module):
 class PrincipalProjection(nn.Module):
     """A frozen linear map of the normalised states onto their principal subspace; it cannot take part in a collapse.
 
+    It computes in float32 whatever the model around it is cast to: the target shall not change with the precision.
+
     It is zero until `calibration` sets it.
 
     Args:
@@ -83,7 +85,8 @@ class PrincipalProjection(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map [..., d_in] to float32 [..., d_out]."""
-        return F.linear(normalise(states), self.weight, self.bias)
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(normalise(states), self.weight.float(), self.bias.float())
 
 
 def build_projector(config: ProjectorConfig) -> nn.Module:
@@ -96,15 +99,22 @@ def build_decoder(config: ProjectorConfig) -> nn.Linear:
     return nn.Linear(config.output_size, config.input_size)
 
 
-def save_projectors(projectors: nn.ModuleList, path: str | Path, decoders: nn.ModuleList | None = None) -> None:
+def save_projectors(
+    projectors: nn.ModuleList,
+    path: str | Path,
+    use: dict[str, Any] | None = None,
+    decoders: nn.ModuleList | None = None,
+) -> None:
     """Write projectors and their shapes into one file that `torch.load(..., weights_only=True)` reads.
 
     Args:
         projectors: one for each aligned pair of layers.
         path: the file; it is replaced in one step, so a reader never sees half of it.
+        use: what they map: the direction and the pairs of layers, of plain Python types.
         decoders: the decoders of a reconstruction anchor, where training shall go on from this file.
     """
     payload = {
+        "use": use or {},
         "config": [asdict(projector.config) for projector in projectors],
         "state_dict": _on_cpu(projectors),
         "decoders": _on_cpu(decoders) if decoders else {},
@@ -116,13 +126,13 @@ def _on_cpu(modules: nn.ModuleList) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in modules.state_dict().items()}
 
 
-def _read(path: str | Path) -> tuple[nn.ModuleList, dict[str, torch.Tensor]]:
-    """The projectors of a file and the weights of their decoders. Raises as `load_projectors` does."""
+def _read(path: str | Path) -> tuple[nn.ModuleList, dict[str, Any]]:
+    """The projectors of a file and all that it holds. Raises as `load_projectors` does."""
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
         projectors = nn.ModuleList(build_projector(ProjectorConfig(**config)) for config in payload["config"])
         projectors.load_state_dict(payload["state_dict"])
-        return projectors, payload["decoders"]
+        return projectors, payload
     except FileNotFoundError as error:
         raise BadRequest(f"There is no projector file at {path}.") from error
     except Exception as error:  # torch.load and unpickling raise many kinds for one cause: not a projector file
@@ -138,25 +148,35 @@ def load_projectors(path: str | Path) -> nn.ModuleList:
     return _read(path)[0]
 
 
-def restore_projectors(projectors: nn.ModuleList, path: str | Path, decoders: nn.ModuleList | None = None) -> None:
+def restore_projectors(
+    projectors: nn.ModuleList,
+    path: str | Path,
+    use: dict[str, Any] | None = None,
+    decoders: nn.ModuleList | None = None,
+) -> None:
     """Load the weights of a projector file into existing projectors and decoders.
 
     Raises:
-        BadRequest: if the file is not a projector file, was made for other widths, another anchor or another number
-            of pairs, or lacks the decoders that are asked for.
+        BadRequest: if the file is not a projector file, was made for other widths, layers, another direction or
+            anchor, or lacks the decoders that are asked for.
     """
-    saved, saved_decoders = _read(path)
+    saved, payload = _read(path)
     shapes, own = ([_shape(projector) for projector in group] for group in (saved, projectors))
     if shapes != own:
         raise BadRequest(
             f"The projector in {path} does not fit this run: its shapes (in, hidden, out, anchor) are {shapes}, this "
             f"run's are {own}. Resume with the models, layers and projector arguments it was trained with."
         )
-    if decoders and not saved_decoders:
+    if payload["use"] != (use or {}):
+        raise BadRequest(
+            f"The projector in {path} was trained for {payload['use']}, this run is for {use}. Resume with the "
+            "direction and the layers it was trained with."
+        )
+    if decoders and not payload["decoders"]:
         raise BadRequest(f"{path} holds no decoders to train on with; resume from a checkpoint folder instead.")
     projectors.load_state_dict(saved.state_dict())
     if decoders:
-        decoders.load_state_dict(saved_decoders)
+        decoders.load_state_dict(payload["decoders"])
 
 
 def _shape(projector: nn.Module) -> tuple[int, int | None, int, str]:

@@ -53,7 +53,8 @@ class SavingTrainer(Trainer):
             with_decoders: also the decoders of a reconstruction anchor, which only further training needs.
         """
         if self.args.should_save:
-            save_projectors(self.target.projectors, path, self.target.decoders if with_decoders else None)
+            decoders = self.target.decoders if with_decoders else None
+            save_projectors(self.target.projectors, path, self.target.use, decoders)
 
     def save_student(self, output_dir: str | Path) -> None:
         """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it."""
@@ -94,7 +95,7 @@ class SavingTrainer(Trainer):
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise unreadable_checkpoint(resume_from_checkpoint, error) from error
         file = Path(resume_from_checkpoint) / PROJECTOR_FILE
-        restore_projectors(self.target.projectors, file, self.target.decoders)
+        restore_projectors(self.target.projectors, file, self.target.use, self.target.decoders)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:

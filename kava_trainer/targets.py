@@ -1,8 +1,8 @@
 """What is aligned: which states to capture, how to project them, which loss terms come of it."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class Alignment:
     """What comparing the two sides of one pair gives, token by token: float32 [B, T] each."""
 
     terms: dict[str, torch.Tensor]
-    """Unweighted loss terms by name: `mercator`, `mse` and, with a reconstruction anchor, `anchor`."""
+    """Unweighted loss terms by name."""
     cosine: torch.Tensor
 
 
@@ -72,6 +72,11 @@ class HiddenStateTarget(nn.Module):
         self.student_size = config.output_size if direction == "teacher_to_student" else config.input_size
 
     @property
+    def use(self) -> dict[str, Any]:
+        """What the projectors map, as it stands in their file."""
+        return {"direction": self.direction, "pairs": [list(pair) for pair in self.pairs]}
+
+    @property
     def student_layers(self) -> list[int]:
         """Layers of the student to capture."""
         return [student for student, _ in self.pairs]
@@ -103,14 +108,22 @@ class HiddenStateTarget(nn.Module):
         reconstruction = (self.decoders[index](target), normalise(teacher)) if self.decoders else None
         return AlignedStates(student, target, reconstruction)
 
-    def align(self, pairs: list[AlignedStates], mask: torch.Tensor) -> list[Alignment]:
-        """Compare both sides, pair by pair, at the tokens where `mask` [B, T] is true."""
-        return [self._compare(pair, mask) for pair in pairs]
+    def align(self, pairs: list[AlignedStates], mask: torch.Tensor, names: Container[str]) -> list[Alignment]:
+        """Compare both sides, pair by pair, at the tokens where `mask` [B, T] is true.
 
-    def _compare(self, pair: AlignedStates, mask: torch.Tensor) -> Alignment:
+        Args:
+            pairs: what `forward` gave.
+            mask: boolean [B, T].
+            names: the terms to compute, of `mercator`, `mse` and `anchor`.
+        """
+        return [self._compare(pair, mask, names) for pair in pairs]
+
+    def _compare(self, pair: AlignedStates, mask: torch.Tensor, names: Container[str]) -> Alignment:
         mercator, cosine = mercator_per_token(pair.student, pair.target, mask, self.alpha, self.beta)
-        terms = {"mercator": mercator, "mse": mse_per_token(pair.student, pair.target, mask)}
-        if pair.reconstruction is not None:
+        terms = {"mercator": mercator} if "mercator" in names else {}
+        if "mse" in names:
+            terms["mse"] = mse_per_token(pair.student, pair.target, mask)
+        if "anchor" in names:
             terms["anchor"] = mse_per_token(*pair.reconstruction, mask)
         return Alignment(terms, cosine)
 

@@ -148,7 +148,7 @@ class LossTerms:
         means: TokenMeans,
         weights: dict[str, float],
     ) -> dict[str, torch.Tensor]:
-        pairs = self.target.align(outputs.pairs, mask)
+        pairs = self.target.align(outputs.pairs, mask, self._weights)
         means.add("cos_sim", token_sum(self.target.mean([pair.cosine for pair in pairs]), mask), mask.sum())
         terms = {}
         for name in (name for name in ALIGNMENT_TERMS if name in self._weights):

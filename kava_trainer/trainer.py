@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
-from .alignment import COLLAPSE_REMEDY
+from .alignment import collapse_remedy
 from .arguments import KavaTrainingArguments
-from .calibration import calibrate
+from .calibration import calibrate, check_enough_tokens
 from .callbacks.emergency import EmergencyCheckpointCallback
-from .callbacks.probe import FirstProbeCallback
+from .callbacks.probe import ProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
 from .checkpoint_io import TRAINER_STATE_FILE
@@ -66,10 +66,13 @@ class KavaTrainer(SavingTrainer):
         self._console = Console(args.plain_output)
         self.probe = self._make_probe()
         self.last_probe: ProbeResult | None = None
-        self._shares = ShareWatch()
-        own = [StatusCallback(args.plain_output), FirstProbeCallback(self._log_first_probe), ProjectorSaveCallback()]
-        for callback in (self.emergency, *own):
-            self.add_callback(callback)
+        fading = {"mercator", "mse"} if args.alignment_schedule != "constant" else set()
+        self._shares = ShareWatch({"anchor", *fading})
+        self.add_callback(self.emergency)
+        self.add_callback(StatusCallback(args.plain_output))
+        if args.aligns:
+            self.add_callback(ProbeCallback(self._log_first_probe, self._log_probe))
+            self.add_callback(ProjectorSaveCallback())
 
     @property
     def teacher(self) -> TeacherSource | None:
@@ -92,8 +95,8 @@ class KavaTrainer(SavingTrainer):
         result = self.probe.measure(self.model, self.terms, self.progress)
         for name in self._shares.without_effect(result.gradient_shares):
             self._console.warn(
-                f"The term {name} has given less than {MINIMUM_SHARE:.0%} of the student's gradient so far; raise "
-                f"{name}_weight, or set it to 0 to save its cost."
+                f"The term {name} gives less than {MINIMUM_SHARE:.0%} of the student's gradient; raise {name}_weight, "
+                "or set it to 0 to save its cost."
             )
         return result
 
@@ -103,25 +106,55 @@ class KavaTrainer(SavingTrainer):
         if result is not None:
             self.log(result.metrics("probe"))
 
-    def calibrate(self) -> None:
-        """Start the projectors from the first training examples, as `projector_anchor` and `projector_init` ask.
+    def _log_probe(self) -> None:
+        """Log the alignment so far, and call a collapse."""
+        result = self.run_probe()
+        if result is not None:
+            self._note_probe(result)
+            self.log(result.metrics("probe"))
+
+    def calibration_examples(self) -> list[dict[str, Any]]:
+        """The training examples that the projectors start from: drawn with the run's seed where the data can be.
 
         Raises:
-            BadRequest: if there are too few tokens for a fit.
+            BadRequest: if they hold too few tokens for a fit.
         """
-        examples = choose_examples(self.train_dataset, self.args.calibration_tokens)
+        data = self.train_dataset
+        data = data.shuffle(seed=self.args.seed) if hasattr(data, "shuffle") else data
+        examples = choose_examples(data, self.args.calibration_tokens)
+        check_enough_tokens(self.target, sum(len(example["input_ids"]) for example in examples))
+        return examples
+
+    def calibrate(self) -> None:
+        """Start the projectors from training examples, as `projector_anchor` and `projector_init` ask.
+
+        Raises:
+            BadRequest: as `calibration_examples`.
+        """
         size, fit = self.args.per_device_eval_batch_size, self.args.projector_init == "least_squares"
+        examples = self.calibration_examples()
         calibrate(self.model, self.teacher, examples, self.data_collator, size, self._sum_over_ranks, fit)
+
+    def release(self) -> None:
+        """Give the memory of the optimizer and of the wrapped model back; the trainer cannot train any more."""
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.model.to("cpu")
 
     @property
     def collapse(self) -> str | None:
         """Why the alignment counted as collapsed at the last evaluation; None where it did not."""
         return None if self.last_probe is None else self.last_probe.collapse
 
-    def _tell_collapse(self, probed: ProbeResult) -> None:
-        """Say once why the alignment counts as collapsed, and what to change."""
+    def _note_probe(self, probed: ProbeResult) -> None:
+        """Keep a measurement; say once why the alignment counts as collapsed, and what to change."""
         if probed.collapse is not None and self.collapse is None:
-            self._console.warn(f"{probed.collapse} CosSim says nothing here. {COLLAPSE_REMEDY}")
+            trained, held = self.args.projector_direction == "teacher_to_student", bool(self.target.decoders)
+            supervised = self.args.lm_weight > 0 or self.args.kd_weight > 0
+            remedy = collapse_remedy(trained and self.args.projector_anchor != "pca", held, supervised)
+            self._console.warn(f"{probed.collapse} CosSim says nothing here. {remedy}")
+        self.last_probe = probed
 
     def compute_loss(
         self,
@@ -161,7 +194,7 @@ class KavaTrainer(SavingTrainer):
         self._seen.zero_()
         if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
             apply_liger_kernel(self.student, self.args.liger_kernel_config)
-        if isinstance(resume_from_checkpoint, str) and (state := self._finished_state(resume_from_checkpoint)):
+        if isinstance(resume_from_checkpoint, str) and (state := self.finished_state(resume_from_checkpoint)):
             self._load_from_checkpoint(resume_from_checkpoint)
             self.state = state
             return TrainOutput(state.global_step, 0.0, {})
@@ -172,7 +205,7 @@ class KavaTrainer(SavingTrainer):
         finally:
             self.emergency.restore_handlers()
 
-    def _finished_state(self, checkpoint: str) -> TrainerState | None:
+    def finished_state(self, checkpoint: str) -> TrainerState | None:
         """The state of a checkpoint with no step left to train, else None."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
@@ -292,7 +325,6 @@ class KavaTrainer(SavingTrainer):
         if "lm_loss" in means:
             output.metrics[f"{prefix}_perplexity"] = math.exp(min(means["lm_loss"], 700))
         if description == "Evaluation" and (probed := self.run_probe()) is not None:
-            self._tell_collapse(probed)
-            self.last_probe = probed
+            self._note_probe(probed)
             output.metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in output.metrics})
         return output

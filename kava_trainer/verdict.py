@@ -7,6 +7,12 @@ from .alignment import STATUSES
 REQUIRED_COS_SIM = STATUSES[0][0]
 """CosSim of a successful run; the lower edge of the best status."""
 
+CONTROL_FAILED = "control_failed"
+"""Kind of problem: the control broke off. It says nothing about the run itself."""
+
+TIE = 0.02
+"""Cross-entropies that differ by a smaller share count as equal."""
+
 
 def judge(summary: dict[str, Any], collapse: str | None, supervised: bool, broken: list[str]) -> dict[str, Any]:
     """The verdict on a run that ended.
@@ -24,29 +30,31 @@ def judge(summary: dict[str, Any], collapse: str | None, supervised: bool, broke
         `success` (None where the run measured too little to tell), `collapsed` and `reasons`.
     """
     cos_sim, evaluation = summary["final"]["cos_sim"], summary["evaluation"]
-    measured = cos_sim is not None and evaluation["student_after"] is not None
+    measured = summary["final"]["margin"] is not None and evaluation["student_after"] is not None
     failures = _alignment_failures(cos_sim, collapse) + _training_failures(summary, supervised, broken)
     failures += _perplexity_failures(evaluation)
     reasons = failures or (_achievements(summary) if measured else [])
     if not measured:
-        reasons = [*reasons, _missing(cos_sim)]
+        reasons = [*reasons, _missing(cos_sim, evaluation)]
     return {
         "success": False if failures else (True if measured else None),
         "collapsed": None if summary["final"]["margin"] is None else collapse is not None,
-        "reasons": [*reasons, *_comparison(evaluation)],
+        "reasons": [*reasons, *_comparison(summary)],
     }
 
 
-def _missing(cos_sim: float | None) -> str:
+def _missing(cos_sim: float | None, evaluation: dict[str, Any]) -> str:
+    if evaluation["student_after"] is None:
+        return "There were no held-out examples, so the student was not measured."
     if cos_sim is None:
         return "No hidden states were aligned, so there is no CosSim to judge the run by."
-    return "There were no held-out examples, so the student was not measured."
+    return "There was no probe, so CosSim may mean nothing."
 
 
 def _alignment_failures(cos_sim: float | None, collapse: str | None) -> list[str]:
     if collapse is not None:
         return [f"The alignment collapsed, so CosSim means nothing. {collapse}"]
-    if cos_sim is not None and cos_sim < REQUIRED_COS_SIM:
+    if cos_sim is not None and not cos_sim >= REQUIRED_COS_SIM:  # so that NaN is no success either
         return [f"CosSim is {cos_sim:.4f}, below {REQUIRED_COS_SIM}."]
     return []
 
@@ -58,7 +66,7 @@ def _training_failures(summary: dict[str, Any], supervised: bool, broken: list[s
             "The student's language head was never supervised: lm_weight and kd_weight are 0, so nothing taught it "
             "to answer."
         )
-    kinds = sorted({problem["kind"] for problem in summary["problems"]})
+    kinds = sorted({problem["kind"] for problem in summary["problems"]} - {CONTROL_FAILED})
     if kinds:
         found.append(f"Training was not stable: {', '.join(kinds)} (see problems).")
     if broken:
@@ -68,33 +76,41 @@ def _training_failures(summary: dict[str, Any], supervised: bool, broken: list[s
 
 def _perplexity_failures(evaluation: dict[str, Any]) -> list[str]:
     before, after = evaluation["student_before"], evaluation["student_after"]
-    if before is None or after is None or after["perplexity"] <= before["perplexity"]:
+    if before is None or after is None or after["cross_entropy"] <= before["cross_entropy"]:
         return []
     return [f"The student's answer perplexity rose from {before['perplexity']:.4g} to {after['perplexity']:.4g}."]
 
 
 def _achievements(summary: dict[str, Any]) -> list[str]:
     final, evaluation = summary["final"], summary["evaluation"]
-    margin = f", {final['margin']:.2f} above that of shuffled tokens" if final["margin"] is not None else ""
-    found = [f"CosSim on held-out examples is {final['cos_sim']:.4f}{margin}."]
+    found = [
+        f"CosSim on held-out examples is {final['cos_sim']:.4f}, and on the probe it is {final['margin']:.2f} above "
+        "that with other tokens' targets."
+    ]
     if evaluation["student_before"] is not None:
         before, after = (evaluation[name]["perplexity"] for name in ("student_before", "student_after"))
         found.append(f"The student's answer perplexity went from {before:.4g} to {after:.4g}.")
     return found
 
 
-def _comparison(evaluation: dict[str, Any]) -> list[str]:
-    """What the control shows; nothing where none ran."""
-    control, after = evaluation["control_sft"], evaluation["student_after"]
+def _comparison(summary: dict[str, Any]) -> list[str]:
+    """What the control shows; nothing where none was asked for."""
+    if any(problem["kind"] == CONTROL_FAILED for problem in summary["problems"]):
+        return ["The control broke off, so there is nothing to compare with."]
+    control, after = summary["evaluation"]["control_sft"], summary["evaluation"]["student_after"]
     if control is None or after is None:
         return []
-    figures = f"({after['cross_entropy']:.4f} against {control['cross_entropy']:.4f} nats)"
     ratio = after["cross_entropy"] / max(control["cross_entropy"], 1e-12)
-    if ratio < 1:
-        sentence = f"KAVA beat the control at equal steps: its answer cross-entropy is {ratio:.2f} times the control's"
+    figures = f"{after['cross_entropy']:.4f} against {control['cross_entropy']:.4f} nats"
+    if abs(ratio - 1) < TIE:
+        found = f"KAVA did not beat the control at equal steps: both have the same answer cross-entropy ({figures})"
     else:
-        sentence = f"KAVA did not beat the control: its answer cross-entropy is {ratio:.2f} times the control's"
-    if after["exact_match"] is None or control["exact_match"] is None:
-        return [f"{sentence} {figures}."]
-    points = 100 * (after["exact_match"] - control["exact_match"])
-    return [f"{sentence} {figures}, its exact match {abs(points):.1f} points {'higher' if points >= 0 else 'lower'}."]
+        word = "beat" if ratio < 1 else "did not beat"
+        found = (
+            f"KAVA {word} the control at equal steps: its answer cross-entropy is {ratio:.2f} times the control's "
+            f"({figures})"
+        )
+    if after["exact_match"] is not None and control["exact_match"] is not None:
+        points = 100 * (after["exact_match"] - control["exact_match"])
+        found += f", its exact match {abs(points):.1f} points {'higher' if points >= 0 else 'lower'}"
+    return [f"{found}. One pair of runs shows large differences only."]

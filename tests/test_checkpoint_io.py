@@ -1,7 +1,14 @@
+import json
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kava_trainer.checkpoint_io import (
+    PROJECTOR_FILE,
+    TRAINER_STATE_FILE,
     find_newest_checkpoint,
+    is_whole,
     list_checkpoints,
     resolve_checkpoint,
     write_atomically,
@@ -67,3 +74,34 @@ def test_resuming_from_nothing_starts_afresh_but_a_wrong_name_is_refused(tmp_pat
         resolve_checkpoint(str(tmp_path / "gone"), tmp_path)
     with pytest.raises(BadRequest, match="lacks"):
         resolve_checkpoint(str(make_checkpoint(tmp_path, 1, files=())), tmp_path)
+
+
+def whole(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / TRAINER_STATE_FILE).write_text('{"global_step": 1}')
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", PROJECTOR_FILE):
+        torch.save({}, folder / name)
+    return folder
+
+
+def test_a_checkpoint_with_all_its_parts_is_whole(tmp_path):
+    assert is_whole(whole(tmp_path))
+    index = {"weight_map": {"w": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert is_whole(tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    assert not is_whole(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", PROJECTOR_FILE, TRAINER_STATE_FILE]
+)
+def test_a_checkpoint_that_lacks_a_part_or_was_cut_short_is_not_whole(tmp_path, name):
+    path = whole(tmp_path) / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert not is_whole(tmp_path)
+    path.unlink()
+    assert not is_whole(tmp_path)

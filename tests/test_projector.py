@@ -6,6 +6,8 @@ from kava_trainer.errors import BadRequest
 from kava_trainer.projector import (
     ElasticBottleneck,
     ProjectorConfig,
+    build_decoder,
+    build_projector,
     load_projectors,
     restore_projectors,
     save_projectors,
@@ -45,13 +47,44 @@ def test_saved_projectors_come_back_equal(tmp_path):
     for ours, theirs in zip(projectors.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert [f.name for f in tmp_path.iterdir()] == ["p.pth"]
-    assert set(torch.load(tmp_path / "p.pth", weights_only=True)) == {"config", "state_dict", "decoders"}
+    assert set(torch.load(tmp_path / "p.pth", weights_only=True)) == {"config", "state_dict", "decoders", "use"}
 
 
 def test_a_projector_of_other_widths_is_refused(tmp_path):
     save_projectors(make(input_size=8), tmp_path / "p.pth")
     with pytest.raises(BadRequest, match="does not fit this run"):
         restore_projectors(make(), tmp_path / "p.pth")
+
+
+def test_a_projector_of_another_use_is_refused(tmp_path):
+    use = {"direction": "teacher_to_student", "pairs": [[2, 4]]}
+    save_projectors(make(), tmp_path / "p.pth", use)
+    restore_projectors(make(), tmp_path / "p.pth", use)
+    with pytest.raises(BadRequest, match="was trained for"):
+        restore_projectors(make(), tmp_path / "p.pth", {**use, "direction": "student_to_teacher"})
+
+
+def test_decoders_come_back_where_they_were_saved(tmp_path):
+    first, second = (nn.ModuleList([build_decoder(ProjectorConfig(6, 4))]) for _ in range(2))
+    save_projectors(make(), tmp_path / "p.pth", decoders=first)
+    restore_projectors(make(), tmp_path / "p.pth", decoders=second)
+    assert torch.equal(first[0].weight, second[0].weight)
+    save_projectors(make(), tmp_path / "p.pth")
+    with pytest.raises(BadRequest, match="holds no decoders"):
+        restore_projectors(make(), tmp_path / "p.pth", decoders=second)
+
+
+@pytest.mark.parametrize("surroundings", ["bfloat16", "autocast"])
+def test_the_principal_projection_stays_in_float32(surroundings):
+    projector = build_projector(ProjectorConfig(6, 4, anchor="pca"))
+    nn.init.normal_(projector.weight)
+    states = torch.randn(3, 6)
+    expected = projector(states)
+    if surroundings == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(projector(states), expected)
+    else:
+        assert projector.to(torch.bfloat16)(states).dtype == torch.float32
 
 
 def test_a_missing_file_is_named(tmp_path):
