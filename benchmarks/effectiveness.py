@@ -2,7 +2,7 @@
 
     python benchmarks/effectiveness.py run --workers 2
     python benchmarks/effectiveness.py run --workers 2 --groups finalists --seeds 0 1 2 3 4 5 6 7
-    python benchmarks/effectiveness.py table
+    python benchmarks/effectiveness.py document   # the tables of docs/effectiveness.md
 
 Every run is a real `KavaTrainer` run with the quickstart recipe and a few arguments changed; a seed decides the
 student's start, the projector's start and the order of the data. Rows go to a CSV file, and what is in it already is
@@ -12,6 +12,7 @@ figure and saves the larger half of the time.
 
 import argparse
 import csv
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -47,13 +48,20 @@ from kava_trainer.teacher import OnlineTeacher, load_teacher  # noqa: E402
 from kava_trainer.trainer import KavaTrainer  # noqa: E402
 
 RECIPE = ROOT / "training_args" / "quickstart.json"
-CSV_FILE = ROOT / "docs" / "effectiveness.csv"
+CSV_FILE, DOCUMENT = ROOT / "docs" / "effectiveness.csv", ROOT / "docs" / "effectiveness.md"
 FIGURES = (
     "cross_entropy", "exact_match", "cos_sim", "centred_cos_sim", "margin", "cka", "student_effective_rank",
     "target_effective_rank", "collapsed", "step_of_cos_sim_0.90", "train_seconds",
 )  # fmt: skip
-EXACT_MATCH_SAMPLES = 200
-COLUMNS = ("group", "name", "seed", *FIGURES, "arguments")
+EXACT_MATCH_SAMPLES, MOST_SEEDS = 200, 8
+LEARNING = (
+    "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "kd_temperature",
+    "kd_beta", "anchor_weight", "alignment_schedule", "layer_mapping", "projector_direction", "projector_anchor",
+    "projector_init", "projector_mlp_ratio", "projector_dropout", "projector_learning_rate",
+)  # fmt: skip
+"""What decides a run's figures; rows with equal values and equal seeds are one measurement."""
+COLUMNS = ("seed", "trained", *FIGURES, *LEARNING)
 
 SFT = {"mercator_weight": 0.0, "lm_weight": 1.0, "kd_weight": 0.0}
 WAYS = {
@@ -103,7 +111,7 @@ def _starts() -> dict[str, dict[str, Any]]:
     starts = ("random", "least_squares")
     ways = {"t2s reconstruction": 30.0, "s2t": 30.0}
     return {
-        f"{way}, start {start}": WAYS[way] | {"mercator_weight": weight, "projector_init": start, "logging_steps": 5}
+        f"{way}, start {start}": WAYS[way] | {"mercator_weight": weight, "projector_init": start}
         for (way, weight), start in itertools.product(ways.items(), starts)
     }
 
@@ -130,8 +138,29 @@ GROUPS = {
     "together": _together,
     "start": _starts,
     "trained": _trained,
-    "finalists": lambda: {"SFT": SFT, "SFT + KD": SFT | KD, "shipped recipe": {}},
+    "finalists": lambda: {
+        "SFT": SFT,
+        "SFT + KD": SFT | KD,
+        "t2s pca, weight 30 (the quickstart recipe)": {},
+        "s2t, weight 30, start least_squares": _starts()["s2t, start least_squares"],
+    },
 }
+
+
+def arguments_of(changes: dict[str, Any], seed: int = 0, folder: str = "unused") -> KavaArguments:
+    """The quickstart recipe with some arguments changed, saving nothing."""
+    changes = {name: value for name, value in changes.items() if name != "trained"} | {
+        "output_dir": folder, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "plain_output": True, "run_control": False, "seed": seed, "max_eval_samples": 500, "logging_steps": 5,
+    }  # fmt: skip
+    return parse_arguments([str(RECIPE), *itertools.chain(*((f"--{k}", str(v)) for k, v in changes.items()))])
+
+
+def identity(changes: dict[str, Any], seed: int) -> dict[str, str]:
+    """The columns of the CSV file that tell one measurement from another."""
+    training = arguments_of(changes, seed).training
+    values = {name: str(getattr(training, name)) for name in LEARNING}
+    return {"seed": str(seed), "trained": str(changes.get("trained", False)), **values}
 
 
 class RememberedTeacher:
@@ -167,28 +196,20 @@ class Bench:
         disable_progress_bar()
         datasets.disable_progress_bars()
         self._folder = tempfile.TemporaryDirectory()
-        arguments = self._arguments(0, {})
+        arguments = arguments_of({})
         tokenizer = load_tokenizers(arguments)
         self._data = load_data(Console(plain=True), arguments, tokenizer)
         self._models = Models(load_teacher(arguments.model, arguments.training.device), None, tokenizer)
         layers = sorted({teacher for _, teacher in resolve_layer_pairs("uniform:2", 3, 4)})
         self._teacher = RememberedTeacher(OnlineTeacher(self._models.teacher, layers))
 
-    def _arguments(self, seed: int, changes: dict[str, Any]) -> KavaArguments:
-        values = json.loads(RECIPE.read_text()) | {
-            "output_dir": self._folder.name, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-            "use_cpu": True, "plain_output": True, "run_control": False, "seed": seed, "max_eval_samples": 500,
-        }  # fmt: skip
-        path = Path(self._folder.name) / "arguments.json"
-        path.write_text(json.dumps(values | changes))
-        return parse_arguments([str(path)])
-
     def _trained_student(self, seed: int) -> str:
         """The folder of a student after one run with the next-token loss alone; it is made once for each seed."""
-        folder = Path(tempfile.gettempdir()) / f"kava-trained-student-{seed}"
+        key = hashlib.sha256(json.dumps(identity(SFT, seed)).encode()).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"kava-trained-student-{key}"
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                trainer = self._trainer(self._arguments(seed, SFT))
+                trainer = self._trainer(arguments_of(SFT, seed, self._folder.name))
                 trainer.train()
                 write_folder_atomically(folder, trainer.save_student)
         return str(folder)
@@ -207,7 +228,7 @@ class Bench:
         changes = dict(changes)
         if changes.pop("trained", False):
             changes["student_model_name_or_path"] = self._trained_student(seed)
-        trainer = self._trainer(self._arguments(seed, changes))
+        trainer = self._trainer(arguments_of(changes, seed, self._folder.name))
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -230,13 +251,12 @@ class Bench:
 _bench: Bench | None = None
 
 
-def _work(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
+def _work(job: tuple[int, dict[str, Any]]) -> dict[str, Any]:
     """One row of the CSV, in a worker process that keeps its `Bench`."""
     global _bench
-    group, name, seed, changes = job
+    seed, changes = job
     _bench = _bench or Bench()
-    figures = _bench.run(seed, changes)
-    return {"group": group, "name": name, "seed": seed, **figures, "arguments": json.dumps(changes)}
+    return {**identity(changes, seed), **_bench.run(seed, changes)}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -249,24 +269,27 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def run(groups: list[str], seeds: list[int], workers: int, path: Path) -> None:
     """Run what is missing of some groups and append it to the CSV file, all groups of one seed after another."""
-    done = {(row["arguments"], int(row["seed"])) for row in read_rows(path)}
-    jobs = [
-        (group, name, seed, changes)
-        for seed in seeds
-        for group in groups
-        for name, changes in GROUPS[group]().items()
-        if (json.dumps(changes), seed) not in done
-    ]
-    jobs = list({(json.dumps(job[3]), job[2]): job for job in reversed(jobs)}.values())[::-1]
+    known = read_rows(path)
+    done = [_identity_of(row) for row in known]
+    jobs = []
+    for seed, group in itertools.product(seeds, groups):
+        for changes in GROUPS[group]().values():
+            if (key := identity(changes, seed)) not in done:
+                done.append(key)
+                jobs.append((seed, changes))
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
     with path.open("a", newline="") as file, context.Pool(workers, torch.set_num_threads, (threads,)) as pool:
         writer = csv.DictWriter(file, COLUMNS)
-        if not done:
+        if not known:
             writer.writeheader()
         for row in tqdm(pool.imap_unordered(_work, jobs), total=len(jobs), desc="Runs"):
             writer.writerow({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in row.items()})
             file.flush()
+
+
+def _identity_of(row: dict[str, str]) -> dict[str, str]:
+    return {name: row[name] for name in ("seed", "trained", *LEARNING)}
 
 
 def _shown(values: list[str], digits: int, scale: float = 1.0) -> str:
@@ -278,31 +301,43 @@ def _shown(values: list[str], digits: int, scale: float = 1.0) -> str:
     return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """A Markdown table of rows with equal arguments, the best cross-entropy first."""
+def table(group: str, rows: list[dict[str, str]]) -> str:
+    """A Markdown table of what is measured of a group, the best cross-entropy first."""
     shown = {
         "cross_entropy": ("Cross-entropy", 3, 1.0), "exact_match": ("Exact match %", 1, 100.0),
         "cos_sim": ("CosSim", 3, 1.0), "centred_cos_sim": ("Centred", 3, 1.0), "margin": ("Margin", 3, 1.0),
         "cka": ("CKA", 3, 1.0), "target_effective_rank": ("Rank of targets", 1, 1.0),
+        "step_of_cos_sim_0.90": ("CosSim 0.90 at step", 0, 1.0),
     }  # fmt: skip
-    same: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        same.setdefault(row["arguments"], []).append(row)
-    ordered = sorted(same.values(), key=lambda group: statistics.mean(float(row["cross_entropy"]) for row in group))
+    measured: list[tuple[str, list[dict[str, str]]]] = []
+    for name, changes in GROUPS[group]().items():
+        keys = [identity(changes, seed) for seed in range(MOST_SEEDS)]
+        if found := [row for row in rows if _identity_of(row) in keys]:
+            measured.append((name, found))
     titles = ["What", "Seeds", *(title for title, _, _ in shown.values())]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for group in ordered:
-        collapsed = sum(row["collapsed"] not in ("", "0") for row in group)
-        name = group[0]["name"] + (f" (collapsed in {collapsed})" if collapsed else "")
-        cells = [_shown([row[key] for row in group], digits, scale) for key, (_, digits, scale) in shown.items()]
-        lines.append(f"| {' | '.join([name, str(len(group)), *cells])} |")
+    for name, found in sorted(measured, key=lambda item: statistics.mean(float(r["cross_entropy"]) for r in item[1])):
+        collapsed = sum(float(row["collapsed"] or 0) > 0 for row in found)
+        label = name + (f" (collapsed in {collapsed})" if collapsed else "")
+        cells = [_shown([row[key] for row in found], digits, scale) for key, (_, digits, scale) in shown.items()]
+        lines.append(f"| {' | '.join([label, str(len(found)), *cells])} |")
     return "\n".join(lines)
+
+
+def document(text: str, rows: list[dict[str, str]]) -> str:
+    """The document with the table of each group between its two marks made anew."""
+    for group in GROUPS:
+        begin, end = f"<!-- begin {group} -->", f"<!-- end {group} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n\n{table(group, rows)}\n\n{end}{after}"
+    return text
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "document"))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="processes, which share the cores")
@@ -311,9 +346,7 @@ def main() -> None:
     if arguments.command == "run":
         run(arguments.groups, arguments.seeds, arguments.workers, arguments.csv)
     else:
-        for group in arguments.groups:
-            known = {json.dumps(changes) for changes in GROUPS[group]().values()}
-            print(f"### {group}\n\n{table([row for row in read_rows(arguments.csv) if row['arguments'] in known])}\n")
+        DOCUMENT.write_text(document(DOCUMENT.read_text(), read_rows(arguments.csv)))
 
 
 if __name__ == "__main__":

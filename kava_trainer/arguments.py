@@ -156,7 +156,8 @@ _AT_LEAST_ONE = (
 class KavaTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus the arguments of the distillation.
 
-    Defaults that differ from `TrainingArguments` are those of the home case: Qwen2.5-1.5B to 0.5B on GSM8K.
+    Defaults that differ from `TrainingArguments` are those of the home case: Qwen2.5-1.5B to 0.5B on GSM8K. Those of
+    the alignment are what did best without harm to a student trained before, see `docs/effectiveness.md`.
     """
 
     output_dir: str | None = field(default="checkpoints", metadata=_help("Where checkpoints and projectors go."))
@@ -171,7 +172,7 @@ class KavaTrainingArguments(TrainingArguments):
 
     mercator_alpha: float = field(default=1.0, metadata=_help("Weight of the direction inside the Mercator loss."))
     mercator_beta: float = field(default=0.01, metadata=_help("Weight of the log-magnitude in the Mercator loss."))
-    mercator_weight: float = field(default=1.0, metadata=_help("Weight of the Mercator loss; 0 turns it off."))
+    mercator_weight: float = field(default=3.0, metadata=_help("Weight of the Mercator loss; 0 turns it off."))
     lm_weight: float = field(
         default=1.0, metadata=_help("Weight of the next-token loss on the answers; 0 turns it off.")
     )
@@ -208,7 +209,7 @@ class KavaTrainingArguments(TrainingArguments):
         metadata=_help("Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."),
     )
     projector_direction: Literal["teacher_to_student", "student_to_teacher"] = field(
-        default="teacher_to_student",
+        default="student_to_teacher",
         metadata=_help(
             "Project the teacher's states into the student's space, or the student's into the teacher's, where the "
             "teacher's own states are a target that cannot move."
@@ -222,7 +223,7 @@ class KavaTrainingArguments(TrainingArguments):
         ),
     )
     projector_init: Literal["random", "least_squares"] = field(
-        default="random",
+        default="least_squares",
         metadata=_help(
             "Start the projector from random weights, or from the least squares fit to the other side on some "
             "training examples (with the pca anchor: turn its axes towards the student's states)."

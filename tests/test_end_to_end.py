@@ -176,6 +176,21 @@ def test_resuming_goes_on_and_starting_over_with_true_starts_afresh(tmp_path, ca
 
 
 @pytest.mark.slow
+def test_the_seed_recipe_ends_collapsed_and_says_so(tmp_path):
+    recipe = str(ROOT / "training_args" / "seed_mercator_only.json")
+    result = launch(recipe, *words({**QUICKSTART, "output_dir": "out", "final_dir": "out"}), cwd=tmp_path, timeout=1800)
+    assert result.returncode == 0, result.stderr
+    summary = summary_of(tmp_path / "out")
+    assert summary["final"]["cos_sim"] > 0.95
+    assert summary["verdict"]["collapsed"] is True
+    assert summary["verdict"]["success"] is False
+    assert "agrees with the target of another token" in summary["verdict"]["reasons"][0]
+    assert any("never supervised" in reason for reason in summary["verdict"]["reasons"])
+    assert re.search(r"^Alignment: CosSim 0\.9\d{3} Collapsed", result.stdout, re.M)
+    assert "Nothing holds the projector" in result.stdout
+
+
+@pytest.mark.slow
 def test_a_real_teacher_on_the_real_gsm8k(tmp_path):
     teacher, data = shared_path("models", "stories260k"), shared_path("data", "gsm8k", "train.jsonl")
     config = AutoModelForCausalLM.from_pretrained(teacher).config
@@ -227,6 +242,7 @@ def test_two_steps_at_the_real_shapes(tmp_path):
         "output_dir": tmp_path / "out",
         "max_steps": 2,
         "max_eval_samples": 2,
+        "calibration_tokens": 1024,
         "save_strategy": "no",
         "use_cpu": True,
     }

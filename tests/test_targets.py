@@ -73,7 +73,8 @@ def test_the_pca_anchor_has_nothing_to_train():
 
 
 def arguments(**changes):
-    return KavaTrainingArguments(output_dir="unused", use_cpu=True, **changes)
+    defaults = {"projector_direction": "teacher_to_student", "projector_init": "random"}
+    return KavaTrainingArguments(output_dir="unused", use_cpu=True, **{**defaults, **changes})
 
 
 def test_the_arguments_decide_the_target():

@@ -33,6 +33,9 @@ def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):
         "save_strategy": "no",
         "logging_steps": 1,
         "plain_output": True,
+        "mercator_weight": 1.0,
+        "projector_direction": "teacher_to_student",
+        "projector_init": "random",
         **changes,
     }
     args = KavaTrainingArguments(**arguments)
