@@ -12,6 +12,7 @@ figure and saves the larger half of the time.
 
 import argparse
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -108,12 +109,13 @@ def _divergences() -> dict[str, dict[str, Any]]:
 
 def _starts() -> dict[str, dict[str, Any]]:
     """The closed-form start against the random one, for both projectors that train."""
-    starts = ("random", "least_squares")
-    ways = {"t2s reconstruction": 30.0, "s2t": 30.0}
-    return {
-        f"{way}, start {start}": WAYS[way] | {"mercator_weight": weight, "projector_init": start}
-        for (way, weight), start in itertools.product(ways.items(), starts)
-    }
+    wide = {"projector_mlp_ratio": 4.0, "projector_dropout": 0.0}
+    ways = {"t2s reconstruction": {}, "t2s reconstruction, wide, no dropout": wide, "s2t": {}}
+    rows = {}
+    for (way, shape), start in itertools.product(ways.items(), ("random", "least_squares")):
+        base = WAYS[way.split(",")[0]] | shape
+        rows[f"{way}, weight 30, start {start}"] = base | {"mercator_weight": 30.0, "projector_init": start}
+    return rows
 
 
 def _trained() -> dict[str, dict[str, Any]]:
@@ -142,7 +144,7 @@ GROUPS = {
         "SFT": SFT,
         "SFT + KD": SFT | KD,
         "t2s pca, weight 30 (the quickstart recipe)": {},
-        "s2t, weight 30, start least_squares": _starts()["s2t, start least_squares"],
+        "s2t, weight 30, start least_squares": _starts()["s2t, weight 30, start least_squares"],
     },
 }
 
@@ -151,16 +153,20 @@ def arguments_of(changes: dict[str, Any], seed: int = 0, folder: str = "unused")
     """The quickstart recipe with some arguments changed, saving nothing."""
     changes = {name: value for name, value in changes.items() if name != "trained"} | {
         "output_dir": folder, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
-        "plain_output": True, "run_control": False, "seed": seed, "max_eval_samples": 500, "logging_steps": 5,
+        "plain_output": True, "run_control": False, "seed": seed, "max_eval_samples": 500, "logging_steps": 1,
     }  # fmt: skip
     return parse_arguments([str(RECIPE), *itertools.chain(*((f"--{k}", str(v)) for k, v in changes.items()))])
 
 
 def identity(changes: dict[str, Any], seed: int) -> dict[str, str]:
     """The columns of the CSV file that tell one measurement from another."""
-    training = arguments_of(changes, seed).training
-    values = {name: str(getattr(training, name)) for name in LEARNING}
-    return {"seed": str(seed), "trained": str(changes.get("trained", False)), **values}
+    return {"seed": str(seed), "trained": str(changes.get("trained", False)), **_learning(json.dumps(changes))}
+
+
+@functools.cache
+def _learning(changes: str) -> dict[str, str]:
+    training = arguments_of(json.loads(changes)).training
+    return {name: str(getattr(training, name)) for name in LEARNING}
 
 
 class RememberedTeacher:
@@ -314,6 +320,8 @@ def table(group: str, rows: list[dict[str, str]]) -> str:
         keys = [identity(changes, seed) for seed in range(MOST_SEEDS)]
         if found := [row for row in rows if _identity_of(row) in keys]:
             measured.append((name, found))
+    if not measured:
+        return "Not measured yet."
     titles = ["What", "Seeds", *(title for title, _, _ in shown.values())]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for name, found in sorted(measured, key=lambda item: statistics.mean(float(r["cross_entropy"]) for r in item[1])):

@@ -3,11 +3,15 @@
 import json
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT
 
 from kava_trainer.parsing import parse_arguments
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import effectiveness
 
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.zh-CN.md"))
 
@@ -39,3 +43,15 @@ def test_the_json_of_the_readme_is_a_right_request(tmp_path):
     (tmp_path / "args.json").write_text(blocks(README, "json")[0])
     assert json.loads(blocks(README, "json")[0])
     assert parse_arguments([str(tmp_path / "args.json"), "--use_cpu"])
+
+
+def test_every_link_to_a_file_leads_somewhere():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_the_tables_of_effectiveness_are_those_of_its_measurements():
+    text, rows = effectiveness.DOCUMENT.read_text(), effectiveness.read_rows(effectiveness.CSV_FILE)
+    assert effectiveness.document(text, rows) == text
+    assert len(rows) > 40
