@@ -34,9 +34,10 @@ import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
-from transformers import logging, set_seed  # noqa: E402
+from transformers import TrainerCallback, logging, set_seed  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
+from benchmarks.effectiveness_grid import GROUPS, SFT  # noqa: E402
 from kava_trainer.arguments import KavaArguments  # noqa: E402
 from kava_trainer.capture import resolve_layer_pairs  # noqa: E402
 from kava_trainer.checkpoint_io import write_folder_atomically  # noqa: E402
@@ -52,7 +53,7 @@ RECIPE = ROOT / "training_args" / "quickstart.json"
 CSV_FILE, DOCUMENT = ROOT / "docs" / "effectiveness.csv", ROOT / "docs" / "effectiveness.md"
 FIGURES = (
     "cross_entropy", "exact_match", "cos_sim", "centred_cos_sim", "margin", "cka", "student_effective_rank",
-    "target_effective_rank", "collapsed", "step_of_cos_sim_0.90", "train_seconds",
+    "target_effective_rank", "collapsed", "step_of_cos_sim_0.90", "margin_at_0.90", "train_seconds",
 )  # fmt: skip
 EXACT_MATCH_SAMPLES, MOST_SEEDS = 200, 8
 LEARNING = (
@@ -63,90 +64,6 @@ LEARNING = (
 )  # fmt: skip
 """What decides a run's figures; rows with equal values and equal seeds are one measurement."""
 COLUMNS = ("seed", "trained", *FIGURES, *LEARNING)
-
-SFT = {"mercator_weight": 0.0, "lm_weight": 1.0, "kd_weight": 0.0}
-WAYS = {
-    "t2s none": {"projector_direction": "teacher_to_student", "projector_anchor": "none"},
-    "t2s pca": {"projector_direction": "teacher_to_student", "projector_anchor": "pca"},
-    "t2s reconstruction": {"projector_direction": "teacher_to_student", "projector_anchor": "reconstruction"},
-    "s2t": {"projector_direction": "student_to_teacher", "projector_anchor": "none"}
-    | {"projector_mlp_ratio": 2.0, "projector_dropout": 0.0, "projector_learning_rate": 3e-3},
-}
-"""The last way starts from the narrower states, so its projector is given more width."""
-
-
-KD = {"kd_weight": 3.0, "kd_temperature": 1.0}
-"""The divergence that did best beside the next-token loss in the group `kd`."""
-
-
-def _grid() -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {"SFT": SFT}
-    for way, weight in itertools.product(WAYS, (0.3, 1.0, 3.0, 30.0)):
-        rows[f"{way}, weight {weight:g}, last"] = WAYS[way] | {"mercator_weight": weight}
-    for way in WAYS:
-        base = WAYS[way] | {"mercator_weight": 30.0}
-        rows[f"{way}, weight 30, uniform:2"] = base | {"layer_mapping": "uniform:2"}
-        rows[f"{way}, weight 30, last + KD"] = base | KD
-    return rows
-
-
-def _together() -> dict[str, dict[str, Any]]:
-    """Alignment and divergence in one run: is it their proportion, or their order?"""
-    pca, linear = WAYS["t2s pca"] | {"mercator_weight": 30.0}, {"alignment_schedule": "linear"}
-    return {
-        "t2s pca, weight 100, last + KD": pca | KD | {"mercator_weight": 100.0},
-        "t2s pca, weight 30, last, linear to 0": pca | linear,
-        "t2s pca, weight 30, last, linear to 0 + KD": pca | KD | linear,
-    }
-
-
-def _divergences() -> dict[str, dict[str, Any]]:
-    return {
-        f"SFT + KD {weight:g}, T {temperature:g}": SFT | {"kd_weight": weight, "kd_temperature": temperature}
-        for weight, temperature in itertools.product((1.0, 3.0, 10.0), (1.0, 2.0))
-    }
-
-
-def _starts() -> dict[str, dict[str, Any]]:
-    """The closed-form start against the random one, for both projectors that train."""
-    wide = {"projector_mlp_ratio": 4.0, "projector_dropout": 0.0}
-    ways = {"t2s reconstruction": {}, "t2s reconstruction, wide, no dropout": wide, "s2t": {}}
-    rows = {}
-    for (way, shape), start in itertools.product(ways.items(), ("random", "least_squares")):
-        base = WAYS[way.split(",")[0]] | shape
-        rows[f"{way}, weight 30, start {start}"] = base | {"mercator_weight": 30.0, "projector_init": start}
-    return rows
-
-
-def _trained() -> dict[str, dict[str, Any]]:
-    """A student that has learned for one run before, as pretrained students have, trained for one more."""
-    student = {"trained": True, "learning_rate": 3e-3}
-    pca = student | WAYS["t2s pca"] | {"mercator_weight": 30.0}
-    s2t = student | WAYS["s2t"]
-    fit = {"projector_init": "least_squares"}
-    return {
-        "SFT": student | SFT,
-        "SFT + KD": student | SFT | KD,
-        "t2s pca, weight 30": pca,
-        "t2s pca, weight 30, turned towards the student": pca | fit,
-        "s2t, weight 3": s2t | {"mercator_weight": 3.0},
-        "s2t, weight 3, start least_squares": s2t | {"mercator_weight": 3.0} | fit,
-    }
-
-
-GROUPS = {
-    "kd": _divergences,
-    "grid": _grid,
-    "together": _together,
-    "start": _starts,
-    "trained": _trained,
-    "finalists": lambda: {
-        "SFT": SFT,
-        "SFT + KD": SFT | KD,
-        "t2s pca, weight 30 (the quickstart recipe)": {},
-        "s2t, weight 30, start least_squares": _starts()["s2t, weight 30, start least_squares"],
-    },
-}
 
 
 def arguments_of(changes: dict[str, Any], seed: int = 0, folder: str = "unused") -> KavaArguments:
@@ -194,6 +111,21 @@ class RememberedTeacher:
         return {layer: pad_sequence([self._known[key][layer] for key in keys], batch_first=True) for layer in layers}
 
 
+class FirstGreat(TrainerCallback):
+    """Runs the probe once, at the first step whose CosSim is 0.90; the run itself is not changed."""
+
+    def __init__(self, trainer: KavaTrainer) -> None:
+        self._trainer = trainer
+        self.step: int | None = None
+        self.margin: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Called after each step, for `logging_steps` is 1."""
+        if self.step is None and logs.get("cos_sim", 0.0) >= 0.9:
+            self.step = state.global_step
+            self.margin = self._trainer.run_probe().mean()["margin"]
+
+
 class Bench:
     """What all runs of one process share: data, tokenizer and the remembered teacher."""
 
@@ -235,6 +167,8 @@ class Bench:
         if changes.pop("trained", False):
             changes["student_model_name_or_path"] = self._trained_student(seed)
         trainer = self._trainer(arguments_of(changes, seed, self._folder.name))
+        great = FirstGreat(trainer)
+        trainer.add_callback(great)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -244,12 +178,12 @@ class Bench:
         figures = evaluate_model(
             trainer.student, self._models.tokenizer, subset, self._data.collator, size, longest_answer(held_out)
         )
-        cosines = [(line["step"], line["cos_sim"]) for line in trainer.state.log_history if "cos_sim" in line]
         return {
             **{name: metrics.get(f"eval_{name}") for name in FIGURES},
             "cross_entropy": metrics["eval_lm_loss"],
             "exact_match": figures["exact_match"],
-            "step_of_cos_sim_0.90": next((step for step, cosine in cosines if cosine >= 0.9), None),
+            "step_of_cos_sim_0.90": great.step,
+            "margin_at_0.90": great.margin,
             "train_seconds": round(seconds, 1),
         }
 
@@ -314,6 +248,7 @@ def table(group: str, rows: list[dict[str, str]]) -> str:
         "cos_sim": ("CosSim", 3, 1.0), "centred_cos_sim": ("Centred", 3, 1.0), "margin": ("Margin", 3, 1.0),
         "cka": ("CKA", 3, 1.0), "target_effective_rank": ("Rank of targets", 1, 1.0),
         "step_of_cos_sim_0.90": ("CosSim 0.90 at step", 0, 1.0),
+        "margin_at_0.90": ("Margin then", 3, 1.0),
     }  # fmt: skip
     measured: list[tuple[str, list[dict[str, str]]]] = []
     for name, changes in GROUPS[group]().items():
