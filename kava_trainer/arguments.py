@@ -1,4 +1,4 @@
-"""What a user can ask for: three dataclasses and every check on them that needs no model.
+"""What a user can ask of the training, and every check on it that needs no model.
 
 `TrainingArguments` fields keep their names and meaning; only the defaults listed in `KavaTrainingArguments` differ.
 """
@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-QUICKSTART = "quickstart"
-"""The name that stands for the embedded teacher, student and data set wherever one of them is named."""
+from .source_arguments import DataArguments, ModelArguments, help_text
 
 LayerMapping = Literal["last", "all"] | int | list[tuple[int, int]]
 """A parsed `layer_mapping`: a whole number k stands for `uniform:k`, a list holds (student, teacher) pairs."""
@@ -43,106 +42,6 @@ def parse_layer_mapping(text: str) -> LayerMapping:
     )
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
-@dataclass
-class ModelArguments:
-    """Which teacher and which student."""
-
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata=_help("Hub id or local folder of the teacher, or 'quickstart'.")
-    )
-    teacher_revision: str | None = field(default=None, metadata=_help("Hub revision of the teacher."))
-    teacher_quantization: Literal["none", "8bit", "4bit"] = field(
-        default="none",
-        metadata=_help("Load the teacher as it is, in 8 bit, or in 4 bit (NF4, double quantisation, bf16 compute)."),
-    )
-    teacher_dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata=_help("Data type of the teacher's weights; auto takes the checkpoint's own.")
-    )
-    student_model_name_or_path: str | None = field(
-        default=None, metadata=_help("Hub id or local folder of the student, or 'quickstart'.")
-    )
-    student_revision: str | None = field(default=None, metadata=_help("Hub revision of the student."))
-    student_config_name: str | None = field(
-        default=None,
-        metadata=_help(
-            "Hub id, folder or JSON file of a config: the student starts from random weights of that shape."
-        ),
-    )
-    student_init: Literal["pretrained", "random", "teacher_layers"] = field(
-        default="pretrained",
-        metadata=_help(
-            "Start from the student's own weights, from random ones, or from evenly spaced layers of the teacher "
-            "(their widths must agree)."
-        ),
-    )
-    student_dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata=_help("Data type of the student's weights; auto takes the checkpoint's own.")
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata=_help("Attention of both models: eager, sdpa, flash_attention_2, ...")
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata=_help("Run code that a model repository brings along. Only for sources you trust.")
-    )
-
-    def __post_init__(self) -> None:
-        if self.student_init == "pretrained" and (
-            self.student_config_name or self.student_model_name_or_path == QUICKSTART
-        ):
-            self.student_init = "random"
-
-    def problems(self) -> list[str]:
-        """One sentence for each mistake; empty when there is none."""
-        found = []
-        if not self.teacher_model_name_or_path:
-            found.append("teacher_model_name_or_path is missing; write a hub id, a local folder or 'quickstart'.")
-        if not self.student_model_name_or_path and not self.student_config_name:
-            found.append(
-                "The student is missing; write student_model_name_or_path, or student_config_name for random weights."
-            )
-        if self.student_model_name_or_path and self.student_config_name:
-            found.append("student_model_name_or_path and student_config_name exclude each other; keep one of them.")
-        return found
-
-
-@dataclass
-class DataArguments:
-    """Which examples."""
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata=_help("Hub id, a folder, a jsonl, json, csv, parquet or arrow file, or 'quickstart'."),
-    )
-    dataset_config_name: str | None = field(default=None, metadata=_help("Configuration of a hub data set."))
-    dataset_train_split: str = field(default="train", metadata=_help("Split to train on."))
-    dataset_test_split: str | None = field(
-        default=None,
-        metadata=_help(
-            "Split to evaluate on; by default test, else validation, else a held-out part of the training split."
-        ),
-    )
-    max_length: int = field(default=512, metadata=_help("Longest example in tokens; longer ones are cut and counted."))
-    max_train_samples: int | None = field(default=None, metadata=_help("Use only the first so many examples."))
-    max_eval_samples: int | None = field(default=None, metadata=_help("Evaluate on only the first so many examples."))
-
-    def problems(self) -> list[str]:
-        """One sentence for each mistake; empty when there is none."""
-        found = []
-        if not self.dataset_name:
-            found.append("dataset_name is missing; write a hub id, a local file or folder, or 'quickstart'.")
-        if self.max_length < 2:
-            found.append(f"max_length is {self.max_length}; an example needs at least 2 tokens.")
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"{name} is {value}; write a whole number above 0, or leave it out for all examples.")
-        return found
-
-
 _NOT_NEGATIVE = (
     "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
     "projector_learning_rate", "learning_rate", "seed",
@@ -160,101 +59,107 @@ class KavaTrainingArguments(TrainingArguments):
     the alignment are what did best without harm to a student trained before, see `docs/effectiveness.md`.
     """
 
-    output_dir: str | None = field(default="checkpoints", metadata=_help("Where checkpoints and projectors go."))
-    per_device_train_batch_size: int = field(default=2, metadata=_help("Examples in one micro-batch on one device."))
-    gradient_accumulation_steps: int = field(default=16, metadata=_help("Micro-batches in one optimizer step."))
-    num_train_epochs: float = field(default=1.0, metadata=_help("Passes over the training data."))
-    save_steps: float = field(default=200, metadata=_help("Optimizer steps between two saves."))
-    logging_steps: float = field(default=50, metadata=_help("Optimizer steps between two status lines."))
+    output_dir: str | None = field(default="checkpoints", metadata=help_text("Where checkpoints and projectors go."))
+    per_device_train_batch_size: int = field(
+        default=2, metadata=help_text("Examples in one micro-batch on one device.")
+    )
+    gradient_accumulation_steps: int = field(default=16, metadata=help_text("Micro-batches in one optimizer step."))
+    num_train_epochs: float = field(default=1.0, metadata=help_text("Passes over the training data."))
+    save_steps: float = field(default=200, metadata=help_text("Optimizer steps between two saves."))
+    logging_steps: float = field(default=50, metadata=help_text("Optimizer steps between two status lines."))
     resume_from_checkpoint: str | None = field(
-        default=None, metadata=_help("A checkpoint folder, or true for the newest one in output_dir.")
+        default=None, metadata=help_text("A checkpoint folder, or true for the newest one in output_dir.")
     )
 
-    mercator_alpha: float = field(default=1.0, metadata=_help("Weight of the direction inside the Mercator loss."))
-    mercator_beta: float = field(default=0.01, metadata=_help("Weight of the log-magnitude in the Mercator loss."))
-    mercator_weight: float = field(default=3.0, metadata=_help("Weight of the Mercator loss; 0 turns it off."))
+    mercator_alpha: float = field(default=1.0, metadata=help_text("Weight of the direction inside the Mercator loss."))
+    mercator_beta: float = field(default=0.01, metadata=help_text("Weight of the log-magnitude in the Mercator loss."))
+    mercator_weight: float = field(default=3.0, metadata=help_text("Weight of the Mercator loss; 0 turns it off."))
     lm_weight: float = field(
-        default=1.0, metadata=_help("Weight of the next-token loss on the answers; 0 turns it off.")
+        default=1.0, metadata=help_text("Weight of the next-token loss on the answers; 0 turns it off.")
     )
     kd_weight: float = field(
         default=0.0,
-        metadata=_help("Weight of the divergence from the teacher's next-token distribution on the answers."),
+        metadata=help_text("Weight of the divergence from the teacher's next-token distribution on the answers."),
     )
     kd_temperature: float = field(
-        default=1.0, metadata=_help("Temperature of both distributions in that divergence, above 0.")
+        default=1.0, metadata=help_text("Temperature of both distributions in that divergence, above 0.")
     )
     kd_beta: float = field(
         default=0.0,
-        metadata=_help("Kind of that divergence: 0 forward KL, 1 reverse KL, between them generalised Jensen-Shannon."),
+        metadata=help_text(
+            "Kind of that divergence: 0 forward KL, 1 reverse KL, between them generalised Jensen-Shannon."
+        ),
     )
     mse_weight: float = field(
         default=0.0,
-        metadata=_help("Weight of the squared difference of the aligned states; 0.2 beside mercator_weight 0.8."),
+        metadata=help_text("Weight of the squared difference of the aligned states; 0.2 beside mercator_weight 0.8."),
     )
     anchor_weight: float = field(
-        default=1.0, metadata=_help("Weight of the reconstruction error where projector_anchor is reconstruction.")
+        default=1.0, metadata=help_text("Weight of the reconstruction error where projector_anchor is reconstruction.")
     )
     alignment_schedule: Literal["constant", "linear", "cosine"] = field(
         default="constant",
-        metadata=_help(
+        metadata=help_text(
             "What becomes of mercator_weight and mse_weight over the run: they stay, or fall towards 0 at its end."
         ),
     )
     layer_mapping: str = field(
         default="last",
-        metadata=_help("Layers to align: last, uniform:k, all, or pairs such as [[12, 14], [24, 28]]."),
+        metadata=help_text("Layers to align: last, uniform:k, all, or pairs such as [[12, 14], [24, 28]]."),
     )
     layer_weights: list[float] | None = field(
         default=None,
-        metadata=_help("Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."),
+        metadata=help_text("Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."),
     )
     projector_direction: Literal["teacher_to_student", "student_to_teacher"] = field(
         default="student_to_teacher",
-        metadata=_help(
+        metadata=help_text(
             "Project the teacher's states into the student's space, or the student's into the teacher's, where the "
             "teacher's own states are a target that cannot move."
         ),
     )
     projector_anchor: Literal["none", "pca", "reconstruction"] = field(
         default="none",
-        metadata=_help(
+        metadata=help_text(
             "What keeps a teacher_to_student projector from collapsing: nothing, a frozen principal subspace of the "
             "teacher's states, or a decoder that rebuilds them."
         ),
     )
     projector_init: Literal["random", "least_squares"] = field(
         default="least_squares",
-        metadata=_help(
+        metadata=help_text(
             "Start the projector from random weights, or from the least squares fit to the other side on some "
             "training examples (with the pca anchor: turn its axes towards the student's states)."
         ),
     )
     calibration_tokens: int = field(
         default=32_768,
-        metadata=_help("Training tokens that the pca anchor and the least_squares start are computed from."),
+        metadata=help_text("Training tokens that the pca anchor and the least_squares start are computed from."),
     )
     projector_mlp_ratio: float = field(
-        default=1.0, metadata=_help("Width of the projector's hidden layer as a multiple of its input's width.")
+        default=1.0, metadata=help_text("Width of the projector's hidden layer as a multiple of its input's width.")
     )
-    projector_dropout: float = field(default=0.1, metadata=_help("Dropout inside the projector, from 0 to below 1."))
-    projector_learning_rate: float = field(default=1e-3, metadata=_help("Learning rate of the projector alone."))
+    projector_dropout: float = field(
+        default=0.1, metadata=help_text("Dropout inside the projector, from 0 to below 1.")
+    )
+    projector_learning_rate: float = field(default=1e-3, metadata=help_text("Learning rate of the projector alone."))
     run_control: bool = field(
         default=False,
-        metadata=_help(
+        metadata=help_text(
             "Afterwards train a second student from the same start on the same data with the next-token loss alone."
         ),
     )
     evaluate_generation: bool = field(
         default=False,
-        metadata=_help("Also let teacher and student answer the evaluation problems and count exact matches."),
+        metadata=help_text("Also let teacher and student answer the evaluation problems and count exact matches."),
     )
     generation_max_new_tokens: int | None = field(
-        default=None, metadata=_help("Longest generated answer; by default twice the longest reference answer.")
+        default=None, metadata=help_text("Longest generated answer; by default twice the longest reference answer.")
     )
     final_dir: str | None = field(
-        default=None, metadata=_help("Where final_student and final_projector.pth go; output_dir by default.")
+        default=None, metadata=help_text("Where final_student and final_projector.pth go; output_dir by default.")
     )
-    plain_output: bool = field(default=False, metadata=_help("No emoji and no progress bars."))
+    plain_output: bool = field(default=False, metadata=help_text("No emoji and no progress bars."))
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_mapping, (list, tuple)):

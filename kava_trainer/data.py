@@ -12,10 +12,10 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import QUICKSTART, DataArguments
 from .errors import BadRequest, reason_of
 from .losses import IGNORED
 from .quickstart import SPLIT_SIZES, generate_problems
+from .source_arguments import QUICKSTART, DataArguments
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""

@@ -9,8 +9,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from .arguments import QUICKSTART, KavaArguments, KavaTrainingArguments
+from .arguments import KavaArguments, KavaTrainingArguments
 from .errors import reason_of
+from .source_arguments import QUICKSTART
 
 logger = logging.get_logger(__name__)
 

@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .arguments import QUICKSTART, ModelArguments
 from .errors import BadRequest, reason_of
 from .quickstart import STUDENT_FOLDER, TEACHER_FOLDER
+from .source_arguments import QUICKSTART, ModelArguments
 
 T = TypeVar("T")
 

@@ -17,8 +17,9 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from .arguments import DataArguments, KavaArguments, KavaTrainingArguments, ModelArguments
+from .arguments import KavaArguments, KavaTrainingArguments
 from .errors import BadRequest
+from .source_arguments import DataArguments, ModelArguments
 
 USAGE = "run_kava.py ARGS.json [--name value ...]"
 _GROUPS = (ModelArguments, DataArguments, KavaTrainingArguments)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .arguments import ModelArguments
 from .capture import HiddenStateCapture, answer_logits, number_of_layers
 from .errors import BadRequest
 from .loading import build_causal_lm, load_causal_lm, load_config
+from .source_arguments import ModelArguments
 from .targets import AlignedStates, HiddenStateTarget
 
 

@@ -5,10 +5,10 @@ from typing import Any, Protocol
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from .arguments import ModelArguments
 from .capture import HiddenStateCapture, find_decoder, hidden_size, number_of_layers
 from .errors import BadRequest
 from .loading import load_causal_lm
+from .source_arguments import ModelArguments
 
 
 class TeacherSource(Protocol):

@@ -4,9 +4,9 @@ import pytest
 from conftest import random_examples
 from datasets import Dataset, DatasetDict
 
-from kava_trainer.arguments import DataArguments
 from kava_trainer.data import DistillationCollator, encode_dataset, encode_example, load_splits
 from kava_trainer.errors import BadRequest
+from kava_trainer.source_arguments import DataArguments
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>\n{% endfor %}"

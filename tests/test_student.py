@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_qwen
 
-from kava_trainer.arguments import ModelArguments
 from kava_trainer.errors import BadRequest
 from kava_trainer.projector import ProjectorConfig
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
+from kava_trainer.source_arguments import ModelArguments
 from kava_trainer.student import DistillationModel, copy_teacher_layers, load_student
 from kava_trainer.targets import HiddenStateTarget
 

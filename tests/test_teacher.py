@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from kava_trainer.arguments import ModelArguments
 from kava_trainer.errors import BadRequest
+from kava_trainer.source_arguments import ModelArguments
 from kava_trainer.teacher import OnlineTeacher, load_teacher, quantization_config
 
 

@@ -1,0 +1,114 @@
+"""Which teacher, which student, which examples: what a user can ask for, and every check on it that needs no model."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+QUICKSTART = "quickstart"
+"""The name that stands for the embedded teacher, student and data set wherever one of them is named."""
+
+
+def help_text(text: str) -> dict[str, str]:
+    """Metadata of an argument: what `--help` says of it."""
+    return {"help": text}
+
+
+@dataclass
+class ModelArguments:
+    """Which teacher and which student."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata=help_text("Hub id or local folder of the teacher, or 'quickstart'.")
+    )
+    teacher_revision: str | None = field(default=None, metadata=help_text("Hub revision of the teacher."))
+    teacher_quantization: Literal["none", "8bit", "4bit"] = field(
+        default="none",
+        metadata=help_text(
+            "Load the teacher as it is, in 8 bit, or in 4 bit (NF4, double quantisation, bf16 compute)."
+        ),
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata=help_text("Data type of the teacher's weights; auto takes the checkpoint's own.")
+    )
+    student_model_name_or_path: str | None = field(
+        default=None, metadata=help_text("Hub id or local folder of the student, or 'quickstart'.")
+    )
+    student_revision: str | None = field(default=None, metadata=help_text("Hub revision of the student."))
+    student_config_name: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Hub id, folder or JSON file of a config: the student starts from random weights of that shape."
+        ),
+    )
+    student_init: Literal["pretrained", "random", "teacher_layers"] = field(
+        default="pretrained",
+        metadata=help_text(
+            "Start from the student's own weights, from random ones, or from evenly spaced layers of the teacher "
+            "(their widths must agree)."
+        ),
+    )
+    student_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata=help_text("Data type of the student's weights; auto takes the checkpoint's own.")
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata=help_text("Attention of both models: eager, sdpa, flash_attention_2, ...")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=help_text("Run code that a model repository brings along. Only for sources you trust.")
+    )
+
+    def __post_init__(self) -> None:
+        if self.student_init == "pretrained" and (
+            self.student_config_name or self.student_model_name_or_path == QUICKSTART
+        ):
+            self.student_init = "random"
+
+    def problems(self) -> list[str]:
+        """One sentence for each mistake; empty when there is none."""
+        found = []
+        if not self.teacher_model_name_or_path:
+            found.append("teacher_model_name_or_path is missing; write a hub id, a local folder or 'quickstart'.")
+        if not self.student_model_name_or_path and not self.student_config_name:
+            found.append(
+                "The student is missing; write student_model_name_or_path, or student_config_name for random weights."
+            )
+        if self.student_model_name_or_path and self.student_config_name:
+            found.append("student_model_name_or_path and student_config_name exclude each other; keep one of them.")
+        return found
+
+
+@dataclass
+class DataArguments:
+    """Which examples."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata=help_text("Hub id, a folder, a jsonl, json, csv, parquet or arrow file, or 'quickstart'."),
+    )
+    dataset_config_name: str | None = field(default=None, metadata=help_text("Configuration of a hub data set."))
+    dataset_train_split: str = field(default="train", metadata=help_text("Split to train on."))
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Split to evaluate on; by default test, else validation, else a held-out part of the training split."
+        ),
+    )
+    max_length: int = field(
+        default=512, metadata=help_text("Longest example in tokens; longer ones are cut and counted.")
+    )
+    max_train_samples: int | None = field(default=None, metadata=help_text("Use only the first so many examples."))
+    max_eval_samples: int | None = field(
+        default=None, metadata=help_text("Evaluate on only the first so many examples.")
+    )
+
+    def problems(self) -> list[str]:
+        """One sentence for each mistake; empty when there is none."""
+        found = []
+        if not self.dataset_name:
+            found.append("dataset_name is missing; write a hub id, a local file or folder, or 'quickstart'.")
+        if self.max_length < 2:
+            found.append(f"max_length is {self.max_length}; an example needs at least 2 tokens.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{name} is {value}; write a whole number above 0, or leave it out for all examples.")
+        return found
