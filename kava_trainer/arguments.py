@@ -44,7 +44,7 @@ def parse_layer_mapping(text: str) -> LayerMapping:
 
 _NOT_NEGATIVE = (
     "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
-    "projector_learning_rate", "learning_rate", "seed",
+    "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
 )  # fmt: skip
 _AT_LEAST_ONE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "calibration_tokens",
@@ -143,6 +143,13 @@ class KavaTrainingArguments(TrainingArguments):
         default=0.1, metadata=help_text("Dropout inside the projector, from 0 to below 1.")
     )
     projector_learning_rate: float = field(default=1e-3, metadata=help_text("Learning rate of the projector alone."))
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=help_text(
+            "Tokens in one micro-batch, packed without padding; by default per_device_train_batch_size x max_length. "
+            "0 pads each micro-batch to its longest example instead."
+        ),
+    )
     run_control: bool = field(
         default=False,
         metadata=help_text(
@@ -158,6 +165,13 @@ class KavaTrainingArguments(TrainingArguments):
     )
     final_dir: str | None = field(
         default=None, metadata=help_text("Where final_student and final_projector.pth go; output_dir by default.")
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata=help_text(
+            "Leave losses that are no number out of the log. It waits for the device at every step, and hides what "
+            "should stop the run."
+        ),
     )
     plain_output: bool = field(default=False, metadata=help_text("No emoji and no progress bars."))
 
@@ -202,7 +216,9 @@ class KavaTrainingArguments(TrainingArguments):
 
     def problems(self) -> list[str]:
         """One sentence for each mistake in the distillation's own arguments; empty when there is none."""
-        found = [f"{n} is {getattr(self, n)}; it cannot be negative." for n in _NOT_NEGATIVE if getattr(self, n) < 0]
+        found = [
+            f"{n} is {getattr(self, n)}; it cannot be negative." for n in _NOT_NEGATIVE if (getattr(self, n) or 0) < 0
+        ]
         found += [f"{name} is not supported yet; {instead}." for name, instead in self._not_supported()]
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             found.append(f"num_train_epochs is {self.num_train_epochs}; write a number above 0, or set max_steps.")
@@ -258,6 +274,10 @@ class KavaArguments:
     model: ModelArguments
     data: DataArguments
     training: KavaTrainingArguments
+
+    def __post_init__(self) -> None:
+        if self.training.max_tokens_per_batch is None:
+            self.training.max_tokens_per_batch = self.training.per_device_train_batch_size * self.data.max_length
 
     def to_dict(self) -> dict[str, Any]:
         """Every argument with its value, secrets masked, ready for JSON."""

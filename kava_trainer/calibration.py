@@ -168,9 +168,8 @@ def _add_batch(
 ) -> None:
     batch = send_to_device(batch, model.student.device)
     mask = batch["attention_mask"].bool()
-    teacher_states = teacher.features(batch["input_ids"], batch["attention_mask"])
-    nowhere = batch["input_ids"].new_empty(0)
-    output = model(batch["input_ids"], batch["attention_mask"], logits_columns=nowhere)
+    teacher_states = teacher.features(batch)
+    output = model(batch["input_ids"], batch["attention_mask"])
     for sums, projector, (student, layer) in zip(moments, model.target.projectors, model.target.pairs, strict=True):
         source, other = teacher_states[layer][mask], output.hidden_states[student][mask]
         if model.target.direction == "student_to_teacher":

@@ -5,7 +5,8 @@ the last one is taken *after* the final norm. A hook on the last block would giv
 last layer is read from the output of the decoder itself.
 """
 
-from inspect import signature
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .arguments import parse_layer_mapping
 from .errors import BadRequest
+from .packing import packed_arguments
 
 
 def _spread(count: int, depth: int) -> list[int]:
@@ -96,28 +98,48 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def answer_logits(
+def run_decoder(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
+    packed_lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Run a causal language model and return its logits at chosen positions only.
+    """Run a model without its vocabulary head and without a key-value cache.
 
     Args:
-        model: the model with its vocabulary head.
+        model: a causal language model.
         input_ids: tokens [B, T].
-        attention_mask: 1 at real tokens [B, T].
-        columns: positions [K], possibly none at all; every position by default.
+        attention_mask: 1 at real tokens [B, T]; not read where the row is packed.
+        packed_lengths: tokens of each example of a packed row [1, T]; see `packing`.
 
     Returns:
-        [B, K, vocabulary], or [B, T, vocabulary] without `columns`.
+        The last hidden state [B, T, d].
     """
-    chosen = {}
-    if columns is not None and "logits_to_keep" in signature(model.forward).parameters:
-        chosen = {"logits_to_keep": columns}
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **chosen).logits
-    return logits[:, columns] if columns is not None and not chosen else logits
+    if packed_lengths is None:
+        arguments = {"attention_mask": attention_mask, "use_cache": False}
+    else:
+        arguments = packed_arguments(model, packed_lengths, input_ids.device)
+    return _first_tensor(find_decoder(model)(input_ids=input_ids, **arguments))
+
+
+@contextmanager
+def truncated(model: PreTrainedModel, depth: int) -> Iterator[None]:
+    """Within the `with` block the model ends after its first `depth` blocks; what it returns is then not its output."""
+    if depth >= number_of_layers(model):
+        yield
+        return
+    blocks = find_blocks(model)
+    owner, name = next(
+        (module, name)
+        for module in find_decoder(model).modules()
+        for name, child in module.named_children()
+        if child is blocks
+    )
+    setattr(owner, name, blocks[:depth])
+    try:
+        yield
+    finally:
+        setattr(owner, name, blocks)
 
 
 def _first_tensor(output: Any) -> torch.Tensor:

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .errors import BadRequest, reason_of
@@ -286,30 +284,3 @@ def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         truncated=sum(encoded["truncated"]),
         dropped=len(encoded) - len(answered),
     )
-
-
-class DistillationCollator:
-    """Pads examples on the right to the longest of the batch.
-
-    The attention mask follows from the lengths, never from the padding token: many tokenizers pad with end-of-text.
-    `logits_columns` [K] names the positions where at least one example has a next token to learn, so that the
-    vocabulary head need not run elsewhere.
-
-    Args:
-        tokenizer: gives the padding token; its end-of-text token stands in where it has none.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate examples with `input_ids` and `labels` into [B, T] tensors."""
-        input_ids = [torch.tensor(example["input_ids"]) for example in examples]
-        labels = [torch.tensor(example["labels"]) for example in examples]
-        padded_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        return {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-            "labels": padded_labels,
-            "logits_columns": (padded_labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten(),
-        }

@@ -11,13 +11,14 @@ import datasets
 import evaluate
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .capture import answer_logits
-from .losses import IGNORED, next_token_loss, next_tokens
+from .capture import run_decoder
+from .heads import vocabulary_logits, vocabulary_size
+from .losses import next_token_sum, sum_in_chunks
 
 FINAL_ANSWER = "####"
 """What GSM8K writes before the final answer."""
@@ -94,21 +95,25 @@ def answer_cross_entropy(
     Args:
         model: a causal language model; it is left in the mode it came in.
         dataset: examples of `data.encode_dataset`.
-        collator: a `data.DistillationCollator`.
+        collator: a `collating.DistillationCollator`.
         batch_size: examples at a time.
     """
     training = model.training
     model.eval()
     order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
     total, count = 0.0, 0
+
+    def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return next_token_sum(vocabulary_logits(model, states), targets)
+
     with PartialState().split_between_processes(order) as share:
         for rows in _batches(share, batch_size, "Perplexity"):
             batch = collator([dataset[row] for row in rows])
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            logits = answer_logits(model, batch["input_ids"], batch["attention_mask"], batch["logits_columns"])
-            targets = next_tokens(batch["labels"], batch["logits_columns"])
-            total += next_token_loss(logits, targets, num_items=1.0).item()
-            count += int((targets != IGNORED).sum())
+            batch = send_to_device(batch, model.device)
+            states = run_decoder(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
+            answers = (states[batch["answer_index"]], batch["next_tokens"])
+            total += sum_in_chunks(chunk, answers, vocabulary_size(model)).item()
+            count += len(batch["next_tokens"])
     model.train(training)
     shares = gather_object([(total, count)])
     return sum(part for part, _ in shares) / max(sum(tokens for _, tokens in shares), 1)

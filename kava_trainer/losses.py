@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 MINIMUM_NORM = 1e-6
 
-CHUNK_BYTES = 2**24
-"""Size of one float32 tensor of logits in the divergence: 27 tokens of a vocabulary of 151,936."""
+CHUNK_BYTES = 2**26
+"""Size of one float32 tensor of logits: 110 tokens of a vocabulary of 151,936."""
 
 IGNORED = -100
 """Label of a token that carries no language-model loss."""
@@ -138,82 +138,59 @@ def _kl(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def generalized_jsd_loss(
     student_logits: torch.Tensor,
-    teacher_states: torch.Tensor,
-    teacher_head: Callable[[torch.Tensor], torch.Tensor],
+    teacher_logits: torch.Tensor,
     mask: torch.Tensor,
     temperature: float = 1.0,
     beta: float = 0.0,
     num_items: torch.Tensor | float | None = None,
-    chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Token mean of `generalized_jsd_per_token`, computed a chunk of tokens at a time, forward and backward.
-
-    The teacher's logits and all float32 copies exist for one chunk only; the backward pass computes them again.
-    Where the vocabularies differ in size, as embeddings padded to a round number do, the common first part counts.
+    """Token mean of `generalized_jsd_per_token`.
 
     Args:
-        student_logits: [B, K, vocabulary].
-        teacher_states: the teacher's last hidden states [B, K, d_t] of the same positions.
-        teacher_head: maps [n, d_t] to logits [n, vocabulary].
-        mask: boolean [B, K], true where the divergence counts.
+        student_logits: [B, T, vocabulary].
+        teacher_logits: [B, T, vocabulary].
+        mask: boolean [B, T], true where the divergence counts.
         temperature: see `generalized_jsd_per_token`.
         beta: see `generalized_jsd_per_token`.
         num_items: tokens of the whole optimizer step; see the module's docstring.
-        chunk_size: tokens at a time; by default as many as make a float32 tensor of `CHUNK_BYTES`. The divergence
-            needs six to nine of those at once.
 
     Returns:
         A float32 scalar.
     """
-    chunk_size = chunk_size or max(1, CHUNK_BYTES // (4 * student_logits.shape[-1]))
-
-    def chunk_sum(logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            reference = teacher_head(states)
-        size = min(logits.shape[-1], reference.shape[-1])
-        return generalized_jsd_per_token(logits[..., :size], reference[..., :size], temperature, beta).sum()
-
-    chunks = zip(student_logits[mask].split(chunk_size), teacher_states[mask].split(chunk_size), strict=True)
-    sums = [checkpoint(chunk_sum, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(sums).sum() / _divisor(mask, num_items)
+    return token_mean(generalized_jsd_per_token(student_logits, teacher_logits, temperature, beta), mask, num_items)
 
 
-def next_tokens(labels: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
-    """The label that follows each position: `labels` [B, T] moved left by one, -100 at the end.
+def next_token_sum(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Sum of the cross-entropies in nats of the next tokens, as a float32 scalar.
 
     Args:
-        labels: [B, T], -100 where a token carries no loss.
-        columns: positions [K] to keep; all of them by default.
-
-    Returns:
-        [B, T], or [B, K] with `columns`.
-    """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return following if columns is None else following[:, columns]
-
-
-def next_token_loss(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    num_items: torch.Tensor | float | None = None,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Cross-entropy in nats of the next token, over the positions that have a target.
-
-    Args:
-        logits: [B, K, vocabulary] at K positions.
-        targets: [B, K] the token that follows each position, -100 where it carries no loss.
-        num_items: number of targets of the whole optimizer step; see the module's docstring.
+        logits: [N, vocabulary].
+        targets: the token that follows [N], `IGNORED` where it carries no loss.
         label_smoothing: share of the probability spread evenly over the vocabulary.
-
-    Returns:
-        A float32 scalar.
     """
-    total = F.cross_entropy(
-        logits.float().flatten(0, -2),
-        targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=label_smoothing,
+    return F.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
     )
-    return total / _divisor(targets != IGNORED, num_items)
+
+
+def sum_in_chunks(
+    function: Callable[..., torch.Tensor],
+    rows: tuple[torch.Tensor, ...],
+    vocabulary: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
+    """Sum of `function` over chunks of rows, so that logits exist for one chunk at a time, forward and backward.
+
+    The backward pass computes the function again, for one chunk after another.
+
+    Args:
+        function: maps a chunk of each of the rows to sums over the chunk.
+        rows: tensors [N, ...]; with N = 0 the function is called once, on nothing.
+        vocabulary: logits of one row.
+        chunk_bytes: a chunk has as many rows as make a float32 tensor of logits of this size; a divergence needs six
+            to nine of those at once.
+    """
+    size = max(1, chunk_bytes // (4 * vocabulary))
+    chunks = zip(*(row.split(size) for row in rows), strict=True)
+    sums = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(sums).sum(dim=0)

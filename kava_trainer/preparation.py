@@ -10,10 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .arguments import KavaArguments, KavaTrainingArguments
 from .capture import context_length, hidden_size, number_of_layers
+from .collating import DistillationCollator
 from .console import Console
-from .data import DistillationCollator, Encoded, encode_dataset, load_splits
+from .data import Encoded, encode_dataset, load_splits
 from .errors import BadRequest
 from .evaluation import answer_cross_entropy
+from .heads import check_head
 from .loading import check_tokenizers_agree, check_vocabulary_fits, load_tokenizer
 from .student import load_student
 from .targets import build_target
@@ -104,8 +106,11 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     target = build_target(training, models.student, models.teacher)
     layers = needed_teacher_layers(training, target, number_of_layers(models.teacher))
     teacher = OnlineTeacher(models.teacher, layers) if layers else None
+    text = torch.tensor([data.train[0]["input_ids"]])
     if training.kd_weight > 0:
-        teacher.check_head(torch.tensor([data.train[0]["input_ids"]]))
+        check_head(models.teacher, text, "teacher")
+    if training.kd_weight > 0 or training.lm_weight > 0:
+        check_head(models.student, text, "student")
     try:
         trainer = KavaTrainer(
             student=models.student,

@@ -8,7 +8,6 @@ import torch
 from accelerate.utils import send_to_device
 
 from .alignment import Diagnostics, collapse_reason, diagnose
-from .losses import IGNORED
 from .student import DistillationModel
 from .terms import LossTerms
 
@@ -126,7 +125,7 @@ class AlignmentProbe:
             batch = send_to_device(batch, model.student.device)
             mask = batch["attention_mask"].bool()
             states = terms.teacher_states(batch)
-            output = terms.student_outputs(model, {**batch, "logits_columns": mask.new_empty(0).long()}, states)
+            output = terms.student_outputs(model, batch, states, with_logits=False)
             for row, (student, teacher), pair in zip(rows, model.target.pairs, output.pairs, strict=True):
                 compared = (pair.student, pair.target, output.hidden_states[student], states[teacher])
                 for kept, tensor in zip(row, compared, strict=True):
@@ -158,12 +157,12 @@ class AlignmentProbe:
     def _backward(self, model: DistillationModel, terms: LossTerms, name: str) -> None:
         """The gradient of one term as a token mean over all gradient batches."""
         tokens = sum(int(batch["attention_mask"].sum()) for batch in self._gradient_batches)
-        answers = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in self._gradient_batches)
+        answers = sum(len(batch["next_tokens"]) for batch in self._gradient_batches)
         for batch in self._gradient_batches:
             batch = send_to_device(batch, model.student.device)
             states = terms.teacher_states(batch)
             counts = torch.tensor([tokens, answers], device=model.student.device)
-            losses = terms.compute(terms.student_outputs(model, batch, states), batch, states, counts)
+            losses = terms.compute(terms.student_outputs(model, batch, states), batch, counts)
             if name in losses:
                 losses[name].backward()
 

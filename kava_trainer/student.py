@@ -1,6 +1,7 @@
 """The student: loading it, starting it from random weights or teacher layers, and training it beside projectors."""
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .capture import HiddenStateCapture, answer_logits, number_of_layers
+from .capture import HiddenStateCapture, number_of_layers, run_decoder
 from .errors import BadRequest
+from .heads import vocabulary_logits
 from .loading import build_causal_lm, load_causal_lm, load_config
 from .source_arguments import ModelArguments
 from .targets import AlignedStates, HiddenStateTarget
@@ -75,6 +77,13 @@ def _renumber(match: re.Match[str], source_of: list[int]) -> str:
     return f"{match[1]}{match[2]}.{source_of[int(match[3])]}."
 
 
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Maps last hidden states [..., d] to logits [..., vocabulary]."""
+
+LogitsTerms = Callable[[Head, torch.Tensor], dict[str, torch.Tensor]]
+"""Computes the terms on logits from the vocabulary head and the last hidden state [B, T, d_s]: sums by name."""
+
+
 @dataclass
 class StudentOutput:
     """What one forward pass of the student and the projectors gives.
@@ -82,12 +91,14 @@ class StudentOutput:
     It is no mapping and no tuple on purpose: accelerate would copy every tensor of those to float32.
     """
 
-    logits: torch.Tensor
-    """[B, K, vocabulary] at the K positions that were asked for."""
+    last_hidden_state: torch.Tensor
+    """[B, T, d_s]."""
     hidden_states: dict[int, torch.Tensor]
     """[B, T, d_s] by student layer."""
     pairs: list[AlignedStates]
     """Both sides of each pair of layers in one space; empty without teacher states."""
+    logits_sums: dict[str, torch.Tensor]
+    """Sums over tokens of the terms on logits; empty where none was asked for."""
 
 
 class DistillationModel(nn.Module):
@@ -129,8 +140,9 @@ class DistillationModel(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        logits_columns: torch.Tensor | None = None,
+        packed_lengths: Sequence[int] | None = None,
         teacher_states: dict[int, torch.Tensor] | None = None,
+        logits_terms: LogitsTerms | None = None,
     ) -> StudentOutput:
         """Run the student, keep its mapped hidden states, and bring them and the teacher's into one space.
 
@@ -138,10 +150,16 @@ class DistillationModel(nn.Module):
             input_ids: tokens [B, T].
             attention_mask: 1 at real tokens [B, T].
             labels: taken and left alone, so that Trainer finds the column; losses are computed elsewhere.
-            logits_columns: positions [K] at which logits are wanted; all of them by default.
+            packed_lengths: tokens of each example of a packed row [1, T].
             teacher_states: the teacher's states [B, T, d_t] by layer; without them nothing is projected.
+            logits_terms: computed here, inside the wrapper of data parallelism, because they use the head's weights.
         """
         with self._capture as states:
-            logits = answer_logits(self.student, input_ids, attention_mask, logits_columns)
+            last = run_decoder(self.student, input_ids, attention_mask, packed_lengths)
         pairs = [] if teacher_states is None else self.target(states, teacher_states)
-        return StudentOutput(logits=logits, hidden_states=states, pairs=pairs)
+        sums = {} if logits_terms is None else logits_terms(self.head, last)
+        return StudentOutput(last, states, pairs, sums)
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of last hidden states [..., d_s]."""
+        return vocabulary_logits(self.student, states)

@@ -1,12 +1,14 @@
 """The frozen teacher: loading, quantising, and the one interface through which its states are had."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from .capture import HiddenStateCapture, find_decoder, hidden_size, number_of_layers
+from .capture import HiddenStateCapture, hidden_size, number_of_layers, run_decoder, truncated
 from .errors import BadRequest
+from .heads import vocabulary_logits
 from .loading import load_causal_lm
 from .source_arguments import ModelArguments
 
@@ -19,7 +21,7 @@ class TeacherSource(Protocol):
     num_layers: int
     """Number of blocks, which is the index of the last state."""
 
-    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[int, torch.Tensor]:
+    def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
         """Detached states [B, T, d_t] of the layers that were asked for at construction, by layer index."""
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
@@ -80,6 +82,8 @@ def load_teacher(arguments: ModelArguments, device: torch.device) -> PreTrainedM
 class OnlineTeacher:
     """A teacher that runs beside the student, without gradients, vocabulary head or key-value cache.
 
+    It stops after the deepest block that is wanted.
+
     Args:
         model: the teacher; it is frozen here.
         layers: the layers whose states are wanted, in the convention of `capture`.
@@ -89,35 +93,17 @@ class OnlineTeacher:
         self.model = freeze(model)
         self.hidden_size = hidden_size(model)
         self.num_layers = number_of_layers(model)
-        self._decoder = find_decoder(model)
+        self._depth = max(layers, default=0)
         self._capture = HiddenStateCapture(model, layers)
 
     @torch.no_grad()
-    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Run the teacher on a batch [B, T] and return the wanted states [B, T, d_t] by layer index."""
-        with self._capture as states:
-            self._decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+        """Run the teacher on a batch of `data` and return the wanted states [B, T, d_t] by layer index."""
+        with truncated(self.model, self._depth), self._capture as states:
+            run_decoder(self.model, inputs["input_ids"], inputs["attention_mask"], inputs.get("packed_lengths"))
         return states
 
     @torch.no_grad()
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_t], from the vocabulary head alone."""
-        return self.model.get_output_embeddings()(states)
-
-    @torch.no_grad()
-    def check_head(self, input_ids: torch.Tensor) -> None:
-        """Make sure that the teacher's logits are what `head` makes of its last state.
-
-        Args:
-            input_ids: a real text [1, T]: capped logits differ only where they are large.
-
-        Raises:
-            BadRequest: if the model does more to them, such as capping, so that divergences would be wrong.
-        """
-        output = self.model(input_ids=input_ids.to(self.model.device), use_cache=False, output_hidden_states=True)
-        own, logits = self.head(output.hidden_states[-1]).float(), output.logits.float()
-        if not torch.allclose(own, logits, rtol=1e-2, atol=1e-2 * logits.abs().max().item()):
-            raise BadRequest(
-                f"{type(self.model).__name__} does more to its logits than its vocabulary head, so the divergence "
-                "from them cannot be computed from its hidden states; set kd_weight to 0."
-            )
+        return vocabulary_logits(self.model, states)

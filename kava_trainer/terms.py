@@ -1,15 +1,23 @@
 """The loss terms of one micro-batch, by name, and the weights that they are added with."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from .arguments import KavaTrainingArguments
-from .losses import IGNORED, generalized_jsd_loss, next_token_loss, next_tokens, token_mean, token_sum
+from .losses import (
+    IGNORED,
+    generalized_jsd_per_token,
+    next_token_sum,
+    sum_in_chunks,
+    token_mean,
+    token_sum,
+)
 from .metrics import TokenMeans
-from .student import DistillationModel, StudentOutput
+from .student import DistillationModel, Head, LogitsTerms, StudentOutput
 from .targets import HiddenStateTarget
 from .teacher import TeacherSource
 
@@ -48,6 +56,7 @@ class LossTerms:
         args: weights, schedule, temperature, label smoothing.
         target: what is aligned.
         teacher: gives the states, and the head that makes logits of them; None where no term needs it.
+        vocabulary: number of the student's logits.
         autocast: makes the context that the teacher runs in; the student's forward brings its own.
     """
 
@@ -56,9 +65,11 @@ class LossTerms:
         args: KavaTrainingArguments,
         target: HiddenStateTarget,
         teacher: TeacherSource | None,
+        vocabulary: int,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.args, self.target, self.teacher, self._autocast = args, target, teacher, autocast
+        self._vocabulary = vocabulary
         weights = {
             "mercator": args.mercator_weight,
             "mse": args.mse_weight,
@@ -81,45 +92,84 @@ class LossTerms:
         factor = schedule_factor(self.args.alignment_schedule, progress)
         return {name: w * factor if name in ("mercator", "mse") else w for name, w in self._weights.items()}
 
-    def teacher_states(self, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor] | None:
+    def teacher_states(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor] | None:
         """The teacher's states on a batch; None where no term reads them."""
         if self.teacher is None or not (self.args.aligns or self.args.kd_weight > 0):
             return None
         with self._autocast():
-            return self.teacher.features(inputs["input_ids"], inputs["attention_mask"])
+            return self.teacher.features(inputs)
 
     def student_outputs(
         self,
         model: DistillationModel,
-        inputs: dict[str, torch.Tensor],
+        inputs: Mapping[str, Any],
         teacher_states: dict[int, torch.Tensor] | None,
+        with_logits: bool = True,
     ) -> StudentOutput:
-        """Run student and projectors, with logits only where a term or the evaluation reads them."""
-        columns = inputs.get("logits_columns")
-        if model.training and not any(name in self._weights for name in LOGITS_TERMS):
-            columns = inputs["input_ids"].new_empty(0)
+        """Run student and projectors.
+
+        Args:
+            model: the student and the projectors, wrapped or not.
+            inputs: a batch of `data`.
+            teacher_states: of the same batch; None where no term reads the teacher.
+            with_logits: whether the terms on logits are computed too; the next-token loss always is in evaluation.
+        """
+        names = [name for name in LOGITS_TERMS if name in self._weights or (name == "lm" and not model.training)]
         return model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            logits_columns=columns,
+            packed_lengths=inputs.get("packed_lengths"),
             teacher_states=teacher_states if self.args.aligns else None,
+            logits_terms=self._logits_terms(inputs, teacher_states, names) if with_logits and names else None,
         )
+
+    def _logits_terms(
+        self, inputs: Mapping[str, Any], teacher_states: dict[int, torch.Tensor] | None, names: list[str]
+    ) -> LogitsTerms:
+        """What computes the terms on logits inside the model's forward pass, at the answers alone."""
+        index, targets = inputs["answer_index"], inputs["next_tokens"]
+        temperature, beta = self.args.kd_temperature, self.args.kd_beta
+
+        def sums(head: Head, last_state: torch.Tensor) -> dict[str, torch.Tensor]:
+            smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
+
+            def chunk(states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
+                logits = head(states)
+                found = {"lm": next_token_sum(logits, targets, smoothing)} if "lm" in names else {}
+                if "kd" in names:
+                    size, reference = self._teacher_logits(*teacher, logits.shape[-1])
+                    divergence = generalized_jsd_per_token(logits[:, :size], reference, temperature, beta)
+                    found["kd"] = token_sum(divergence, targets != IGNORED)
+                return torch.stack([found[name] for name in names])
+
+            rows = [last_state.flatten(0, 1)[index], targets]
+            if "kd" in names:
+                rows.append(teacher_states[self.teacher.num_layers].flatten(0, 1)[index])
+            return dict(zip(names, sum_in_chunks(chunk, tuple(rows), self._vocabulary), strict=True))
+
+        return sums
+
+    @torch.no_grad()
+    def _teacher_logits(self, states: torch.Tensor, size: int) -> tuple[int, torch.Tensor]:
+        """The teacher's logits [n, s] and s: embeddings padded to a round number have a common first part."""
+        with self._autocast():
+            logits = self.teacher.head(states)
+        size = min(size, logits.shape[-1])
+        return size, logits[:, :size]
 
     def compute(
         self,
         outputs: StudentOutput,
-        inputs: dict[str, torch.Tensor],
-        teacher_states: dict[int, torch.Tensor] | None,
+        inputs: Mapping[str, Any],
         num_items: torch.Tensor | None = None,
         means: TokenMeans | None = None,
         progress: float = 0.0,
     ) -> dict[str, torch.Tensor]:
-        """Each unweighted term as a token mean over the whole optimizer step; without gradients `lm` is always there.
+        """Each unweighted term as a token mean over the whole optimizer step.
 
         Args:
             outputs: of the student and the projectors.
-            inputs: the batch of `DistillationCollator` that gave them; `counted` [B, T] leaves tokens out.
-            teacher_states: of the same batch; None where no term reads the teacher.
+            inputs: the batch of `data` that gave them; `counted` [B, T] leaves tokens out.
             num_items: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
             means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted.
             progress: share of the training that is done, for the weights of what is noted.
@@ -131,8 +181,11 @@ class LossTerms:
         terms = {}
         if outputs.pairs:
             terms |= self._alignment(outputs, mask, tokens, means, weights)
-        if outputs.logits.shape[1] > 0:
-            terms |= self._logits_terms(outputs.logits, inputs, teacher_states, answers, means, weights)
+        counted = (inputs["next_tokens"] != IGNORED).sum()
+        divisor = (counted if answers is None else answers).clamp(min=1)
+        for name, total in outputs.logits_sums.items():
+            _note(means, weights, name, total, counted)
+            terms[name] = total / divisor
         return terms
 
     def total(self, terms: dict[str, torch.Tensor], progress: float = 0.0) -> torch.Tensor:
@@ -155,34 +208,6 @@ class LossTerms:
             per_token = self.target.mean([pair.terms[name] for pair in pairs])
             _note(means, weights, name, token_sum(per_token, mask), mask.sum())
             terms[name] = token_mean(per_token, mask, tokens)
-        return terms
-
-    def _logits_terms(
-        self,
-        logits: torch.Tensor,
-        inputs: dict[str, torch.Tensor],
-        teacher_states: dict[int, torch.Tensor] | None,
-        answers: torch.Tensor | None,
-        means: TokenMeans,
-        weights: dict[str, float],
-    ) -> dict[str, torch.Tensor]:
-        columns = inputs.get("logits_columns")
-        targets = next_tokens(inputs["labels"], columns)
-        mask = targets != IGNORED
-        divisor = mask.sum() if answers is None else answers
-        terms = {}
-        evaluating = not torch.is_grad_enabled()
-        if "lm" in self._weights or evaluating:
-            smoothing = 0.0 if evaluating else self.args.label_smoothing_factor
-            terms["lm"] = next_token_loss(logits, targets, divisor, smoothing)
-        if "kd" in self._weights:
-            states = teacher_states[self.teacher.num_layers]
-            states = states if columns is None else states[:, columns]
-            temperature, beta = self.args.kd_temperature, self.args.kd_beta
-            with self._autocast():
-                terms["kd"] = generalized_jsd_loss(logits, states, self.teacher.head, mask, temperature, beta, divisor)
-        for name, term in terms.items():
-            _note(means, weights, name, term * divisor, mask.sum())
         return terms
 
 

@@ -1,8 +1,6 @@
 """`KavaTrainer`: a `transformers.Trainer` whose loss aligns the student's hidden states with a frozen teacher's."""
 
 import math
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,18 @@ from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
 from .checkpoint_io import TRAINER_STATE_FILE
 from .console import Console
+from .heads import vocabulary_size
 from .losses import IGNORED
 from .metrics import TokenMeans
 from .probe import MINIMUM_SHARE, AlignmentProbe, ProbeResult, ShareWatch, choose_examples
-from .saving import SavingTrainer
+from .stepping import SteppingTrainer
 from .student import DistillationModel
 from .targets import HiddenStateTarget
-from .teacher import TeacherSource
+from .teacher import OnlineTeacher, TeacherSource
 from .terms import LossTerms
 
 
-class KavaTrainer(SavingTrainer):
+class KavaTrainer(SteppingTrainer):
     """Distils a frozen teacher into a student.
 
     The model that Trainer sees is a `DistillationModel`: student and projectors in one module, so that wrappers,
@@ -57,13 +56,14 @@ class KavaTrainer(SavingTrainer):
     ) -> None:
         target.requires_grad_(args.aligns)
         super().__init__(model=DistillationModel(student, target), args=args, **kwargs)
-        self.terms = LossTerms(args, target, teacher, self.accelerator.autocast)
+        self.terms = LossTerms(args, target, teacher, vocabulary_size(student), self.accelerator.autocast)
         self.train_means, self.eval_means = TokenMeans(), TokenMeans()
-        self._seen = torch.zeros(2, dtype=torch.int64)
+        self.forget_throughput()
         self.emergency = EmergencyCheckpointCallback()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self._console = Console(args.plain_output)
+        self._choose_packing()
         self.probe = self._make_probe()
         self.last_probe: ProbeResult | None = None
         fading = {"mercator", "mse"} if args.alignment_schedule != "constant" else set()
@@ -78,6 +78,14 @@ class KavaTrainer(SavingTrainer):
     def teacher(self) -> TeacherSource | None:
         """Where the teacher's states come from."""
         return self.terms.teacher
+
+    def _choose_packing(self) -> None:
+        """Pack where both models can; else say why in one line."""
+        models = {"student": self.student}
+        if isinstance(self.teacher, OnlineTeacher):
+            models["teacher"] = self.teacher.model
+        if reason := self.choose_packing(models):
+            self._console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
 
     def _make_probe(self) -> AlignmentProbe | None:
         """The fixed probe, where something is aligned and there is one set of held-out examples."""
@@ -167,19 +175,19 @@ class KavaTrainer(SavingTrainer):
 
         Args:
             model: the wrapped student and projectors.
-            inputs: a batch of `DistillationCollator`.
-            return_outputs: also return the logits.
+            inputs: a batch of `collating`.
+            return_outputs: also return the student's `last_hidden_state` [B, T, d_s].
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
         """
         training = torch.is_grad_enabled()
         means, progress = (self.train_means, self.progress) if training else (self.eval_means, 0.0)
         teacher_states = self.terms.teacher_states(inputs)
         outputs = self.terms.student_outputs(model, inputs, teacher_states)
-        terms = self.terms.compute(outputs, inputs, teacher_states, num_items_in_batch, means, progress)
+        terms = self.terms.compute(outputs, inputs, num_items_in_batch, means, progress)
         loss = self.terms.total(terms, progress)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the ranks' gradients will be averaged
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+        return (loss, {"last_hidden_state": outputs.last_hidden_state}) if return_outputs else loss
 
     @property
     def progress(self) -> float:
@@ -191,7 +199,7 @@ class KavaTrainer(SavingTrainer):
 
         A checkpoint that is already at the last step is loaded, and nothing is trained.
         """
-        self._seen.zero_()
+        self.forget_throughput()
         if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
             apply_liger_kernel(self.student, self.args.liger_kernel_config)
         if isinstance(resume_from_checkpoint, str) and (state := self.finished_state(resume_from_checkpoint)):
@@ -210,35 +218,6 @@ class KavaTrainer(SavingTrainer):
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return state if state.global_step >= max_steps else None
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | None]:
-        """Fetch the micro-batches of one optimizer step and count real tokens and answer tokens over all ranks.
-
-        Trainer's own would count the labels first, with a gather over the ranks that nothing here needs.
-        """
-        batches = list(islice(epoch_iterator, num_batches))
-        if not batches:
-            return batches, None
-        tokens = sum(batch["attention_mask"].sum() for batch in batches)
-        answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
-        positions = torch.as_tensor(sum(batch["input_ids"].numel() for batch in batches), device=tokens.device)
-        counts = self._sum_over_ranks(torch.stack([tokens, answers, positions]).to(device))
-        self._seen = self._seen.to(device) + counts[[0, 2]]
-        return batches, counts[:2]
-
-    def throughput(self) -> dict[str, float | None]:
-        """Real tokens and examples a second, and the share of padding, of the last `train()`; None before it."""
-        runs = [line for line in self.state.log_history if "train_runtime" in line]
-        tokens, positions = self._seen.tolist()
-        if not runs or positions == 0:
-            return {}
-        return {
-            "tokens_per_second": tokens / runs[-1]["train_runtime"],
-            "samples_per_second": runs[-1]["train_samples_per_second"],
-            "padding_fraction": 1 - tokens / positions,
-        }
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer that `args.optim` names, with the projectors in groups of their own learning rate.
@@ -274,9 +253,6 @@ class KavaTrainer(SavingTrainer):
                 raise self.not_finite(" and ".join(broken))
         super().log(logs, start_time)
 
-    def _sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(sums, reduction="sum")
-
     def _projector_learning_rate(self) -> float:
         own = {id(parameter) for parameter in self.target.parameters()}
         rates = [g["lr"] for g in self.optimizer.param_groups if any(id(p) in own for p in g["params"])]
@@ -291,13 +267,11 @@ class KavaTrainer(SavingTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Loss on one evaluation batch; also logits at every position and labels where they are asked for."""
         inputs = self._without_repeated(self._prepare_inputs(inputs))
-        if not prediction_loss_only:
-            inputs = {name: value for name, value in inputs.items() if name != "logits_columns"}
-        with torch.no_grad():
+        with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        return loss, outputs["logits"], inputs["labels"]
+            if prediction_loss_only:
+                return loss, None, None
+            return loss, self.model.head(outputs["last_hidden_state"]), inputs["labels"]
 
     def _without_repeated(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Take the examples out of every mean that accelerate repeats to give all ranks equally many."""
@@ -307,7 +281,13 @@ class KavaTrainer(SavingTrainer):
         first = self.args.process_index * self.args.eval_batch_size
         repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
         counted = inputs["attention_mask"].bool() & ~repeated.unsqueeze(1)
-        return {**inputs, "counted": counted, "labels": inputs["labels"].masked_fill(~counted, IGNORED)}
+        ignored = ~counted.flatten()[inputs["answer_index"]]
+        return {
+            **inputs,
+            "counted": counted,
+            "labels": inputs["labels"].masked_fill(~counted, IGNORED),
+            "next_tokens": inputs["next_tokens"].masked_fill(ignored, IGNORED),
+        }
 
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any

@@ -3,7 +3,13 @@ import torch
 from conftest import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kava_trainer.capture import HiddenStateCapture, answer_logits, number_of_layers, resolve_layer_pairs
+from kava_trainer.capture import (
+    HiddenStateCapture,
+    number_of_layers,
+    resolve_layer_pairs,
+    run_decoder,
+    truncated,
+)
 from kava_trainer.errors import BadRequest
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 99}
@@ -61,13 +67,20 @@ def test_gradients_flow_through_captured_states(checkpointing):
             torch.testing.assert_close(ours.grad, reference.grad)
 
 
-@pytest.mark.parametrize("columns", [[], [1], [0, 2, 3]])
-def test_answer_logits_are_those_of_the_whole_row(columns):
-    model = tiny_llama(32, 2).eval()
-    input_ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    whole = model(input_ids=input_ids).logits
-    chosen = answer_logits(model, input_ids, columns=torch.tensor(columns, dtype=torch.long))
-    torch.testing.assert_close(chosen, whole[:, columns])
+def test_a_truncated_model_runs_no_deeper_and_is_whole_again():
+    model = tiny_llama(32, 4).eval()
+    input_ids = torch.tensor([[1, 2, 3, 4]])
+    expected = model(input_ids=input_ids, output_hidden_states=True).hidden_states
+    capture = HiddenStateCapture(model, [1, 2])
+    handles = [block.register_forward_hook(lambda *_: pytest.fail("too deep")) for block in model.model.layers[2:]]
+    with truncated(model, 2), capture as states:
+        run_decoder(model, input_ids)
+    assert torch.equal(states[1], expected[1])
+    assert torch.equal(states[2], expected[2])
+    for handle in handles:
+        handle.remove()
+    assert len(model.model.layers) == 4
+    assert torch.equal(run_decoder(model, input_ids), expected[4])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 import json
 
 import pytest
-from conftest import random_examples
 from datasets import Dataset, DatasetDict
 
-from kava_trainer.data import DistillationCollator, encode_dataset, encode_example, load_splits
+from kava_trainer.data import encode_dataset, encode_example, load_splits
 from kava_trainer.errors import BadRequest
 from kava_trainer.source_arguments import DataArguments
 
@@ -121,27 +120,6 @@ def test_tokenizing_is_cached_by_content(tokenizer, tmp_path):
         prints[name] = (encoded._fingerprint, encoded.cache_files[0]["filename"])
         tokenizer(["use changes", "a tokenizer's state"], truncation=True, padding=True, max_length=3 + len(name))
     assert prints["first"] == prints["again"] != prints["longer"]
-
-
-def test_batches_are_masked_by_length_not_by_the_padding_token(tokenizer):
-    rows = random_examples(3)
-    batch = DistillationCollator(tokenizer)(rows)
-    lengths = [len(row["input_ids"]) for row in rows]
-    assert batch["input_ids"].shape == (3, max(lengths))
-    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
-    assert all(batch["labels"][i, n:].eq(-100).all() for i, n in enumerate(lengths))
-    wanted = (batch["labels"][:, 1:] != -100).any(dim=0)
-    assert batch["logits_columns"].tolist() == [t for t, is_wanted in enumerate(wanted) if is_wanted]
-
-
-def test_a_tokenizer_without_padding_token_pads_with_end_of_text(tokenizer):
-    class NoPadding:
-        pad_token_id, eos_token_id = None, 7
-
-    batch = DistillationCollator(NoPadding())(
-        [{"input_ids": [1], "labels": [1]}, {"input_ids": [1, 2], "labels": [1, 2]}]
-    )
-    assert batch["input_ids"].tolist() == [[1, 7], [1, 2]]
 
 
 ROWS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(40)]

@@ -58,7 +58,8 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
         "2 batches prepared",
         "Teacher: d_model=128",
         "Student: d_model=64",
-        "Projector: 128 -> 64 (teacher to student, anchor pca)",
+        "Projector: 64 -> 128 (student to teacher)",
+        "Aligned layers (student, teacher): (1, 1), (3, 4)",
         "Loss: Mercator (alpha=1.0, beta=0.01)",
         "Loss terms: mercator 30, lm 1",
         "== Verdict",
@@ -81,7 +82,7 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
     assert "Steps: 4." in (final / "final_student" / "README.md").read_text()
     assert re.search(r"^Alignment: CosSim 0\.\d{4} \w+ \(centred -?\d", result.stdout, re.M)
     assert "base_model" not in (final / "final_student" / "README.md").read_text()
-    assert load_projectors(final / "final_projector.pth")[0].config.input_size == 128
+    assert load_projectors(final / "final_projector.pth")[0].config.input_size == 64
 
 
 def test_the_summary_has_the_agreed_shape(tmp_path):

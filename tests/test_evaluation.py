@@ -5,7 +5,7 @@ import torch
 from conftest import random_examples, tiny_llama
 from datasets import Dataset
 
-from kava_trainer.data import DistillationCollator
+from kava_trainer.collating import DistillationCollator
 from kava_trainer.evaluation import (
     FinalAnswerMatch,
     answer_cross_entropy,

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, random_examples, tiny_qwen
 from safetensors.torch import load_file
 from test_trainer import loss_lines, make_trainer
+from transformers import BloomConfig, BloomForCausalLM
 
 from kava_trainer.projector import load_projectors
 
@@ -138,3 +139,50 @@ def test_a_resumed_run_ends_bit_equal_to_one_never_stopped(tmp_path, tokenizer, 
     assert lines[0] == lines[1]
     saved = load_projectors(tmp_path / f"proj_step_{stop}.pth")
     assert weight_hash(saved) != weight_hash(resumed.target.projectors)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packing_changes_no_loss_of_a_run(tmp_path, tokenizer, checkpointing):
+    terms = {
+        "mercator_weight": 1.0,
+        "mse_weight": 0.2,
+        "lm_weight": 1.0,
+        "kd_weight": 0.5,
+        "layer_mapping": "uniform:2",
+    }
+    lines = []
+    for budget in (40, 0):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            max_steps=50,
+            projector_dropout=0.0,
+            max_tokens_per_batch=budget,
+            gradient_checkpointing=checkpointing,
+            **terms,
+        )
+        assert trainer.packs == (budget > 0)
+        trainer.train()
+        lines.append(loss_lines(trainer))
+    assert len(lines[0]) == len(lines[1]) == 50
+    for packed, padded in zip(*lines, strict=True):
+        for name in ("loss", "grad_norm", "cos_sim", "mercator_loss", "mse_loss", "lm_loss", "kd_loss"):
+            assert packed[name] == pytest.approx(padded[name], rel=2e-3, abs=1e-4), (packed["step"], name)
+
+
+def test_a_model_that_cannot_be_packed_is_padded_and_said_so(tmp_path, tokenizer, capsys):
+    def bloom(width, layers, seed):
+        torch.manual_seed(seed)
+        config = BloomConfig(vocab_size=512, hidden_size=width, n_layer=layers, n_head=2, pad_token_id=0)
+        return BloomForCausalLM(config)
+
+    trainer = make_trainer(tmp_path, tokenizer, model=bloom)
+    assert not trainer.packs
+    assert trainer.teacher.model.config._attn_implementation == "sdpa"
+    trainer.train()
+    assert trainer.throughput()["padding_fraction"] > 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("No packing")]
+    assert said == [
+        "No packing, because the student, a BloomForCausalLM, cannot read packed examples (packed examples would see "
+        "each other); micro-batches are padded to their longest example."
+    ]

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kava_trainer.data import DistillationCollator, encode_dataset
+from kava_trainer.collating import DistillationCollator
+from kava_trainer.data import encode_dataset
 from kava_trainer.evaluation import evaluate_model, longest_answer
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER, generate_problems
 from kava_trainer.quickstart.train_teacher import build_tokenizer, student_config, teacher_config

@@ -11,7 +11,7 @@ def test_states_are_detached_frozen_and_those_of_transformers():
     model = tiny_llama(32, 3).train()
     teacher = OnlineTeacher(model, [1, 3])
     ids = torch.tensor([[5, 6, 7]])
-    states = teacher.features(ids, torch.ones_like(ids))
+    states = teacher.features({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     expected = model(input_ids=ids, output_hidden_states=True).hidden_states
     assert sorted(states) == [1, 3]
     for layer, state in states.items():
@@ -27,7 +27,7 @@ def test_the_vocabulary_head_does_not_run():
     model = tiny_llama(32, 2, tie=False)
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     ids = torch.tensor([[5, 6, 7]])
-    OnlineTeacher(model, [2]).features(ids, torch.ones_like(ids))
+    OnlineTeacher(model, [2]).features({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def test_quantisation_is_nf4_with_double_quantisation_and_bf16_compute():

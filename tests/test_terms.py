@@ -2,11 +2,10 @@ import math
 
 import pytest
 import torch
-from conftest import TEACHER_LAYERS
+from conftest import TEACHER_LAYERS, random_examples
 from test_trainer import loss_lines, make_trainer
 
-from kava_trainer.errors import BadRequest
-from kava_trainer.losses import generalized_jsd_per_token, next_tokens
+from kava_trainer.losses import generalized_jsd_per_token
 from kava_trainer.metrics import TokenMeans
 from kava_trainer.probe import GRADIENT_EXAMPLES, MINIMUM_SHARE, ShareWatch
 from kava_trainer.terms import needed_teacher_layers, schedule_factor
@@ -23,13 +22,13 @@ def test_schedules_fall_from_one_to_zero_or_stay(schedule, values):
 
 
 def measured(trainer):
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = trainer.data_collator(random_examples(4, seed=3))
     trainer.model.eval()
     with torch.no_grad():
         states = trainer.terms.teacher_states(batch)
         outputs = trainer.terms.student_outputs(trainer.model, batch, states)
         means = TokenMeans()
-        return batch, outputs, trainer.terms.compute(outputs, batch, states, means=means), means
+        return batch, outputs, trainer.terms.compute(outputs, batch, means=means), means
 
 
 def test_every_term_is_computed_from_both_models(tmp_path, tokenizer):
@@ -41,8 +40,8 @@ def test_every_term_is_computed_from_both_models(tmp_path, tokenizer):
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     teacher = trainer.teacher.model(**inputs).logits.detach()
     student = trainer.student(**inputs).logits.detach()
-    answers = next_tokens(batch["labels"]) != -100
-    expected = generalized_jsd_per_token(student[answers], teacher[answers], 2.0, 0.5).mean()
+    answers = batch["labels"][:, 1:] != -100
+    expected = generalized_jsd_per_token(student[:, :-1][answers], teacher[:, :-1][answers], 2.0, 0.5).mean()
     torch.testing.assert_close(terms["kd"], expected, rtol=1e-4, atol=1e-6)
     mask = batch["attention_mask"].bool()
     pair = outputs.pairs[0]
@@ -102,22 +101,6 @@ def test_divergence_alone_trains_the_student_and_aligns_nothing(tmp_path, tokeni
     assert trainer.evaluate()["eval_lm_loss"] > 0
 
 
-def test_a_teacher_that_changes_its_logits_is_refused_for_divergences(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, kd_weight=1.0)
-    ids = torch.arange(1, 9).unsqueeze(0)
-    trainer.teacher.check_head(ids)
-    capped = trainer.teacher.model.forward
-
-    def forward(*args, **kwargs):
-        output = capped(*args, **kwargs)
-        output.logits = 3 * torch.tanh(output.logits)
-        return output
-
-    trainer.teacher.model.forward = forward
-    with pytest.raises(BadRequest, match="set kd_weight to 0"):
-        trainer.teacher.check_head(ids)
-
-
 def test_gradient_shares_are_those_of_each_term_alone(tmp_path, tokenizer):
     changes = {"mercator_weight": 3.0, "kd_weight": 0.5, "projector_dropout": 0.0}
     trainer = make_trainer(tmp_path, tokenizer, projector_anchor="reconstruction", **changes)
@@ -131,7 +114,7 @@ def test_gradient_shares_are_those_of_each_term_alone(tmp_path, tokenizer):
         trainer.model.zero_grad()
         trainer.model.train()
         states = trainer.terms.teacher_states(batch)
-        term = trainer.terms.compute(trainer.terms.student_outputs(trainer.model, batch, states), batch, states)[name]
+        term = trainer.terms.compute(trainer.terms.student_outputs(trainer.model, batch, states), batch)[name]
         (weight * term).backward()
         grads = [parameter.grad for parameter in trainer.student.parameters() if parameter.grad is not None]
         norms[name] = math.sqrt(sum(float(grad.square().sum()) for grad in grads))

@@ -11,9 +11,9 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.data import DistillationCollator
+from kava_trainer.collating import DistillationCollator
 from kava_trainer.errors import RunFailed
-from kava_trainer.losses import mercator_loss, next_token_loss
+from kava_trainer.losses import mercator_loss
 from kava_trainer.projector import load_projectors
 from kava_trainer.targets import build_target
 from kava_trainer.teacher import OnlineTeacher
@@ -74,7 +74,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path, tokenizer, mapping)
         mercator_loss(student.hidden_states[s], projector(teacher[t]), mask)
         for (s, t), projector in zip(pairs, trainer.target.projectors, strict=True)
     ) / len(pairs)
-    lm = next_token_loss(student.logits[:, :-1], batch["labels"][:, 1:])
+    lm = torch.nn.functional.cross_entropy(student.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     with torch.enable_grad():
         loss = trainer.compute_loss(trainer.model, batch)
     torch.testing.assert_close(loss, 0.7 * mercator + 0.3 * lm)
@@ -87,7 +87,8 @@ def test_without_the_language_model_term_no_logits_are_computed(tmp_path, tokeni
     trainer = make_trainer(tmp_path, tokenizer, lm_weight=0.0)
     batch = trainer.data_collator(random_examples(2))
     trainer.model.train()
-    assert trainer.terms.student_outputs(trainer.model, batch, None).logits.shape[1] == 0
+    assert trainer.terms.student_outputs(trainer.model, batch, None).logits_sums == {}
+    trainer.student.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head ran"))
     trainer.train()
     assert "lm_loss" not in loss_lines(trainer)[0]
 
@@ -156,7 +157,15 @@ def test_a_log_line_has_the_loss_of_its_terms_and_both_learning_rates(tmp_path, 
     assert -1 <= line["cos_sim"] <= 1
     assert line["projector_learning_rate"] > 0
     assert set(trainer.throughput()) == {"tokens_per_second", "samples_per_second", "padding_fraction"}
-    assert 0 < trainer.throughput()["padding_fraction"] < 1
+
+
+def test_packed_rows_have_no_padding_and_padded_ones_are_counted(tmp_path, tokenizer):
+    fractions = []
+    for budget in (None, 0):
+        trainer = make_trainer(tmp_path, tokenizer, max_tokens_per_batch=budget)
+        trainer.train()
+        fractions.append(trainer.throughput()["padding_fraction"])
+    assert fractions[0] == 0 < fractions[1] < 1
 
 
 def test_the_export_is_a_plain_student_without_the_projector(tmp_path, tokenizer):
@@ -243,7 +252,7 @@ def test_the_best_student_and_its_projector_are_loaded_at_the_end(tmp_path, toke
         tmp_path,
         tokenizer,
         max_steps=4,
-        learning_rate=0.5,
+        learning_rate=2.0,
         lr_scheduler_type="constant",
         load_best_model_at_end=True,
         metric_for_best_model="perplexity",

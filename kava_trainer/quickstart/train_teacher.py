@@ -16,7 +16,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from ..data import PROMPT, DistillationCollator, encode_dataset
+from ..collating import DistillationCollator
+from ..data import PROMPT, encode_dataset
 from ..evaluation import evaluate_model, longest_answer
 from . import FOLDER, STUDENT_FOLDER, TEACHER_FOLDER, generate_problems
 

@@ -1,0 +1,146 @@
+"""How an optimizer step gets its examples: packed rows where both models can read them, else padded micro-batches."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from .collating import DistillationCollator, JoiningCollator, pack_step, spread
+from .losses import IGNORED
+from .packing import disable_packing, enable_packing, packing_problem
+from .saving import SavingTrainer
+
+
+class SteppingTrainer(SavingTrainer):
+    """The part of `KavaTrainer` that gathers, packs and counts the examples of an optimizer step.
+
+    With packing, Trainer still counts micro-batches of `per_device_train_batch_size` examples, so epochs, resuming
+    and the effective batch are what the arguments say. All examples of a step are then dealt out anew, in rows of
+    `max_tokens_per_batch` tokens.
+    """
+
+    packs = False
+    """Whether rows are packed."""
+
+    def choose_packing(self, models: dict[str, PreTrainedModel]) -> str | None:
+        """Turn packing on where it is wanted and every model keeps packed examples apart.
+
+        Args:
+            models: by role; each is tried out.
+
+        Returns:
+            Why there is none although it is wanted, else None.
+        """
+        if self.args.max_tokens_per_batch == 0:
+            return None
+        if type(self.data_collator) is not DistillationCollator:
+            return "the data collator is not KAVA's"
+        for role, model in models.items():
+            enable_packing(model)
+            if problem := packing_problem(model):
+                for tried in models.values():
+                    disable_packing(tried)
+                return f"the {role}, a {type(model).__name__}, cannot read packed examples ({problem})"
+        self.packs = True
+        return None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's loader of the training examples, which pads or, for packing, only joins them."""
+        padding = self.data_collator
+        self.data_collator = JoiningCollator() if self.packs else padding
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padding
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """Fetch the micro-batches of one optimizer step and count real tokens and answer tokens over all ranks.
+
+        Trainer's own would count the labels first, with a gather over the ranks that nothing here needs. With packing
+        each micro-batch is a list of rows under `rows`, beside their tokens for Trainer's own counting.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        if self.packs:
+            rows = pack_step(batches, self._row_budget(batches))
+            counts = torch.tensor(_count_packed(batches))
+            batches = [_micro_batch(dealt, rows[0]) for dealt in spread(rows, len(batches))]
+        else:
+            counts = torch.stack(_count_padded(batches))
+        counts = self._sum_over_ranks(counts.to(device))
+        self._seen = self._seen.to(device) + counts[[0, 2]]
+        return batches, counts[:2]
+
+    def _row_budget(self, batches: list[dict[str, Any]]) -> int:
+        """Tokens of one row; `auto_find_batch_size` lowers it with the batch size."""
+        wanted = self.args.per_device_train_batch_size
+        if self.args.max_tokens_per_batch is None:
+            return self._train_batch_size * max(length for batch in batches for length in batch["lengths"])
+        return self.args.max_tokens_per_batch * self._train_batch_size // wanted
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; with packing, of each of its rows.
+
+        Args:
+            model: the wrapped student and projectors.
+            inputs: of `get_batch_samples`.
+            num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step.
+        """
+        if "rows" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        total = torch.zeros((), device=self.args.device)
+        for left, row in enumerate(inputs["rows"], start=1 - len(inputs["rows"])):
+            # The ranks exchange gradients with the last row of the step, which Trainer lets through.
+            with nullcontext() if left == 0 else self.accelerator.no_sync(model):
+                total += super().training_step(model, row, num_items_in_batch)
+        return total
+
+    def forget_throughput(self) -> None:
+        """Begin to count anew."""
+        self._seen = torch.zeros(2, dtype=torch.int64)
+
+    def throughput(self) -> dict[str, float | None]:
+        """Real tokens and examples a second, and the share of padding, of the last `train()`; None before it."""
+        runs = [line for line in self.state.log_history if "train_runtime" in line]
+        tokens, positions = self._seen.tolist()
+        if not runs or positions == 0:
+            return {}
+        return {
+            "tokens_per_second": tokens / runs[-1]["train_runtime"],
+            "samples_per_second": runs[-1]["train_samples_per_second"],
+            "padding_fraction": 1 - tokens / positions,
+        }
+
+    def _sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+
+def _micro_batch(rows: list[dict[str, Any]], like: dict[str, Any]) -> dict[str, Any]:
+    """Rows as Trainer carries them; `like` is any row, for the kind of an empty micro-batch's tensors."""
+    nothing = like["input_ids"][:, :0]
+    tokens = torch.cat([nothing, *(row["input_ids"] for row in rows)], dim=1)
+    return {"rows": rows, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _count_packed(batches: list[dict[str, Any]]) -> list[int]:
+    """Real tokens, answer tokens and positions, without asking the device."""
+    tokens = sum(sum(batch["lengths"]) for batch in batches)
+    return [tokens, sum(sum(batch["answers"]) for batch in batches), tokens]
+
+
+def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """Real tokens, answer tokens and positions."""
+    tokens = sum(batch["attention_mask"].sum() for batch in batches)
+    answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
+    positions = sum(batch["input_ids"].numel() for batch in batches)
+    return [tokens, answers, torch.as_tensor(positions, device=tokens.device)]
