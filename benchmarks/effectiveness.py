@@ -37,12 +37,13 @@ from tqdm.auto import tqdm  # noqa: E402
 from transformers import TrainerCallback, logging, set_seed  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from benchmarks.effectiveness_grid import GROUPS, SFT  # noqa: E402
+from benchmarks.effectiveness_grid import BASE, GROUPS, SFT  # noqa: E402
 from kava_trainer.arguments import KavaArguments  # noqa: E402
 from kava_trainer.capture import resolve_layer_pairs  # noqa: E402
 from kava_trainer.checkpoint_io import write_folder_atomically  # noqa: E402
 from kava_trainer.console import Console  # noqa: E402
 from kava_trainer.evaluation import evaluate_model, longest_answer  # noqa: E402
+from kava_trainer.packing import enable_packing  # noqa: E402
 from kava_trainer.parsing import parse_arguments  # noqa: E402
 from kava_trainer.preparation import Models, load_data, load_tokenizers, make_trainer  # noqa: E402
 from kava_trainer.student import load_student  # noqa: E402
@@ -67,8 +68,8 @@ COLUMNS = ("seed", "trained", *FIGURES, *LEARNING)
 
 
 def arguments_of(changes: dict[str, Any], seed: int = 0, folder: str = "unused") -> KavaArguments:
-    """The quickstart recipe with some arguments changed, saving nothing."""
-    changes = {name: value for name, value in changes.items() if name != "trained"} | {
+    """The quickstart recipe with the row's alignment, saving nothing."""
+    changes = BASE | {name: value for name, value in changes.items() if name != "trained"} | {
         "output_dir": folder, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
         "plain_output": True, "run_control": False, "seed": seed, "max_eval_samples": 500, "logging_steps": 1,
     }  # fmt: skip
@@ -98,17 +99,32 @@ class RememberedTeacher:
         self._known: dict[bytes, dict[int, torch.Tensor]] = {}
         self.hidden_size, self.num_layers, self.head = teacher.hidden_size, teacher.num_layers, teacher.head
 
-    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[int, torch.Tensor]:
+    def features(self, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
         """As `OnlineTeacher.features`; states at padding are 0."""
-        lengths = attention_mask.sum(dim=1).tolist()
-        keys = [row[:length].numpy().tobytes() for row, length in zip(input_ids, lengths, strict=True)]
-        new = [row for row, key in enumerate(keys) if key not in self._known]
+        examples = _examples_of(inputs)
+        keys = [example.numpy().tobytes() for example in examples]
+        new = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._known}
         if new:
-            states = self._teacher.features(input_ids[new], attention_mask[new])
-            for index, row in enumerate(new):
-                self._known[keys[row]] = {k: v[index, : lengths[row]].clone() for k, v in states.items()}
+            lengths = tuple(len(example) for example in new.values())
+            row = torch.cat(list(new.values())).unsqueeze(0)
+            states = self._teacher.features(
+                {"input_ids": row, "attention_mask": torch.ones_like(row), "packed_lengths": lengths}
+            )
+            for layer, tensor in states.items():
+                for key, part in zip(new, tensor[0].split(lengths), strict=True):
+                    self._known.setdefault(key, {})[layer] = part.clone()
         layers = self._known[keys[0]]
+        if "packed_lengths" in inputs:
+            return {layer: torch.cat([self._known[key][layer] for key in keys]).unsqueeze(0) for layer in layers}
         return {layer: pad_sequence([self._known[key][layer] for key in keys], batch_first=True) for layer in layers}
+
+
+def _examples_of(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tokens of each example of a batch, padded or packed."""
+    if "packed_lengths" in inputs:
+        return list(inputs["input_ids"][0].split(inputs["packed_lengths"]))
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(inputs["input_ids"], lengths, strict=True)]
 
 
 class FirstGreat(TrainerCallback):
@@ -138,6 +154,7 @@ class Bench:
         tokenizer = load_tokenizers(arguments)
         self._data = load_data(Console(plain=True), arguments, tokenizer)
         self._models = Models(load_teacher(arguments.model, arguments.training.device), None, tokenizer)
+        enable_packing(self._models.teacher)
         layers = sorted({teacher for _, teacher in resolve_layer_pairs("uniform:2", 3, 4)})
         self._teacher = RememberedTeacher(OnlineTeacher(self._models.teacher, layers))
 

@@ -3,6 +3,13 @@
 import itertools
 from typing import Any
 
+BASE = {
+    "mercator_weight": 30.0, "layer_mapping": "last", "projector_direction": "teacher_to_student",
+    "projector_anchor": "pca", "projector_init": "random", "projector_mlp_ratio": 1.0, "projector_dropout": 0.1,
+    "projector_learning_rate": 1e-3,
+}  # fmt: skip
+"""What a row has where it says nothing else, in place of the quickstart recipe's own alignment."""
+
 SFT = {"mercator_weight": 0.0, "lm_weight": 1.0, "kd_weight": 0.0}
 WAYS = {
     "t2s none": {"projector_direction": "teacher_to_student", "projector_anchor": "none"},
@@ -73,16 +80,26 @@ def _trained() -> dict[str, dict[str, Any]]:
     }
 
 
+def _finalists() -> dict[str, dict[str, Any]]:
+    """The two ways that were best in the grid, with one pair of layers and with two, and what they have to beat."""
+    two, fit = {"layer_mapping": "uniform:2"}, {"projector_init": "least_squares"}
+    s2t = WAYS["s2t"] | {"mercator_weight": 30.0}
+    return {
+        "SFT": SFT,
+        "SFT + KD": SFT | KD,
+        "t2s pca, weight 30, last": {},
+        "t2s pca, weight 30, uniform:2": two,
+        "s2t, weight 30, last, start least_squares": s2t | fit,
+        "s2t, weight 30, uniform:2": s2t | two,
+        "s2t, weight 30, uniform:2, start least_squares": s2t | two | fit,
+    }
+
+
 GROUPS = {
     "kd": _divergences,
     "grid": _grid,
     "together": _together,
     "start": _starts,
     "trained": _trained,
-    "finalists": lambda: {
-        "SFT": SFT,
-        "SFT + KD": SFT | KD,
-        "t2s pca, weight 30 (the quickstart recipe)": {},
-        "s2t, weight 30, start least_squares": _starts()["s2t, weight 30, start least_squares"],
-    },
+    "finalists": _finalists,
 }
