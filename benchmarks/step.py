@@ -1,0 +1,361 @@
+"""What one distillation step costs, done the usual ways and KAVA's, interleaved in one process.
+
+    python benchmarks/step.py --size quickstart|middle|real [--ways a,b,c,d,f,g] [--terms hidden|all] --out FILE.csv
+
+Every way does the forward and backward passes of the same examples with the same terms in the same precision; the
+optimizer, equal for all, is left out. The ways:
+
+a  the usual loop: padding to `max_length`, all hidden states, both vocabulary heads, a key-value cache, `.item()`
+b  transformers' Trainer: padding to the longest of the batch, all hidden states, both vocabulary heads
+c  as TRL and DistillKit do it: as b, with the losses on float32 logits at every position of the batch
+d  KAVA with the teacher beside the student
+f  the floor: forward and backward of the student's decoder alone, packed
+g  plain fine-tuning with transformers' Trainer, padding to the longest
+
+`fraction_of_limit` is the work that the terms need (counted on KAVA's own step by `FlopCounterMode`, without padding)
+over the time times the rate of this machine's own matrix product, measured in the same run.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config  # noqa: E402
+
+from kava_trainer.arguments import KavaTrainingArguments  # noqa: E402
+from kava_trainer.capture import number_of_layers, run_decoder  # noqa: E402
+from kava_trainer.collating import DistillationCollator, JoiningCollator, pack_step  # noqa: E402
+from kava_trainer.data import encode_dataset  # noqa: E402
+from kava_trainer.losses import generalized_jsd_loss, mercator_loss  # noqa: E402
+from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER, generate_problems  # noqa: E402
+from kava_trainer.targets import build_target  # noqa: E402
+from kava_trainer.teacher import OnlineTeacher  # noqa: E402
+from kava_trainer.terms import needed_teacher_layers  # noqa: E402
+from kava_trainer.trainer import KavaTrainer  # noqa: E402
+
+SHARED = ROOT.parent / "shared"
+COLUMNS = (
+    "way", "size", "terms", "examples_per_second", "tokens_per_second", "ratio_to_usual", "ratio_to_floor",
+    "fraction_of_limit", "peak_memory_bytes", "seconds", "repeats", "tokens", "flops", "matrix_flops_per_second",
+    "device", "torch", "transformers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """A pair of models and the examples of one step."""
+
+    teacher: Callable[[], Any]
+    student: Callable[[], Any]
+    tokenizer: Path
+    dtype: torch.dtype
+    examples: int
+    batch_size: int
+    max_length: int
+
+
+def _middle(width: int, layers: int) -> Qwen2Config:
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": 2}
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    return Qwen2Config(vocab_size=151936, tie_word_embeddings=True, **shape, **heads)
+
+
+def _real(name: str) -> Any:
+    return AutoConfig.from_pretrained(SHARED / "models" / name)
+
+
+QWEN_TOKENIZER = SHARED / "models" / "qwen2.5-tokenizer"
+SIZES = {
+    "quickstart": Size(
+        lambda: AutoConfig.from_pretrained(TEACHER_FOLDER), lambda: AutoConfig.from_pretrained(STUDENT_FOLDER),
+        STUDENT_FOLDER, torch.float32, 32, 32, 256,
+    ),
+    "middle": Size(lambda: _middle(768, 12), lambda: _middle(384, 8), QWEN_TOKENIZER, torch.bfloat16, 16, 2, 512),
+    "real": Size(
+        lambda: _real("qwen2.5-1.5b-instruct"), lambda: _real("qwen2.5-0.5b"),
+        QWEN_TOKENIZER, torch.bfloat16, 8, 2, 512,
+    ),
+}  # fmt: skip
+TERMS = {"hidden": {"mercator_weight": 1.0, "lm_weight": 0.0}, "all": {"mercator_weight": 1.0, "kd_weight": 1.0}}
+
+
+class Bench:
+    """The pair, the examples of one step, and one method for each way of working through them.
+
+    Args:
+        size: which models and examples.
+        terms: `hidden` (the Mercator loss alone) or `all` (with next-token loss and divergence).
+        device: where it runs.
+    """
+
+    def __init__(self, size: Size, terms: str, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.size, self.device, self.with_logits = size, device, terms == "all"
+        self.teacher, self.student = (self._model(config()) for config in (size.teacher, size.student))
+        self.teacher.requires_grad_(False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(size.tokenizer)
+        self.examples = list(encode_dataset(_texts(size), tokenizer, size.max_length, "Tokenizing").dataset)
+        self.pad = DistillationCollator(tokenizer)
+        self.tokens = sum(len(example["input_ids"]) for example in self.examples)
+        self.answers = sum(label != -100 for example in self.examples for label in example["labels"][1:])
+        self.trainer = self._trainer(tokenizer, terms)
+        self.projector = self.trainer.target.projectors[0]
+
+    def _model(self, config: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config, dtype=self.size.dtype).to(self.device)
+
+    def _trainer(self, tokenizer: Any, terms: str) -> KavaTrainer:
+        args = KavaTrainingArguments(
+            output_dir=tempfile.mkdtemp(), use_cpu=self.device.type == "cpu", report_to="none", plain_output=True,
+            per_device_train_batch_size=self.size.batch_size, save_strategy="no",
+            projector_init="random", projector_dropout=0.0,
+            gradient_accumulation_steps=len(self.examples) // self.size.batch_size,
+            max_tokens_per_batch=self.size.batch_size * self.size.max_length, **TERMS[terms],
+        )  # fmt: skip
+        target = build_target(args, self.student, self.teacher)
+        layers = needed_teacher_layers(args, target, number_of_layers(self.teacher))
+        teacher = OnlineTeacher(self.teacher, layers)
+        data = Dataset.from_list(self.examples)
+        return KavaTrainer(self.student, teacher, target, args, train_dataset=data, data_collator=self.pad)
+
+    def _batches(self, padding: str) -> list[dict[str, torch.Tensor]]:
+        """Micro-batches padded to their longest example, or to `max_length`."""
+        step, batches = self.size.batch_size, []
+        for start in range(0, len(self.examples), step):
+            batch = self.pad(self.examples[start : start + step])
+            extra = self.size.max_length - batch["input_ids"].shape[1] if padding == "max_length" else 0
+            filler = {"input_ids": self.pad.pad_token_id, "attention_mask": 0, "labels": -100}
+            batches.append({k: F.pad(batch[k], (0, extra), value=v).to(self.device) for k, v in filler.items()})
+        return batches
+
+    def _padded(self, padding: str, cache: bool, wait: bool, every_position: bool) -> None:
+        """What most loops do: both whole models on padded batches, and the losses on what they return."""
+        self.student.train()
+        for batch in self._batches(padding):
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            options = {"output_hidden_states": True, "use_cache": cache}
+            with torch.no_grad():
+                teacher = self.teacher(**inputs, **options)
+            student = self.student(**inputs, **options)
+            mask = batch["attention_mask"].bool()
+            states = self.projector(student.hidden_states[-1])
+            loss = mercator_loss(states, teacher.hidden_states[-1], mask, num_items=self.tokens)
+            if self.with_logits:
+                loss = loss + self._logits_loss(student.logits, teacher.logits, batch["labels"], every_position)
+            loss.backward()
+            if wait:
+                loss.item()
+
+    def _logits_loss(
+        self, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, every_position: bool
+    ) -> torch.Tensor:
+        student, teacher, targets = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+        answers = targets != -100
+        if not every_position:
+            student, teacher, targets = student[answers], teacher[answers], targets[answers]
+            answers = torch.ones_like(targets, dtype=torch.bool)
+        flat = student.flatten(0, -2).float()
+        lm = F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum") / self.answers
+        return lm + generalized_jsd_loss(student, teacher, answers, num_items=self.answers)
+
+    def a(self) -> None:
+        """The usual loop."""
+        self._padded("max_length", cache=True, wait=True, every_position=True)
+
+    def b(self) -> None:
+        """As in a subclass of transformers' Trainer."""
+        self._padded("longest", cache=False, wait=False, every_position=False)
+
+    def c(self) -> None:
+        """As TRL and DistillKit do it."""
+        self._padded("longest", cache=False, wait=False, every_position=True)
+
+    def d(self) -> None:
+        """KAVA with the teacher beside the student."""
+        trainer = self.trainer
+        batches, counts = trainer.get_batch_samples(iter(self._joined()), len(self._joined()), self.device)
+        for batch in batches:
+            trainer.training_step(trainer.model, batch, counts)
+
+    def _joined(self) -> list[dict[str, Any]]:
+        """What the training loader hands over, on the device."""
+        step, collator = self.size.batch_size, JoiningCollator()
+        batches = (collator(self.examples[start : start + step]) for start in range(0, len(self.examples), step))
+        return [
+            {name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+            for batch in batches
+        ]
+
+    def f(self) -> None:
+        """The floor: the student's decoder alone."""
+        self.student.train()
+        for row in pack_step(self._joined(), self.size.batch_size * self.size.max_length):
+            run_decoder(self.student, row["input_ids"], packed_lengths=row["packed_lengths"]).sum().backward()
+
+    def g(self) -> None:
+        """Plain fine-tuning, padded to the longest of each batch."""
+        self.student.train()
+        for batch in self._batches("longest"):
+            self.student(**batch, use_cache=False, num_items_in_batch=self.answers).loss.backward()
+
+    def prepare(self) -> None:
+        """Between two runs."""
+        self.trainer.model.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def needed_flops(self) -> int:
+        """Floating-point operations of KAVA's own step: matrix products alone, and each of them once."""
+        self.prepare()
+        once = mock.patch("kava_trainer.losses.checkpoint", lambda function, *rows, **_: function(*rows))
+        with once, FlopCounterMode(display=False) as counter:
+            self.d()
+        return counter.get_total_flops()
+
+
+def _texts(size: Size) -> Dataset:
+    if size.tokenizer == STUDENT_FOLDER:
+        return Dataset.from_list(generate_problems(size.examples, "train"))
+    lines = (SHARED / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[: size.examples]
+    return Dataset.from_list([json.loads(line) for line in lines])
+
+
+class PeakMemory:
+    """The most memory in use within a `with` block: of the CUDA device, or of this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda, self.peak = device.type == "cuda", 0
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(0.01):
+            self.peak = max(self.peak, process.memory_info().rss)
+
+    def __enter__(self) -> "PeakMemory":
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._done = threading.Event()
+            self._thread = threading.Thread(target=self._watch)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self._done.set()
+            self._thread.join()
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """Floating-point operations a second of a large square matrix product, the best of several."""
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def measure(bench: Bench, ways: list[str], repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every repeat and peak memory of each way; all ways take turns, after one round to warm up."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peaks = dict.fromkeys(ways, 0)
+    for repeat in range(repeats + 1):
+        for way in ways:
+            bench.prepare()
+            with PeakMemory(bench.device) as memory:
+                start = time.perf_counter()
+                getattr(bench, way)()
+                if bench.device.type == "cuda":
+                    torch.cuda.synchronize()
+                duration = time.perf_counter() - start
+            if repeat > 0:
+                seconds[way].append(duration)
+                peaks[way] = max(peaks[way], memory.peak)
+            print(f"round {repeat} way {way}: {duration:.2f} s", flush=True)
+    return seconds, peaks
+
+
+def rows_of(bench: Bench, arguments: argparse.Namespace, ways: list[str]) -> list[dict[str, Any]]:
+    """One row of the CSV file for each way."""
+    side = 2048 if bench.device.type == "cpu" else 8192
+    rate = matrix_rate(bench.size.dtype, bench.device, side)
+    flops = bench.needed_flops()
+    seconds, peaks = measure(bench, ways, arguments.repeats)
+    rate = max(rate, matrix_rate(bench.size.dtype, bench.device, side))
+    median = {way: statistics.median(values) for way, values in seconds.items()}
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
+    shared = {
+        "size": arguments.size, "terms": arguments.terms, "repeats": arguments.repeats, "tokens": bench.tokens,
+        "flops": flops, "matrix_flops_per_second": rate, "device": f"{device} ({platform.machine()})",
+        "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    return [
+        shared
+        | {
+            "way": way,
+            "seconds": time_taken,
+            "examples_per_second": len(bench.examples) / time_taken,
+            "tokens_per_second": bench.tokens / time_taken,
+            "ratio_to_usual": median["a"] / time_taken if "a" in median else None,
+            "ratio_to_floor": time_taken / median["f"] if "f" in median else None,
+            "fraction_of_limit": flops / rate / time_taken if way not in ("f", "g") else None,
+            "peak_memory_bytes": peaks[way],
+        }
+        for way, time_taken in median.items()
+    ]
+
+
+def main() -> None:
+    """Measure and write the CSV file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--ways", default="a,b,c,d,f,g")
+    parser.add_argument("--terms", choices=TERMS, default="hidden")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    ways = arguments.ways.split(",")
+    if unknown := set(ways) - set("abcdfg"):
+        parser.error(f"--ways knows a, b, c, d, f and g, not {', '.join(sorted(unknown))}")
+    bench = Bench(SIZES[arguments.size], arguments.terms, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = rows_of(bench, arguments, ways)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    for row in rows:
+        print({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if k in COLUMNS[:10]})
+
+
+if __name__ == "__main__":
+    main()
