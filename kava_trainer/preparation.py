@@ -23,6 +23,9 @@ from .teacher import OnlineTeacher, load_teacher
 from .terms import needed_teacher_layers
 from .trainer import KavaTrainer
 
+HEAD_CHECK_TOKENS = 64
+"""Tokens that the logits of a whole vocabulary are compared on, before training."""
+
 
 @dataclass
 class Data:
@@ -106,7 +109,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     target = build_target(training, models.student, models.teacher)
     layers = needed_teacher_layers(training, target, number_of_layers(models.teacher))
     teacher = OnlineTeacher(models.teacher, layers) if layers else None
-    text = torch.tensor([data.train[0]["input_ids"]])
+    text = torch.tensor([data.train[0]["input_ids"][:HEAD_CHECK_TOKENS]])
     if training.kd_weight > 0:
         check_head(models.teacher, text, "teacher")
     if training.kd_weight > 0 or training.lm_weight > 0:

@@ -40,6 +40,8 @@ class SteppingTrainer(SavingTrainer):
             return None
         if type(self.data_collator) is not DistillationCollator:
             return "the data collator is not KAVA's"
+        if self.args.torch_compile:
+            return "torch_compile would compile anew for the lengths of every row"
         for role, model in models.items():
             enable_packing(model)
             if problem := packing_problem(model):

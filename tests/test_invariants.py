@@ -186,3 +186,34 @@ def test_a_model_that_cannot_be_packed_is_padded_and_said_so(tmp_path, tokenizer
         "No packing, because the student, a BloomForCausalLM, cannot read packed examples (packed examples would see "
         "each other); micro-batches are padded to their longest example."
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"max_tokens_per_batch": 0}, None),
+        ({"torch_compile": True}, "torch_compile would compile anew for the lengths of every row"),
+    ],
+)
+def test_there_is_no_packing_where_it_is_not_wanted_or_does_not_pay(tmp_path, tokenizer, capsys, changes, reason):
+    assert not make_trainer(tmp_path, tokenizer, **changes).packs
+    assert (f"No packing, because {reason};" in capsys.readouterr().out) == (reason is not None)
+
+
+def test_every_example_of_an_epoch_is_trained_once_however_the_rows_fall(tmp_path, tokenizer):
+    for budget in (30, 1000):
+        changes = {"max_steps": -1, "num_train_epochs": 1, "max_tokens_per_batch": budget, "count": 13}
+        trainer = make_trainer(tmp_path, tokenizer, gradient_accumulation_steps=3, **changes)
+        seen, step = [], trainer.compute_loss
+
+        def note(model, inputs, *args, seen=seen, step=step, **kwargs):
+            if torch.is_grad_enabled() and "packed_lengths" in inputs:
+                seen.extend(
+                    map(tuple, (ids.tolist() for ids in inputs["input_ids"][0].split(inputs["packed_lengths"])))
+                )
+            return step(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = note
+        trainer.train()
+        assert sorted(seen) == sorted(tuple(ids) for ids in trainer.train_dataset["input_ids"])
+        assert trainer.state.global_step == 2
