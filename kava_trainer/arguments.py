@@ -150,6 +150,16 @@ class KavaTrainingArguments(TrainingArguments):
             "0 pads each micro-batch to its longest example instead."
         ),
     )
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Folder that the teacher's mapped states are written to once, before training, and read from ever after."
+        ),
+    )
+    teacher_cache_dtype: Literal["bfloat16", "int8"] = field(
+        default="bfloat16",
+        metadata=help_text("How they are stored; int8, with a scale for every 32 channels, takes half the space."),
+    )
     run_control: bool = field(
         default=False,
         metadata=help_text(

@@ -2,10 +2,14 @@
 
 Both forms name the positions where a next token is to be learned: `answer_index` [K] counts through the flattened
 tokens of the batch and `next_tokens` [K] holds the tokens that follow, so the vocabulary head runs nowhere else and
-nothing has to be searched on the device.
+nothing has to be searched on the device. Where the teacher's states are read from a cache, the collators read them, in
+the data workers, and put them into the batch.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .losses import IGNORED
 from .packing import plan_packs
+
+StatesReader = Callable[[Sequence[int]], dict[int, torch.Tensor]]
+"""Gives the teacher's states [T, d_t] of an example by layer, from its token ids."""
 
 
 def _answers(labels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,28 +37,50 @@ class DistillationCollator:
 
     Args:
         tokenizer: gives the padding token; its end-of-text token stands in where it has none.
+        read_states: reads the teacher's states, which are then part of the batch.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, read_states: StatesReader | None = None) -> None:
+        self.read_states = read_states
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate examples with `input_ids` and `labels` into [B, T] tensors, `answer_index` and `next_tokens`."""
+    def reading(self, read_states: StatesReader) -> "DistillationCollator":
+        """The same collator, reading the teacher's states."""
+        collator = copy.copy(self)
+        collator.read_states = read_states
+        return collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate examples with `input_ids` and `labels`.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, and where states are
+            read `teacher_states` [B, T, d_t] by layer.
+        """
         input_ids = [torch.tensor(example["input_ids"]) for example in examples]
         labels = [torch.tensor(example["labels"]) for example in examples]
         answers = [_answers(example["labels"]) for example in examples]
         width = max(map(len, input_ids))
+        states = _states(examples, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "answer_index": torch.cat([row * width + positions for row, (positions, _) in enumerate(answers)]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
+            **states,
         }
 
 
 class JoiningCollator:
-    """Joins examples end to end; `pack_step` makes rows of them once a whole optimizer step is there."""
+    """Joins examples end to end; `pack_step` makes rows of them once a whole optimizer step is there.
+
+    Args:
+        read_states: as for `DistillationCollator`.
+    """
+
+    def __init__(self, read_states: StatesReader | None = None) -> None:
+        self.read_states = read_states
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate examples with `input_ids` and `labels`: flat tensors, and how many entries each example has."""
@@ -62,7 +91,17 @@ class JoiningCollator:
             "answer_index": torch.cat([positions for positions, _ in answers]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
             "answers": [len(positions) for positions, _ in answers],
+            **_states(examples, self.read_states, torch.cat),
         }
+
+
+def _states(
+    examples: list[dict[str, Any]], read: StatesReader | None, join: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> dict[str, dict[int, torch.Tensor]]:
+    if read is None:
+        return {}
+    states = [read(example["input_ids"]) for example in examples]
+    return {"teacher_states": {layer: join([own[layer] for own in states]) for layer in states[0]}}
 
 
 def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
@@ -73,33 +112,50 @@ def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]
         budget: tokens of one row; a longer example gets a row of its own.
 
     Returns:
-        Rows with `input_ids` and `attention_mask` [1, T], `packed_lengths`, `answer_index` and `next_tokens`.
+        Rows with `input_ids` and `attention_mask` [1, T], `packed_lengths`, `answer_index`, `next_tokens`, and
+        `teacher_states` [1, T, d_t] by layer where the batches have them.
     """
     examples = [example for batch in batches for example in _examples(batch)]
-    return [_row([examples[i] for i in pack]) for pack in plan_packs([len(ids) for ids, *_ in examples], budget)]
+    packs = plan_packs([len(example.input_ids) for example in examples], budget)
+    return [_row([examples[i] for i in pack]) for pack in packs]
 
 
-def _examples(batch: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Tokens, answer positions and next tokens of each example."""
+@dataclass(frozen=True)
+class _Example:
+    input_ids: torch.Tensor
+    answer_index: torch.Tensor
+    next_tokens: torch.Tensor
+    teacher_states: dict[int, torch.Tensor]
+
+
+def _examples(batch: dict[str, Any]) -> list[_Example]:
+    """The examples that a batch of `JoiningCollator` holds end to end."""
     tokens = batch["input_ids"].split(batch["lengths"])
-    answers = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
-    return list(zip(tokens, *answers, strict=True))
+    answers = [batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens")]
+    states = {layer: part.split(batch["lengths"]) for layer, part in batch.get("teacher_states", {}).items()}
+    return [
+        _Example(*parts, {layer: own[i] for layer, own in states.items()})
+        for i, parts in enumerate(zip(tokens, *answers, strict=True))
+    ]
 
 
-def _row(examples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
-    input_ids = torch.cat([ids for ids, _, _ in examples]).unsqueeze(0)
-    lengths, index, start = [], [], 0
-    for ids, positions, _ in examples:
-        lengths.append(len(ids))
-        index.append(positions + start)
-        start += len(ids)
-    return {
+def _row(examples: list[_Example]) -> dict[str, Any]:
+    input_ids = torch.cat([example.input_ids for example in examples]).unsqueeze(0)
+    lengths = tuple(len(example.input_ids) for example in examples)
+    starts = accumulate(lengths[:-1], initial=0)
+    row = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "packed_lengths": tuple(lengths),
-        "answer_index": torch.cat(index),
-        "next_tokens": torch.cat([tokens for _, _, tokens in examples]),
+        "packed_lengths": lengths,
+        "answer_index": torch.cat(
+            [example.answer_index + start for example, start in zip(examples, starts, strict=True)]
+        ),
+        "next_tokens": torch.cat([example.next_tokens for example in examples]),
     }
+    if layers := examples[0].teacher_states.keys():
+        joined = {layer: torch.cat([example.teacher_states[layer] for example in examples]) for layer in layers}
+        row["teacher_states"] = {layer: part.unsqueeze(0) for layer, part in joined.items()}
+    return row
 
 
 def spread(rows: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ import copy
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate.utils import release_memory
 from transformers import set_seed
 
@@ -11,6 +12,8 @@ from .arguments import KavaArguments, KavaTrainingArguments
 from .checkpoint_io import find_newest_checkpoint
 from .preparation import Data, Models, make_trainer
 from .student import load_student
+from .teacher import load_teacher
+from .teacher_cache import is_released
 from .trainer import KavaTrainer
 
 CONTROL_FOLDER = "control"
@@ -43,19 +46,22 @@ def forget_control(training: KavaTrainingArguments) -> None:
 def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:
     """The control's trainer, around a student that starts with the very weights the run's student started with.
 
-    The teacher makes room on the device, unless it is quantised and cannot move.
+    The teacher makes room on the device, unless it is quantised and cannot move, or has made room for its cache.
 
     Args:
         arguments: of the run.
         models: of the run, whose trainer has been released.
         data: of the run.
     """
-    if not getattr(models.teacher, "is_quantized", False):
-        models.teacher.to("cpu")
+    teacher = models.teacher
+    if not is_released(teacher):
+        teacher = teacher if getattr(teacher, "is_quantized", False) else teacher.to("cpu")
+    elif arguments.model.student_init == "teacher_layers":
+        teacher = load_teacher(arguments.model, torch.device("cpu"))
     release_memory()
     training = control_arguments(arguments.training)
     set_seed(training.seed)
-    student = load_student(arguments.model, models.teacher)
+    student = load_student(arguments.model, teacher)
     return make_trainer(training, Models(models.teacher, student, models.tokenizer), data)
 
 

@@ -1,6 +1,7 @@
 """Configs, tokenizers and weights by hub id or local folder, with one clear error where they cannot be had."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,12 @@ def _locate(name: str, role: str) -> str:
     if name == QUICKSTART:
         return str(TEACHER_FOLDER if role == "teacher" else STUDENT_FOLDER)
     return name
+
+
+def model_folder(name: str, role: str) -> Path | None:
+    """The local folder that a name means, also `quickstart`; None for a hub id."""
+    folder = Path(_locate(name, role))
+    return folder if folder.is_dir() else None
 
 
 def _load(what: str, name: str, load: Callable[[], T]) -> T:

@@ -27,7 +27,17 @@ from .environment import (
 from .errors import BadRequest, RunFailed
 from .evaluation import evaluate_model, longest_answer
 from .hub import push_student, render_model_card
-from .preparation import Data, Models, build_trainer, check_teacher, load_data, load_models, load_tokenizers
+from .preparation import (
+    Data,
+    Models,
+    build_trainer,
+    check_teacher,
+    fill_cache,
+    load_data,
+    load_models,
+    load_tokenizers,
+    open_cache,
+)
 from .summary import RunSummary
 from .trainer import KavaTrainer
 from .verdict import CONTROL_FAILED, judge
@@ -68,9 +78,12 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
     data = load_data(console, arguments, tokenizer)
     models = load_models(console, arguments, tokenizer)
     trainer = build_trainer(console, arguments, models, data)
+    cache = open_cache(arguments, models, trainer)
     check_teacher(console, models, data, training.per_device_eval_batch_size)
     console.stage("Evaluation")
     _evaluate(console, arguments, models, data, summary, ("teacher", "student_before"))
+    if cache is not None:
+        fill_cache(console, arguments, cache, models, data, trainer)
     status = "failed"  # from here on the output folder is this run's, and its summary is written however it ends
     try:
         status, code = _train_and_judge(console, arguments, models, data, trainer, checkpoint, summary, argv)

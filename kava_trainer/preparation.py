@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import datasets
 import torch
+from accelerate.utils import release_memory
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -20,6 +21,7 @@ from .loading import check_tokenizers_agree, check_vocabulary_fits, load_tokeniz
 from .student import load_student
 from .targets import build_target
 from .teacher import OnlineTeacher, load_teacher
+from .teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
 from .terms import needed_teacher_layers
 from .trainer import KavaTrainer
 
@@ -183,3 +185,47 @@ def check_teacher(console: Console, models: Models, data: Data, batch_size: int)
         console.warn(
             "The teacher is no better than chance on these answers. Look at its weights, its tokenizer and the data."
         )
+
+
+def open_cache(arguments: KavaArguments, models: Models, trainer: KavaTrainer) -> TeacherCache | None:
+    """The folder of teacher states, where one is asked for and some term reads the teacher.
+
+    Raises:
+        BadRequest: if it holds something else.
+    """
+    training = arguments.training
+    if training.teacher_cache_dir is None or trainer.teacher is None:
+        return None
+    identity = teacher_identity(arguments.model, models.teacher, trainer.accelerator.mixed_precision)
+    return TeacherCache(training.teacher_cache_dir, identity, trainer.teacher.layers, training.teacher_cache_dtype)
+
+
+def fill_cache(
+    console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, data: Data, trainer: KavaTrainer
+) -> None:
+    """Write the states that are missing, let the trainer read them from the cache, and free the teacher's weights.
+
+    Raises:
+        BadRequest: if the cache is broken, or the disk too small for it.
+    """
+    console.stage("Teacher cache")
+    cache.verify()
+    parts = [data.train] if data.evaluation is None else [data.train, data.evaluation]
+    examples = datasets.concatenate_datasets([part.select_columns("input_ids") for part in parts])["input_ids"]
+    missing = cache.missing(examples)
+    tokens = sum(len(examples[i]) for i in missing)
+    size = cache.bytes_for(tokens, hidden_size(models.teacher))
+    layers = ", ".join(map(str, cache.layers))
+    console.print(
+        f"{len(missing)} of {len(examples)} examples are to be written to {cache.folder}: {tokens} tokens, layers "
+        f"{layers}, {cache.dtype}, {size / 1e6:.1f} MB"
+    )
+    if missing:
+        training = arguments.training
+        budget = training.max_tokens_per_batch or training.per_device_eval_batch_size * arguments.data.max_length
+        cache.check_space(size)
+        cache.build(models.teacher, examples, missing, budget, trainer.accelerator.autocast)
+    trainer.read_cache(CachedTeacher(models.teacher, cache.read))
+    release_weights(models.teacher, keep_head=arguments.training.kd_weight > 0)
+    release_memory()
+    console.print("The teacher's states come from there from now on; its weights are freed.")

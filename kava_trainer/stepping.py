@@ -54,7 +54,7 @@ class SteppingTrainer(SavingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's loader of the training examples, which pads or, for packing, only joins them."""
         padding = self.data_collator
-        self.data_collator = JoiningCollator() if self.packs else padding
+        self.data_collator = JoiningCollator(padding.read_states) if self.packs else padding
         try:
             return super().get_train_dataloader()
         finally:

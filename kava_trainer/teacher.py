@@ -93,6 +93,7 @@ class OnlineTeacher:
         self.model = freeze(model)
         self.hidden_size = hidden_size(model)
         self.num_layers = number_of_layers(model)
+        self.layers = layers
         self._depth = max(layers, default=0)
         self._capture = HiddenStateCapture(model, layers)
 

@@ -19,6 +19,7 @@ from .callbacks.probe import ProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
 from .checkpoint_io import TRAINER_STATE_FILE
+from .collating import DistillationCollator
 from .console import Console
 from .heads import vocabulary_size
 from .losses import IGNORED
@@ -28,6 +29,7 @@ from .stepping import SteppingTrainer
 from .student import DistillationModel
 from .targets import HiddenStateTarget
 from .teacher import OnlineTeacher, TeacherSource
+from .teacher_cache import CachedTeacher
 from .terms import LossTerms
 
 
@@ -64,7 +66,11 @@ class KavaTrainer(SteppingTrainer):
             self.remove_callback(callback)
         self._console = Console(args.plain_output)
         self._choose_packing()
-        self.probe = self._make_probe()
+        self.probe: AlignmentProbe | None = None
+        if isinstance(teacher, CachedTeacher):
+            self.read_cache(teacher)
+        else:
+            self.probe = self._make_probe()
         self.last_probe: ProbeResult | None = None
         fading = {"mercator", "mse"} if args.alignment_schedule != "constant" else set()
         self._shares = ShareWatch({"anchor", *fading})
@@ -78,6 +84,18 @@ class KavaTrainer(SteppingTrainer):
     def teacher(self) -> TeacherSource | None:
         """Where the teacher's states come from."""
         return self.terms.teacher
+
+    def read_cache(self, teacher: CachedTeacher) -> None:
+        """From now on take the teacher's states from a cache, in place of a model that ran so far.
+
+        Raises:
+            ValueError: if the data collator is not KAVA's, which alone puts the states into the batches.
+        """
+        if not isinstance(self.data_collator, DistillationCollator):
+            raise ValueError("A cached teacher needs DistillationCollator as data_collator: it reads the states.")
+        self.terms.teacher = teacher
+        self.data_collator = self.data_collator.reading(teacher.read)
+        self.probe = self._make_probe()
 
     def _choose_packing(self) -> None:
         """Pack where both models can; else say why in one line."""

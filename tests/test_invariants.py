@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, random_examples, tiny_qwen
 from safetensors.torch import load_file
+from test_teacher_cache import cached_run
 from test_trainer import loss_lines, make_trainer
 from transformers import BloomConfig, BloomForCausalLM
 
 from kava_trainer.projector import load_projectors
+from kava_trainer.teacher_cache import CachedTeacher
 
 SCRIPT = Path(__file__).parent / "ddp_step.py"
 WEIGHTS = "1.0,1.0"
@@ -141,33 +143,45 @@ def test_a_resumed_run_ends_bit_equal_to_one_never_stopped(tmp_path, tokenizer, 
     assert weight_hash(saved) != weight_hash(resumed.target.projectors)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_packing_changes_no_loss_of_a_run(tmp_path, tokenizer, checkpointing):
-    terms = {
-        "mercator_weight": 1.0,
+LEVERS = {
+    "packing": {"max_tokens_per_batch": 40},
+    "packing and checkpointing": {"max_tokens_per_batch": 40, "gradient_checkpointing": True},
+    "cache": {"cache": "bfloat16"},
+    "all": {"max_tokens_per_batch": 40, "cache": "int8", "dataloader_num_workers": 1, "gradient_checkpointing": True},
+}
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory, tokenizer):
+    """Losses of 50 steps with every optimisation off."""
+    return levered_run(tmp_path_factory.mktemp("plain"), tokenizer)
+
+
+def levered_run(folder, tokenizer, cache=None, **levers):
+    settings = {
+        "max_steps": 50,
+        "projector_dropout": 0.0,
+        "max_tokens_per_batch": 0,
         "mse_weight": 0.2,
-        "lm_weight": 1.0,
         "kd_weight": 0.5,
         "layer_mapping": "uniform:2",
+        **levers,
     }
-    lines = []
-    for budget in (40, 0):
-        trainer = make_trainer(
-            tmp_path,
-            tokenizer,
-            max_steps=50,
-            projector_dropout=0.0,
-            max_tokens_per_batch=budget,
-            gradient_checkpointing=checkpointing,
-            **terms,
-        )
-        assert trainer.packs == (budget > 0)
-        trainer.train()
-        lines.append(loss_lines(trainer))
-    assert len(lines[0]) == len(lines[1]) == 50
-    for packed, padded in zip(*lines, strict=True):
+    trainer = cached_run(folder, tokenizer, cache, **settings)
+    assert trainer.packs == (settings["max_tokens_per_batch"] > 0)
+    assert isinstance(trainer.teacher, CachedTeacher) == (cache is not None)
+    return loss_lines(trainer)
+
+
+@pytest.mark.parametrize("levers", LEVERS)
+def test_no_optimisation_changes_the_losses_of_50_steps(tmp_path, tokenizer, plain_run, levers):
+    changes = LEVERS[levers]
+    lines = levered_run(tmp_path, tokenizer, **changes)
+    tolerance = {"rel": 0.01, "abs": 3e-3} if "cache" in changes else {"rel": 2e-3, "abs": 1e-4}
+    assert len(lines) == len(plain_run) == 50
+    for fast, plain in zip(lines, plain_run, strict=True):
         for name in ("loss", "grad_norm", "cos_sim", "mercator_loss", "mse_loss", "lm_loss", "kd_loss"):
-            assert packed[name] == pytest.approx(padded[name], rel=2e-3, abs=1e-4), (packed["step"], name)
+            assert fast[name] == pytest.approx(plain[name], **tolerance), (plain["step"], name)
 
 
 def test_a_model_that_cannot_be_packed_is_padded_and_said_so(tmp_path, tokenizer, capsys):
