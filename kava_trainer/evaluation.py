@@ -104,7 +104,7 @@ def answer_cross_entropy(
     total, count = 0.0, 0
 
     def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return next_token_sum(vocabulary_logits(model, states), targets)
+        return next_token_sum(vocabulary_logits(model, states), targets).unsqueeze(0)
 
     with PartialState().split_between_processes(order) as share:
         for rows in _batches(share, batch_size, "Perplexity"):
@@ -112,7 +112,8 @@ def answer_cross_entropy(
             batch = send_to_device(batch, model.device)
             states = run_decoder(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
             answers = (states[batch["answer_index"]], batch["next_tokens"])
-            total += sum_in_chunks(chunk, answers, vocabulary_size(model)).item()
+            found, _ = sum_in_chunks(chunk, answers, torch.ones(1, device=model.device), [], vocabulary_size(model))
+            total += found.item()
             count += len(batch["next_tokens"])
     model.train(training)
     shares = gather_object([(total, count)])

@@ -7,11 +7,11 @@ without any unmasked token gives 0 with zero gradients.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 MINIMUM_NORM = 1e-6
 
@@ -176,21 +176,88 @@ def next_token_sum(logits: torch.Tensor, targets: torch.Tensor, label_smoothing:
 def sum_in_chunks(
     function: Callable[..., torch.Tensor],
     rows: tuple[torch.Tensor, ...],
+    weights: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
     vocabulary: int,
     chunk_bytes: int = CHUNK_BYTES,
-) -> torch.Tensor:
-    """Sum of `function` over chunks of rows, so that logits exist for one chunk at a time, forward and backward.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of `function` over chunks of rows, so that logits exist for one chunk at a time, forward and backward.
 
-    The backward pass computes the function again, for one chunk after another.
+    The gradient of each chunk is computed as soon as its sums are, while its logits are there (the idea of fused
+    linear losses, Hsu et al., Liger Kernel, arXiv 2410.10989), so nothing is kept or computed twice for the backward
+    pass. Therefore only a sum with known weights can be differentiated.
 
     Args:
-        function: maps a chunk of each of the rows to sums over the chunk.
+        function: maps a chunk of each of the rows to n sums over the chunk.
         rows: tensors [N, ...]; with N = 0 the function is called once, on nothing.
+        weights: of the n sums in the total [n].
+        parameters: what else `function` reads that a gradient is wanted of.
         vocabulary: logits of one row.
         chunk_bytes: a chunk has as many rows as make a float32 tensor of logits of this size; a divergence needs six
             to nine of those at once.
+
+    Returns:
+        The weighted total, which can be differentiated once, and the n sums, which cannot.
     """
     size = max(1, chunk_bytes // (4 * vocabulary))
-    chunks = zip(*(row.split(size) for row in rows), strict=True)
-    sums = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(sums).sum(dim=0)
+    if torch.is_grad_enabled():
+        return _ChunkedSum.apply(function, weights, size, len(rows), *rows, *parameters)
+    sums = torch.stack([function(*chunk) for chunk in _chunks(rows, size)]).sum(dim=0)
+    return sums @ weights, sums
+
+
+def _chunks(rows: Sequence[torch.Tensor], size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(row.split(size) for row in rows), strict=True)
+
+
+def _add_gradients(
+    function: Callable[..., torch.Tensor],
+    weights: torch.Tensor,
+    chunk: Sequence[torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    into: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """The sums of one chunk. Their weighted gradient is added to `into`, where that of a tensor is wanted."""
+    with torch.enable_grad():
+        leaves = [row.detach().requires_grad_(own is not None) for row, own in zip(chunk, into, strict=False)]
+        sums = function(*leaves)
+    wanted = [(tensor, own) for tensor, own in zip((*leaves, *parameters), into, strict=True) if own is not None]
+    if wanted:
+        found = torch.autograd.grad(sums, [tensor for tensor, _ in wanted], weights, allow_unused=True)
+        for gradient, (_, own) in zip(found, wanted, strict=True):
+            own.add_(0 if gradient is None else gradient)
+    return sums.detach()
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """Forward and gradient of `sum_in_chunks` in one pass over the chunks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[..., torch.Tensor],
+        weights: torch.Tensor,
+        size: int,
+        count: int,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, parameters, wanted = tensors[:count], tensors[count:], ctx.needs_input_grad[4:]
+        gradients = [torch.zeros_like(tensor) if want else None for tensor, want in zip(tensors, wanted, strict=True)]
+        parts, start = [], 0
+        for chunk in _chunks(rows, size):
+            stop = start + len(chunk[0])
+            into = [own if own is None or i >= count else own[start:stop] for i, own in enumerate(gradients)]
+            parts.append(_add_gradients(function, weights, chunk, parameters, into))
+            start = stop
+        ctx.gradients = gradients
+        sums = torch.stack(parts).sum(dim=0)
+        ctx.mark_non_differentiable(sums)
+        return sums @ weights, sums
+
+    @staticmethod
+    def backward(ctx: Any, total: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Nothing but the engine may hold them afterwards: then it adds to a tied weight's gradient in place.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("The terms on logits can be differentiated only once; compute them again.")
+        return None, None, None, None, *(own if own is None else own.mul_(total) for own in gradients)

@@ -37,6 +37,7 @@ from .preparation import (
     load_models,
     load_tokenizers,
     open_cache,
+    tell_memory,
 )
 from .summary import RunSummary
 from .trainer import KavaTrainer
@@ -76,6 +77,7 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
     _show_configuration(console, arguments, checkpoint)
     tokenizer = load_tokenizers(arguments)
     data = load_data(console, arguments, tokenizer)
+    summary.content["throughput"]["estimated_memory_bytes"] = tell_memory(console, arguments)
     models = load_models(console, arguments, tokenizer)
     trainer = build_trainer(console, arguments, models, data)
     cache = open_cache(arguments, models, trainer)
@@ -204,6 +206,9 @@ def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summ
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not result.metrics:
             console.print("The checkpoint is at the last step already; nothing is left to train.")
+        if (peak := peak_memory_bytes(trainer.args.device)) is not None:
+            whose = "on the device" if trainer.args.device.type == "cuda" else "of the whole process"
+            console.print(f"Peak memory so far, {whose}: {peak / 1e9:.2f} GB")
     finally:
         summary.add_training(trainer.state.log_history, trainer.state.global_step)
         summary.content["throughput"] |= {"peak_memory_bytes": peak_memory_bytes(trainer.args.device)}

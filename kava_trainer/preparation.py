@@ -14,10 +14,11 @@ from .capture import context_length, hidden_size, number_of_layers
 from .collating import DistillationCollator
 from .console import Console
 from .data import Encoded, encode_dataset, load_splits
-from .errors import BadRequest
+from .errors import BadRequest, reason_of
 from .evaluation import answer_cross_entropy
 from .heads import check_head
 from .loading import check_tokenizers_agree, check_vocabulary_fits, load_tokenizer
+from .memory import estimate_memory
 from .student import load_student
 from .targets import build_target
 from .teacher import OnlineTeacher, load_teacher
@@ -81,6 +82,34 @@ def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, m
         f"{len(encoded.dataset)} {which} examples of {total}: {encoded.truncated} cut to {max_length} tokens, "
         f"{encoded.dropped} dropped because no answer was left"
     )
+
+
+def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
+    """Say what training will take of each device, before a weight is loaded; the sum in bytes.
+
+    Raises:
+        BadRequest: as `estimate_memory`.
+    """
+    try:
+        parts = estimate_memory(arguments)
+    except RuntimeError as error:  # a model whose code asks for values, which fake tensors lack
+        console.print(f"No memory estimate: the passes of these models cannot be played through ({reason_of(error)}).")
+        return None
+    total, device = sum(parts.values()), arguments.training.device
+    shown = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    console.print(f"Memory estimate for training: {_size(total)} ({shown})")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if free is not None and total > free:
+        console.warn(
+            f"That is more than the {_size(free)} that are free. Lower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps), set gradient_checkpointing, choose teacher_quantization 4bit or a "
+            "teacher_cache_dir, or an optim with 8-bit states such as adamw_bnb_8bit."
+        )
+    return total
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Models:

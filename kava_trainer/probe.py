@@ -125,7 +125,7 @@ class AlignmentProbe:
             batch = send_to_device(batch, model.student.device)
             mask = batch["attention_mask"].bool()
             states = terms.teacher_states(batch)
-            output = terms.student_outputs(model, batch, states, with_logits=False)
+            output = terms.student_outputs(model, batch, states, None)
             for row, (student, teacher), pair in zip(rows, model.target.pairs, output.pairs, strict=True):
                 compared = (pair.student, pair.target, output.hidden_states[student], states[teacher])
                 for kept, tensor in zip(row, compared, strict=True):
@@ -146,25 +146,23 @@ class AlignmentProbe:
                 model.zero_grad()
                 with torch.random.fork_rng(devices), torch.enable_grad():
                     torch.manual_seed(0)
-                    self._backward(model, terms, name)
-                norms[name] = weight * _norm(parameter.grad for parameter in model.student.parameters())
+                    self._backward(model, terms, {name: weight})
+                norms[name] = _norm(parameter.grad for parameter in model.student.parameters())
         finally:
             for parameter, gradient in before.items():
                 parameter.grad = gradient
         total = sum(norms.values())
         return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
 
-    def _backward(self, model: DistillationModel, terms: LossTerms, name: str) -> None:
-        """The gradient of one term as a token mean over all gradient batches."""
+    def _backward(self, model: DistillationModel, terms: LossTerms, weights: dict[str, float]) -> None:
+        """The gradient of the terms that have weights, as token means over all gradient batches."""
         tokens = sum(int(batch["attention_mask"].sum()) for batch in self._gradient_batches)
         answers = sum(len(batch["next_tokens"]) for batch in self._gradient_batches)
         for batch in self._gradient_batches:
             batch = send_to_device(batch, model.student.device)
             states = terms.teacher_states(batch)
             counts = torch.tensor([tokens, answers], device=model.student.device)
-            losses = terms.compute(terms.student_outputs(model, batch, states), batch, counts)
-            if name in losses:
-                losses[name].backward()
+            terms.loss(terms.student_outputs(model, batch, states, weights), batch, weights, counts).backward()
 
 
 def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from .source_arguments import ModelArguments
 from .targets import AlignedStates, HiddenStateTarget
 
 
-def _config(arguments: ModelArguments) -> PreTrainedConfig:
+def student_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The student's config. Raises `BadRequest` where it cannot be had."""
     name = arguments.student_model_name_or_path or arguments.student_config_name
     return load_config(name, "student", arguments.student_revision, arguments)
 
@@ -38,7 +39,7 @@ def load_student(arguments: ModelArguments, teacher: PreTrainedModel) -> PreTrai
         name, revision = arguments.student_model_name_or_path, arguments.student_revision
         student = load_causal_lm(name, "student", revision, arguments.student_dtype, arguments)
     else:
-        student = build_causal_lm(_config(arguments), arguments.student_dtype, arguments)
+        student = build_causal_lm(student_config(arguments), arguments.student_dtype, arguments)
     if arguments.student_init == "teacher_layers":
         copy_teacher_layers(teacher, student)
     return (student.float() if student.dtype == torch.float16 else student).train()
@@ -80,8 +81,9 @@ def _renumber(match: re.Match[str], source_of: list[int]) -> str:
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps last hidden states [..., d] to logits [..., vocabulary]."""
 
-LogitsTerms = Callable[[Head, torch.Tensor], dict[str, torch.Tensor]]
-"""Computes the terms on logits from the vocabulary head and the last hidden state [B, T, d_s]: sums by name."""
+LogitsTerms = Callable[[Head, Sequence[torch.Tensor], torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""Computes the terms on logits from the vocabulary head, its trained parameters and the last hidden state [B, T, d_s]:
+their weighted total, and the sums by name."""
 
 
 @dataclass
@@ -97,8 +99,10 @@ class StudentOutput:
     """[B, T, d_s] by student layer."""
     pairs: list[AlignedStates]
     """Both sides of each pair of layers in one space; empty without teacher states."""
-    logits_sums: dict[str, torch.Tensor]
-    """Sums over tokens of the terms on logits; empty where none was asked for."""
+    logits_total: torch.Tensor | None = None
+    """Weighted sum of the terms on logits over tokens, with its gradient; None where none was asked for."""
+    logits_sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sums over tokens of the terms on logits, without weights and gradients."""
 
 
 class DistillationModel(nn.Module):
@@ -157,8 +161,10 @@ class DistillationModel(nn.Module):
         with self._capture as states:
             last = run_decoder(self.student, input_ids, attention_mask, packed_lengths)
         pairs = [] if teacher_states is None else self.target(states, teacher_states)
-        sums = {} if logits_terms is None else logits_terms(self.head, last)
-        return StudentOutput(last, states, pairs, sums)
+        if logits_terms is None:
+            return StudentOutput(last, states, pairs)
+        own = [p for p in self.student.get_output_embeddings().parameters() if p.requires_grad]
+        return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last))
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_s]."""

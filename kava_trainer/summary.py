@@ -17,7 +17,7 @@ _FINAL = (
 _EVALUATED = ("teacher", "student_before", "student_after", "control_sft")
 _THROUGHPUT = (
     "tokens_per_second", "samples_per_second", "padding_fraction", "peak_memory_bytes", "teacher_seconds",
-    "student_seconds",
+    "student_seconds", "estimated_memory_bytes",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The loss terms of one micro-batch, by name, and the weights that they are added with."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -68,7 +68,7 @@ class LossTerms:
         vocabulary: int,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.args, self.target, self.teacher, self._autocast = args, target, teacher, autocast
+        self.args, self.target, self.teacher, self.autocast = args, target, teacher, autocast
         self._vocabulary = vocabulary
         weights = {
             "mercator": args.mercator_weight,
@@ -96,7 +96,7 @@ class LossTerms:
         """The teacher's states on a batch; None where no term reads them."""
         if self.teacher is None or not (self.args.aligns or self.args.kd_weight > 0):
             return None
-        with self._autocast():
+        with self.autocast():
             return self.teacher.features(inputs)
 
     def student_outputs(
@@ -104,7 +104,7 @@ class LossTerms:
         model: DistillationModel,
         inputs: Mapping[str, Any],
         teacher_states: dict[int, torch.Tensor] | None,
-        with_logits: bool = True,
+        weights: dict[str, float] | None,
     ) -> StudentOutput:
         """Run student and projectors.
 
@@ -112,25 +112,34 @@ class LossTerms:
             model: the student and the projectors, wrapped or not.
             inputs: a batch of `data`.
             teacher_states: of the same batch; None where no term reads the teacher.
-            with_logits: whether the terms on logits are computed too; the next-token loss always is in evaluation.
+            weights: of the terms to compute; the next-token loss always is in evaluation. With None the two sides are
+                brought together and no term on logits is computed.
         """
-        names = [name for name in LOGITS_TERMS if name in self._weights or (name == "lm" and not model.training)]
+        named = weights or {}
+        names = [name for name in LOGITS_TERMS if name in named or (name == "lm" and weights and not model.training)]
+        aligns = self.args.aligns and (weights is None or not named.keys().isdisjoint(ALIGNMENT_TERMS))
         return model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             packed_lengths=inputs.get("packed_lengths"),
-            teacher_states=teacher_states if self.args.aligns else None,
-            logits_terms=self._logits_terms(inputs, teacher_states, names) if with_logits and names else None,
+            teacher_states=teacher_states if aligns else None,
+            logits_terms=self._logits_terms(inputs, teacher_states, names, named) if names else None,
         )
 
     def _logits_terms(
-        self, inputs: Mapping[str, Any], teacher_states: dict[int, torch.Tensor] | None, names: list[str]
+        self,
+        inputs: Mapping[str, Any],
+        teacher_states: dict[int, torch.Tensor] | None,
+        names: list[str],
+        weights: dict[str, float],
     ) -> LogitsTerms:
         """What computes the terms on logits inside the model's forward pass, at the answers alone."""
         index, targets = inputs["answer_index"], inputs["next_tokens"]
         temperature, beta = self.args.kd_temperature, self.args.kd_beta
 
-        def sums(head: Head, last_state: torch.Tensor) -> dict[str, torch.Tensor]:
+        def terms(
+            head: Head, parameters: Sequence[torch.Tensor], last_state: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
 
             def chunk(states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
@@ -145,53 +154,47 @@ class LossTerms:
             rows = [last_state.flatten(0, 1)[index], targets]
             if "kd" in names:
                 rows.append(teacher_states[self.teacher.num_layers].flatten(0, 1)[index])
-            return dict(zip(names, sum_in_chunks(chunk, tuple(rows), self._vocabulary), strict=True))
+            mixture = torch.tensor([weights.get(name, 0.0) for name in names]).to(last_state.device, non_blocking=True)
+            total, sums = sum_in_chunks(chunk, tuple(rows), mixture, parameters, self._vocabulary)
+            return total, dict(zip(names, sums, strict=True))
 
-        return sums
+        return terms
 
     @torch.no_grad()
     def _teacher_logits(self, states: torch.Tensor, size: int) -> tuple[int, torch.Tensor]:
         """The teacher's logits [n, s] and s: embeddings padded to a round number have a common first part."""
-        with self._autocast():
+        with self.autocast():
             logits = self.teacher.head(states)
         size = min(size, logits.shape[-1])
         return size, logits[:, :size]
 
-    def compute(
+    def loss(
         self,
         outputs: StudentOutput,
         inputs: Mapping[str, Any],
+        weights: dict[str, float],
         num_items: torch.Tensor | None = None,
         means: TokenMeans | None = None,
-        progress: float = 0.0,
-    ) -> dict[str, torch.Tensor]:
-        """Each unweighted term as a token mean over the whole optimizer step.
+    ) -> torch.Tensor:
+        """The weighted sum of the terms, each as a token mean over the whole optimizer step.
 
         Args:
-            outputs: of the student and the projectors.
+            outputs: of the student and the projectors, with the same weights.
             inputs: the batch of `data` that gave them; `counted` [B, T] leaves tokens out.
+            weights: of the terms.
             num_items: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
             means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted.
-            progress: share of the training that is done, for the weights of what is noted.
         """
         means = TokenMeans() if means is None else means
-        weights = self.weights(progress)
         tokens, answers = (None, None) if num_items is None else num_items
         mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
-        terms = {}
-        if outputs.pairs:
-            terms |= self._alignment(outputs, mask, tokens, means, weights)
+        parts = self._alignment(outputs, mask, tokens, means, weights) if outputs.pairs else []
         counted = (inputs["next_tokens"] != IGNORED).sum()
-        divisor = (counted if answers is None else answers).clamp(min=1)
         for name, total in outputs.logits_sums.items():
             _note(means, weights, name, total, counted)
-            terms[name] = total / divisor
-        return terms
-
-    def total(self, terms: dict[str, torch.Tensor], progress: float = 0.0) -> torch.Tensor:
-        """Weighted sum of the terms when the share `progress` of the training is done."""
-        weights = self.weights(progress)
-        return torch.stack([weights.get(name, 0.0) * term for name, term in terms.items()]).sum()
+        if outputs.logits_total is not None:
+            parts.append(outputs.logits_total / (counted if answers is None else answers).clamp(min=1))
+        return torch.stack(parts).sum()
 
     def _alignment(
         self,
@@ -200,15 +203,16 @@ class LossTerms:
         tokens: torch.Tensor | None,
         means: TokenMeans,
         weights: dict[str, float],
-    ) -> dict[str, torch.Tensor]:
-        pairs = self.target.align(outputs.pairs, mask, self._weights)
+    ) -> list[torch.Tensor]:
+        """The weighted terms that compare states."""
+        pairs = self.target.align(outputs.pairs, mask, weights)
         means.add("cos_sim", token_sum(self.target.mean([pair.cosine for pair in pairs]), mask), mask.sum())
-        terms = {}
-        for name in (name for name in ALIGNMENT_TERMS if name in self._weights):
+        parts = []
+        for name in (name for name in ALIGNMENT_TERMS if name in weights):
             per_token = self.target.mean([pair.terms[name] for pair in pairs])
             _note(means, weights, name, token_sum(per_token, mask), mask.sum())
-            terms[name] = token_mean(per_token, mask, tokens)
-        return terms
+            parts.append(weights[name] * token_mean(per_token, mask, tokens))
+        return parts
 
 
 def _note(means: TokenMeans, weights: dict[str, float], name: str, total: torch.Tensor, count: torch.Tensor) -> None:

@@ -199,10 +199,10 @@ class KavaTrainer(SteppingTrainer):
         """
         training = torch.is_grad_enabled()
         means, progress = (self.train_means, self.progress) if training else (self.eval_means, 0.0)
+        weights = self.terms.weights(progress)
         teacher_states = self.terms.teacher_states(inputs)
-        outputs = self.terms.student_outputs(model, inputs, teacher_states)
-        terms = self.terms.compute(outputs, inputs, num_items_in_batch, means, progress)
-        loss = self.terms.total(terms, progress)
+        outputs = self.terms.student_outputs(model, inputs, teacher_states, weights)
+        loss = self.terms.loss(outputs, inputs, weights, num_items_in_batch, means)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the ranks' gradients will be averaged
         return (loss, {"last_hidden_state": outputs.last_hidden_state}) if return_outputs else loss

@@ -50,6 +50,7 @@ ORDER = [
         "hub",
         "saving",
         "stepping",
+        "memory",
         "trainer",
         "summary",
         "verdict",

@@ -185,18 +185,36 @@ def test_chunks_change_neither_value_nor_gradient(rows):
         return torch.stack([next_token_sum(logits, targets), logits.square().sum()])
 
     parameters = (hidden, *head.parameters())
-    chunked = sum_in_chunks(chunk, (hidden, targets), vocabulary=11, chunk_bytes=4 * 11 * rows)
+    weights = torch.tensor([1.0, 0.3])
+    own = list(head.parameters())
+    total, sums = sum_in_chunks(chunk, (hidden, targets), weights, own, vocabulary=11, chunk_bytes=4 * 11 * rows)
     assert seen == [len(part) for part in hidden.split(rows)]
     whole = chunk(hidden, targets)
-    torch.testing.assert_close(chunked, whole)
-    weights = torch.tensor([1.0, 0.3])
-    ours, reference = (torch.autograd.grad(value @ weights, parameters) for value in (chunked, whole))
+    torch.testing.assert_close(sums, whole)
+    torch.testing.assert_close(total, whole @ weights)
+    assert not sums.requires_grad
+    ours, reference = (torch.autograd.grad(0.7 * value, parameters) for value in (total, whole @ weights))
     torch.testing.assert_close(ours, reference)
+    with torch.no_grad():
+        torch.testing.assert_close(sum_in_chunks(chunk, (hidden, targets), weights, own, 11, 44 * rows)[0], total)
+
+
+def test_a_chunked_sum_can_be_differentiated_only_once_and_leaves_frozen_tensors_alone():
+    hidden, head = states((7, 5), torch.float32, 0), torch.nn.Linear(5, 11)
+    head.bias.requires_grad_(False)
+    own = list(head.parameters())
+    total, _ = sum_in_chunks(lambda rows: head(rows).square().sum().unsqueeze(0), (hidden,), torch.ones(1), own, 11)
+    total.backward(retain_graph=True)
+    assert head.bias.grad is None
+    assert head.weight.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="differentiated only once"):
+        total.backward()
 
 
 def test_nothing_in_chunks_is_zero_and_has_a_gradient():
     hidden, head = states((0, 5), torch.float32, 0), torch.nn.Linear(5, 11)
-    total = sum_in_chunks(lambda rows: head(rows).sum(), (hidden,), vocabulary=11)
+    own = list(head.parameters())
+    total, _ = sum_in_chunks(lambda rows: head(rows).sum().unsqueeze(0), (hidden,), torch.ones(1), own, 11)
     total.backward()
     assert total.item() == 0
     assert (head.weight.grad == 0).all()

@@ -26,33 +26,30 @@ def measured(trainer):
     trainer.model.eval()
     with torch.no_grad():
         states = trainer.terms.teacher_states(batch)
-        outputs = trainer.terms.student_outputs(trainer.model, batch, states)
+        weights = trainer.terms.weights(0.0)
+        outputs = trainer.terms.student_outputs(trainer.model, batch, states, weights)
         means = TokenMeans()
-        return batch, outputs, trainer.terms.compute(outputs, batch, means=means), means
+        return batch, outputs, trainer.terms.loss(outputs, batch, weights, means=means), means
 
 
 def test_every_term_is_computed_from_both_models(tmp_path, tokenizer):
     trainer = make_trainer(
         tmp_path, tokenizer, projector_anchor="reconstruction", kd_temperature=2.0, kd_beta=0.5, **ALL_TERMS
     )
-    batch, outputs, terms, means = measured(trainer)
-    assert list(terms) == ["mercator", "mse", "anchor", "lm", "kd"]
+    batch, outputs, loss, means = measured(trainer)
+    assert trainer.terms.names == ["mercator", "mse", "anchor", "lm", "kd"]
+    terms = means.drain(lambda sums: sums)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     teacher = trainer.teacher.model(**inputs).logits.detach()
     student = trainer.student(**inputs).logits.detach()
     answers = batch["labels"][:, 1:] != -100
     expected = generalized_jsd_per_token(student[:, :-1][answers], teacher[:, :-1][answers], 2.0, 0.5).mean()
-    torch.testing.assert_close(terms["kd"], expected, rtol=1e-4, atol=1e-6)
+    assert terms["kd_loss"] == pytest.approx(expected.item(), rel=1e-4)
     mask = batch["attention_mask"].bool()
     pair = outputs.pairs[0]
-    torch.testing.assert_close(terms["mse"], ((pair.student - pair.target) ** 2).mean(-1)[mask].mean())
-    noted = means.drain(lambda sums: sums)
-    assert {name: noted[f"{name}_loss"] for name in terms} == pytest.approx(
-        {name: term.item() for name, term in terms.items()}, rel=1e-5
-    )
-    total = trainer.terms.total(terms)
+    assert terms["mse_loss"] == pytest.approx(((pair.student - pair.target) ** 2).mean(-1)[mask].mean().item())
     weights = {"mercator": 0.8, "mse": 0.2, "anchor": 2.0, "lm": 1.0, "kd": 0.5}
-    assert total.item() == pytest.approx(sum(weights[name] * term.item() for name, term in terms.items()), rel=1e-5)
+    assert loss.item() == pytest.approx(sum(weight * terms[f"{name}_loss"] for name, weight in weights.items()))
 
 
 def test_log_lines_have_each_term_raw_and_weighted_and_add_up_to_the_loss(tmp_path, tokenizer):
@@ -114,8 +111,9 @@ def test_gradient_shares_are_those_of_each_term_alone(tmp_path, tokenizer):
         trainer.model.zero_grad()
         trainer.model.train()
         states = trainer.terms.teacher_states(batch)
-        term = trainer.terms.compute(trainer.terms.student_outputs(trainer.model, batch, states), batch)[name]
-        (weight * term).backward()
+        weights = {name: weight}
+        outputs = trainer.terms.student_outputs(trainer.model, batch, states, weights)
+        trainer.terms.loss(outputs, batch, weights).backward()
         grads = [parameter.grad for parameter in trainer.student.parameters() if parameter.grad is not None]
         norms[name] = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
     assert norms["anchor"] == 0

@@ -87,7 +87,7 @@ def test_without_the_language_model_term_no_logits_are_computed(tmp_path, tokeni
     trainer = make_trainer(tmp_path, tokenizer, lm_weight=0.0)
     batch = trainer.data_collator(random_examples(2))
     trainer.model.train()
-    assert trainer.terms.student_outputs(trainer.model, batch, None).logits_sums == {}
+    assert trainer.terms.student_outputs(trainer.model, batch, None, {"mercator": 1.0}).logits_sums == {}
     trainer.student.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head ran"))
     trainer.train()
     assert "lm_loss" not in loss_lines(trainer)[0]

@@ -1,0 +1,188 @@
+"""What a run will need on its device, worked out before a weight is loaded.
+
+Weights, gradients and optimizer states are counted. What a micro-batch needs beside them is not guessed from a formula:
+the very forward and backward pass of the run is carried out on fake tensors, which have shapes and no memory
+(`torch._subclasses.FakeTensorMode`, read in torch 2.13.0), and the storages alive at once are added up. The fake models
+attend as a CPU's do, whose kernels keep as little as a GPU's.
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from .arguments import KavaArguments, KavaTrainingArguments
+from .capture import number_of_layers
+from .collating import pack_step
+from .heads import vocabulary_size
+from .loading import build_causal_lm, load_config
+from .packing import enable_packing
+from .student import DistillationModel, student_config
+from .targets import build_target
+from .teacher import OnlineTeacher, freeze
+from .teacher_cache import CachedTeacher
+from .terms import LossTerms, needed_teacher_layers
+
+_BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of one weight in NF4: half a byte, an 8-bit scale for 64 weights, and a float32 for 256 of those scales."""
+
+
+class LiveMemory(TorchDispatchMode):
+    """Adds up the storages that live at once within a `with` block.
+
+    Args:
+        known: tensors that are there before and do not count.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return output
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
+    """Size of an optimizer's states: two a weight for Adam and its kin, one or none for the plainer ones."""
+    states = 2
+    if any(word in name for word in ("lion", "rmsprop", "adagrad")):
+        states = 1
+    if any(word in name for word in ("adafactor", "sgd", "lomo")):
+        states = 0
+    size = 1 if "8bit" in name else 0.5 if "4bit" in name else None
+    return int(sum(p.numel() * states * (p.element_size() if size is None else size) for p in parameters))
+
+
+def model_bytes(model: PreTrainedModel, quantization: str = "none") -> int:
+    """Size of a model's weights on its device, each tied one once.
+
+    Args:
+        model: its own weights may be fake.
+        quantization: `none`, `8bit` or `4bit`; the vocabulary head is left as it is by both.
+    """
+    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    for module in model.modules():
+        if quantization != "none" and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            weight = module.weight
+            in_8bit = weight.numel() + 4 * weight.shape[0]
+            sizes[id(weight)] = in_8bit if quantization == "8bit" else int(weight.numel() * _BYTES_4BIT)
+    return sum(sizes.values())
+
+
+def _fake_models(arguments: KavaArguments) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Teacher and student of the right shapes and data types."""
+    model = arguments.model
+    config = load_config(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+    teacher = build_causal_lm(config, model.teacher_dtype, model)
+    student = build_causal_lm(student_config(model), model.student_dtype, model)
+    if student.dtype == torch.float16:
+        student.float()
+    return freeze(teacher), student
+
+
+def _micro_batch(arguments: KavaArguments, width: int, cached_layers: list[int]) -> dict[str, Any]:
+    """The largest micro-batch there can be, made of answers alone."""
+    length, budget = arguments.data.max_length, arguments.training.max_tokens_per_batch
+    count = max(1, budget // length) if budget else arguments.training.per_device_train_batch_size
+    states = {layer: torch.zeros(count * length, width, dtype=torch.bfloat16) for layer in cached_layers}
+    example, tokens = torch.arange(length - 1), torch.zeros(count * length, dtype=torch.int64)
+    batch = {
+        "input_ids": tokens, "lengths": [length] * count, "answer_index": example.repeat(count),
+        "next_tokens": torch.zeros(count * (length - 1), dtype=torch.int64), "answers": [length - 1] * count,
+        **({"teacher_states": states} if states else {}),
+    }  # fmt: skip
+    (row,) = pack_step([batch], count * length)
+    if budget == 0 or arguments.training.torch_compile:
+        del row["packed_lengths"]
+        shaped = {name: row[name].view(count, length) for name in ("input_ids", "attention_mask")}
+        row |= shaped | {"teacher_states": {layer: s.view(count, length, -1) for layer, s in states.items()}}
+    return row
+
+
+def _step_peak(
+    training: KavaTrainingArguments, model: DistillationModel, terms: LossTerms, batch: dict[str, Any]
+) -> int:
+    """Bytes alive at once in one micro-batch's passes, beyond weights and the gradients of earlier ones."""
+    checkpointing = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
+    if checkpointing:
+        enable = getattr(model.student, "activation_checkpointing_enable", model.student.gradient_checkpointing_enable)
+        enable()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    teacher = list(terms.teacher.model.parameters()) if terms.teacher else []
+    with LiveMemory([*teacher, *model.parameters(), *(parameter.grad for parameter in trained)]) as live:
+        states = terms.teacher_states(batch)
+        with terms.autocast():
+            outputs = terms.student_outputs(model, batch, states, terms.weights(0.0))
+        terms.loss(outputs, batch, terms.weights(0.0)).backward()
+    return live.peak
+
+
+def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
+    """Bytes that training will take on each device, by what takes them; their sum is the peak.
+
+    Args:
+        arguments: of the run. Only the configs of the models are read.
+
+    Raises:
+        BadRequest: if a config cannot be had, or the models do not have what the arguments ask for.
+    """
+    training, quantization = arguments.training, arguments.model.teacher_quantization
+    with FakeTensorMode():
+        teacher, student = _fake_models(arguments)
+        target = build_target(training, student, teacher)
+        target.requires_grad_(training.aligns)
+        layers = needed_teacher_layers(training, target, number_of_layers(teacher))
+        if training.max_tokens_per_batch and not training.torch_compile:
+            enable_packing(teacher)
+            enable_packing(student)
+        cached = bool(layers and training.teacher_cache_dir)
+        source = (CachedTeacher(teacher, dict) if cached else OnlineTeacher(teacher, layers)) if layers else None
+
+        def autocast() -> Any:
+            dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((training.bf16, training.fp16))
+            return torch.autocast("cpu", dtype) if dtype else nullcontext()
+
+        terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
+        model = DistillationModel(student, target).train()
+        head = teacher.get_output_embeddings().weight
+        batch = _micro_batch(arguments, source.hidden_size if cached else 0, layers if cached else [])
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        kept = head.numel() * head.element_size() if training.kd_weight > 0 else 0
+        gradients = sum(p.numel() * p.element_size() for p in trained)
+        return {
+            "teacher": kept if cached else model_bytes(teacher, quantization),
+            "student": model_bytes(student),
+            "projector": sum(p.numel() * p.element_size() for p in target.parameters()),
+            "gradients": gradients if training.world_size == 1 else 2 * gradients,  # data parallelism has buckets too
+            "optimizer": optimizer_bytes(str(training.optim), trained),
+            "micro-batch": _step_peak(training, model, terms, batch),
+        }

@@ -1,0 +1,131 @@
+import copy
+import json
+
+import pytest
+import torch
+from conftest import ROOT, shared_path, tiny_llama
+from test_trainer import make_trainer
+from torch import nn
+
+from kava_trainer.arguments import KavaArguments
+from kava_trainer.errors import BadRequest
+from kava_trainer.memory import LiveMemory, estimate_memory, model_bytes, optimizer_bytes
+from kava_trainer.parsing import parse_arguments
+from kava_trainer.source_arguments import DataArguments, ModelArguments
+
+QUICKSTART = str(ROOT / "training_args" / "quickstart.json")
+
+
+def test_live_memory_counts_what_lives_at_once_and_views_not_at_all():
+    known = torch.zeros(100)
+    with LiveMemory([known]) as live:
+        known.view(10, 10).add_(1)
+        assert live.now == 0
+        left = torch.ones(1000)
+        right = left * 2
+        assert live.now == live.peak == 8000
+        del left
+        assert live.now == 4000
+        right = right.view(10, 100)[1:]
+        assert live.now == 4000
+    assert live.peak == 8000
+    assert right.shape == (9, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("adamw_torch", 80),
+        ("adamw_torch_fused", 80),
+        ("adamw_bnb_8bit", 20),
+        ("sgd", 0),
+        ("lion_32bit", 40),
+        ("adafactor", 0),
+    ],
+)
+def test_optimizer_states(name, size):
+    assert optimizer_bytes(name, [nn.Parameter(torch.zeros(10))]) == size
+
+
+def test_quantised_weights_are_counted_as_they_are_stored():
+    model = tiny_llama(64, 2, tie=False)
+    linear = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    rest = 4 * (model.num_parameters() - linear)
+    assert model_bytes(model) == 4 * model.num_parameters()
+    assert model_bytes(model, "4bit") == pytest.approx(rest + 0.516 * linear, rel=0.001)
+    assert model_bytes(model, "8bit") == pytest.approx(rest + linear, rel=0.1)
+    tied = tiny_llama(64, 2, tie=True)
+    assert model_bytes(tied) == 4 * tied.num_parameters()
+
+
+def test_the_estimate_of_the_weights_is_that_of_the_loaded_models():
+    estimate = estimate_memory(parse_arguments([QUICKSTART]))
+    assert list(estimate) == ["teacher", "student", "projector", "gradients", "optimizer", "micro-batch"]
+    assert estimate["teacher"] == pytest.approx(854_000 * 4, rel=0.001)
+    assert estimate["student"] == pytest.approx(181_056 * 4)
+    assert estimate["gradients"] == estimate["student"] + estimate["projector"]
+    assert estimate["optimizer"] == 2 * estimate["gradients"]
+
+
+CHANGES = [
+    {},
+    {"max_tokens_per_batch": 0},
+    {"kd_weight": 0.5, "layer_mapping": "uniform:2"},
+    {"gradient_checkpointing": True},
+    {"lm_weight": 0.0, "projector_direction": "student_to_teacher"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_the_estimate_of_a_micro_batch_is_what_a_real_one_takes(tmp_path, tokenizer, changes):
+    folders = {role: tmp_path / role for role in ("teacher", "student")}
+    trainer = make_trainer(tmp_path, tokenizer, **changes)
+    trainer.teacher.model.save_pretrained(folders["teacher"])
+    trainer.student.save_pretrained(folders["student"])
+    args = copy.copy(trainer.args)
+    args.max_tokens_per_batch = 96 if trainer.packs else 0
+    names = {"teacher_model_name_or_path": str(folders["teacher"]), "student_config_name": str(folders["student"])}
+    data = DataArguments(dataset_name="quickstart", max_length=24)
+    estimate = estimate_memory(KavaArguments(ModelArguments(**names), data, args))["micro-batch"]
+    examples = [{"input_ids": list(range(1, 25)), "labels": list(range(1, 25))} for _ in range(4)]
+    batch = trainer.data_collator(examples)
+    if trainer.packs:
+        batch = {name: part.view(1, 96) for name, part in batch.items() if part.dim() == 2} | {
+            "packed_lengths": (24,) * 4, "answer_index": batch["answer_index"], "next_tokens": batch["next_tokens"],
+        }  # fmt: skip
+    if changes.get("gradient_checkpointing"):
+        trainer.student.gradient_checkpointing_enable()
+    trainer.model.train()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*trainer.teacher.model.parameters(), *trainer.model.parameters()]
+    with LiveMemory([*known, *(parameter.grad for parameter in trainer.model.parameters())]) as live:
+        trainer.compute_loss(trainer.model, batch).backward()
+    assert estimate == pytest.approx(live.peak, rel=0.05)
+
+
+def test_a_cache_leaves_no_teacher_but_the_head():
+    plain = estimate_memory(parse_arguments([QUICKSTART, "--kd_weight", "1"]))
+    cached = estimate_memory(parse_arguments([QUICKSTART, "--kd_weight", "1", "--teacher_cache_dir", "cache"]))
+    bare = estimate_memory(parse_arguments([QUICKSTART, "--teacher_cache_dir", "cache"]))
+    assert cached["teacher"] == 512 * 128 * 4
+    assert bare["teacher"] == 0
+    assert plain["teacher"] > 10 * cached["teacher"]
+
+
+def test_what_does_not_fit_the_models_is_refused_before_they_are_loaded():
+    with pytest.raises(BadRequest, match="the student has layers 1 to 3"):
+        estimate_memory(parse_arguments([QUICKSTART, "--layer_mapping", "[[9, 1]]"]))
+
+
+def test_the_recipe_for_8_gb_takes_at_most_6():
+    models = {
+        role: str(shared_path("models", name))
+        for role, name in (("teacher", "qwen2.5-1.5b-instruct"), ("student", "qwen2.5-0.5b"))
+    }
+    recipe = str(ROOT / "training_args" / "gsm8k_qwen2.5_8gb.json")
+    words = [word for role, name in models.items() for word in (f"--{role}_model_name_or_path", name)]
+    estimate = estimate_memory(parse_arguments([recipe, *words, "--use_cpu", "true"]))
+    assert estimate["teacher"] == pytest.approx(1.14e9, rel=0.01)
+    assert sum(estimate.values()) <= 6.0e9
+    assert json.loads((ROOT / "training_args" / "gsm8k_qwen2.5_8gb.json").read_text())["teacher_quantization"] == "4bit"
