@@ -1,6 +1,6 @@
 """What one distillation step costs, done the usual ways and KAVA's, interleaved in one process.
 
-    python benchmarks/step.py --size quickstart|middle|real [--ways a,b,c,d,f,g] [--terms hidden|all] --out FILE.csv
+    python benchmarks/step.py --size quickstart|middle|real [--ways a,b,c,d,e,f,g] [--terms hidden|all] --out FILE.csv
 
 Every way does the forward and backward passes of the same examples with the same terms in the same precision; the
 optimizer, equal for all, is left out. The ways:
@@ -9,6 +9,7 @@ a  the usual loop: padding to `max_length`, all hidden states, both vocabulary h
 b  transformers' Trainer: padding to the longest of the batch, all hidden states, both vocabulary heads
 c  as TRL and DistillKit do it: as b, with the losses on float32 logits at every position of the batch
 d  KAVA with the teacher beside the student
+e  KAVA with the teacher's states read from a cache on disk (writing it once is not part of the step)
 f  the floor: forward and backward of the student's decoder alone, packed
 g  plain fine-tuning with transformers' Trainer, padding to the longest
 
@@ -39,6 +40,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
+from accelerate.utils import send_to_device  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config  # noqa: E402
@@ -49,8 +51,9 @@ from kava_trainer.collating import DistillationCollator, JoiningCollator, pack_s
 from kava_trainer.data import encode_dataset  # noqa: E402
 from kava_trainer.losses import generalized_jsd_loss, mercator_loss  # noqa: E402
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER, generate_problems  # noqa: E402
-from kava_trainer.targets import build_target  # noqa: E402
-from kava_trainer.teacher import OnlineTeacher  # noqa: E402
+from kava_trainer.targets import HiddenStateTarget, build_target  # noqa: E402
+from kava_trainer.teacher import OnlineTeacher, TeacherSource  # noqa: E402
+from kava_trainer.teacher_cache import CachedTeacher, TeacherCache  # noqa: E402
 from kava_trainer.terms import needed_teacher_layers  # noqa: E402
 from kava_trainer.trainer import KavaTrainer  # noqa: E402
 
@@ -119,25 +122,34 @@ class Bench:
         self.pad = DistillationCollator(tokenizer)
         self.tokens = sum(len(example["input_ids"]) for example in self.examples)
         self.answers = sum(label != -100 for example in self.examples for label in example["labels"][1:])
-        self.trainer = self._trainer(tokenizer, terms)
-        self.projector = self.trainer.target.projectors[0]
+        args = self._arguments(terms)
+        target = build_target(args, self.student, self.teacher)
+        layers = needed_teacher_layers(args, target, number_of_layers(self.teacher))
+        self.trainer = self._trainer(OnlineTeacher(self.teacher, layers), target, args)
+        self.cache = TeacherCache(tempfile.mkdtemp(), {"teacher": "benchmark"}, layers, "bfloat16")
+        self.cached_trainer = self._trainer(CachedTeacher(self.teacher, self.cache.read), target, args)
+        self.projector = target.projectors[0]
 
     def _model(self, config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=self.size.dtype).to(self.device)
 
-    def _trainer(self, tokenizer: Any, terms: str) -> KavaTrainer:
-        args = KavaTrainingArguments(
+    def _arguments(self, terms: str) -> KavaTrainingArguments:
+        return KavaTrainingArguments(
             output_dir=tempfile.mkdtemp(), use_cpu=self.device.type == "cpu", report_to="none", plain_output=True,
             per_device_train_batch_size=self.size.batch_size, save_strategy="no",
             projector_init="random", projector_dropout=0.0,
             gradient_accumulation_steps=len(self.examples) // self.size.batch_size,
             max_tokens_per_batch=self.size.batch_size * self.size.max_length, **TERMS[terms],
         )  # fmt: skip
-        target = build_target(args, self.student, self.teacher)
-        layers = needed_teacher_layers(args, target, number_of_layers(self.teacher))
-        teacher = OnlineTeacher(self.teacher, layers)
+
+    def _trainer(self, teacher: TeacherSource, target: HiddenStateTarget, args: KavaTrainingArguments) -> KavaTrainer:
         data = Dataset.from_list(self.examples)
         return KavaTrainer(self.student, teacher, target, args, train_dataset=data, data_collator=self.pad)
+
+    def write_cache(self) -> None:
+        """Write the teacher's states, once."""
+        examples = [example["input_ids"] for example in self.examples]
+        self.cache.build(self.teacher, examples, self.cache.missing(examples), self.size.max_length)
 
     def _batches(self, padding: str) -> list[dict[str, torch.Tensor]]:
         """Micro-batches padded to their longest example, or to `max_length`."""
@@ -193,24 +205,28 @@ class Bench:
 
     def d(self) -> None:
         """KAVA with the teacher beside the student."""
-        trainer = self.trainer
-        batches, counts = trainer.get_batch_samples(iter(self._joined()), len(self._joined()), self.device)
+        self._step(self.trainer, JoiningCollator())
+
+    def e(self) -> None:
+        """KAVA with a cache."""
+        self._step(self.cached_trainer, JoiningCollator(self.cache.read))
+
+    def _step(self, trainer: KavaTrainer, collator: JoiningCollator) -> None:
+        joined = self._joined(collator)
+        batches, counts = trainer.get_batch_samples(iter(joined), len(joined), self.device)
         for batch in batches:
             trainer.training_step(trainer.model, batch, counts)
 
-    def _joined(self) -> list[dict[str, Any]]:
+    def _joined(self, collator: JoiningCollator) -> list[dict[str, Any]]:
         """What the training loader hands over, on the device."""
-        step, collator = self.size.batch_size, JoiningCollator()
+        step = self.size.batch_size
         batches = (collator(self.examples[start : start + step]) for start in range(0, len(self.examples), step))
-        return [
-            {name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-            for batch in batches
-        ]
+        return [send_to_device(batch, self.device) for batch in batches]
 
     def f(self) -> None:
         """The floor: the student's decoder alone."""
         self.student.train()
-        for row in pack_step(self._joined(), self.size.batch_size * self.size.max_length):
+        for row in pack_step(self._joined(JoiningCollator()), self.size.batch_size * self.size.max_length):
             run_decoder(self.student, row["input_ids"], packed_lengths=row["packed_lengths"]).sum().backward()
 
     def g(self) -> None:
@@ -307,6 +323,8 @@ def rows_of(bench: Bench, arguments: argparse.Namespace, ways: list[str]) -> lis
     side = 2048 if bench.device.type == "cpu" else 8192
     rate = matrix_rate(bench.size.dtype, bench.device, side)
     flops = bench.needed_flops()
+    if "e" in ways:
+        bench.write_cache()
     seconds, peaks = measure(bench, ways, arguments.repeats)
     rate = max(rate, matrix_rate(bench.size.dtype, bench.device, side))
     median = {way: statistics.median(values) for way, values in seconds.items()}
@@ -325,7 +343,7 @@ def rows_of(bench: Bench, arguments: argparse.Namespace, ways: list[str]) -> lis
             "tokens_per_second": bench.tokens / time_taken,
             "ratio_to_usual": median["a"] / time_taken if "a" in median else None,
             "ratio_to_floor": time_taken / median["f"] if "f" in median else None,
-            "fraction_of_limit": flops / rate / time_taken if way not in ("f", "g") else None,
+            "fraction_of_limit": flops / rate / time_taken if way in "abcd" else None,
             "peak_memory_bytes": peaks[way],
         }
         for way, time_taken in median.items()
@@ -336,14 +354,14 @@ def main() -> None:
     """Measure and write the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, required=True)
-    parser.add_argument("--ways", default="a,b,c,d,f,g")
+    parser.add_argument("--ways", default="a,b,c,d,e,f,g")
     parser.add_argument("--terms", choices=TERMS, default="hidden")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     ways = arguments.ways.split(",")
-    if unknown := set(ways) - set("abcdfg"):
-        parser.error(f"--ways knows a, b, c, d, f and g, not {', '.join(sorted(unknown))}")
+    if unknown := set(ways) - set("abcdefg"):
+        parser.error(f"--ways knows a to g, not {', '.join(sorted(unknown))}")
     bench = Bench(SIZES[arguments.size], arguments.terms, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows = rows_of(bench, arguments, ways)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
