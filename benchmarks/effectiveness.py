@@ -38,6 +38,7 @@ from transformers import TrainerCallback, logging, set_seed  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.effectiveness_grid import BASE, GROUPS, SFT  # noqa: E402
+from benchmarks.tables import fill  # noqa: E402
 from kava_trainer.arguments import KavaArguments  # noqa: E402
 from kava_trainer.capture import resolve_layer_pairs  # noqa: E402
 from kava_trainer.checkpoint_io import write_folder_atomically  # noqa: E402
@@ -287,10 +288,7 @@ def table(group: str, rows: list[dict[str, str]]) -> str:
 def document(text: str, rows: list[dict[str, str]]) -> str:
     """The document with the table of each group between its two marks made anew."""
     for group in GROUPS:
-        begin, end = f"<!-- begin {group} -->", f"<!-- end {group} -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n\n{table(group, rows)}\n\n{end}{after}"
+        text = fill(text, group, table(group, rows))
     return text
 
 

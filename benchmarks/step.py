@@ -19,7 +19,6 @@ over the time times the rate of this machine's own matrix product, measured in t
 
 import argparse
 import csv
-import json
 import os
 import platform
 import statistics
@@ -27,8 +26,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,63 +40,25 @@ import transformers  # noqa: E402
 from accelerate.utils import send_to_device  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: E402
 
+from benchmarks.step_sizes import SIZES, Size, texts_of  # noqa: E402
 from kava_trainer.arguments import KavaTrainingArguments  # noqa: E402
 from kava_trainer.capture import number_of_layers, run_decoder  # noqa: E402
 from kava_trainer.collating import DistillationCollator, JoiningCollator, pack_step  # noqa: E402
 from kava_trainer.data import encode_dataset  # noqa: E402
 from kava_trainer.losses import generalized_jsd_loss, mercator_loss  # noqa: E402
-from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER, generate_problems  # noqa: E402
 from kava_trainer.targets import HiddenStateTarget, build_target  # noqa: E402
 from kava_trainer.teacher import OnlineTeacher, TeacherSource  # noqa: E402
 from kava_trainer.teacher_cache import CachedTeacher, TeacherCache  # noqa: E402
 from kava_trainer.terms import needed_teacher_layers  # noqa: E402
 from kava_trainer.trainer import KavaTrainer  # noqa: E402
 
-SHARED = ROOT.parent / "shared"
 COLUMNS = (
     "way", "size", "terms", "examples_per_second", "tokens_per_second", "ratio_to_usual", "ratio_to_floor",
     "fraction_of_limit", "peak_memory_bytes", "seconds", "repeats", "tokens", "flops", "matrix_flops_per_second",
     "device", "torch", "transformers",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Size:
-    """A pair of models and the examples of one step."""
-
-    teacher: Callable[[], Any]
-    student: Callable[[], Any]
-    tokenizer: Path
-    dtype: torch.dtype
-    examples: int
-    batch_size: int
-    max_length: int
-
-
-def _middle(width: int, layers: int) -> Qwen2Config:
-    heads = {"num_attention_heads": width // 64, "num_key_value_heads": 2}
-    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    return Qwen2Config(vocab_size=151936, tie_word_embeddings=True, **shape, **heads)
-
-
-def _real(name: str) -> Any:
-    return AutoConfig.from_pretrained(SHARED / "models" / name)
-
-
-QWEN_TOKENIZER = SHARED / "models" / "qwen2.5-tokenizer"
-SIZES = {
-    "quickstart": Size(
-        lambda: AutoConfig.from_pretrained(TEACHER_FOLDER), lambda: AutoConfig.from_pretrained(STUDENT_FOLDER),
-        STUDENT_FOLDER, torch.float32, 32, 32, 256,
-    ),
-    "middle": Size(lambda: _middle(768, 12), lambda: _middle(384, 8), QWEN_TOKENIZER, torch.bfloat16, 16, 2, 512),
-    "real": Size(
-        lambda: _real("qwen2.5-1.5b-instruct"), lambda: _real("qwen2.5-0.5b"),
-        QWEN_TOKENIZER, torch.bfloat16, 8, 2, 512,
-    ),
-}  # fmt: skip
 TERMS = {"hidden": {"mercator_weight": 1.0, "lm_weight": 0.0}, "all": {"mercator_weight": 1.0, "kd_weight": 1.0}}
 
 
@@ -110,34 +69,45 @@ class Bench:
         size: which models and examples.
         terms: `hidden` (the Mercator loss alone) or `all` (with next-token loss and divergence).
         device: where it runs.
+        examples: tokenised; by default those of the size.
+        mapping: `layer_mapping`.
     """
 
-    def __init__(self, size: Size, terms: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        size: Size,
+        terms: str,
+        device: torch.device,
+        examples: list[dict[str, Any]] | None = None,
+        mapping: str = "last",
+    ) -> None:
         torch.manual_seed(0)
         self.size, self.device, self.with_logits = size, device, terms == "all"
         self.teacher, self.student = (self._model(config()) for config in (size.teacher, size.student))
         self.teacher.requires_grad_(False).eval()
         tokenizer = AutoTokenizer.from_pretrained(size.tokenizer)
-        self.examples = list(encode_dataset(_texts(size), tokenizer, size.max_length, "Tokenizing").dataset)
+        self.examples = examples or list(
+            encode_dataset(texts_of(size), tokenizer, size.max_length, "Tokenizing").dataset
+        )
         self.pad = DistillationCollator(tokenizer)
         self.tokens = sum(len(example["input_ids"]) for example in self.examples)
         self.answers = sum(label != -100 for example in self.examples for label in example["labels"][1:])
-        args = self._arguments(terms)
+        args = self._arguments(terms, mapping)
         target = build_target(args, self.student, self.teacher)
         layers = needed_teacher_layers(args, target, number_of_layers(self.teacher))
         self.trainer = self._trainer(OnlineTeacher(self.teacher, layers), target, args)
         self.cache = TeacherCache(tempfile.mkdtemp(), {"teacher": "benchmark"}, layers, "bfloat16")
         self.cached_trainer = self._trainer(CachedTeacher(self.teacher, self.cache.read), target, args)
-        self.projector = target.projectors[0]
+        self.target = target
 
     def _model(self, config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=self.size.dtype).to(self.device)
 
-    def _arguments(self, terms: str) -> KavaTrainingArguments:
+    def _arguments(self, terms: str, mapping: str) -> KavaTrainingArguments:
         return KavaTrainingArguments(
             output_dir=tempfile.mkdtemp(), use_cpu=self.device.type == "cpu", report_to="none", plain_output=True,
             per_device_train_batch_size=self.size.batch_size, save_strategy="no",
-            projector_init="random", projector_dropout=0.0,
+            projector_init="random", projector_dropout=0.0, layer_mapping=mapping,
             gradient_accumulation_steps=len(self.examples) // self.size.batch_size,
             max_tokens_per_batch=self.size.batch_size * self.size.max_length, **TERMS[terms],
         )  # fmt: skip
@@ -171,8 +141,10 @@ class Bench:
                 teacher = self.teacher(**inputs, **options)
             student = self.student(**inputs, **options)
             mask = batch["attention_mask"].bool()
-            states = self.projector(student.hidden_states[-1])
-            loss = mercator_loss(states, teacher.hidden_states[-1], mask, num_items=self.tokens)
+            loss = sum(
+                mercator_loss(project(student.hidden_states[s]), teacher.hidden_states[t], mask, num_items=self.tokens)
+                for project, (s, t) in zip(self.target.projectors, self.target.pairs, strict=True)
+            ) / len(self.target.pairs)
             if self.with_logits:
                 loss = loss + self._logits_loss(student.logits, teacher.logits, batch["labels"], every_position)
             loss.backward()
@@ -238,6 +210,10 @@ class Bench:
     def prepare(self) -> None:
         """Between two runs."""
         self.trainer.model.zero_grad()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -247,13 +223,6 @@ class Bench:
         with FlopCounterMode(display=False) as counter:
             self.d()
         return counter.get_total_flops()
-
-
-def _texts(size: Size) -> Dataset:
-    if size.tokenizer == STUDENT_FOLDER:
-        return Dataset.from_list(generate_problems(size.examples, "train"))
-    lines = (SHARED / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[: size.examples]
-    return Dataset.from_list([json.loads(line) for line in lines])
 
 
 class PeakMemory:
@@ -308,8 +277,7 @@ def measure(bench: Bench, ways: list[str], repeats: int) -> tuple[dict[str, list
             with PeakMemory(bench.device) as memory:
                 start = time.perf_counter()
                 getattr(bench, way)()
-                if bench.device.type == "cuda":
-                    torch.cuda.synchronize()
+                bench.wait()
                 duration = time.perf_counter() - start
             if repeat > 0:
                 seconds[way].append(duration)

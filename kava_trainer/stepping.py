@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .collating import DistillationCollator, JoiningCollator, pack_step, spread
 from .losses import IGNORED
+from .metrics import Stopwatch
 from .packing import disable_packing, enable_packing, packing_problem
 from .saving import SavingTrainer
 
@@ -98,6 +99,12 @@ class SteppingTrainer(SavingTrainer):
             inputs: of `get_batch_samples`.
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step.
         """
+        with self.stopwatch.measure("step"):
+            return self._training_step(model, inputs, num_items_in_batch)
+
+    def _training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
+    ) -> torch.Tensor:
         if "rows" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
@@ -110,17 +117,26 @@ class SteppingTrainer(SavingTrainer):
     def forget_throughput(self) -> None:
         """Begin to count anew."""
         self._seen = torch.zeros(2, dtype=torch.int64)
+        self.stopwatch = Stopwatch(self.args.device)
 
     def throughput(self) -> dict[str, float | None]:
-        """Real tokens and examples a second, and the share of padding, of the last `train()`; None before it."""
+        """What the last `train()` came to; empty before it.
+
+        Returns:
+            Real tokens and examples a second of all ranks, the share of padding, and the seconds that this rank's
+            teacher and student (forward and backward, with projectors and losses) took.
+        """
         runs = [line for line in self.state.log_history if "train_runtime" in line]
         tokens, positions = self._seen.tolist()
         if not runs or positions == 0:
             return {}
+        seconds = self.stopwatch.seconds()
         return {
             "tokens_per_second": tokens / runs[-1]["train_runtime"],
             "samples_per_second": runs[-1]["train_samples_per_second"],
             "padding_fraction": 1 - tokens / positions,
+            "teacher_seconds": seconds.get("teacher", 0.0),
+            "student_seconds": seconds["step"] - seconds.get("teacher", 0.0),
         }
 
     def _sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:

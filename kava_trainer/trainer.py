@@ -1,6 +1,7 @@
 """`KavaTrainer`: a `transformers.Trainer` whose loss aligns the student's hidden states with a frozen teacher's."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,8 @@ class KavaTrainer(SteppingTrainer):
         training = torch.is_grad_enabled()
         means, progress = (self.train_means, self.progress) if training else (self.eval_means, 0.0)
         weights = self.terms.weights(progress)
-        teacher_states = self.terms.teacher_states(inputs)
+        with self.stopwatch.measure("teacher") if training else nullcontext():
+            teacher_states = self.terms.teacher_states(inputs)
         outputs = self.terms.student_outputs(model, inputs, teacher_states, weights)
         loss = self.terms.loss(outputs, inputs, weights, num_items_in_batch, means)
         if num_items_in_batch is not None:
@@ -264,6 +266,7 @@ class KavaTrainer(SteppingTrainer):
         if "loss" in logs:
             means = self.train_means.drain(self._sum_over_ranks)
             logs |= means
+            self.stopwatch.seconds()  # the line has waited for the device anyway, and events need not pile up
             logs["projector_learning_rate"] = self._projector_learning_rate()
             logs["collapsed"] = float(self.collapse is not None)
             broken = [name for name in ("loss", *means) if not math.isfinite(logs[name])]

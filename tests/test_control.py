@@ -2,6 +2,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kava_trainer import control as control_module
 from kava_trainer.arguments import KavaTrainingArguments
 from kava_trainer.control import control_arguments
 from kava_trainer.errors import RunFailed
+from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.trainer import KavaTrainer
 
 RECIPE = str(ROOT / "training_args" / "quickstart.json")
@@ -89,6 +91,23 @@ def test_an_interrupted_control_goes_on_where_it_stopped(tmp_path, steps, monkey
     resumed = summary_of(tmp_path)["evaluation"]["control_sft"]
     assert run(tmp_path / "whole") == 0
     assert summary_of(tmp_path / "whole")["evaluation"]["control_sft"] == pytest.approx(resumed)
+
+
+def test_the_control_of_a_cached_run_starts_from_the_same_teacher_layers(tmp_path, steps, capsys):
+    changes = {"student_init": "teacher_layers", "run_control": True, "kd_weight": 1.0, "lm_weight": 0.5}
+    config = json.loads((TEACHER_FOLDER / "config.json").read_text()) | {"num_hidden_layers": 2}
+    config["layer_types"] = (config.get("layer_types") or [])[:2] or None
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+    recipe = json.loads(Path(RECIPE).read_text())
+    del recipe["student_model_name_or_path"]
+    recipe["student_config_name"] = str(tmp_path / "student")
+    (tmp_path / "args.json").write_text(json.dumps(recipe))
+    options = {**SHORT, "output_dir": tmp_path / "out", "teacher_cache_dir": tmp_path / "cache", **changes}
+    assert run_kava.main([str(tmp_path / "args.json"), *words(options)]) == 0
+    main, control = steps
+    assert all(torch.equal(main["weights"][name], control["weights"][name]) for name in main["weights"])
+    assert summary_of(tmp_path / "out")["evaluation"]["control_sft"]["cross_entropy"] > 0
 
 
 def test_a_run_that_trains_again_gets_a_new_control(tmp_path, steps):

@@ -164,6 +164,50 @@ def test_own_jsonl_and_a_student_of_teacher_layers(tmp_path):
     assert summary_of(tmp_path / "out")["evaluation"]["student_before"]["perplexity"] > 1
 
 
+def test_a_second_run_reads_the_teacher_cache_of_the_first(tmp_path, capsys):
+    recipe = str(ROOT / "training_args" / "quickstart.json")
+    options = {**SHORT, "run_control": "false", "teacher_cache_dir": tmp_path / "cache", "kd_weight": 0.5}
+    lines = []
+    for name, changes in (("online", {}), ("first", {}), ("second", {"per_device_train_batch_size": 16})):
+        settings = {**options, "output_dir": tmp_path / name, "logging_steps": 1, **changes}
+        if name == "online":
+            del settings["teacher_cache_dir"]
+        assert run_kava.main([recipe, *words(settings), "--gradient_accumulation_steps", str(32 // changes.get(
+            "per_device_train_batch_size", 32))]) == 0  # fmt: skip
+        shown = capsys.readouterr().out
+        lines.append(re.findall(r"^\[Step 000\d\] Loss: (\S+) \| CosSim: (\S+)", shown, re.M))
+        written = re.findall(r"^(\d+) of (\d+) examples are to be written to", shown, re.M)
+        assert written == {"online": [], "first": [("72", "72")], "second": [("0", "72")]}[name]
+        assert ("its weights are freed" in shown) == (name != "online")
+        assert re.search(r"^Memory estimate for training: \d\.\d\d GB \(teacher \S+ MB, student", shown, re.M)
+        throughput = summary_of(tmp_path / name)["throughput"]
+        assert throughput["student_seconds"] > 0
+        assert throughput["estimated_memory_bytes"] > 10**6
+        assert throughput["peak_memory_bytes"] > throughput["estimated_memory_bytes"]  # that of the whole process
+    assert len(lines[0]) == 3
+    for cached in lines[1:]:
+        for online, own in zip(lines[0], cached, strict=True):
+            assert [float(x) for x in own] == pytest.approx([float(x) for x in online], rel=0.01)
+
+
+def test_a_broken_or_stale_cache_ends_the_run_before_training(tmp_path, capsys):
+    recipe = str(ROOT / "training_args" / "quickstart.json")
+    options = {**SHORT, "run_control": "false", "output_dir": tmp_path / "out", "teacher_cache_dir": tmp_path / "cache"}
+    options["evaluate_generation"] = "false"
+    assert run_kava.main([recipe, *words(options)]) == 0
+    capsys.readouterr()
+    assert run_kava.main([recipe, *words(options), "--teacher_dtype", "bfloat16"]) == 2
+    assert "dtype is float32 there and bfloat16 here. Name another folder" in capsys.readouterr().err
+    (shard,) = (tmp_path / "cache").glob("states-*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 255
+    shard.write_bytes(content)
+    assert run_kava.main([recipe, *words(options)]) == 2
+    captured = capsys.readouterr()
+    assert f"The teacher cache's file {shard} is broken" in captured.err
+    assert "== Training" not in captured.out
+
+
 def test_resuming_goes_on_and_starting_over_with_true_starts_afresh(tmp_path, capsys):
     recipe = str(ROOT / "training_args" / "quickstart.json")
     options = {**SHORT, "output_dir": tmp_path, "save_steps": 2, "resume_from_checkpoint": "true"}

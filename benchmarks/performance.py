@@ -1,0 +1,63 @@
+"""The tables of docs/performance.md, made from benchmarks/results/*.csv.
+
+python benchmarks/performance.py
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.tables import fill, markdown  # noqa: E402
+
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+WAYS = {
+    "a": "the usual loop", "b": "transformers' Trainer", "c": "as TRL and DistillKit do it", "d": "**KAVA**",
+    "e": "**KAVA, cached teacher**", "f": "floor: the student's decoder alone", "g": "plain fine-tuning with Trainer",
+}  # fmt: skip
+PARTS = {
+    "forward": "forward: teacher, student, projectors, losses", "backward": "backward", "optimizer": "optimizer",
+    "outside": "everything else",
+}  # fmt: skip
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of one result."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def step_table(name: str) -> str:
+    """What a step costs in each way, at one size with one set of terms."""
+    header = ["Way", "examples/s", "tokens/s", "x usual", "x floor", "of the limit", "peak GB"]
+    lines = []
+    for row in read(name):
+        share = f"{100 * float(row['fraction_of_limit']):.0f} %" if row["fraction_of_limit"] else ""
+        figures = [f"{float(row['examples_per_second']):.3g}", f"{float(row['tokens_per_second']):.4g}"]
+        ratios = [f"{float(row[ratio]):.2f}" for ratio in ("ratio_to_usual", "ratio_to_floor")]
+        lines.append([WAYS[row["way"]], *figures, *ratios, share, f"{int(row['peak_memory_bytes']) / 1e9:.2f}"])
+    return markdown(header, lines)
+
+
+def loop_table(name: str) -> str:
+    """Where the time of the quickstart's training loop goes."""
+    rows = [[PARTS[row["part"]], row["seconds"], f"{100 * float(row['share']):.1f} %"] for row in read(name)]
+    return markdown(["Part", "seconds", "share"], rows)
+
+
+def document(text: str) -> str:
+    """The document with all its tables made anew."""
+    for path in sorted(RESULTS.glob("step-*.csv")):
+        text = fill(text, path.stem, step_table(path.stem))
+    return fill(text, "loop-quickstart", loop_table("loop-quickstart"))
+
+
+def main() -> None:
+    """Rewrite the document."""
+    DOCUMENT.write_text(document(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
