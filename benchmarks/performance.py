@@ -48,10 +48,11 @@ def loop_table(name: str) -> str:
 
 
 def document(text: str) -> str:
-    """The document with all its tables made anew."""
-    for path in sorted(RESULTS.glob("step-*.csv")):
-        text = fill(text, path.stem, step_table(path.stem))
-    return fill(text, "loop-quickstart", loop_table("loop-quickstart"))
+    """The document with the table of every result made anew."""
+    for kind, table in (("step", step_table), ("loop", loop_table)):
+        for path in sorted(RESULTS.glob(f"{kind}-*.csv")):
+            text = fill(text, path.stem, table(path.stem))
+    return text
 
 
 def main() -> None:

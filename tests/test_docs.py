@@ -12,6 +12,7 @@ from kava_trainer.parsing import parse_arguments
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import effectiveness
+import performance
 
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.zh-CN.md"))
 
@@ -55,3 +56,9 @@ def test_the_tables_of_effectiveness_are_those_of_its_measurements():
     text, rows = effectiveness.DOCUMENT.read_text(), effectiveness.read_rows(effectiveness.CSV_FILE)
     assert effectiveness.document(text, rows) == text
     assert len(rows) > 40
+
+
+def test_the_tables_of_performance_are_those_of_its_measurements():
+    text = performance.DOCUMENT.read_text(encoding="utf-8")
+    assert performance.document(text) == text
+    assert "step-real-hidden" in text
