@@ -14,7 +14,7 @@ import transformers
 
 from .arguments import KavaTrainingArguments
 
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "safetensors")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "torchao", "safetensors")
 
 
 def _version(package: str) -> str | None:

@@ -25,6 +25,7 @@ from .console import Console
 from .heads import vocabulary_size
 from .losses import IGNORED
 from .metrics import TokenMeans
+from .optimizers import settle_torchao
 from .probe import MINIMUM_SHARE, AlignmentProbe, ProbeResult, ShareWatch, choose_examples
 from .stepping import SteppingTrainer
 from .student import DistillationModel
@@ -243,10 +244,14 @@ class KavaTrainer(SteppingTrainer):
         """Make the optimizer that `args.optim` names, with the projectors in groups of their own learning rate.
 
         Trainer's decay and no-decay groups are kept; each is split into student and projectors.
+
+        Raises:
+            BadRequest: if the optimizer cannot take a step on this machine.
         """
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
+        settle_torchao(optimizer, self.args.device, lambda: self.args.seed + self.state.global_step)
         own = {id(parameter) for parameter in self.target.parameters()}
         for group in list(optimizer.param_groups):
             projector = [parameter for parameter in group["params"] if id(parameter) in own]

@@ -9,6 +9,7 @@ from conftest import ROOT
 ORDER = [
     *(
         "errors",
+        "optimizers",
         "source_arguments",
         "arguments",
         "parsing",
