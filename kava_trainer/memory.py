@@ -24,7 +24,7 @@ from .capture import number_of_layers
 from .collating import pack_step
 from .heads import vocabulary_size
 from .loading import build_causal_lm, load_config
-from .optimizers import TORCHAO_OPTIMIZERS, optimizer_name
+from .optimizers import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
 from .packing import enable_packing
 from .student import DistillationModel, student_config
 from .targets import build_target
@@ -75,13 +75,13 @@ _QUANTISED_FROM, _BLOCK = 4096, 256
 """Optimizers quantise the states of weights this large, with a float32 scale for each block."""
 
 
-def _state_bytes(name: str, parameter: nn.Parameter, is_embedding: bool) -> float:
+def _state_bytes(name: str, parameter: nn.Parameter, is_embedding: bool, block: int) -> float:
     """Size of one state of one weight."""
     count, own = parameter.numel(), parameter.numel() * parameter.element_size()
     if name in TORCHAO_OPTIMIZERS:
         bits = 8 if "8bit" in name else 4
-        quantised = count >= _QUANTISED_FROM and count % _BLOCK == 0
-        return count * bits / 8 + 4 * count // _BLOCK + 4 * 2**bits if quantised else own
+        quantised = count >= _QUANTISED_FROM and count % block == 0
+        return count * bits / 8 + 4 * count // block + 4 * 2**bits if quantised else own
     if "8bit" in name and count >= _QUANTISED_FROM and not is_embedding:
         return count + 4 * math.ceil(count / _BLOCK)
     if name == "stable_adamw" and parameter.dtype == torch.bfloat16:
@@ -89,21 +89,38 @@ def _state_bytes(name: str, parameter: nn.Parameter, is_embedding: bool) -> floa
     return 4 * count if "8bit" in name or "32bit" in name else own
 
 
-def optimizer_bytes(optim: Any, parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter] = ()) -> int:
+def optimizer_bytes(
+    optim: Any,
+    parameters: Iterable[nn.Parameter],
+    embeddings: Iterable[nn.Parameter] = (),
+    optim_args: str | None = None,
+) -> int:
     """Size of an optimizer's states: two a weight for Adam and its kin, one or none for the plainer ones.
 
     Args:
         optim: as in the arguments.
         parameters: the weights that it trains.
         embeddings: those whose states bitsandbytes keeps in 32 bits, because Trainer tells it to.
+        optim_args: as in the arguments; torchao's `block_size` counts.
     """
     name, whole = optimizer_name(optim), {id(parameter) for parameter in embeddings}
+    given = parse_optim_args(optim_args).get("block_size", "")
+    block = int(given) if given.isdecimal() and int(given) else _BLOCK
     states = 2
     if any(word in name for word in ("lion", "rmsprop", "adagrad")):
         states = 1
     if any(word in name for word in ("adafactor", "sgd", "lomo")):
         states = 0
-    return int(states * sum(_state_bytes(name, p, id(p) in whole) for p in parameters))
+    return int(states * sum(_state_bytes(name, p, id(p) in whole, block) for p in parameters))
+
+
+def optimizer_step_bytes(optim: Any, parameters: Iterable[nn.Parameter]) -> int:
+    """What an optimizer's step takes beside its states: torchao's compiled one, two float32 copies of a weight.
+
+    It was read in the code that torch 2.13.0 makes of torchao 0.18.0 for a CPU.
+    """
+    largest = max((parameter.numel() for parameter in parameters), default=0)
+    return 8 * largest if optimizer_name(optim) in TORCHAO_OPTIMIZERS else 0
 
 
 def model_bytes(model: PreTrainedModel, quantization: str = "none") -> int:
@@ -204,12 +221,14 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         kept = head.numel() * head.element_size() if training.kd_weight > 0 else 0
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
+        micro_batch = _step_peak(training, model, terms, batch)
         gradients = sum(p.numel() * p.element_size() for p in trained)
         return {
             "teacher": kept if cached else model_bytes(teacher, quantization),
             "student": model_bytes(student),
             "projector": sum(p.numel() * p.element_size() for p in target.parameters()),
             "gradients": gradients if training.world_size == 1 else 2 * gradients,  # data parallelism has buckets too
-            "optimizer": optimizer_bytes(training.optim, trained, embeddings),
-            "micro-batch": _step_peak(training, model, terms, batch),
+            "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
+            # the optimizer's step comes when the micro-batch has been freed
+            "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),
         }

@@ -13,7 +13,7 @@ from .errors import BadRequest, reason_of
 TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
 """Values of `optim` that Trainer takes from torchao."""
 
-REMEDY = "optim adamw_torch_8bit with optim_args bf16_stochastic_round=True"
+REMEDY = "optim adamw_torch_8bit with optim_args bf16_stochastic_round=True,block_size=64"
 """What to write for weights in bfloat16; measured in `docs/numbers.md`."""
 
 _SWITCHES = {
@@ -26,6 +26,12 @@ _SWITCHES = {
 def optimizer_name(optim: Any) -> str:
     """The name of an optimizer as it is written in the arguments; `TrainingArguments` makes it an enum."""
     return str(getattr(optim, "value", optim))
+
+
+def parse_optim_args(optim_args: str | None) -> dict[str, str]:
+    """The words of `optim_args`; what Trainer will refuse is left out."""
+    words = (optim_args or "").replace(" ", "").split(",")
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def missing_package(optim: Any) -> str | None:
@@ -50,9 +56,15 @@ def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.
     Returns:
         The sentence for the user; None where nothing is lost.
     """
-    name, words = optimizer_name(optim), (optim_args or "").replace(" ", "").split(",")
-    given = dict(word.split("=", 1) for word in words if "=" in word)
-    switched_on = given.get(_SWITCHES.get(name, ""), "false").lower() in ("true", "1", "yes", "y", "on", "t")
+    name = optimizer_name(optim)
+    switched_on = parse_optim_args(optim_args).get(_SWITCHES.get(name, ""), "false").lower() in (
+        "true",
+        "1",
+        "yes",
+        "y",
+        "on",
+        "t",
+    )
     if torch.bfloat16 not in set(dtypes) or switched_on or name == "stable_adamw":
         return None
     return (

@@ -131,7 +131,7 @@ RESUMED = [
     {
         "model": bfloat16_llama,
         "optim": "adamw_torch_8bit",
-        "optim_args": "bf16_stochastic_round=True",
+        "optim_args": "bf16_stochastic_round=True,block_size=64",
         "gradient_accumulation_steps": 2,
     },
 ]

@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from kava_trainer.arguments import KavaArguments
 from kava_trainer.errors import BadRequest
-from kava_trainer.memory import LiveMemory, estimate_memory, model_bytes, optimizer_bytes
+from kava_trainer.memory import LiveMemory, estimate_memory, model_bytes, optimizer_bytes, optimizer_step_bytes
 from kava_trainer.optimizers import settle_torchao
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.source_arguments import DataArguments, ModelArguments
@@ -73,14 +73,14 @@ def test_optimizer_states_of_a_large_bfloat16_weight(name, size):
         assert optimizer_bytes(name, [weight], [weight]) == 8 * LARGE
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_states_of_torchao_are_counted_as_it_keeps_them(bits):
+@pytest.mark.parametrize(("bits", "block"), [(8, 256), (8, 64), (4, 256)])
+def test_the_states_of_torchao_are_counted_as_it_keeps_them(bits, block):
     optim = pytest.importorskip("torchao.optim")
     shapes = [(64, 256), (64, 64), (63, 64), (4100,), (100,)]
     weights = [
         nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes for dtype in (torch.float32, torch.bfloat16)
     ]
-    optimizer = getattr(optim, f"AdamW{bits}bit")(weights, block_size=256)
+    optimizer = getattr(optim, f"AdamW{bits}bit")(weights, block_size=block)
     settle_torchao(optimizer, torch.device("cpu"), int)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -90,7 +90,13 @@ def test_the_states_of_torchao_are_counted_as_it_keeps_them(bits):
         for value in (state["exp_avg"], state["exp_avg_sq"]):
             parts = [getattr(value, name) for name in getattr(value, "tensor_attrs", ())] or [value]
             kept += sum(part.numel() * part.element_size() for part in parts)
-    assert optimizer_bytes(f"adamw_torch_{bits}bit", weights) == kept
+    assert optimizer_bytes(f"adamw_torch_{bits}bit", weights, optim_args=f"block_size={block}") == kept
+
+
+def test_the_step_of_torchao_takes_more_than_a_small_micro_batch():
+    weights = [nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((64, 256), (10,))]
+    assert optimizer_step_bytes("adamw_torch_8bit", weights) == 8 * LARGE
+    assert optimizer_step_bytes("adamw_torch_fused", weights) == 0
 
 
 def test_quantised_weights_are_counted_as_they_are_stored():

@@ -41,7 +41,7 @@ def test_it_is_said_when_bfloat16_weights_lose_their_updates(optim, optim_args, 
     if loses:
         name = optim.value if isinstance(optim, OptimizerNames) else optim
         assert f"optim {name} rounds away" in problem
-        assert "optim adamw_torch_8bit with optim_args bf16_stochastic_round=True" in problem
+        assert "optim adamw_torch_8bit with optim_args bf16_stochastic_round=True,block_size=64" in problem
 
 
 def test_a_run_with_bfloat16_weights_warns_once_and_trains(tmp_path, capsys):
