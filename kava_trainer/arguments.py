@@ -48,6 +48,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 _AT_LEAST_ONE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "calibration_tokens",
+    "max_nonfinite_steps",
 )  # fmt: skip
 
 
@@ -150,6 +151,15 @@ class KavaTrainingArguments(TrainingArguments):
             "0 pads each micro-batch to its longest example instead."
         ),
     )
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata=help_text(
+            "A step whose loss or gradient is no finite number is skipped; so many of them in a row end the run."
+        ),
+    )
+    enable_jit_checkpoint: bool = field(
+        default=False, metadata=help_text("Without effect: KAVA saves on SIGTERM, SIGUSR1 and Ctrl-C in any case.")
+    )
     teacher_cache_dir: str | None = field(
         default=None,
         metadata=help_text(
@@ -195,6 +205,7 @@ class KavaTrainingArguments(TrainingArguments):
             found.append(str(error))
         if found:
             raise ValueError("\n".join(found))
+        self.enable_jit_checkpoint = False  # its handler would take SIGTERM away from KAVA's
         self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.final_dir is None:
             self.final_dir = self.output_dir

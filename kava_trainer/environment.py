@@ -78,8 +78,8 @@ def use_all_cores(training: KavaTrainingArguments) -> None:
         torch.set_num_threads(available or 1)
 
 
-def resume_command(argv: list[str], checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint, started the way this process was started."""
+def resume_command(argv: list[str], checkpoint: Path | None) -> str:
+    """The command that goes on from a checkpoint, or starts again, in the way this process was started."""
     kept, skip = [], False
     for word in argv:
         name = word.split("=")[0].replace("-", "_")
@@ -98,4 +98,5 @@ def resume_command(argv: list[str], checkpoint: Path) -> str:
     if world_size == 1:
         launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
     script = os.path.relpath(sys.argv[0])
-    return f"{launcher} {shlex.join([script, *kept, '--resume_from_checkpoint', str(checkpoint)])}"
+    kept += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
+    return f"{launcher} {shlex.join([script, *kept])}"

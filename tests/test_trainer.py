@@ -156,7 +156,8 @@ def test_a_log_line_has_the_loss_of_its_terms_and_both_learning_rates(tmp_path, 
     assert line["loss"] == pytest.approx(2.0 * line["mercator_loss"] + 0.5 * line["lm_loss"], rel=1e-4)
     assert -1 <= line["cos_sim"] <= 1
     assert line["projector_learning_rate"] > 0
-    assert set(trainer.throughput()) == {"tokens_per_second", "samples_per_second", "padding_fraction"}
+    seconds = {"teacher_seconds", "student_seconds"}
+    assert set(trainer.throughput()) == {"tokens_per_second", "samples_per_second", "padding_fraction", *seconds}
 
 
 def test_packed_rows_have_no_padding_and_padded_ones_are_counted(tmp_path, tokenizer):
