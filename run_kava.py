@@ -7,7 +7,7 @@ from kava_trainer.errors import BadRequest, RunFailed
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of an optional kernel package
 
-NOTHING_TO_SAVE = "Interrupted before the first step, so there was nothing to save."
+NOTHING_TO_SAVE = "Interrupted before the first step, so there was nothing to save. Start again with the same command."
 
 
 def main(argv: list[str] | None = None) -> int:

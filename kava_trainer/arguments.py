@@ -157,6 +157,13 @@ class KavaTrainingArguments(TrainingArguments):
             "A step whose loss or gradient is no finite number is skipped; so many of them in a row end the run."
         ),
     )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata=help_text(
+            "Whether several processes share out buffers in every forward pass. They are equal from the start, and "
+            "where one process runs out of memory the others would wait for it."
+        ),
+    )
     enable_jit_checkpoint: bool = field(
         default=False, metadata=help_text("Without effect: KAVA saves on SIGTERM, SIGUSR1 and Ctrl-C in any case.")
     )

@@ -1,6 +1,7 @@
 """What makes two runs the same, so that a checkpoint is never resumed by another run, or mixed with another's."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,9 @@ def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
         data: see `data_digest`.
     """
     model = arguments.model
-    asked = {name: value for name, value in arguments.to_dict().items() if not name.startswith("_")}
+    asked = json.loads(json.dumps(arguments.to_dict(), default=str))
     return {
-        **{name: value for name, value in asked.items() if name not in _NOT_COMPARED},
+        **{name: value for name, value in asked.items() if name not in _NOT_COMPARED and not name.startswith("_")},
         "data": data,
         "teacher": _model(model.teacher_model_name_or_path, "teacher", model.teacher_revision),
         "student": _model(

@@ -14,7 +14,6 @@ from .checkpoint_io import (
     list_checkpoints,
     resolve_checkpoint,
     sweep,
-    write_folder_atomically,
 )
 from .console import Console
 from .control import build_control, forget_control, train_control
@@ -267,9 +266,7 @@ def _finish(
     """Save the finals and measure the student; why the alignment counts as collapsed, if it does."""
     training = arguments.training
     student_folder, projector = Path(training.final_dir) / FINAL_STUDENT, Path(training.final_dir) / FINAL_PROJECTOR
-    if training.should_save:
-        write_folder_atomically(student_folder, trainer.save_student)
-    trainer.save_projector(projector)
+    trainer.save_finals(student_folder, projector)
     console.stage("Saved")
     console.print(f"Student: {student_folder}")
     console.print(f"Projector: {projector}")

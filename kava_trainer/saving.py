@@ -1,5 +1,6 @@
 """What a trainer of a student beside projectors saves, loads and sends, and where Trainer's own way does not fit."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +25,7 @@ from .checkpoint_io import (
     stage,
     staging_folder,
     unreadable_checkpoint,
+    write_folder_atomically,
     write_manifest,
 )
 from .console import Console
@@ -109,6 +111,22 @@ class SavingTrainer(Trainer):
         self._save(str(output_dir))
         self.student.config.use_cache = self.args.use_cache
 
+    def save_finals(self, student_folder: Path, projector: Path) -> None:
+        """Write the finished student and its projector, whole or not at all.
+
+        Raises:
+            RunFailed: if the disk does not take them.
+        """
+        try:
+            if self.args.should_save:
+                write_folder_atomically(student_folder, self.save_student)
+            self.save_projector(projector)
+        except _SAVE_ERRORS as error:
+            raise RunFailed(
+                f"The finished student could not be written to {student_folder} ({reason_of(error)}). Make room, or "
+                f"name another final_dir. {self.advice()}"
+            ) from error
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student; inside a checkpoint also the projectors beside it.
 
@@ -147,7 +165,7 @@ class SavingTrainer(Trainer):
         """Restore what `progress_state` put into a checkpoint. Raises `BadRequest` where it cannot be read."""
         try:
             state = torch.load(Path(checkpoint) / self._progress_file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        except Exception as error:  # what is no such file is found out in many ways
             raise unreadable_checkpoint(checkpoint, error) from error
         self.restore_progress(state)
 
@@ -209,7 +227,8 @@ class SavingTrainer(Trainer):
     def _tell_failed_save(self, folder: Path, problem: str) -> None:
         """Note a save that failed. Raises `RunFailed` for one too many in a row."""
         self._failed_saves += 1
-        told = f"{folder} could not be written ({problem})."
+        free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
+        told = f"{folder} could not be written ({problem}; {free / 1e9:.2f} GB are free there)."
         if self._failed_saves >= MOST_FAILED_SAVES:
             raise RunFailed(f"{told} It is save number {self._failed_saves} that failed in a row. {self.advice()}")
         self.console.warn(f"{told} The training goes on and tries again at the next save. {self.advice()}")

@@ -80,14 +80,14 @@ class SignalWatch:
             self._deferring -= 1
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            if number == signal.SIGTERM != self.received and not self._followed_up:
-                self._followed_up = True
-                return
+        if self.received is None:
+            self.received = number
+            if not self._deferring:
+                raise Interrupted(number)
+        elif number == signal.SIGTERM != self.received and not self._followed_up:
+            self._followed_up = True
+        else:
             os._exit(exit_code(number))
-        self.received = number
-        if not self._deferring:
-            raise Interrupted(number)
 
     def agree(self) -> int | None:
         """The signal that any rank has got, or None. Every rank must call it; a launcher that is gone is a SIGTERM."""

@@ -1,0 +1,244 @@
+"""Runs that are killed, signalled, stopped and damaged: each goes on as if nothing had happened."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import time
+
+import fault_child
+import pytest
+import torch
+from processes import Run, write_problems
+
+from kava_trainer.checkpoint_io import broken_reason, find_newest_checkpoint, list_checkpoints
+from kava_trainer.projector import load_projectors
+
+pytestmark = pytest.mark.slow
+
+KILLS = 60
+"""How often a run is killed in all."""
+
+DEADLY = ("fsync", "replace", "rmtree", "manifest", "torch.save", "unlink")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_problems(tmp_path_factory.mktemp("data") / "problems.jsonl")
+
+
+def final_hash(folder):
+    """Of the student's and the projector's weights."""
+    digest = hashlib.sha256((folder / "out" / "final_student" / "model.safetensors").read_bytes())
+    for tensor in load_projectors(folder / "out" / "final_projector.pth").state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """What a run that nothing happens to ends with, by its number of ranks, and how long it takes."""
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"straight{ranks}")
+        started = time.monotonic()
+        run = Run(fault_child.run, folder, folder, data, ranks=ranks)
+        assert run.wait() == [0] * ranks, run.output()
+        found[ranks] = final_hash(folder), time.monotonic() - started
+    return found
+
+
+def assert_nothing_broken(output):
+    assert not list(output.glob(".*"))
+    assert all(broken_reason(folder) is None for folder in list_checkpoints(output))
+    for file in output.rglob("*.pth"):
+        torch.load(file, weights_only=True)
+    assert json.loads((output / "run_summary.json").read_text())["status"] == "completed"
+
+
+def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped(data, uninterrupted, tmp_path):
+    expected, duration = uninterrupted[1]
+    rng, kills, inside, runs = random.Random(0), 0, 0, 0
+    while kills < KILLS:
+        folder = tmp_path / str(runs)
+        runs += 1
+        for _ in range(6):
+            if rng.random() < 0.5:
+                moment = rng.randint(1, 120)
+                run = Run(fault_child.run_and_die, folder, folder, data, moment, DEADLY)
+                codes = run.wait()
+                inside += codes == [-signal.SIGKILL]
+            else:
+                run = Run(fault_child.run, folder, folder, data)
+                time.sleep(rng.uniform(0.3, 1.0) * duration)
+                run.kill()
+                codes = run.wait()
+            assert codes in ([0], [-signal.SIGKILL]), run.output()
+            kills += codes == [-signal.SIGKILL]
+        run = Run(fault_child.run, folder, folder, data)
+        assert run.wait() == [0], run.output()
+        assert final_hash(folder) == expected
+        assert_nothing_broken(folder / "out")
+    print(f"{kills} kills, {inside} of them in the middle of writing, in {runs} runs")
+    assert inside >= KILLS // 4
+
+
+def test_a_cut_or_a_flipped_byte_in_any_file_of_a_checkpoint_is_found_and_skipped(data, uninterrupted, tmp_path):
+    run = Run(fault_child.run, tmp_path, tmp_path, data)
+    assert run.wait() == [0], run.output()
+    older, newest = list_checkpoints(tmp_path / "out")
+    rng, files = random.Random(1), sorted(path for path in newest.rglob("*") if path.is_file())
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "projector.pth", "progress_0.pth", "manifest.json",
+            "rng_state.pth", "trainer_state.json", "config.json"} <= {path.name for path in files}  # fmt: skip
+    for file in files:
+        content = file.read_bytes()
+        position = rng.randrange(len(content))
+        flipped = bytes([content[position] ^ (1 << rng.randrange(8))])
+        for damage in (content[: rng.randrange(len(content))], content[:position] + flipped + content[position + 1 :]):
+            file.write_bytes(damage)
+            found = find_newest_checkpoint(tmp_path / "out")
+            assert found.checkpoint == older
+            assert [folder for folder, _ in found.skipped] == [newest]
+        file.write_bytes(content)
+    assert find_newest_checkpoint(tmp_path / "out").checkpoint == newest
+    (newest / "optimizer.pt").write_bytes(b"broken")
+    shutil.rmtree(tmp_path / "out" / "final_student")
+    again = Run(fault_child.run, tmp_path, tmp_path, data)
+    assert again.wait() == [0], again.output()
+    assert f"Skipped {newest}: optimizer.pt has 6 bytes in place of" in again.output()
+    assert f"Resuming from {older}" in again.output()
+    assert final_hash(tmp_path) == uninterrupted[1][0]
+
+
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", ["training", "save", "evaluation", "calibration"])
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_at_any_stage_saves_and_the_printed_command_goes_on(data, uninterrupted, tmp_path, name, stage, ranks):
+    signalled_and_resumed(data, uninterrupted, tmp_path, name, stage, ranks)
+
+
+@pytest.mark.parametrize("stage", ["final evaluation", "generation"])
+def test_a_signal_after_the_training_keeps_everything(data, uninterrupted, tmp_path, stage):
+    changes = {"evaluate_generation": True, "generation_max_new_tokens": 4} if stage == "generation" else {}
+    signalled_and_resumed(data, uninterrupted, tmp_path, "SIGTERM", stage, 1, changes)
+
+
+def signalled_and_resumed(data, uninterrupted, folder, name, stage, ranks, changes=None):
+    run = Run(fault_child.run_and_signal, folder, folder, data, stage, name, ranks - 1, 1, changes, ranks=ranks)
+    assert run.wait() == [SIGNALS[name]] * ranks, run.output()
+    if stage == "generation":  # before the training: there is nothing to save, and nothing is touched
+        assert "Interrupted before the first step" in run.output()
+        assert not list((folder / "out").iterdir())
+        return
+    output, text = folder / "out", run.output()
+    summary = json.loads((output / "run_summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert not list(output.glob(".*"))
+    checkpoints = list_checkpoints(output)
+    if stage == "calibration":
+        command = re.search(r"^No step was done\. Start again with: python run_kava.py (.*)$", text, re.M)[1]
+        assert not checkpoints
+    else:
+        step = int(re.search(r"Saved after step (\d+)", text)[1])
+        assert step == summary["global_step"]
+        command = re.search(r"^Resume with: .*run_kava.py (.*)$", text, re.M)[1]
+        assert f"--resume_from_checkpoint {output / f'checkpoint-{step}'}" in command
+        assert checkpoints[-1].name == f"checkpoint-{step}"
+        assert broken_reason(checkpoints[-1]) is None
+        if stage != "final evaluation":
+            assert load_projectors(output / "emergency_projector.pth")
+    resumed = Run(main, folder, shlex.split(command), ranks=ranks)
+    assert resumed.wait() == [0] * ranks, resumed.output()
+    assert final_hash(folder) == uninterrupted[ranks][0]
+    assert_nothing_broken(output)
+
+
+def main(argv):
+    import run_kava
+
+    return run_kava.main(argv)
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_second_signal_leaves_at_once_and_touches_nothing(data, tmp_path, first):
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "save", first, 0, 2)
+    assert run.wait() == [SIGNALS[first]]
+    assert not list_checkpoints(tmp_path / "out")
+    assert not (tmp_path / "out" / "emergency_projector.pth").exists()
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_to_the_whole_process_group_spares_the_data_workers(data, uninterrupted, tmp_path, name):
+    workers = {"dataloader_num_workers": 2}
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "training", name, 0, 1, workers, True)
+    assert run.wait() == [SIGNALS[name]], run.output()
+    command = re.search(r"^Resume with: .*run_kava.py (.*)$", run.output(), re.M)[1]
+    resumed = Run(main, tmp_path, shlex.split(command))
+    assert resumed.wait() == [0], resumed.output()
+    assert final_hash(tmp_path) == uninterrupted[1][0]
+
+
+def test_a_signal_during_the_control_keeps_the_student(data, tmp_path):
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "control", "SIGTERM", 0, 1, {"run_control": True})
+    assert run.wait() == [143], run.output()
+    assert "Resume with" in run.output()
+    assert (tmp_path / "out" / "final_student").is_dir()
+    assert list_checkpoints(tmp_path / "out" / "control")
+    command = re.search(r"^Resume with: .*run_kava.py (.*)$", run.output(), re.M)[1]
+    resumed = Run(main, tmp_path, shlex.split(command))
+    assert resumed.wait() == [0], resumed.output()
+    summary = json.loads((tmp_path / "out" / "run_summary.json").read_text())
+    assert summary["evaluation"]["control_sft"] is not None
+
+
+MATRIX = [
+    {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "dataloader_num_workers": workers,
+     "max_tokens_per_batch": packing, **precision}
+    for accumulation, workers, packing, precision in itertools.product(
+        (1, 3), (0, 2), (0, 40), ({"bf16": False}, {"bf16": True})
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number", range(len(MATRIX)))
+def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, number, ranks):
+    settings = {
+        **MATRIX[number], "max_steps": 7, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9,
+        "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "cosine",
+        "projector_dropout": 0.1, "metric_for_best_model": "eval_loss", "layer_mapping": "uniform:2",
+    }  # fmt: skip
+    straight = finish(tmp_path / "straight", None, settings, ranks)
+    assert straight["world_size"] == ranks
+    assert straight["wrapper"] == ("DistributedDataParallel" if ranks > 1 else "DistillationModel")
+    assert straight["packs"] == (settings["max_tokens_per_batch"] > 0)
+    for stop in fault_child.seeded(number).sample(range(1, 7), 2):
+        resumed = finish(
+            tmp_path / f"again{stop}", tmp_path / "straight" / "run" / f"checkpoint-{stop}", settings, ranks
+        )
+        for name in ("weights", "optimizer", "rates", "losses", "lines"):
+            assert resumed[name] == straight[name], (stop, name)
+
+
+def finish(folder, checkpoint, settings, ranks):
+    resume = str(checkpoint) if checkpoint else None
+    output = folder / "result.pt"
+    run = Run(fault_child.train, folder, str(folder / "run"), str(output), resume, settings, ranks=ranks)
+    assert run.wait() == [0] * ranks, run.output()
+    return torch.load(output, weights_only=True)
+
+
+def test_the_seed_of_the_signal_stages_is_where_it_says(data, tmp_path):
+    """So that no stage of the matrix is another one by a change elsewhere."""
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "training", "SIGTERM")
+    assert run.wait() == [143]
+    assert "Saved after step 4" in run.output()
+    assert os.listdir(tmp_path / "out")
