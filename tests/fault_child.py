@@ -25,7 +25,7 @@ OPTIONS = {
     "max_length": 64,
     "max_eval_samples": 8,
     "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 4,
+    "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 2,
     "max_steps": STEPS,
     "save_steps": 2,

@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from conftest import ROOT, random_examples
@@ -65,7 +66,8 @@ class Run:
 
     def kill(self):
         for process in self.processes:
-            os.kill(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(process.pid, signal.SIGKILL)
 
     def wait(self, timeout=120):
         """The exit codes; those that a signal ended are negative."""

@@ -57,7 +57,8 @@ def assert_nothing_broken(output):
     assert not list(output.glob(".*"))
     assert all(broken_reason(folder) is None for folder in list_checkpoints(output))
     for file in output.rglob("*.pth"):
-        torch.load(file, weights_only=True)
+        if not file.name.startswith("rng_state"):  # numpy's, which Trainer reads with an allowance for them
+            torch.load(file, weights_only=True)
     assert json.loads((output / "run_summary.json").read_text())["status"] == "completed"
 
 
@@ -65,23 +66,21 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
     expected, duration = uninterrupted[1]
     rng, kills, inside, runs = random.Random(0), 0, 0, 0
     while kills < KILLS:
-        folder = tmp_path / str(runs)
+        folder, codes = tmp_path / str(runs), None
         runs += 1
-        for _ in range(6):
-            if rng.random() < 0.5:
-                moment = rng.randint(1, 120)
+        while codes != [0]:
+            if rng.random() < 0.6:
+                moment = rng.randint(1, 45)
                 run = Run(fault_child.run_and_die, folder, folder, data, moment, DEADLY)
                 codes = run.wait()
                 inside += codes == [-signal.SIGKILL]
             else:
                 run = Run(fault_child.run, folder, folder, data)
-                time.sleep(rng.uniform(0.3, 1.0) * duration)
+                time.sleep(rng.uniform(0.4, 1.0) * duration)
                 run.kill()
                 codes = run.wait()
             assert codes in ([0], [-signal.SIGKILL]), run.output()
             kills += codes == [-signal.SIGKILL]
-        run = Run(fault_child.run, folder, folder, data)
-        assert run.wait() == [0], run.output()
         assert final_hash(folder) == expected
         assert_nothing_broken(folder / "out")
     print(f"{kills} kills, {inside} of them in the middle of writing, in {runs} runs")
@@ -132,7 +131,8 @@ def test_a_signal_after_the_training_keeps_everything(data, uninterrupted, tmp_p
 
 
 def signalled_and_resumed(data, uninterrupted, folder, name, stage, ranks, changes=None):
-    run = Run(fault_child.run_and_signal, folder, folder, data, stage, name, ranks - 1, 1, changes, ranks=ranks)
+    rank = 0 if stage == "save" else ranks - 1  # the first one writes
+    run = Run(fault_child.run_and_signal, folder, folder, data, stage, name, rank, 1, changes, ranks=ranks)
     assert run.wait() == [SIGNALS[name]] * ranks, run.output()
     if stage == "generation":  # before the training: there is nothing to save, and nothing is touched
         assert "Interrupted before the first step" in run.output()
@@ -144,7 +144,7 @@ def signalled_and_resumed(data, uninterrupted, folder, name, stage, ranks, chang
     assert not list(output.glob(".*"))
     checkpoints = list_checkpoints(output)
     if stage == "calibration":
-        command = re.search(r"^No step was done\. Start again with: python run_kava.py (.*)$", text, re.M)[1]
+        command = re.search(r"^No step was done\. Start again with: .*run_kava.py (.*)$", text, re.M)[1]
         assert not checkpoints
     else:
         step = int(re.search(r"Saved after step (\d+)", text)[1])
