@@ -2,8 +2,11 @@
 
 import logging
 import sys
+import traceback
+from types import TracebackType
 
 from kava_trainer.errors import BadRequest, RunFailed
+from kava_trainer.redaction import without_secrets
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of an optional kernel package
 
@@ -18,18 +21,26 @@ def main(argv: list[str] | None = None) -> int:
         0 when the run completed, 1 when it failed, 2 for a bad request, 130 or 143 when Ctrl-C or SIGTERM ended it.
     """
     from kava_trainer.parsing import parse_arguments
-    from kava_trainer.pipeline import run
 
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return run(parse_arguments(argv), argv)
+        arguments = parse_arguments(argv)
+        from kava_trainer.pipeline import run  # it takes seconds, which a mistake in the arguments need not wait for
+
+        return run(arguments, argv)
     except (BadRequest, RunFailed) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Interrupted while no step was running, so there was nothing to save.", file=sys.stderr)
         return 130
 
 
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception that nothing expected as Python does, without secrets."""
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 if __name__ == "__main__":
+    sys.excepthook = show_traceback
     sys.exit(main())

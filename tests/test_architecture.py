@@ -8,6 +8,7 @@ from conftest import ROOT
 
 ORDER = [
     *(
+        "redaction",
         "errors",
         "source_arguments",
         "arguments",
