@@ -16,6 +16,7 @@ from .alignment import collapse_remedy
 from .arguments import KavaTrainingArguments
 from .calibration import calibrate, check_enough_tokens
 from .callbacks.emergency import EmergencyCheckpointCallback
+from .callbacks.guard import guard_trackers
 from .callbacks.probe import ProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
@@ -66,6 +67,8 @@ class KavaTrainer(SteppingTrainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self._console = Console(args.plain_output)
+        self.problems: list[dict[str, Any]] = []
+        guard_trackers(self.callback_handler.callbacks, args.report_to, self._console, self.problems)
         self._choose_packing()
         self.probe: AlignmentProbe | None = None
         if isinstance(teacher, CachedTeacher):

@@ -46,6 +46,7 @@ ORDER = [
         "callbacks.probe",
         "callbacks.projector_save",
         "callbacks.emergency",
+        "callbacks.guard",
     ),
     *(
         "hub",
