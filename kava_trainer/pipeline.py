@@ -1,7 +1,6 @@
 """One run from arguments to files, stage by stage, with what the user sees of each."""
 
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from .capture import context_length
 from .checkpoint_io import is_whole, list_checkpoints, resolve_checkpoint, write_folder_atomically
 from .console import Console, status_text
 from .control import build_control, forget_control, train_control
+from .disk import make_folder
 from .environment import (
     describe_environment,
     describe_memory,
@@ -135,13 +135,7 @@ def _train_and_judge(
 
 def _prepare_folders(arguments: KavaArguments) -> None:
     for name in ("output_dir", "final_dir"):
-        folder = Path(getattr(arguments.training, name))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadRequest(f"{name} {folder} cannot be made: {error.strerror}.") from error
-        if not os.access(folder, os.W_OK):
-            raise BadRequest(f"{name} {folder} cannot be written to; choose another folder.")
+        make_folder(name, getattr(arguments.training, name))
     student = Path(arguments.training.final_dir) / FINAL_STUDENT
     if student.exists() and not student.is_dir():
         raise BadRequest(f"{student} is a file, but the student's folder goes there; move it or set final_dir.")
@@ -306,8 +300,13 @@ def _conclude(
     card = render_model_card(trainer.hub_model_id or FINAL_STUDENT, arguments, summary.content)
     (student_folder / "README.md").write_text(card, encoding="utf-8")
     if training.push_to_hub:
+        summary.write(training.output_dir, "completed")  # all that is local comes before the network
         problem = push_student(student_folder, trainer.hub_model_id, arguments)
-        console.print(f"Pushed to {trainer.hub_model_id}") if problem is None else console.warn(problem)
+        if problem is None:
+            console.print(f"Pushed to {trainer.hub_model_id}")
+        else:
+            console.warn(problem)
+            summary.content["problems"].append({"step": None, "kind": "hub", "action": problem})
 
 
 def _show_verdict(console: Console, summary: RunSummary) -> None:

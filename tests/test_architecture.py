@@ -10,6 +10,7 @@ ORDER = [
     *(
         "redaction",
         "errors",
+        "file_errors",
         "source_arguments",
         "arguments",
         "parsing",
@@ -22,6 +23,7 @@ ORDER = [
         "heads",
         "console",
         "checkpoint_io",
+        "disk",
     ),
     *(
         "quickstart.problems",
