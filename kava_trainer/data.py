@@ -70,7 +70,7 @@ def _reason(error: Exception, path: Path) -> str:
     if problem := data_problem(path) if path.is_file() else _folder_problem(path):
         return f"{problem}."
     reason = "it holds no examples." if isinstance(error, StopIteration) else reason_of(error.__cause__ or error)
-    return re.sub(r" in row \d+$", "", reason)  # of a block, and counted from 0
+    return re.sub(r" (in|starting at) row \d+$", "", reason)  # of a block, and counted from 0
 
 
 def _folder_problem(folder: Path) -> str | None:

@@ -51,6 +51,8 @@ def _load(what: str, name: str, load: Callable[[], T]) -> T:
 def _reason(error: Exception, folder: Path) -> str:
     if "trust_remote_code=True" in str(error):
         return "it brings code of its own, which only trust_remote_code true runs; set it if you trust the source."
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return "the folder has no config.json; name one that a model was saved to."
     problem = folder_problem(folder, _JSON_FILES)
     return reason_of(error) if problem is None else f"{problem}."
 

@@ -93,6 +93,7 @@ def test_a_broken_line_is_named_however_far_down_it_is(tmp_path):
         ),
         ("data.json", '{"text": "a"}\n{"text"\n', r"line 2 is not valid JSON \(Expecting ':'"),
         ("data.csv", "text\na\nb,c,d\n", "Expected 1 fields in line 3, saw 3"),
+        ("data.csv", 'text\n"a\nb\n', "EOF inside string$"),
         ("data.csv", b"text\n\xff\xfe\n", "codec can't decode"),
         ("data.parquet", b"PAR1 and no more", "Parquet|parquet"),
         ("data.arrow", b"no arrow file", "."),
@@ -159,7 +160,8 @@ def test_an_empty_model_folder_gets_one_sentence(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for role in ("teacher", "student"):
         error = one_sentence(refused(capsys, tmp_path, **{f"{role}_model_name_or_path": tmp_path / "empty"}))
-        assert error.startswith(f"The {role}'s tokenizer '{tmp_path / 'empty'}' cannot be loaded: ")
+        reason = "the folder has no config.json; name one that a model was saved to."
+        assert error == f"The {role}'s tokenizer '{tmp_path / 'empty'}' cannot be loaded: {reason}"
 
 
 def test_a_file_is_no_checkpoint_and_prompts_that_fill_max_length_leave_no_answers(tmp_path, capsys):
