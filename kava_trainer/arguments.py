@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from .redaction import is_secret_name, keep_secret
 from .source_arguments import DataArguments, ModelArguments, help_text
 
 LayerMapping = Literal["last", "all"] | int | list[tuple[int, int]]
@@ -41,6 +42,9 @@ def parse_layer_mapping(text: str) -> LayerMapping:
         "teacher layer counted from 1, such as [[12, 14], [24, 28]]."
     )
 
+
+LARGEST_MICRO_BATCH, LARGEST_MLP_RATIO = 2**24, 1024
+"""Beyond these no device has the memory, and working out how much is missing would take all of this machine's."""
 
 _NOT_NEGATIVE = (
     "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
@@ -203,6 +207,8 @@ class KavaTrainingArguments(TrainingArguments):
     plain_output: bool = field(default=False, metadata=help_text("No emoji and no progress bars."))
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if is_secret_name(f.name)):
+            keep_secret(getattr(self, name))
         if isinstance(self.layer_mapping, (list, tuple)):
             self.layer_mapping = json.dumps(self.layer_mapping)
         found = self.problems()
@@ -275,8 +281,11 @@ class KavaTrainingArguments(TrainingArguments):
 
     def _projector_problems(self) -> list[str]:
         found = []
-        if self.projector_mlp_ratio <= 0:
-            found.append(f"projector_mlp_ratio is {self.projector_mlp_ratio}; write a number above 0, such as 1.0.")
+        if not 0 < self.projector_mlp_ratio <= LARGEST_MLP_RATIO:
+            found.append(
+                f"projector_mlp_ratio is {self.projector_mlp_ratio}; write a number above 0, such as 1.0, up to "
+                f"{LARGEST_MLP_RATIO}."
+            )
         if not 0 <= self.projector_dropout < 1:
             found.append(f"projector_dropout is {self.projector_dropout}; write a number from 0 to below 1.")
         if self.projector_direction == "student_to_teacher" and self.projector_anchor != "none":
@@ -306,6 +315,17 @@ class KavaArguments:
     def __post_init__(self) -> None:
         if self.training.max_tokens_per_batch is None:
             self.training.max_tokens_per_batch = self.training.per_device_train_batch_size * self.data.max_length
+
+    def problems(self) -> list[str]:
+        """One sentence for each mistake that only several arguments together make; empty when there is none."""
+        batch, length = self.training.per_device_train_batch_size, self.data.max_length
+        tokens = max(batch * length, self.training.max_tokens_per_batch)
+        if tokens <= LARGEST_MICRO_BATCH:
+            return []
+        return [
+            f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "
+            f"per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Every argument with its value, secrets masked, ready for JSON."""

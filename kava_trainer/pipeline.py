@@ -1,6 +1,5 @@
 """One run from arguments to files, stage by stage, with what the user sees of each."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from .checkpoint_io import (
 )
 from .console import Console
 from .control import build_control, forget_control, train_control
+from .disk import make_folder
 from .environment import (
     describe_environment,
     peak_memory_bytes,
@@ -91,7 +91,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     summary.content["throughput"]["estimated_memory_bytes"] = tell_memory(console, arguments)
     models = load_models(console, arguments, tokenizer)
     trainer = build_trainer(console, arguments, models, data)
-    trainer.identity = identity
+    trainer.identity, summary.content["problems"] = identity, trainer.problems
     cache = open_cache(arguments, models, trainer)
     check_teacher(console, models, data, training.per_device_eval_batch_size)
     console.stage("Evaluation")
@@ -115,7 +115,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
         return exit_code(interruption.number)
     finally:
         if training.should_save and status is not None:
-            _write_summary(console, training.output_dir, summary, trainer, status)
+            _write_summary(console, training.output_dir, summary, status)
 
 
 def _find_checkpoint(arguments: KavaArguments) -> Resumption:
@@ -141,8 +141,7 @@ def _identify(console: Console, arguments: KavaArguments, data: Data, checkpoint
     return identity
 
 
-def _write_summary(console: Console, output_dir: str, summary: RunSummary, trainer: KavaTrainer, status: str) -> None:
-    summary.content["problems"] += trainer.problems
+def _write_summary(console: Console, output_dir: str, summary: RunSummary, status: str) -> None:
     if status == "failed":
         summary.content["verdict"] |= {"success": False, "reasons": ["The run did not complete."]}
     summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(output_dir)]
@@ -184,13 +183,7 @@ def _train_and_judge(
 
 def _prepare_folders(arguments: KavaArguments) -> None:
     for name in ("output_dir", "final_dir"):
-        folder = Path(getattr(arguments.training, name))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadRequest(f"{name} {folder} cannot be made: {error.strerror}.") from error
-        if not os.access(folder, os.W_OK):
-            raise BadRequest(f"{name} {folder} cannot be written to; choose another folder.")
+        make_folder(name, getattr(arguments.training, name))
     student = Path(arguments.training.final_dir) / FINAL_STUDENT
     if student.exists() and not student.is_dir():
         raise BadRequest(f"{student} is a file, but the student's folder goes there; move it or set final_dir.")
@@ -295,5 +288,10 @@ def _conclude(
     card = render_model_card(trainer.hub_model_id or FINAL_STUDENT, arguments, summary.content)
     (student_folder / "README.md").write_text(card, encoding="utf-8")
     if training.push_to_hub:
+        summary.write(training.output_dir, "completed")  # all that is local comes before the network
         problem = push_student(student_folder, trainer.hub_model_id, arguments)
-        console.print(f"Pushed to {trainer.hub_model_id}") if problem is None else console.warn(problem)
+        if problem is None:
+            console.print(f"Pushed to {trainer.hub_model_id}")
+        else:
+            console.warn(problem)
+            summary.content["problems"].append({"step": None, "kind": "hub", "action": problem})

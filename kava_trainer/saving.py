@@ -30,7 +30,7 @@ from .checkpoint_io import (
 )
 from .console import Console
 from .errors import RunFailed, reason_of
-from .hub import push_checkpoint
+from .hub import ANSWER_SECONDS, CheckpointPusher, in_time
 from .projector import restore_projectors, save_projectors
 from .ranks import any_rank
 from .signals import Interrupted
@@ -48,9 +48,12 @@ class SavingTrainer(Trainer):
 
     args: KavaTrainingArguments
     model: DistillationModel
+    problems: list[dict[str, Any]]
+    """What went wrong and did not end the run: the step, a kind, and what was done about it."""
 
     def __init__(self, model: DistillationModel, **kwargs: Any) -> None:
         self._student_uses_cache = model.config.use_cache
+        self._pusher: CheckpointPusher | None = None
         super().__init__(model=model, **kwargs)
         self.console = Console(self.args.plain_output)
         self.emergency = EmergencyCheckpointCallback(self.try_to_save_projector)
@@ -78,6 +81,10 @@ class SavingTrainer(Trainer):
         """What to resume from after the training went wrong, as a sentence."""
         newest = find_newest_checkpoint(self.args.output_dir).checkpoint
         return f"Resume from {newest}, which is sound." if newest else "There is no checkpoint yet; start afresh."
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the hub repository, as `Trainer` does. Raises `TimeoutError` if the hub does not answer."""
+        in_time(lambda: super(SavingTrainer, self).init_hf_repo(token, private), ANSWER_SECONDS)
 
     def not_finite(self, what: str) -> RunFailed:
         """The error for losses or weights that are no finite numbers any more."""
@@ -290,7 +297,7 @@ class SavingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, self.student)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
             raise unreadable_checkpoint(resume_from_checkpoint, error) from error
         file = Path(resume_from_checkpoint) / PROJECTOR_FILE
         restore_projectors(self.target.projectors, file, self.target.use, self.target.decoders)
@@ -301,13 +308,27 @@ class SavingTrainer(Trainer):
         except (OSError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
             raise unreadable_checkpoint(checkpoint, error) from error
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, UnpicklingError) as error:
+            raise unreadable_checkpoint(checkpoint, error) from error
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Send a checkpoint to the hub as `hub_strategy` asks, in the background.
 
         Trainer would send all of `output_dir` with its pickled arguments, and those hold the hub token.
         """
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            self.push_in_progress = push_checkpoint(Path(checkpoint_folder), self.hub_model_id, self.args)
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self._pusher is None:
+            self._pusher = CheckpointPusher(self.hub_model_id, self.args, self.problems)
+        self._pusher.push(Path(checkpoint_folder), self.state.global_step)
+
+    def _finish_current_push(self) -> None:
+        """Wait for the checkpoints that are on their way, but not for ever."""
+        if self._pusher is not None:
+            self._pusher.finish()
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .arguments import KavaTrainingArguments
 from .calibration import calibrate, check_enough_tokens
+from .callbacks.guard import guard_trackers
 from .callbacks.probe import ProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.resume import ResumeCallback
@@ -63,6 +64,7 @@ class KavaTrainer(ProbingTrainer):
         self.forget_throughput()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        guard_trackers(self.callback_handler.callbacks, args.report_to, self.console, self.problems)
         self._choose_packing()
         if isinstance(teacher, CachedTeacher):
             self.read_cache(teacher)

@@ -8,7 +8,9 @@ from conftest import ROOT
 
 ORDER = [
     *(
+        "redaction",
         "errors",
+        "file_errors",
         "source_arguments",
         "arguments",
         "parsing",
@@ -21,6 +23,7 @@ ORDER = [
         "heads",
         "console",
         "checkpoint_io",
+        "disk",
         "ranks",
         "signals",
         "sharing",
@@ -50,6 +53,7 @@ ORDER = [
         "callbacks.projector_save",
         "callbacks.resume",
         "callbacks.emergency",
+        "callbacks.guard",
     ),
     *(
         "hub",
