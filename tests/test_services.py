@@ -18,7 +18,7 @@ from transformers.integrations import integration_utils
 
 import run_kava
 from kava_trainer import hub
-from kava_trainer.checkpoint_io import is_whole
+from kava_trainer.checkpoint_io import broken_reason
 from kava_trainer.trainer import KavaTrainer
 
 
@@ -64,7 +64,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path, tokenizer, cap
     (tracker,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
     trainer.train()
     assert len({line["step"] for line in loss_lines(trainer)}) == 4
-    assert is_whole(tmp_path / "checkpoint-4")
+    assert broken_reason(tmp_path / "checkpoint-4") is None
     assert tracker.calls[-1] == (event, step)
     told = f"Warning: Reporting to trackio failed at step {step} (the service is gone); it is left out from here on."
     shown = capsys.readouterr().out
@@ -155,7 +155,7 @@ def pushing_trainer(folder, tokenizer, **changes):
 def check_pushes(trainer, folder, shown, reason):
     """Training ended, every checkpoint is whole, and the failures are told in one line and noted."""
     assert trainer.state.global_step == 3
-    assert all(is_whole(folder / f"checkpoint-{step}") for step in (1, 2, 3))
+    assert all(broken_reason(folder / f"checkpoint-{step}") is None for step in (1, 2, 3))
     lines = [line for line in shown.splitlines() if "was not sent to the hub" in line]
     assert len(lines) == 1
     assert re.match(
@@ -232,7 +232,7 @@ def test_checkpoints_are_whole_and_pushed_in_order_before_anything_is_sent(tmp_p
 
     def upload(self, folder_path, **kwargs):
         time.sleep(0.05)
-        sent.append((folder_path.name, is_whole(folder_path)))
+        sent.append((folder_path.name, broken_reason(folder_path) is None))
 
     monkeypatch.setattr(hub.HfApi, "upload_folder", upload)
     monkeypatch.setattr(KavaTrainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/student"))
