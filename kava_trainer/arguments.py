@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from .optimizers import missing_package
 from .redaction import is_secret_name, keep_secret
 from .source_arguments import DataArguments, ModelArguments, help_text
 
@@ -254,6 +255,7 @@ class KavaTrainingArguments(TrainingArguments):
             f"{n} is {getattr(self, n)}; it cannot be negative." for n in _NOT_NEGATIVE if (getattr(self, n) or 0) < 0
         ]
         found += [f"{name} is not supported yet; {instead}." for name, instead in self._not_supported()]
+        found += filter(None, [missing_package(self.optim)])
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             found.append(f"num_train_epochs is {self.num_train_epochs}; write a number above 0, or set max_steps.")
         found += [f"{n} is {getattr(self, n)}; write 1 or more." for n in _AT_LEAST_ONE if getattr(self, n) < 1]

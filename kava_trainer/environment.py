@@ -15,7 +15,7 @@ import transformers
 from .arguments import KavaTrainingArguments
 from .redaction import is_secret_name
 
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "safetensors")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "torchao", "safetensors")
 
 
 def _version(package: str) -> str | None:

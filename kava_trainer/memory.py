@@ -6,6 +6,7 @@ the very forward and backward pass of the run is carried out on fake tensors, wh
 attend as a CPU's do, whose kernels keep as little as a GPU's.
 """
 
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from .capture import number_of_layers
 from .collating import pack_step
 from .heads import vocabulary_size
 from .loading import build_causal_lm, load_config
+from .optimizers import TORCHAO_OPTIMIZERS, optimizer_name
 from .packing import enable_packing
 from .student import DistillationModel, student_config
 from .targets import build_target
@@ -69,15 +71,39 @@ class LiveMemory(TorchDispatchMode):
         self.now -= size
 
 
-def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
-    """Size of an optimizer's states: two a weight for Adam and its kin, one or none for the plainer ones."""
+_QUANTISED_FROM, _BLOCK = 4096, 256
+"""Optimizers quantise the states of weights this large, with a float32 scale for each block."""
+
+
+def _state_bytes(name: str, parameter: nn.Parameter, is_embedding: bool) -> float:
+    """Size of one state of one weight."""
+    count, own = parameter.numel(), parameter.numel() * parameter.element_size()
+    if name in TORCHAO_OPTIMIZERS:
+        bits = 8 if "8bit" in name else 4
+        quantised = count >= _QUANTISED_FROM and count % _BLOCK == 0
+        return count * bits / 8 + 4 * count // _BLOCK + 4 * 2**bits if quantised else own
+    if "8bit" in name and count >= _QUANTISED_FROM and not is_embedding:
+        return count + 4 * math.ceil(count / _BLOCK)
+    if name == "stable_adamw" and parameter.dtype == torch.bfloat16:
+        return 1.5 * own  # beside its two states it carries what bfloat16 drops
+    return 4 * count if "8bit" in name or "32bit" in name else own
+
+
+def optimizer_bytes(optim: Any, parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter] = ()) -> int:
+    """Size of an optimizer's states: two a weight for Adam and its kin, one or none for the plainer ones.
+
+    Args:
+        optim: as in the arguments.
+        parameters: the weights that it trains.
+        embeddings: those whose states bitsandbytes keeps in 32 bits, because Trainer tells it to.
+    """
+    name, whole = optimizer_name(optim), {id(parameter) for parameter in embeddings}
     states = 2
     if any(word in name for word in ("lion", "rmsprop", "adagrad")):
         states = 1
     if any(word in name for word in ("adafactor", "sgd", "lomo")):
         states = 0
-    size = 1 if "8bit" in name else 0.5 if "4bit" in name else None
-    return int(sum(p.numel() * states * (p.element_size() if size is None else size) for p in parameters))
+    return int(states * sum(_state_bytes(name, p, id(p) in whole) for p in parameters))
 
 
 def model_bytes(model: PreTrainedModel, quantization: str = "none") -> int:
@@ -177,12 +203,13 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         batch = _micro_batch(arguments, source.hidden_size if cached else 0, layers if cached else [])
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         kept = head.numel() * head.element_size() if training.kd_weight > 0 else 0
+        embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
         gradients = sum(p.numel() * p.element_size() for p in trained)
         return {
             "teacher": kept if cached else model_bytes(teacher, quantization),
             "student": model_bytes(student),
             "projector": sum(p.numel() * p.element_size() for p in target.parameters()),
             "gradients": gradients if training.world_size == 1 else 2 * gradients,  # data parallelism has buckets too
-            "optimizer": optimizer_bytes(str(training.optim), trained),
+            "optimizer": optimizer_bytes(training.optim, trained, embeddings),
             "micro-batch": _step_peak(training, model, terms, batch),
         }

@@ -22,6 +22,7 @@ from .heads import check_head
 from .hub import hub_reason
 from .loading import check_tokenizers_agree, check_vocabulary_fits, load_tokenizer
 from .memory import estimate_memory
+from .optimizers import rounding_problem
 from .student import load_student
 from .targets import build_target
 from .teacher import OnlineTeacher, load_teacher
@@ -106,7 +107,7 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
         console.warn(
             f"That is more than the {size_text(free)} that are free. Lower per_device_train_batch_size (and raise "
             "gradient_accumulation_steps), set gradient_checkpointing, choose teacher_quantization 4bit or a "
-            "teacher_cache_dir, or an optim with 8-bit states such as adamw_bnb_8bit."
+            "teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit."
         )
     check_space(parts, arguments.training)
     return total
@@ -183,6 +184,9 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
     if data.evaluation is None and training.run_control:
         raise BadRequest("run_control compares two students on held-out examples, and there are none; write false.")
     trainer = make_trainer(training, models, data)
+    trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
+    if problem := rounding_problem(training.optim, training.optim_args, trained):
+        console.warn(problem)
     if training.calibrates:
         trainer.calibration_examples()
     if training.aligns:

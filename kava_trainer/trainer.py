@@ -24,6 +24,7 @@ from .collating import DistillationCollator
 from .heads import vocabulary_size
 from .losses import IGNORED
 from .metrics import TokenMeans
+from .optimizers import settle_torchao
 from .probe import choose_examples
 from .probing import ProbingTrainer
 from .signals import WATCH
@@ -206,10 +207,14 @@ class KavaTrainer(ProbingTrainer):
         """Make the optimizer that `args.optim` names, with the projectors in groups of their own learning rate.
 
         Trainer's decay and no-decay groups are kept; each is split into student and projectors.
+
+        Raises:
+            BadRequest: if the optimizer cannot take a step on this machine.
         """
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
+        settle_torchao(optimizer, self.args.device, lambda: self.args.seed + self.state.global_step)
         own = {id(parameter) for parameter in self.target.parameters()}
         for group in list(optimizer.param_groups):
             projector = [parameter for parameter in group["params"] if id(parameter) in own]

@@ -11,6 +11,7 @@ ORDER = [
         "redaction",
         "errors",
         "file_errors",
+        "optimizers",
         "source_arguments",
         "arguments",
         "parsing",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_examples, tiny_qwen
+from conftest import ROOT, random_examples, tiny_llama, tiny_qwen
 from safetensors.torch import load_file
 from test_teacher_cache import cached_run
 from test_trainer import loss_lines, make_trainer
@@ -118,18 +118,30 @@ def test_the_teacher_is_the_same_before_and_after_and_out_of_optimizer_and_check
     assert sum(tensor.numel() for tensor in saved.values()) < teacher.num_parameters()
 
 
+def bfloat16_llama(*sizes, seed):
+    return tiny_llama(*sizes, seed=seed).bfloat16()
+
+
 RESUMED = [
     {},
     {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
     {"dataloader_num_workers": 2},
     {"bf16": True},
     {"model": tiny_qwen, "optim": "adamw_torch"},
+    {
+        "model": bfloat16_llama,
+        "optim": "adamw_torch_8bit",
+        "optim_args": "bf16_stochastic_round=True",
+        "gradient_accumulation_steps": 2,
+    },
 ]
 
 
 @pytest.mark.parametrize("changes", RESUMED, ids=str)
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_resumed_run_ends_bit_equal_to_one_never_stopped(tmp_path, tokenizer, changes, stop):
+    if changes.get("optim") == "adamw_torch_8bit":
+        pytest.importorskip("torchao")
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": stop, "save_total_limit": 5, **changes}
     settings.setdefault("gradient_accumulation_steps", 1)
     straight = make_trainer(tmp_path, tokenizer, count=12, **settings)

@@ -6,10 +6,12 @@ import torch
 from conftest import ROOT, shared_path, tiny_llama
 from test_trainer import make_trainer
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from kava_trainer.arguments import KavaArguments
 from kava_trainer.errors import BadRequest
 from kava_trainer.memory import LiveMemory, estimate_memory, model_bytes, optimizer_bytes
+from kava_trainer.optimizers import settle_torchao
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.source_arguments import DataArguments, ModelArguments
 
@@ -37,14 +39,58 @@ def test_live_memory_counts_what_lives_at_once_and_views_not_at_all():
     [
         ("adamw_torch", 80),
         ("adamw_torch_fused", 80),
-        ("adamw_bnb_8bit", 20),
+        ("adamw_bnb_8bit", 80),
         ("sgd", 0),
         ("lion_32bit", 40),
         ("adafactor", 0),
+        ("stable_adamw", 80),
     ],
 )
 def test_optimizer_states(name, size):
     assert optimizer_bytes(name, [nn.Parameter(torch.zeros(10))]) == size
+    assert optimizer_bytes(OptimizerNames(name), [nn.Parameter(torch.zeros(10))]) == size
+
+
+LARGE = 64 * 256
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("adamw_torch_fused", 4 * LARGE),
+        ("stable_adamw", 6 * LARGE),
+        ("paged_adamw_32bit", 8 * LARGE),
+        ("adamw_bnb_8bit", 2 * (LARGE + 4 * 64)),
+        ("lion_8bit", LARGE + 4 * 64),
+        ("adamw_torch_8bit", 2 * (LARGE + 4 * 64 + 4 * 256)),
+        ("adamw_torch_4bit", 2 * (LARGE // 2 + 4 * 64 + 4 * 16)),
+    ],
+)
+def test_optimizer_states_of_a_large_bfloat16_weight(name, size):
+    weight = nn.Parameter(torch.zeros(64, 256, dtype=torch.bfloat16))
+    assert optimizer_bytes(name, [weight]) == size
+    if name == "adamw_bnb_8bit":
+        assert optimizer_bytes(name, [weight], [weight]) == 8 * LARGE
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_states_of_torchao_are_counted_as_it_keeps_them(bits):
+    optim = pytest.importorskip("torchao.optim")
+    shapes = [(64, 256), (64, 64), (63, 64), (4100,), (100,)]
+    weights = [
+        nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes for dtype in (torch.float32, torch.bfloat16)
+    ]
+    optimizer = getattr(optim, f"AdamW{bits}bit")(weights, block_size=256)
+    settle_torchao(optimizer, torch.device("cpu"), int)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = 0
+    for state in optimizer.state.values():
+        for value in (state["exp_avg"], state["exp_avg_sq"]):
+            parts = [getattr(value, name) for name in getattr(value, "tensor_attrs", ())] or [value]
+            kept += sum(part.numel() * part.element_size() for part in parts)
+    assert optimizer_bytes(f"adamw_torch_{bits}bit", weights) == kept
 
 
 def test_quantised_weights_are_counted_as_they_are_stored():

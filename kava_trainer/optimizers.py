@@ -1,0 +1,106 @@
+"""What an optimizer does to weights in bfloat16, and what those of torchao need to run everywhere alike."""
+
+import types
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers.utils import is_torchao_available
+
+from .errors import BadRequest, reason_of
+
+TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
+"""Values of `optim` that Trainer takes from torchao."""
+
+REMEDY = "optim adamw_torch_8bit with optim_args bf16_stochastic_round=True"
+"""What to write for weights in bfloat16; measured in `docs/numbers.md`."""
+
+_SWITCHES = {
+    **dict.fromkeys(TORCHAO_OPTIMIZERS, "bf16_stochastic_round"),
+    "adamw_anyprecision": "use_kahan_summation",
+}
+"""The word in `optim_args` that makes an optimizer keep small updates of bfloat16 weights."""
+
+
+def optimizer_name(optim: Any) -> str:
+    """The name of an optimizer as it is written in the arguments; `TrainingArguments` makes it an enum."""
+    return str(getattr(optim, "value", optim))
+
+
+def missing_package(optim: Any) -> str | None:
+    """The sentence for an `optim` whose package is not installed; None where there is nothing to say."""
+    if optimizer_name(optim) not in TORCHAO_OPTIMIZERS or is_torchao_available():
+        return None
+    return f"optim is {optimizer_name(optim)}, which needs torchao; run pip install torchao, or write another optim."
+
+
+def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Whether small updates of the weights will be lost.
+
+    A bfloat16 holds 8 significant bits. A step smaller than about 1/512 of a weight is rounded away, unless the
+    optimizer rounds at random (torchao) or carries what was lost (Kahan: `stable_adamw`, which does so of itself, and
+    `adamw_anyprecision`).
+
+    Args:
+        optim: as in the arguments.
+        optim_args: as in the arguments.
+        dtypes: of the weights that are trained.
+
+    Returns:
+        The sentence for the user; None where nothing is lost.
+    """
+    name, words = optimizer_name(optim), (optim_args or "").replace(" ", "").split(",")
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    switched_on = given.get(_SWITCHES.get(name, ""), "false").lower() in ("true", "1", "yes", "y", "on", "t")
+    if torch.bfloat16 not in set(dtypes) or switched_on or name == "stable_adamw":
+        return None
+    return (
+        f"The student's weights are bfloat16, and optim {name} rounds away most updates at a low learning rate. Write "
+        f"{REMEDY}, or student_dtype float32 with bf16 true."
+    )
+
+
+def settle_torchao(optimizer: torch.optim.Optimizer, device: torch.device, seed: Callable[[], int]) -> None:
+    """Make an optimizer of torchao run everywhere alike; any other is left as it is.
+
+    - Its rounding is drawn from a seed of its own at each step. All ranks then round alike, whatever else they draw,
+      and stay equal.
+    - On a CPU its step runs as it is written. torchao would compile it for the shape of every weight, which needs a
+      C++ compiler and takes seconds for each.
+    - A step is tried out on a small weight, so that what cannot work is found before training.
+
+    Args:
+        optimizer: whose `step` is replaced.
+        device: where its weights are.
+        seed: called at each step; it must be the same on all ranks.
+
+    Raises:
+        BadRequest: if the step cannot be carried out here.
+    """
+    kind, eager = type(optimizer), device.type == "cpu"
+    if not kind.__module__.startswith("torchao."):
+        return
+
+    def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
+        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
+        with torch.random.fork_rng([] if eager else [device], device_type=device.type), stance:
+            torch.manual_seed(seed())
+            return kind.step(self, closure)
+
+    optimizer.step = types.MethodType(step, optimizer)  # a bound method, which schedulers wrap
+    _try_out(optimizer, device, step)
+
+
+def _try_out(optimizer: torch.optim.Optimizer, device: torch.device, step: Callable[..., Any]) -> None:
+    """One step of an optimizer of the same kind on a weight just large enough for its small states."""
+    weight = torch.zeros(64, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    options = {name: getattr(optimizer, name) for name in ("block_size", "bf16_stochastic_round")}
+    try:
+        step(type(optimizer)([weight], **options))
+    except Exception as error:  # a compiler fails in many ways
+        raise BadRequest(
+            f"torchao's {type(optimizer).__name__} cannot take a step on this machine ({reason_of(error)}). On a GPU "
+            "it is compiled: install a C++ compiler such as g++ and Python's headers, or write another optim."
+        ) from error

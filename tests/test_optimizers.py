@@ -1,0 +1,150 @@
+"""Weights in bfloat16: which optimizers lose small updates, and how those of torchao are run."""
+
+import pytest
+import torch
+from conftest import ROOT, tiny_llama
+from test_end_to_end import QUICKSTART, SHORT, words
+from test_trainer import make_trainer
+from torch import nn
+from transformers.training_args import OptimizerNames
+
+import run_kava
+from kava_trainer import optimizers
+from kava_trainer.errors import BadRequest
+from kava_trainer.optimizers import rounding_problem, settle_torchao
+from kava_trainer.parsing import parse_arguments
+
+CPU = torch.device("cpu")
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "dtypes", "loses"),
+    [
+        ("adamw_torch_fused", None, [HALF], True),
+        (OptimizerNames.ADAMW_TORCH_FUSED, None, [FULL, HALF], True),
+        ("adamw_torch_fused", None, [FULL], False),
+        ("adamw_torch_8bit", None, [HALF], True),
+        ("adamw_torch_8bit", "bf16_stochastic_round=False", [HALF], True),
+        ("adamw_torch_8bit", "bf16_stochastic_round=True", [HALF], False),
+        (OptimizerNames.ADAMW_TORCH_4BIT, "bf16_stochastic_round = yes", [HALF], False),
+        ("adamw_bnb_8bit", "bf16_stochastic_round=True", [HALF], True),
+        ("adafactor", "nonsense", [HALF], True),
+        ("stable_adamw", None, [HALF], False),
+        ("adamw_anyprecision", "use_kahan_summation=True", [HALF], False),
+        ("adamw_anyprecision", None, [HALF], True),
+    ],
+)
+def test_it_is_said_when_bfloat16_weights_lose_their_updates(optim, optim_args, dtypes, loses):
+    problem = rounding_problem(optim, optim_args, iter(dtypes))
+    assert (problem is not None) == loses
+    if loses:
+        name = optim.value if isinstance(optim, OptimizerNames) else optim
+        assert f"optim {name} rounds away" in problem
+        assert "optim adamw_torch_8bit with optim_args bf16_stochastic_round=True" in problem
+
+
+def test_a_run_with_bfloat16_weights_warns_once_and_trains(tmp_path, capsys):
+    options = {**QUICKSTART, **SHORT, "student_dtype": "bfloat16", "max_steps": 1, "output_dir": tmp_path}
+    assert run_kava.main(words(options)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "rounds away" in line]
+    assert len(said) == 1
+    assert said[0].startswith("Warning: The student's weights are bfloat16, and optim adamw_torch_fused rounds away")
+
+
+@pytest.mark.parametrize("recipe", ["gsm8k_qwen2.5_8gb", "seed_mercator_only", "gsm8k_qwen2.5_24gb", "quickstart"])
+def test_no_recipe_loses_updates(recipe):
+    pytest.importorskip("torchao")
+    arguments = parse_arguments([str(ROOT / "training_args" / f"{recipe}.json"), "--use_cpu"])
+    dtype = HALF if arguments.model.student_dtype == "bfloat16" else FULL
+    assert rounding_problem(arguments.training.optim, arguments.training.optim_args, [dtype]) is None
+
+
+def test_a_missing_torchao_is_one_sentence_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(optimizers, "is_torchao_available", lambda: False)
+    with pytest.raises(BadRequest) as caught:
+        parse_arguments([str(ROOT / "training_args" / "gsm8k_qwen2.5_8gb.json"), "--use_cpu"])
+    assert str(caught.value) == (
+        "optim is adamw_torch_8bit, which needs torchao; run pip install torchao, or write another optim."
+    )
+    assert parse_arguments([str(ROOT / "training_args" / "quickstart.json")])
+
+
+def rounded(settled, seed, generator):
+    """A large and a small weight after three steps, drawn from a generator in a given state."""
+    optim = pytest.importorskip("torchao.optim")
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape).to(HALF)) for shape in ((64, 64), (50,))]
+    optimizer = optim.AdamW8bit(weights, lr=1e-4, bf16_stochastic_round=True)
+    if settled:
+        settle_torchao(optimizer, CPU, lambda: seed)
+    torch.manual_seed(generator)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    return torch.cat([weight.detach().flatten() for weight in weights])
+
+
+def test_all_ranks_round_alike_whatever_else_they_draw():
+    assert not torch.equal(rounded(False, 7, 1), rounded(False, 7, 2))
+    assert torch.equal(rounded(True, 7, 1), rounded(True, 7, 2))
+    assert not torch.equal(rounded(True, 7, 1), rounded(True, 8, 1))
+
+
+def test_rounding_leaves_the_generator_of_the_run_alone():
+    rounded(True, 7, 5)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_rounding_at_random_moves_bfloat16_weights_by_the_whole_update_in_the_mean():
+    optim = pytest.importorskip("torchao.optim")
+    moved = {}
+    for stochastic in (False, True):
+        weight = nn.Parameter(torch.ones(256, 256, dtype=HALF))
+        optimizer = optim.AdamW8bit([weight], lr=1e-4, weight_decay=0.0, bf16_stochastic_round=stochastic)
+        steps = iter(range(20))
+        settle_torchao(optimizer, CPU, lambda steps=steps: next(steps, 0))
+        for _ in range(10):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[stochastic] = 1 - weight.detach().double().mean().item()
+    assert moved[False] == 0
+    assert moved[True] == pytest.approx(10 * 1e-4, rel=0.05)
+
+
+def test_what_cannot_be_compiled_is_one_sentence_before_training(tmp_path, tokenizer, monkeypatch):
+    pytest.importorskip("torchao")
+    trainer = make_trainer(tmp_path, tokenizer, optim="adamw_torch_8bit")
+
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(BadRequest, match=r"cannot take a step on this machine \(No working C\+\+ compiler found\)"):
+        trainer.create_optimizer()
+
+
+def test_torchao_trains_student_and_projectors_at_their_own_rates_and_is_saved_without_pickles(tmp_path, tokenizer):
+    pytest.importorskip("torchao")
+    changes = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True", "learning_rate": 2e-3}
+    schedule = {"lr_scheduler_type": "linear", "warmup_steps": 1, "save_strategy": "steps", "save_steps": 2}
+
+    def half(*sizes, seed):
+        return tiny_llama(*sizes, seed=seed).bfloat16()
+
+    trainer = make_trainer(tmp_path, tokenizer, model=half, max_steps=3, **changes, **schedule)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    assert all(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+    assert all(parameter.dtype == HALF for parameter in trainer.student.parameters())
+    lines = [line for line in trainer.state.log_history if "learning_rate" in line]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0, 2e-3, 1e-3])
+    assert [line["projector_learning_rate"] for line in lines] == pytest.approx(
+        [1e-3, 5e-4, 0]
+    )  # those of the next step
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert {type(state["exp_avg"]).__name__ for state in saved["state"].values()} == {"OptimState8bit", "Tensor"}
