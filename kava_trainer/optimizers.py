@@ -82,6 +82,8 @@ def settle_torchao(optimizer: torch.optim.Optimizer, device: torch.device, seed:
     if not kind.__module__.startswith("torchao."):
         return
 
+    optimizer.block_size = int(optimizer.block_size)  # Trainer hands over the text of optim_args (transformers 5.23.0)
+
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
         stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
         with torch.random.fork_rng([] if eager else [device], device_type=device.type), stance:

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bf16_updates
 import step
 
 
@@ -40,3 +41,24 @@ def test_the_step_benchmark_writes_a_row_for_each_way(tmp_path, monkeypatch):
     assert tuple(rows[0]) == step.COLUMNS
     assert all(float(row["seconds"]) > 0 and int(row["peak_memory_bytes"]) > 0 for row in rows)
     assert float(rows[0]["ratio_to_usual"]) == 1
+
+
+def test_the_benchmark_of_updates_tells_the_ways_apart(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    out = tmp_path / "updates.csv"
+    ways = ["float32", "bf16", "bf16, 8-bit states, rounded at random"]
+    command = ["bf16_updates.py", "--cases", "continued", "--ways", *ways, "--seeds", "0", "--steps", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, "--examples", "64", "--out", str(out)])
+    bf16_updates.main()
+    with out.open(newline="") as file:
+        rows = {
+            row["way"]: {k: row[k] for k in ("changed", "progress", "distance", "bytes_per_parameter")}
+            for row in csv.DictReader(file)
+        }
+    figures = {way: {name: float(value) for name, value in row.items()} for way, row in rows.items()}
+    assert list(figures) == ways
+    assert figures["float32"]["changed"] > 0.9
+    assert figures["float32"]["distance"] == 0
+    assert figures["float32"]["progress"] == pytest.approx(1)
+    assert figures["bf16"]["distance"] > 0
+    assert [figures[way]["bytes_per_parameter"] for way in ways] == pytest.approx([16, 8, 6.1], abs=0.1)

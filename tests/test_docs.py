@@ -11,6 +11,7 @@ from conftest import ROOT
 from kava_trainer.parsing import parse_arguments
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bf16_table
 import effectiveness
 import performance
 
@@ -62,3 +63,8 @@ def test_the_tables_of_performance_are_those_of_its_measurements():
     text = performance.DOCUMENT.read_text(encoding="utf-8")
     assert performance.document(text) == text
     assert "step-real-hidden" in text
+
+
+def test_the_tables_of_numbers_are_those_of_its_measurements():
+    text = bf16_table.DOCUMENT.read_text(encoding="utf-8")
+    assert bf16_table.document(text) == text

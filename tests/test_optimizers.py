@@ -116,6 +116,14 @@ def test_rounding_at_random_moves_bfloat16_weights_by_the_whole_update_in_the_me
     assert moved[True] == pytest.approx(10 * 1e-4, rel=0.05)
 
 
+def test_the_size_of_blocks_may_be_given(tmp_path, tokenizer):
+    pytest.importorskip("torchao")
+    trainer = make_trainer(tmp_path, tokenizer, optim="adamw_torch_8bit", optim_args="block_size=64", max_steps=1)
+    trainer.train()
+    states = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    assert {state.block_size for state in states if type(state) is not torch.Tensor} == {64}
+
+
 def test_what_cannot_be_compiled_is_one_sentence_before_training(tmp_path, tokenizer, monkeypatch):
     pytest.importorskip("torchao")
     trainer = make_trainer(tmp_path, tokenizer, optim="adamw_torch_8bit")
