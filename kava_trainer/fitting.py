@@ -1,5 +1,6 @@
 """Carrying out the rows of an optimizer step, and what becomes of it where memory or numbers run out."""
 
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,13 +60,13 @@ class FittingTrainer(SavingTrainer):
     def begin_step(self, rows: list[Row]) -> None:
         """Prepare for an optimizer step of these rows on this rank."""
         self._done: list[Row] = []
-        self._returned = torch.zeros((), device=self.args.device)
+        self._returned = self._counted = torch.zeros((), device=self.args.device)
         self._means_before = self.train_means.state()
         self._short_of_memory = False
         self._careful = self.args.world_size > 1 and any_rank(_positions(rows) > self._largest_fitting)
 
     def run_rows(self, model: nn.Module, rows: list[Row], num_items: torch.Tensor | None) -> torch.Tensor:
-        """Forward and backward passes of the rows of one micro-batch; their loss.
+        """Forward and backward passes of the rows of one micro-batch; their loss, 0 where it is no finite number.
 
         Args:
             model: the wrapped student and projectors.
@@ -86,11 +87,13 @@ class FittingTrainer(SavingTrainer):
             while any_rank(loss is None):
                 loss = self._again(model, num_items)
             self._exchange_gradients(model)
-        if last:
+        if last and getattr(self.optimizer, "state", None):  # the first step made these, and they take memory too
             self._largest_fitting = max(self._largest_fitting, _positions(self._done))
         loss = torch.zeros_like(self._returned) if loss is None else loss
         self._returned = self._returned + loss
-        return loss
+        finite = torch.where(loss.isfinite(), loss, 0)
+        self._counted = self._counted + finite
+        return finite
 
     def _pass(self, model: nn.Module, rows: list[Row], num_items: Any, exchange: bool) -> torch.Tensor | None:
         """The loss of rows with its gradients added up; None where memory ran out.
@@ -115,7 +118,7 @@ class FittingTrainer(SavingTrainer):
         """
         if self.args.world_size > 1 and not self._careful:
             raise self._out_of_memory("while the processes exchanged gradients")
-        size = largest_over_ranks(_positions(self._done) if self._short_of_memory else 0)
+        size = -largest_over_ranks(-_positions(self._done) if self._short_of_memory else -sys.maxsize)
         self.row_limit = size // 2
         rows = split_rows(self._done, self.row_limit)
         if any_rank(self._short_of_memory and len(rows) == len(self._done)):
@@ -181,8 +184,13 @@ class FittingTrainer(SavingTrainer):
             numbers = flags.int()
             torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
             flags = numbers.bool()
-        if self.accelerator.scaler is None:  # which looks for itself
+        self._tr_loss -= torch.where(
+            flags[1], self._counted, 0
+        )  # its other micro-batches and ranks do not count either
+        if self.accelerator.scaler is None:
             skip_if(self.optimizer.optimizer, flags[0], list(self.model.parameters()))
+        else:  # it looks for itself, and overflows now and then by design
+            flags = flags[[1, 1]]
         self.nonfinite.note(self.state.global_step + 1, flags)
         self.read_nonfinite()
 

@@ -37,4 +37,4 @@ def tell_interruption(console: Console, stopped: KavaTrainer, main: KavaTrainer,
     elif main.state.global_step == 0:
         console.print(f"No step was done. Start again with: {resume_command(argv, None)}")
     else:
-        console.print(f"Step {main.state.global_step} could not be saved. {main.advice()}")
+        console.print(f"There is no checkpoint of step {main.state.global_step}. {main.advice()}")

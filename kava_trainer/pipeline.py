@@ -13,6 +13,7 @@ from .checkpoint_io import (
     list_checkpoints,
     resolve_checkpoint,
     sweep,
+    write_atomically,
 )
 from .console import Console
 from .control import build_control, forget_control, train_control
@@ -247,6 +248,8 @@ def _run_control(
             _evaluate(console, arguments, own, data, summary, ("control_sft",))
         return control
     except (RunFailed, BadRequest, torch.OutOfMemoryError) as error:
+        if arguments.training.world_size > 1:  # the other processes may wait for this one
+            raise
         console.warn(f"The control broke off, so there is nothing to compare with: {error}")
         action = "went on without the control"
         summary.content["problems"].append({"step": None, "kind": CONTROL_FAILED, "action": action})
@@ -286,7 +289,10 @@ def _conclude(
         return
     student_folder = Path(training.final_dir) / FINAL_STUDENT
     card = render_model_card(trainer.hub_model_id or FINAL_STUDENT, arguments, summary.content)
-    (student_folder / "README.md").write_text(card, encoding="utf-8")
+    try:
+        write_atomically(student_folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+    except OSError as error:
+        console.warn(f"The model card could not be written to {student_folder}: {error.strerror}.")
     if training.push_to_hub:
         summary.write(training.output_dir, "completed")  # all that is local comes before the network
         problem = push_student(student_folder, trainer.hub_model_id, arguments)

@@ -100,5 +100,9 @@ class ProbingTrainer(SteppingTrainer):
         self._shares.restore(state["shares"])
         self._probed_at = state["probed_at"]
         super().restore_progress(state)
+
+    def catch_up(self, state: dict[str, Any], checkpoint: str) -> None:
+        """Do what was due at a checkpoint."""
+        super().catch_up(state, checkpoint)
         if state["probe_due"] and self.args.aligns:  # it follows the save
             self.log_probe()

@@ -128,7 +128,7 @@ class SavingTrainer(Trainer):
             if self.args.should_save:
                 write_folder_atomically(student_folder, self.save_student)
             self.save_projector(projector)
-        except _SAVE_ERRORS as error:
+        except Exception as error:  # as above: a disk refuses in many ways
             raise RunFailed(
                 f"The finished student could not be written to {student_folder} ({reason_of(error)}). Make room, or "
                 f"name another final_dir. {self.advice()}"
@@ -163,18 +163,20 @@ class SavingTrainer(Trainer):
         """Undo `progress_state`, after Trainer has set its own counters to zero."""
         self._tr_loss = state["loss"].to(self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
-        self.problems[:] = state["problems"]
+        self.problems[:] = [*state["problems"], *self.problems]
         self.state.compute_steps(self.args, self.state.max_steps)  # Trainer would keep the checkpoint's intervals
-        if state["evaluation_pending"]:
-            self._determine_best_metric(self._evaluate(None, None), None)
 
-    def load_progress(self, checkpoint: str) -> None:
-        """Restore what `progress_state` put into a checkpoint. Raises `BadRequest` where it cannot be read."""
+    def catch_up(self, state: dict[str, Any], checkpoint: str) -> None:
+        """Do what was due at a checkpoint and gave way to a signal."""
+        if state["evaluation_pending"] and self._determine_best_metric(self._evaluate(None, None), None):
+            self.state.best_model_checkpoint = checkpoint
+
+    def read_progress(self, checkpoint: str) -> dict[str, Any]:
+        """What `progress_state` put into a checkpoint. Raises `BadRequest` where it cannot be read."""
         try:
-            state = torch.load(Path(checkpoint) / self._progress_file, map_location="cpu", weights_only=True)
+            return torch.load(Path(checkpoint) / self._progress_file, map_location="cpu", weights_only=True)
         except Exception as error:  # what is no such file is found out in many ways
             raise unreadable_checkpoint(checkpoint, error) from error
-        self.restore_progress(state)
 
     @property
     def _progress_file(self) -> str:
@@ -200,9 +202,9 @@ class SavingTrainer(Trainer):
         problem = None
         try:
             work()
-        except torch.OutOfMemoryError:
+        except (RunFailed, torch.OutOfMemoryError):
             raise
-        except _SAVE_ERRORS as error:
+        except Exception as error:  # tokenizers have no kind of their own for a full disk
             problem = reason_of(error)
         failed = any_rank(problem is not None)
         return (problem or "another process could not write its part") if failed else None
@@ -230,6 +232,14 @@ class SavingTrainer(Trainer):
                     discard(folder)
                 return problem
         return None
+
+    def _rotate(self, run_dir: Path, kept: list[Path]) -> None:
+        """Delete the oldest checkpoints; one that cannot be deleted is told and left."""
+        try:
+            rotate(run_dir, self.args.save_total_limit, kept)
+        except OSError as error:
+            self.console.warn(f"An old checkpoint in {run_dir} could not be deleted: {reason_of(error)}.")
+            self.note_problem("save", "left an old checkpoint")
 
     def _tell_failed_save(self, folder: Path, problem: str) -> None:
         """Note a save that failed. Raises `RunFailed` for one too many in a row."""
@@ -261,7 +271,7 @@ class SavingTrainer(Trainer):
         self._failed_saves = 0
         if self.args.should_save:
             kept = [folder, *([Path(best)] if (best := self.state.best_model_checkpoint) else [])]
-            rotate(run_dir, self.args.save_total_limit, kept)
+            self._rotate(run_dir, kept)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
@@ -329,6 +339,16 @@ class SavingTrainer(Trainer):
         """Wait for the checkpoints that are on their way, but not for ever."""
         if self._pusher is not None:
             self._pusher.finish()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which would delete all but the best checkpoint, also the one that a signal has just left."""
+        best = self.state.best_model_checkpoint
+        if self.emergency.received is not None:
+            self.state.best_model_checkpoint = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

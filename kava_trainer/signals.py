@@ -41,12 +41,14 @@ class SignalWatch:
     """Takes the signals between `__enter__` and the last `__exit__`, then gives the old handlers back.
 
     A signal raises `Interrupted` where it comes, or within `deferred` only sets the flag that `check` and `agree`
-    read. A second signal leaves at once; only the SIGTERM with which a launcher or a scheduler follows up its own
-    first signal is taken as the same request.
+    read. A second signal to this process leaves at once; only the SIGTERM with which a launcher or a scheduler follows
+    up its first signal is taken as the same request. What `agree` has learned from another rank counts as none:
+    launchers signal one rank after the other.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._own: int | None = None
         self._entered = self._deferring = 0
         self._followed_up = False
         self._launcher: int | None = None
@@ -55,7 +57,7 @@ class SignalWatch:
     def __enter__(self) -> "SignalWatch":
         self._entered += 1
         if self._entered == 1:
-            self.received, self._followed_up = None, False
+            self.received, self._own, self._followed_up = None, None, False
             self._launcher = os.getppid() if _LAUNCHER_VARIABLES & os.environ.keys() else None
             if threading.current_thread() is threading.main_thread():  # Python takes signals in no other
                 self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -80,11 +82,12 @@ class SignalWatch:
             self._deferring -= 1
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = number
+        launched = self._launcher is not None
+        if self._own is None:
+            self._own, self.received = number, self.received or number
             if not self._deferring:
                 raise Interrupted(number)
-        elif number == signal.SIGTERM != self.received and not self._followed_up:
+        elif number == signal.SIGTERM and (launched or self._own != number) and not self._followed_up:
             self._followed_up = True
         else:
             os._exit(exit_code(number))

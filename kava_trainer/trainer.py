@@ -188,6 +188,10 @@ class KavaTrainer(ProbingTrainer):
         if resume_from_checkpoint and (state := self.finished_state(resume_from_checkpoint)):
             self._load_from_checkpoint(resume_from_checkpoint)
             self.state = state
+            self.problems[:] = self.read_progress(resume_from_checkpoint)["problems"]
+            best = state.best_model_checkpoint
+            if self.args.load_best_model_at_end and best and Path(best).is_dir():
+                self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
         if self.args.calibrates and not resume_from_checkpoint:
             self.calibrate()
@@ -195,7 +199,9 @@ class KavaTrainer(ProbingTrainer):
 
     def _restore(self) -> None:
         if self.resumed_from is not None:
-            self.load_progress(self.resumed_from)
+            state = self.read_progress(self.resumed_from)
+            self.restore_progress(state)
+            self.catch_up(state, self.resumed_from)
 
     def finished_state(self, checkpoint: str) -> TrainerState | None:
         """The state of a checkpoint with no step left to train, else None."""

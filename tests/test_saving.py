@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ FAILURES = {
     "no space for the folder": (saving, "stage", OSError(errno.ENOSPC, "No space left on device")),
     "a read-only disk": (saving, "stage", OSError(errno.EROFS, "Read-only file system")),
     "no space for the weights": (saving.SavingTrainer, "_save", SafetensorError("I/O error: No space left on device")),
+    "no space for the tokenizer": (saving.SavingTrainer, "_save", Exception("No space left on device (os error 28)")),
     "no space for the manifest": (saving, "write_manifest", OSError(errno.ENOSPC, "No space left on device")),
     "a rename that fails": (saving, "publish", OSError(errno.EIO, "Input/output error")),
 }
@@ -90,6 +94,34 @@ def test_rotation_waits_until_the_newer_checkpoint_is_whole(tmp_path, tokenizer,
     trainer.add_callback(Look())
     trainer.train()
     assert seen == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-2"], ["checkpoint-4"]]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_checkpoint_of_a_signal_is_kept_beside_the_best_one(tmp_path, tokenizer, strategy):
+    settings = {
+        **SAVING, "max_steps": 9, "save_total_limit": 1, "metric_for_best_model": "eval_loss", "save_steps": 2,
+        "eval_strategy": strategy, "save_strategy": strategy, "eval_steps": 2, "load_best_model_at_end": True,
+        "greater_is_better": True, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.add_callback(Signal())
+    trainer.train()
+    assert trainer.emergency.received == signal.SIGTERM
+    assert trainer.state.global_step == 7
+    assert [folder.name for folder in list_checkpoints(tmp_path)][-1] == "checkpoint-7"
+    assert Path(trainer.state.best_model_checkpoint).is_dir()
+    assert 7 not in [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+    straight = make_trainer(tmp_path / "straight", tokenizer, **settings)
+    straight.train()
+    resumed = make_trainer(tmp_path, tokenizer, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert loss_lines(resumed) == loss_lines(straight)
 
 
 def test_a_folder_that_vanishes_is_made_again(tmp_path, tokenizer):

@@ -69,6 +69,26 @@ def test_a_second_signal_leaves_at_once_but_for_the_one_that_follows_up_the_firs
     assert left == codes
 
 
+def test_the_first_own_signal_is_no_second_one_where_another_rank_had_it_before(watch, left, monkeypatch):
+    monkeypatch.setattr("kava_trainer.signals.largest_over_ranks", lambda number: signal.SIGTERM)
+    with watch.deferred():
+        assert watch.agree() == signal.SIGTERM
+        send(signal.SIGTERM)
+        assert not left
+        send(signal.SIGINT)
+    assert left == [130]
+
+
+def test_a_launcher_may_send_its_sigterm_after_the_schedulers(left, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with SignalWatch() as watch, watch.deferred():
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert not left
+        send(signal.SIGTERM)
+    assert left == [143]
+
+
 def test_only_the_outermost_watch_takes_and_gives_back_the_handlers():
     before = signal.getsignal(signal.SIGTERM)
     watch = SignalWatch()

@@ -42,10 +42,18 @@ class EmergencyCheckpointCallback(TrainerCallback):
 
     def stop(self, number: int, control: TrainerControl) -> None:
         """Have Trainer save what there is and stop, without an evaluation first: there may be seconds left."""
-        self.received, self.save_was_due = number, control.should_save
+        self.received = number
+        self.save_was_due |= control.should_save
         self.evaluation_pending |= control.should_evaluate
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False  # with save_strategy best it could also cancel the save
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Trainer calls this also where a signal has ended the epoch early; then nothing of its end is due."""
+        if self.received is not None and state.epoch is not None and not float(state.epoch).is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop here if a signal came while the checkpoint was being written; the projector beside it."""
