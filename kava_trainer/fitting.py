@@ -184,9 +184,8 @@ class FittingTrainer(SavingTrainer):
             numbers = flags.int()
             torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
             flags = numbers.bool()
-        self._tr_loss -= torch.where(
-            flags[1], self._counted, 0
-        )  # its other micro-batches and ranks do not count either
+        # A lost step does not count with its other micro-batches or on other ranks either.
+        self._tr_loss -= torch.where(flags[1], self._counted, 0)
         if self.accelerator.scaler is None:
             skip_if(self.optimizer.optimizer, flags[0], list(self.model.parameters()))
         else:  # it looks for itself, and overflows now and then by design
