@@ -15,7 +15,7 @@ from test_trainer import loss_lines, make_trainer
 from transformers import AutoTokenizer
 
 import run_kava
-from kava_trainer import calibration, checkpoint_io, evaluation, saving
+from kava_trainer import calibration, checkpoint_io, evaluation, saving, teacher_cache
 from kava_trainer.trainer import KavaTrainer
 
 STEPS = 8
@@ -47,9 +47,9 @@ def words(folder, data, **changes):
     return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def run(folder, data, **changes):
+def run(folder, data, changes=None):
     """`run_kava.py` from the beginning or from the newest checkpoint."""
-    return run_kava.main(words(folder, data, resume_from_checkpoint="true", **changes))
+    return run_kava.main(words(folder, data, resume_from_checkpoint="true", **(changes or {})))
 
 
 def run_and_die(folder, data, moment, names):
@@ -86,6 +86,7 @@ STAGES = {
     "evaluation": (KavaTrainer, "prediction_step", 1),
     "calibration": (calibration, "_add_batch", 2),
     "final evaluation": (KavaTrainer, "prediction_step", 2 * 2 + 1),
+    "cache": (teacher_cache, "_examples", 2),
     "generation": (evaluation, "_own_defaults_off", 1),
     "control": (KavaTrainer, "compute_loss", 2 * STEPS + 2 * (2 + 2) + 2 + 5),
 }

@@ -187,6 +187,19 @@ def test_a_signal_to_the_whole_process_group_spares_the_data_workers(data, unint
     assert final_hash(tmp_path) == uninterrupted[1]
 
 
+def test_a_signal_while_the_cache_is_written_keeps_what_was_read(data, tmp_path):
+    cache = {"teacher_cache_dir": tmp_path / "cache", "max_tokens_per_batch": 128}
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "cache", "SIGTERM", 0, 1, cache)
+    assert run.wait() == [143], run.output()
+    assert "Interrupted before the first step" in run.output()
+    assert list((tmp_path / "cache").glob("states-*.safetensors"))
+    assert not list((tmp_path / "cache").glob(".*"))
+    again = Run(fault_child.run, tmp_path, tmp_path, data, cache)
+    assert again.wait() == [0], again.output()
+    missing, total = map(int, re.search(r"^(\d+) of (\d+) examples are to be written", again.output(), re.M).groups())
+    assert 0 < missing < total
+
+
 def test_a_signal_during_the_control_keeps_the_student(data, tmp_path):
     run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "control", "SIGTERM", 0, 1, {"run_control": True})
     assert run.wait() == [143], run.output()
