@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from .optimizers import missing_package
+from .redaction import is_secret_name, keep_secret
 from .source_arguments import DataArguments, ModelArguments, help_text
 
 LayerMapping = Literal["last", "all"] | int | list[tuple[int, int]]
@@ -43,12 +44,16 @@ def parse_layer_mapping(text: str) -> LayerMapping:
     )
 
 
+LARGEST_MICRO_BATCH, LARGEST_MLP_RATIO = 2**24, 1024
+"""Beyond these no device has the memory, and working out how much is missing would take all of this machine's."""
+
 _NOT_NEGATIVE = (
     "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
     "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
 )  # fmt: skip
 _AT_LEAST_ONE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "calibration_tokens",
+    "max_nonfinite_steps",
 )  # fmt: skip
 
 
@@ -151,6 +156,22 @@ class KavaTrainingArguments(TrainingArguments):
             "0 pads each micro-batch to its longest example instead."
         ),
     )
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata=help_text(
+            "A step whose loss or gradient is no finite number is skipped; so many of them in a row end the run."
+        ),
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata=help_text(
+            "Whether several processes share out buffers in every forward pass. They are equal from the start, and "
+            "where one process runs out of memory the others would wait for it."
+        ),
+    )
+    enable_jit_checkpoint: bool = field(
+        default=False, metadata=help_text("Without effect: KAVA saves on SIGTERM, SIGUSR1 and Ctrl-C in any case.")
+    )
     teacher_cache_dir: str | None = field(
         default=None,
         metadata=help_text(
@@ -187,6 +208,8 @@ class KavaTrainingArguments(TrainingArguments):
     plain_output: bool = field(default=False, metadata=help_text("No emoji and no progress bars."))
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if is_secret_name(f.name)):
+            keep_secret(getattr(self, name))
         if isinstance(self.layer_mapping, (list, tuple)):
             self.layer_mapping = json.dumps(self.layer_mapping)
         found = self.problems()
@@ -196,6 +219,7 @@ class KavaTrainingArguments(TrainingArguments):
             found.append(str(error))
         if found:
             raise ValueError("\n".join(found))
+        self.enable_jit_checkpoint = False  # its handler would take SIGTERM away from KAVA's
         self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.final_dir is None:
             self.final_dir = self.output_dir
@@ -259,8 +283,11 @@ class KavaTrainingArguments(TrainingArguments):
 
     def _projector_problems(self) -> list[str]:
         found = []
-        if self.projector_mlp_ratio <= 0:
-            found.append(f"projector_mlp_ratio is {self.projector_mlp_ratio}; write a number above 0, such as 1.0.")
+        if not 0 < self.projector_mlp_ratio <= LARGEST_MLP_RATIO:
+            found.append(
+                f"projector_mlp_ratio is {self.projector_mlp_ratio}; write a number above 0, such as 1.0, up to "
+                f"{LARGEST_MLP_RATIO}."
+            )
         if not 0 <= self.projector_dropout < 1:
             found.append(f"projector_dropout is {self.projector_dropout}; write a number from 0 to below 1.")
         if self.projector_direction == "student_to_teacher" and self.projector_anchor != "none":
@@ -290,6 +317,17 @@ class KavaArguments:
     def __post_init__(self) -> None:
         if self.training.max_tokens_per_batch is None:
             self.training.max_tokens_per_batch = self.training.per_device_train_batch_size * self.data.max_length
+
+    def problems(self) -> list[str]:
+        """One sentence for each mistake that only several arguments together make; empty when there is none."""
+        batch, length = self.training.per_device_train_batch_size, self.data.max_length
+        tokens = max(batch * length, self.training.max_tokens_per_batch)
+        if tokens <= LARGEST_MICRO_BATCH:
+            return []
+        return [
+            f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "
+            f"per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Every argument with its value, secrets masked, ready for JSON."""

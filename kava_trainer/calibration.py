@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import nn
-from tqdm.auto import tqdm
 
 from .errors import BadRequest
 from .projector import ElasticBottleneck, PrincipalProjection, normalise
+from .sharing import own_batches
 from .student import DistillationModel
 from .targets import HiddenStateTarget
 from .teacher import TeacherSource
@@ -135,11 +134,8 @@ def calibrate(
     # In float64, which a Mac's GPU lacks; and for many pairs the sums would fill a small GPU.
     where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
     moments = [Moments(*_sizes(projector), where) for projector in model.target.projectors]
-    with PartialState().split_between_processes(examples) as share:
-        starts = range(0, len(share), batch_size)
-        shown = None if PartialState().is_main_process else True
-        for start in tqdm(starts, desc="Calibrating the projectors", leave=False, disable=shown):
-            _add_batch(moments, model, teacher, collator(share[start : start + batch_size]))
+    for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
+        _add_batch(moments, model, teacher, collator(batch))
     model.train(training)
     for projector, sums in zip(model.target.projectors, moments, strict=True):
         sums.reduce(sum_over_ranks, device)

@@ -1,16 +1,21 @@
-"""Saves that are whole or absent, and finding the newest checkpoint that can be resumed."""
+"""Saves that are whole or absent, and finding the newest checkpoint that can be resumed.
 
+A save is made in a staging folder beside its place, flushed to the disk, sealed with a manifest of sizes and checksums,
+and renamed into place. Whatever ends the process on the way leaves the former save as it was, and a folder whose name
+begins with a dot, which `sweep` clears away when the next run starts.
+"""
+
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import is_zipfile
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import BadRequest, reason_of
 
@@ -18,6 +23,14 @@ PROJECTOR_FILE = "projector.pth"
 """Name of the projector file inside a checkpoint folder."""
 
 TRAINER_STATE_FILE = "trainer_state.json"
+
+MANIFEST_FILE = "manifest.json"
+"""Name of the list of all files of a checkpoint, which is written last."""
+
+_RESUMABLE = (TRAINER_STATE_FILE, PROJECTOR_FILE, "optimizer.pt", "scheduler.pt")
+_STAGING, _PREVIOUS, _DELETED = ".staging", ".previous", ".deleted"
+_LEFT_BEHIND = re.compile(rf"\.({PREFIX_CHECKPOINT_DIR}-\d+|final_student)({_STAGING}|{_PREVIOUS}|{_DELETED})")
+_TEMPORARY = re.compile(r"\.(\w+_projector|proj_step_\d+|run_summary)\.\w+\.\d+\.tmp")
 
 
 def _flush(path: Path) -> None:
@@ -27,6 +40,19 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}{kind}")
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, of which never a part stands under its own name."""
+    doomed = _beside(folder, _DELETED)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -43,17 +69,29 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder beside `path`, flush it to disk, and swap it into place."""
-    path = Path(path)
-    staging, previous = (path.with_name(f".{path.name}.{kind}") for kind in ("staging", "previous"))
-    for leftover in (staging, previous):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+def staging_folder(path: str | Path) -> Path:
+    """Where a save is made before it is brought to `path`."""
+    return _beside(Path(path), _STAGING)
+
+
+def stage(path: str | Path) -> Path:
+    """Make an empty `staging_folder`; `publish` brings it into place."""
+    staging = staging_folder(path)
+    if staging.exists():
+        shutil.rmtree(staging)
     staging.mkdir(parents=True)
-    write(staging)
-    for file in staging.rglob("*"):
+    return staging
+
+
+def publish(path: str | Path) -> None:
+    """Flush what was staged for `path` to the disk and swap it into place."""
+    path = Path(path)
+    staging, previous = staging_folder(path), _beside(path, _PREVIOUS)
+    for file in sorted(staging.rglob("*")):
         _flush(file)
+    _flush(staging)
+    if previous.exists():
+        shutil.rmtree(previous)
     if path.exists():
         os.replace(path, previous)
     os.replace(staging, path)
@@ -62,31 +100,103 @@ def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> 
         shutil.rmtree(previous)
 
 
-def is_resumable(folder: Path) -> bool:
-    """Whether a folder holds a projector and a readable trainer's state, which is written last."""
-    try:
-        return bool(json.loads((folder / TRAINER_STATE_FILE).read_text())) and (folder / PROJECTOR_FILE).is_file()
-    except (OSError, ValueError):
-        return False
+def discard(path: str | Path) -> None:
+    """Give up what was staged for `path`."""
+    shutil.rmtree(staging_folder(path), ignore_errors=True)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint holds weights and training state, every part of them, and none was cut short."""
-    if not is_resumable(folder):
-        return False
-    weights, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    parts = [weights]
+def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `path`, flush it to disk, and swap it into place."""
     try:
-        if index.is_file():
-            parts = [folder / name for name in set(json.loads(index.read_text())["weight_map"].values())]
-        for part in parts:
-            with safe_open(part, framework="pt"):
-                pass
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False
-    needed = ["optimizer.pt", "scheduler.pt"] if any(folder.glob("rng_state*.pth")) else []  # not with save_only_model
-    archives = [path for path in folder.rglob("*") if path.suffix in (".pt", ".pth")]
-    return all((folder / name).is_file() for name in needed) and all(map(is_zipfile, archives))
+        write(stage(path))
+        publish(path)
+    finally:
+        discard(path)
+
+
+def sweep(folder: str | Path) -> None:
+    """Clear away what a run that was killed has left half done in its output folder.
+
+    A save that was being replaced and is not there any more comes back.
+    """
+    folder = Path(folder)
+    for entry in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
+        elif left := _LEFT_BEHIND.fullmatch(entry.name):
+            place = folder / left[1]
+            if left[2] == _PREVIOUS and not place.exists():
+                os.replace(entry, place)
+            else:
+                shutil.rmtree(entry)
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sealed(content: dict[str, Any]) -> str:
+    """A manifest as text, with a checksum of its own."""
+    seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": seal}, indent=1, sort_keys=True) + "\n"
+
+
+def write_manifest(folder: Path, run: dict[str, Any] | None) -> None:
+    """Seal a folder: list all its files with their sizes and checksums.
+
+    Args:
+        folder: a save that is complete but for this.
+        run: what the run was asked for, of plain JSON types, so that another run is not resumed by mistake.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    listed = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _checksum(path)} for path in files
+    }
+    (folder / MANIFEST_FILE).write_text(_sealed({"format": 1, "files": listed, "run": run}), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Raises:
+        ValueError: in a clause, if there is none or it is not as it was written.
+    """
+    try:
+        text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST_FILE}, so its save was cut off") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"its {MANIFEST_FILE} cannot be read ({reason_of(error)})") from error
+    try:
+        content = json.loads(text)
+        del content["sha256"]
+    except (ValueError, KeyError, TypeError):
+        content = None
+    if content is None or _sealed(content) != text:
+        raise ValueError(f"its {MANIFEST_FILE} is not as it was written")
+    return content
+
+
+def broken_reason(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, in a clause; None where every file is as it was written."""
+    try:
+        listed = read_manifest(folder)["files"]
+        for name, expected in listed.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes in place of {expected['size']}"
+            if _checksum(path) != expected["sha256"]:
+                return f"the checksum of {name} differs"
+    except (OSError, ValueError) as error:
+        return reason_of(error)
+    missing = [name for name in _RESUMABLE if name not in listed]
+    return f"it was saved without {' and '.join(missing)}" if missing else None
 
 
 def unreadable_checkpoint(folder: str | Path | None, error: Exception) -> BadRequest:
@@ -104,34 +214,67 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted((path for path, match in folders.items() if match), key=lambda path: int(folders[path].group(1)))
 
 
-def find_newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The resumable `checkpoint-<N>` folder with the highest N, or None."""
-    return next((folder for folder in reversed(list_checkpoints(output_dir)) if is_resumable(folder)), None)
+def rotate(output_dir: str | Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """Delete the oldest checkpoints, by when they were written, so that at most `limit` are left.
+
+    Args:
+        output_dir: where they are.
+        limit: as `save_total_limit`; None or 0 for no limit.
+        keep: never deleted.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {Path(path).resolve() for path in keep}
+    oldest_first = sorted(list_checkpoints(output_dir), key=lambda path: path.stat().st_mtime_ns)
+    spare = [path for path in oldest_first if path.resolve() not in kept]
+    for folder in spare[: max(0, len(oldest_first) - limit)]:
+        _remove(folder)
 
 
-def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on from."""
+
+    checkpoint: Path | None
+    """The folder; None to start afresh."""
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    """Newer checkpoints that are broken, and why."""
+
+
+def find_newest_checkpoint(output_dir: str | Path) -> Resumption:
+    """The checkpoint with the highest step that is as it was written."""
+    skipped = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        reason = broken_reason(folder)
+        if reason is None:
+            return Resumption(folder, skipped)
+        skipped.append((folder, reason))
+    return Resumption(None, skipped)
+
+
+def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Resumption:
     """The checkpoint folder that `resume_from_checkpoint` means.
 
     Args:
-        resume_from_checkpoint: a folder, `true` for the newest resumable one in `output_dir`, `false` or None for none.
+        resume_from_checkpoint: a folder, `true` for the newest sound one in `output_dir`, `false` or None for none.
         output_dir: where `true` looks.
 
     Returns:
-        The folder, or None to start afresh: also for `true` where there is no checkpoint yet.
+        The folder, or None to start afresh: also for `true` where there is no sound checkpoint yet.
 
     Raises:
-        BadRequest: if a named folder does not exist or is not a KAVA checkpoint.
+        BadRequest: if a named folder does not exist or is not a sound checkpoint.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint.lower() == "false":
-        return None
+        return Resumption(None)
     if resume_from_checkpoint.lower() == "true":
         return find_newest_checkpoint(output_dir)
     folder = Path(resume_from_checkpoint)
     if not folder.is_dir():
         raise BadRequest(f"resume_from_checkpoint names {folder}, which is not a folder; write true for the newest.")
-    if not is_resumable(folder):
+    if (reason := broken_reason(folder)) is not None:
         raise BadRequest(
-            f"{folder} is not a checkpoint that KAVA can resume: it lacks a readable {TRAINER_STATE_FILE} or "
-            f"{PROJECTOR_FILE}."
+            f"The checkpoint {folder} cannot be resumed: {reason}. Write true for the newest one that can, or name "
+            "another."
         )
-    return folder
+    return Resumption(folder)

@@ -167,3 +167,38 @@ def spread(rows: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]
         return [[] for _ in range(count - len(rows))] + [[row] for row in rows]
     extra = len(rows) - count
     return [rows[: extra + 1], *([row] for row in rows[extra + 1 :])]
+
+
+def halve(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Two rows or batches with half of the examples each; None where there is only one example.
+
+    Args:
+        row: of `pack_step` or `DistillationCollator`.
+    """
+    lengths, (count, width) = row.get("packed_lengths"), row["input_ids"].shape
+    examples = count if lengths is None else len(lengths)
+    if examples == 1:
+        return None
+    half = examples // 2
+    cut, axis = (half, 0) if lengths is None else (sum(lengths[:half]), 1)
+    parts = [_span(row, axis, 0, cut), _span(row, axis, cut, (count, width)[axis])]
+    if lengths is not None:
+        parts = [
+            part | {"packed_lengths": own} for part, own in zip(parts, (lengths[:half], lengths[half:]), strict=True)
+        ]
+    return parts
+
+
+def _span(row: dict[str, Any], axis: int, start: int, stop: int) -> dict[str, Any]:
+    """The part of a row or batch from `start` to `stop` along the axis of tokens (1) or of examples (0)."""
+    width = row["input_ids"].shape[1] if axis == 0 else 1
+    first, last = start * width, stop * width
+    kept = (row["answer_index"] >= first) & (row["answer_index"] < last)
+    part = {"answer_index": row["answer_index"][kept] - first, "next_tokens": row["next_tokens"][kept]}
+    for name in ("input_ids", "attention_mask", "labels"):
+        if name in row:
+            part[name] = row[name].narrow(axis, start, stop - start)
+    if "teacher_states" in row:
+        states = row["teacher_states"].items()
+        part["teacher_states"] = {layer: own.narrow(axis, start, stop - start) for layer, own in states}
+    return part

@@ -5,6 +5,8 @@ import sys
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from .redaction import without_secrets
+
 _SYMBOLS = {
     "Adapting": "🔄",
     "Learning": "⚠️",
@@ -26,6 +28,11 @@ def status_text(status: str, emoji: bool) -> str:
     return f"{_SYMBOLS[status]} {status}" if emoji else status
 
 
+def size_text(count: int) -> str:
+    """A number of bytes for people, in MB or GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 class Console:
     """Prints lines from the main process, above any progress bar.
 
@@ -37,9 +44,9 @@ class Console:
         self.emoji = can_show_emoji(plain)
 
     def print(self, text: str = "") -> None:
-        """Print one line."""
+        """Print one line, without secrets."""
         if PartialState().is_main_process:
-            tqdm.write(text)
+            tqdm.write(without_secrets(text))
             sys.stdout.flush()
 
     def stage(self, title: str) -> None:

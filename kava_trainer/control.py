@@ -9,7 +9,6 @@ from accelerate.utils import release_memory
 from transformers import set_seed
 
 from .arguments import KavaArguments, KavaTrainingArguments
-from .checkpoint_io import find_newest_checkpoint
 from .preparation import Data, Models, make_trainer
 from .student import load_student
 from .teacher import load_teacher
@@ -72,5 +71,4 @@ def train_control(trainer: KavaTrainer, resume: bool) -> None:
         trainer: see `build_control`.
         resume: go on from the control's newest checkpoint, where there is one.
     """
-    checkpoint = find_newest_checkpoint(trainer.args.output_dir) if resume else None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=resume)

@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils import logging
 from transformers import PreTrainedTokenizerBase
 
 from .errors import BadRequest, reason_of
+from .file_errors import broken_line, data_problem, folder_problem, skipped_line
 from .losses import IGNORED
 from .quickstart import SPLIT_SIZES, generate_problems
 from .source_arguments import QUICKSTART, DataArguments
@@ -42,10 +46,39 @@ def _read(arguments: DataArguments) -> Dataset | DatasetDict:
             raise BadRequest(f"dataset_name names the file {path}, which does not exist.")
         if path.stat().st_size == 0:
             raise BadRequest(f"The data file {path} is empty.")
+        if builder == "json" and (problem := skipped_line(path)):
+            raise BadRequest(f"The data set {name!r} cannot be loaded: {problem}.")
         return load_dataset(builder, data_files=str(path))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return load_from_disk(str(path))
     return load_dataset(name, arguments.dataset_config_name)
+
+
+@contextmanager
+def _quiet_reader() -> Iterator[None]:
+    """Keep the readers from logging an error that is raised as well."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why a data set could not be loaded, with the place to look at where a file is broken."""
+    if problem := data_problem(path) if path.is_file() else _folder_problem(path):
+        return f"{problem}."
+    reason = "it holds no examples." if isinstance(error, StopIteration) else reason_of(error.__cause__ or error)
+    return re.sub(r" (in|starting at) row \d+$", "", reason)  # of a block, and counted from 0
+
+
+def _folder_problem(folder: Path) -> str | None:
+    """The broken file of a folder that is a data set, if that can be told."""
+    if problem := folder_problem(folder, ("state.json", "dataset_info.json", "dataset_dict.json")):
+        return problem
+    broken = ((file, broken_line(file)) for file in sorted(folder.glob("*.jsonl")))
+    return next((f"in its {file.name}, {problem}" for file, problem in broken if problem), None)
 
 
 def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]:
@@ -64,18 +97,14 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
     """
     name = arguments.dataset_name
     try:
-        loaded = _read(arguments)
-    except (
-        DatasetNotFoundError,
-        DatasetGenerationError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        StopIteration,
-    ) as error:
-        reason = "it holds no examples" if isinstance(error, StopIteration) else reason_of(error.__cause__ or error)
-        raise BadRequest(f"The data set {name!r} cannot be loaded: {reason}") from error
+        with _quiet_reader():
+            loaded = _read(arguments)
+    except BadRequest:
+        raise
+    except Exception as error:  # the readers raise many kinds for one cause: this cannot be read as a data set
+        raise BadRequest(
+            f"The data set {name!r} cannot be loaded: {_reason(error, Path(name).expanduser())}"
+        ) from error
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
     if arguments.dataset_train_split not in splits:
         raise BadRequest(

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from .arguments import KavaTrainingArguments
+from .redaction import is_secret_name
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "torchao", "safetensors")
 
@@ -78,10 +79,28 @@ def use_all_cores(training: KavaTrainingArguments) -> None:
         torch.set_num_threads(available or 1)
 
 
-def resume_command(argv: list[str], checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint, started the way this process was started."""
-    kept, skip = [], False
+def _without_tokens(argv: list[str]) -> list[str]:
+    """A command line with a placeholder, such as `<HUB_TOKEN>`, in place of each token."""
+    shown: list[str] = []
+    placeholder = None
     for word in argv:
+        option, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            placeholder = f"<{option[2:].replace('-', '_').upper()}>" if is_secret_name(option) else None
+            shown.append(f"{option}={placeholder}" if placeholder and equals else word)
+        else:
+            shown.append(placeholder or word)
+            placeholder = None
+    return shown
+
+
+def resume_command(argv: list[str], checkpoint: Path | None) -> str:
+    """The command that goes on from a checkpoint, or starts again, in the way this process was started.
+
+    It is printed and may end up in a log, so the user has to fill tokens in again.
+    """
+    kept, skip = [], False
+    for word in _without_tokens(argv):
         name = word.split("=")[0].replace("-", "_")
         if skip and not word.startswith("--"):
             skip = False
@@ -98,4 +117,5 @@ def resume_command(argv: list[str], checkpoint: Path) -> str:
     if world_size == 1:
         launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
     script = os.path.relpath(sys.argv[0])
-    return f"{launcher} {shlex.join([script, *kept, '--resume_from_checkpoint', str(checkpoint)])}"
+    kept += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
+    return f"{launcher} {shlex.join([script, *kept])}"

@@ -1,9 +1,21 @@
 """The two ways a run ends badly, each with its exit code."""
 
+from pickle import UnpicklingError
+
+from .redaction import without_secrets
+
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line for a message: its first line that says something, or its kind where it is silent."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """An error in one line for a message, without secrets.
+
+    That is its first line that says something; its kind where it is silent, and beside a text that is no sentence.
+    """
+    if isinstance(error, UnpicklingError):  # torch advises to load it all the same
+        return "it does not hold tensors and plain values alone, and anything else could be code, which is never run"
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, (LookupError, TypeError, AttributeError)) or not line:
+        line = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    return without_secrets(line)
 
 
 class BadRequest(Exception):

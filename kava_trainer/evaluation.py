@@ -10,15 +10,14 @@ from typing import Any
 import datasets
 import evaluate
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .capture import run_decoder
 from .heads import vocabulary_logits, vocabulary_size
 from .losses import next_token_sum, sum_in_chunks
+from .sharing import own_batches
 
 FINAL_ANSWER = "####"
 """What GSM8K writes before the final answer."""
@@ -79,13 +78,6 @@ class FinalAnswerMatch(evaluate.Metric):
         return {"exact_match": sum(matches) / len(matches)}
 
 
-def _batches(indices: list[int], size: int, description: str) -> Iterator[list[int]]:
-    """Consecutive batches under a progress bar, which is drawn on the main process's terminal only."""
-    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-    hidden = None if PartialState().is_main_process else True
-    yield from tqdm(batches, desc=description, leave=False, disable=hidden)
-
-
 @torch.no_grad()
 def answer_cross_entropy(
     model: PreTrainedModel, dataset: datasets.Dataset, collator: Callable[[list], dict], batch_size: int
@@ -106,15 +98,14 @@ def answer_cross_entropy(
     def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return next_token_sum(vocabulary_logits(model, states), targets).unsqueeze(0)
 
-    with PartialState().split_between_processes(order) as share:
-        for rows in _batches(share, batch_size, "Perplexity"):
-            batch = collator([dataset[row] for row in rows])
-            batch = send_to_device(batch, model.device)
-            states = run_decoder(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
-            answers = (states[batch["answer_index"]], batch["next_tokens"])
-            found, _ = sum_in_chunks(chunk, answers, torch.ones(1, device=model.device), [], vocabulary_size(model))
-            total += found.item()
-            count += len(batch["next_tokens"])
+    for rows in own_batches(order, batch_size, "Perplexity"):
+        batch = collator([dataset[row] for row in rows])
+        batch = send_to_device(batch, model.device)
+        states = run_decoder(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
+        answers = (states[batch["answer_index"]], batch["next_tokens"])
+        found, _ = sum_in_chunks(chunk, answers, torch.ones(1, device=model.device), [], vocabulary_size(model))
+        total += found.item()
+        count += len(batch["next_tokens"])
     model.train(training)
     shares = gather_object([(total, count)])
     return sum(part for part, _ in shares) / max(sum(tokens for _, tokens in shares), 1)
@@ -145,16 +136,15 @@ def generate_answers(
     )
     order = sorted(range(len(dataset)), key=lambda row: dataset[row]["prompt_length"])
     answers: list[tuple[int, str]] = []
-    with PartialState().split_between_processes(order) as share:
-        for rows in _batches(share, batch_size, "Generating answers"):
-            prompts = [torch.tensor(_prompt(dataset[row], tokenizer)) for row in rows]
-            width = {"batch_first": True, "padding_side": "left"}
-            input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
-            mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
-            with _own_defaults_off(model):
-                output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
-            texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-            answers += zip(rows, texts, strict=True)
+    for rows in own_batches(order, batch_size, "Generating answers"):
+        prompts = [torch.tensor(_prompt(dataset[row], tokenizer)) for row in rows]
+        width = {"batch_first": True, "padding_side": "left"}
+        input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
+        with _own_defaults_off(model):
+            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
+        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+        answers += zip(rows, texts, strict=True)
     model.train(training)
     return [text for _, text in sorted(gather_object(answers))]
 

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,10 +15,15 @@ from transformers import (
 )
 
 from .errors import BadRequest, reason_of
+from .file_errors import folder_problem
 from .quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 from .source_arguments import QUICKSTART, ModelArguments
 
 T = TypeVar("T")
+
+_JSON_FILES = (
+    "config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json",
+)  # fmt: skip
 
 
 def _locate(name: str, role: str) -> str:
@@ -39,10 +42,19 @@ def model_folder(name: str, role: str) -> Path | None:
 def _load(what: str, name: str, load: Callable[[], T]) -> T:
     try:
         return load()
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise BadRequest(f"The {what} {name!r} cannot be loaded: {reason_of(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # broken files raise many kinds in transformers, tokenizers, safetensors and json
+        raise BadRequest(f"The {what} {name!r} cannot be loaded: {_reason(error, Path(name))}") from error
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    if "trust_remote_code=True" in str(error):
+        return "it brings code of its own, which only trust_remote_code true runs; set it if you trust the source."
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return "the folder has no config.json; name one that a model was saved to."
+    problem = folder_problem(folder, _JSON_FILES)
+    return reason_of(error) if problem is None else f"{problem}."
 
 
 def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:

@@ -220,7 +220,8 @@ def _add_gradients(
     """The sums of one chunk. Their weighted gradient is added to `into`, where that of a tensor is wanted."""
     with torch.enable_grad():
         leaves = [row.detach().requires_grad_(own is not None) for row, own in zip(chunk, into, strict=False)]
-        sums = function(*leaves)
+        # Profilers that watch the gradients of a module's inputs cannot have leaves there while `grad` runs.
+        sums = function(*(leaf.view_as(leaf) for leaf in leaves))
     wanted = [(tensor, own) for tensor, own in zip((*leaves, *parameters), into, strict=True) if own is not None]
     if wanted:
         found = torch.autograd.grad(sums, [tensor for tensor, _ in wanted], weights, allow_unused=True)

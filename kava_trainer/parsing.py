@@ -19,7 +19,11 @@ from transformers.training_args import OptimizerNames
 
 from .arguments import KavaArguments, KavaTrainingArguments
 from .errors import BadRequest
+from .redaction import is_secret_name
 from .source_arguments import DataArguments, ModelArguments
+
+LARGEST_WHOLE_NUMBER, LARGEST_NUMBER = 2**32 - 1, 1e30
+"""The first is the highest seed there is. Nothing that is counted or weighed here comes near either."""
 
 USAGE = "run_kava.py ARGS.json [--name value ...]"
 _GROUPS = (ModelArguments, DataArguments, KavaTrainingArguments)
@@ -76,7 +80,7 @@ def _explicit_arguments(argv: list[str], found: list[str]) -> dict[str, Any]:
         try:
             given[name] = _convert(raw, converters[name])
         except (ValueError, TypeError, argparse.ArgumentTypeError):
-            found.append(f"{name} is {json.dumps(raw)}; write {_expected(_HINTS[name])}.")
+            found.append(f"{name} is {_shown(name, raw)}; write {_expected(_HINTS[name])}.")
     return given
 
 
@@ -89,14 +93,26 @@ def _convert(raw: Any, converter: Callable[[str], Any] | None) -> Any:
 def _read_json(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
+    repeated: list[str] = []
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated.extend(name for name in dict.fromkeys(names) if names.count(name) > 1 and name not in repeated)
+        return dict(pairs)
+
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin UTF-8 with a mark
+        content = json.loads(text, object_pairs_hook=members)
     except OSError as error:
         raise BadRequest(f"The arguments file {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"The arguments file {path} is not UTF-8 text; save it as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise BadRequest(f'{path} must hold one JSON object, such as {{"dataset_name": "quickstart"}}.')
+    if repeated:
+        raise BadRequest(f"{path} names {', '.join(repeated)} more than once; keep one of each.")
     return content
 
 
@@ -129,15 +145,42 @@ def _fits(name: str, value: Any, hint: Any) -> bool:
     return True
 
 
+def _shown(name: str, value: Any) -> str:
+    """A wrong value as it stands in a message: a secret is not shown, and no value fills the screen."""
+    if is_secret_name(name):
+        return "of the wrong kind"
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """All numbers in a value, however deep in lists and objects."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def _number_problem(name: str, value: Any) -> str | None:
+    for number in _numbers(value):
+        if isinstance(number, float) and not math.isfinite(number):
+            return f"{name} is {_shown(name, value)}; write a finite number."
+        largest = LARGEST_NUMBER if isinstance(number, float) else LARGEST_WHOLE_NUMBER
+        if abs(number) > largest:
+            return f"{name} is {_shown(name, value)}; write a number up to {largest}."
+    return None
+
+
 def _type_problem(name: str, value: Any) -> str | None:
+    if problem := _number_problem(name, value):
+        return problem
     if name == "resume_from_checkpoint" and isinstance(value, bool):
         return None
     if name == "layer_mapping" and isinstance(value, list):
         return None
     if not _fits(name, value, _HINTS[name]):
-        return f"{name} is {json.dumps(value)}; write {_expected(_HINTS[name])}."
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{name} is {value}; write a finite number."
+        return f"{name} is {_shown(name, value)}; write {_expected(_HINTS[name])}."
     choices = _choices(name)
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=3) or choices[:8]
@@ -194,9 +237,12 @@ def parse_arguments(argv: list[str]) -> KavaArguments:
     model, data = (_construct(build, found) for build in parts[:2])
     found += [problem for part in (model, data) for problem in part.problems() if problem.split()[0] not in wrong]
     training = _construct(parts[2], found)
+    arguments = None if found else KavaArguments(model, data, training)
+    if arguments is not None:
+        found += arguments.problems()
     if found:
         raise BadRequest("\n".join(found))
-    return KavaArguments(model, data, training)
+    return arguments
 
 
 def _part(group: type, values: dict[str, Any]) -> Callable[[], Any]:

@@ -10,13 +10,16 @@ from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .arguments import KavaArguments, KavaTrainingArguments
+from .callbacks.guard import tracker_problem
 from .capture import context_length, hidden_size, number_of_layers
 from .collating import DistillationCollator
-from .console import Console
+from .console import Console, size_text
 from .data import Encoded, encode_dataset, load_splits
+from .disk import check_space
 from .errors import BadRequest, reason_of
 from .evaluation import answer_cross_entropy
 from .heads import check_head
+from .hub import hub_reason
 from .loading import check_tokenizers_agree, check_vocabulary_fits, load_tokenizer
 from .memory import estimate_memory
 from .optimizers import rounding_problem
@@ -89,7 +92,7 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
     """Say what training will take of each device, before a weight is loaded; the sum in bytes.
 
     Raises:
-        BadRequest: as `estimate_memory`.
+        BadRequest: as `estimate_memory`, and where the disk of `output_dir` is too small for a checkpoint.
     """
     try:
         parts = estimate_memory(arguments)
@@ -97,20 +100,17 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
         console.print(f"No memory estimate: the passes of these models cannot be played through ({reason_of(error)}).")
         return None
     total, device = sum(parts.values()), arguments.training.device
-    shown = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    console.print(f"Memory estimate for training: {_size(total)} ({shown})")
+    shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    console.print(f"Memory estimate for training: {size_text(total)} ({shown})")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     if free is not None and total > free:
         console.warn(
-            f"That is more than the {_size(free)} that are free. Lower per_device_train_batch_size (and raise "
+            f"That is more than the {size_text(free)} that are free. Lower per_device_train_batch_size (and raise "
             "gradient_accumulation_steps), set gradient_checkpointing, choose teacher_quantization 4bit or a "
             "teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit."
         )
+    check_space(parts, arguments.training)
     return total
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Models:
@@ -159,7 +159,11 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
         )
         trainer.create_optimizer()
     except (ValueError, ImportError, KeyError, OSError, HTTPError) as error:
-        raise BadRequest(f"Trainer cannot be set up with these arguments: {error}") from error
+        raise BadRequest(f"Trainer cannot be set up with these arguments: {hub_reason(error)}.") from error
+    except RuntimeError as error:
+        if problem := tracker_problem(training.report_to):
+            raise BadRequest(problem) from error
+        raise
     return trainer
 
 

@@ -71,6 +71,14 @@ class ShareWatch:
         self._small_before: set[str] = set()
         self._named: set[str] = set()
 
+    def state(self) -> list[list[str]]:
+        """What has been noted, to be put back with `restore`."""
+        return [sorted(self._small_before), sorted(self._named)]
+
+    def restore(self, state: list[list[str]]) -> None:
+        """Put back what `state` gave."""
+        self._small_before, self._named = map(set, state)
+
     def without_effect(self, shares: dict[str, float]) -> list[str]:
         """Note one measurement; the terms that were small in it and in the one before."""
         small = {name for name, share in shares.items() if share < MINIMUM_SHARE} - self._ignored

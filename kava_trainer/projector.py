@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint_io import write_atomically
-from .errors import BadRequest
+from .errors import BadRequest, reason_of
 
 Anchor = Literal["none", "pca", "reconstruction"]
 
@@ -136,7 +136,7 @@ def _read(path: str | Path) -> tuple[nn.ModuleList, dict[str, Any]]:
     except FileNotFoundError as error:
         raise BadRequest(f"There is no projector file at {path}.") from error
     except Exception as error:  # torch.load and unpickling raise many kinds for one cause: not a projector file
-        raise BadRequest(f"{path} is not a projector file written by KAVA: {error}") from error
+        raise BadRequest(f"{path} is not a projector file written by KAVA: {reason_of(error)}") from error
 
 
 def load_projectors(path: str | Path) -> nn.ModuleList:

@@ -1,32 +1,67 @@
 """What a trainer of a student beside projectors saves, loads and sends, and where Trainer's own way does not fit."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .arguments import KavaTrainingArguments
-from .checkpoint_io import PROJECTOR_FILE, unreadable_checkpoint
-from .errors import RunFailed
-from .hub import push_checkpoint
+from .callbacks.emergency import EmergencyCheckpointCallback
+from .checkpoint_io import (
+    PROJECTOR_FILE,
+    TRAINER_STATE_FILE,
+    discard,
+    find_newest_checkpoint,
+    publish,
+    rotate,
+    stage,
+    staging_folder,
+    unreadable_checkpoint,
+    write_folder_atomically,
+    write_manifest,
+)
+from .console import Console
+from .errors import RunFailed, reason_of
+from .hub import ANSWER_SECONDS, CheckpointPusher, in_time
 from .projector import restore_projectors, save_projectors
+from .ranks import any_rank
+from .signals import Interrupted
 from .student import DistillationModel
 from .targets import HiddenStateTarget
 
+MOST_FAILED_SAVES = 2
+"""So many saves may fail one after the other: the disk may have room again at the next one."""
+
+_SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for a full disk
+
 
 class SavingTrainer(Trainer):
-    """A `Trainer` of a `DistillationModel` that keeps student and projectors apart on disk."""
+    """A `Trainer` of a `DistillationModel` that keeps student and projectors apart on disk, and loses no run."""
 
     args: KavaTrainingArguments
     model: DistillationModel
+    problems: list[dict[str, Any]]
+    """What went wrong and did not end the run: the step, a kind, and what was done about it."""
 
     def __init__(self, model: DistillationModel, **kwargs: Any) -> None:
         self._student_uses_cache = model.config.use_cache
+        self._pusher: CheckpointPusher | None = None
         super().__init__(model=model, **kwargs)
+        self.console = Console(self.args.plain_output)
+        self.emergency = EmergencyCheckpointCallback(self.try_to_save_projector)
+        self.identity: dict[str, Any] | None = None
+        """What the run was asked for; it goes into every checkpoint, see `identity.run_identity`."""
+        self.problems: list[dict[str, Any]] = []
+        """What went wrong and was survived: the step, the kind, and what was done."""
+        self._failed_saves = 0
 
     @property
     def student(self) -> PreTrainedModel:
@@ -38,11 +73,24 @@ class SavingTrainer(Trainer):
         """What is aligned, with its projectors."""
         return self.model.target
 
+    def note_problem(self, kind: str, action: str, step: int | None = None) -> None:
+        """Add to `problems`; the step is the last finished one by default."""
+        self.problems.append({"step": self.state.global_step if step is None else step, "kind": kind, "action": action})
+
+    def advice(self) -> str:
+        """What to resume from after the training went wrong, as a sentence."""
+        newest = find_newest_checkpoint(self.args.output_dir).checkpoint
+        return f"Resume from {newest}, which is sound." if newest else "There is no checkpoint yet; start afresh."
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the hub repository, as `Trainer` does. Raises `TimeoutError` if the hub does not answer."""
+        in_time(lambda: super(SavingTrainer, self).init_hf_repo(token, private), ANSWER_SECONDS)
+
     def not_finite(self, what: str) -> RunFailed:
         """The error for losses or weights that are no finite numbers any more."""
         return RunFailed(
-            f"At step {self.state.global_step} {what} stopped being finite numbers. "
-            "Resume from the newest checkpoint, which is sound, with a lower learning rate."
+            f"At step {self.state.global_step} {what} stopped being finite numbers. {self.advice()} Lower the "
+            "learning rates."
         )
 
     def save_projector(self, path: str | Path, with_decoders: bool = False) -> None:
@@ -56,11 +104,35 @@ class SavingTrainer(Trainer):
             decoders = self.target.decoders if with_decoders else None
             save_projectors(self.target.projectors, path, self.target.use, decoders)
 
+    def try_to_save_projector(self, path: Path) -> None:
+        """Write the projectors as `save_projector` does; where that fails say so and go on."""
+        try:
+            self.save_projector(path)
+        except _SAVE_ERRORS as error:
+            self.console.warn(f"{path} could not be written: {reason_of(error)}.")
+            self.note_problem("save", f"went on without {path.name}")
+
     def save_student(self, output_dir: str | Path) -> None:
         """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it."""
         self.student.config.use_cache = self._student_uses_cache
         self._save(str(output_dir))
         self.student.config.use_cache = self.args.use_cache
+
+    def save_finals(self, student_folder: Path, projector: Path) -> None:
+        """Write the finished student and its projector, whole or not at all.
+
+        Raises:
+            RunFailed: if the disk does not take them.
+        """
+        try:
+            if self.args.should_save:
+                write_folder_atomically(student_folder, self.save_student)
+            self.save_projector(projector)
+        except Exception as error:  # as above: a disk refuses in many ways
+            raise RunFailed(
+                f"The finished student could not be written to {student_folder} ({reason_of(error)}). Make room, or "
+                f"name another final_dir. {self.advice()}"
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student; inside a checkpoint also the projectors beside it.
@@ -74,8 +146,151 @@ class SavingTrainer(Trainer):
         if _internal_call:
             self.save_projector(Path(output_dir or self.args.output_dir) / PROJECTOR_FILE, with_decoders=True)
 
-    # The private methods of Trainer that KAVA overrides are below; all were read in transformers 5.23.0. Of those it
-    # only calls there is one more: `_prepare_inputs`, in `trainer.py`.
+    def before_optimizer_step(self, grad_norm: torch.Tensor | float) -> None:
+        """Called once for each optimizer step, with the norm of its gradient before clipping."""
+
+    def progress_state(self) -> dict[str, Any]:
+        """What this rank needs beside weights, optimizer and random numbers to go on as if it had not stopped."""
+        return {
+            "loss": self._tr_loss.cpu(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "problems": self.problems,
+            "evaluation_pending": self.emergency.evaluation_pending,
+        }
+
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        """Undo `progress_state`, after Trainer has set its own counters to zero."""
+        self._tr_loss = state["loss"].to(self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
+        self.problems[:] = [*state["problems"], *self.problems]
+        self.state.compute_steps(self.args, self.state.max_steps)  # Trainer would keep the checkpoint's intervals
+
+    def catch_up(self, state: dict[str, Any], checkpoint: str) -> None:
+        """Do what was due at a checkpoint and gave way to a signal."""
+        if state["evaluation_pending"] and self._determine_best_metric(self._evaluate(None, None), None):
+            self.state.best_model_checkpoint = checkpoint
+
+    def read_progress(self, checkpoint: str) -> dict[str, Any]:
+        """What `progress_state` put into a checkpoint. Raises `BadRequest` where it cannot be read."""
+        try:
+            return torch.load(Path(checkpoint) / self._progress_file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what is no such file is found out in many ways
+            raise unreadable_checkpoint(checkpoint, error) from error
+
+    @property
+    def _progress_file(self) -> str:
+        return f"progress_{self.args.process_index}.pth"
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Let every rank write its part of a checkpoint into a folder, with Trainer's own methods."""
+        folder.mkdir(parents=True, exist_ok=True)  # on another machine than the first, whose disk is not shared
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            torch.save(self.progress_state(), folder / self._progress_file)
+        if self.args.should_save:
+            callbacks = [*self.callback_handler.callbacks, self.control]
+            exported = TrainerState(stateful_callbacks=[c for c in callbacks if isinstance(c, ExportableState)])
+            self.state.stateful_callbacks = exported.stateful_callbacks
+            self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+
+    def _all_succeed(self, work: Callable[[], None]) -> str | None:
+        """Let every rank do something that may fail on disk; why it failed on this rank or another, if it did."""
+        problem = None
+        try:
+            work()
+        except (RunFailed, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # tokenizers have no kind of their own for a full disk
+            problem = reason_of(error)
+        failed = any_rank(problem is not None)
+        return (problem or "another process could not write its part") if failed else None
+
+    def _stage(self, folder: Path) -> None:
+        if self.args.should_save:
+            stage(folder)
+
+    def _seal(self, folder: Path, staging: Path) -> None:
+        if self.args.should_save:
+            write_manifest(staging, self.identity)
+            publish(folder)
+
+    def _checkpoint_problem(self, folder: Path) -> str | None:
+        """Write a checkpoint whole or not at all; why it could not be, if so."""
+        staging = staging_folder(folder)
+        steps = (
+            lambda: self._stage(folder),
+            lambda: self._write_checkpoint(staging),
+            lambda: self._seal(folder, staging),
+        )
+        for step in steps:
+            if (problem := self._all_succeed(step)) is not None:
+                if self.args.should_save:
+                    discard(folder)
+                return problem
+        return None
+
+    def _rotate(self, run_dir: Path, kept: list[Path]) -> None:
+        """Delete the oldest checkpoints; one that cannot be deleted is told and left."""
+        try:
+            rotate(run_dir, self.args.save_total_limit, kept)
+        except OSError as error:
+            self.console.warn(f"An old checkpoint in {run_dir} could not be deleted: {reason_of(error)}.")
+            self.note_problem("save", "left an old checkpoint")
+
+    def _tell_failed_save(self, folder: Path, problem: str) -> None:
+        """Note a save that failed. Raises `RunFailed` for one too many in a row."""
+        self._failed_saves += 1
+        free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
+        told = f"{folder} could not be written ({problem}; {free / 1e9:.2f} GB are free there)."
+        if self._failed_saves >= MOST_FAILED_SAVES:
+            raise RunFailed(f"{told} It is save number {self._failed_saves} that failed in a row. {self.advice()}")
+        self.console.warn(f"{told} The training goes on and tries again at the next save. {self.advice()}")
+        self.note_problem("save", f"went on without {folder.name}")
+
+    # The private methods of Trainer that KAVA overrides are below; all were read in transformers 5.23.0 and 5.17.0.
+    # What it calls or reads beside them: the parts of a checkpoint, the best metric and the loss sums above, and
+    # `_prepare_inputs` in `trainer.py`.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint that is whole or absent, then rotate and send. Trainer would write it in place."""
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.store_flos()
+        best_before = self.state.best_model_checkpoint
+        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == folder or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        if (problem := self._checkpoint_problem(folder)) is not None:
+            self.state.best_model_checkpoint = best_before
+            self._tell_failed_save(folder, problem)
+            return
+        self._failed_saves = 0
+        if self.args.should_save:
+            kept = [folder, *([Path(best)] if (best := self.state.best_model_checkpoint) else [])]
+            self._rotate(run_dir, kept)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As Trainer's; it is the last thing known before the optimizer's step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.before_optimizer_step(grad_norm)
+        return grad_norm
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As Trainer's; where a signal ends the evaluation, save at once and stop."""
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except Interrupted as interruption:
+            self.emergency.stop(interruption.number, self.control)
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write student and tokenizer. No pickled arguments: they would carry the hub token.
@@ -92,7 +307,7 @@ class SavingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, self.student)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
             raise unreadable_checkpoint(resume_from_checkpoint, error) from error
         file = Path(resume_from_checkpoint) / PROJECTOR_FILE
         restore_projectors(self.target.projectors, file, self.target.use, self.target.decoders)
@@ -103,13 +318,37 @@ class SavingTrainer(Trainer):
         except (OSError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
             raise unreadable_checkpoint(checkpoint, error) from error
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, UnpicklingError) as error:
+            raise unreadable_checkpoint(checkpoint, error) from error
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Send a checkpoint to the hub as `hub_strategy` asks, in the background.
 
         Trainer would send all of `output_dir` with its pickled arguments, and those hold the hub token.
         """
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            self.push_in_progress = push_checkpoint(Path(checkpoint_folder), self.hub_model_id, self.args)
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self._pusher is None:
+            self._pusher = CheckpointPusher(self.hub_model_id, self.args, self.problems)
+        self._pusher.push(Path(checkpoint_folder), self.state.global_step)
+
+    def _finish_current_push(self) -> None:
+        """Wait for the checkpoints that are on their way, but not for ever."""
+        if self._pusher is not None:
+            self._pusher.finish()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which would delete all but the best checkpoint, also the one that a signal has just left."""
+        best = self.state.best_model_checkpoint
+        if self.emergency.received is not None:
+            self.state.best_model_checkpoint = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,7 +1,7 @@
 """How an optimizer step gets its examples: packed rows where both models can read them, else padded micro-batches."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -11,13 +11,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .collating import DistillationCollator, JoiningCollator, pack_step, spread
+from .fitting import FittingTrainer, Row
 from .losses import IGNORED
 from .metrics import Stopwatch
 from .packing import disable_packing, enable_packing, packing_problem
-from .saving import SavingTrainer
+from .signals import spare_worker
 
 
-class SteppingTrainer(SavingTrainer):
+class SteppingTrainer(FittingTrainer):
     """The part of `KavaTrainer` that gathers, packs and counts the examples of an optimizer step.
 
     With packing, Trainer still counts micro-batches of `per_device_train_batch_size` examples, so epochs, resuming
@@ -57,9 +58,13 @@ class SteppingTrainer(SavingTrainer):
         padding = self.data_collator
         self.data_collator = JoiningCollator(padding.read_states) if self.packs else padding
         try:
-            return super().get_train_dataloader()
+            return _with_spared_workers(super().get_train_dataloader())
         finally:
             self.data_collator = padding
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Trainer's loader, whose workers leave signals to the trainer."""
+        return _with_spared_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -77,17 +82,20 @@ class SteppingTrainer(SavingTrainer):
             counts = torch.tensor(_count_packed(batches))
             batches = [_micro_batch(dealt, rows[0]) for dealt in spread(rows, len(batches))]
         else:
-            counts = torch.stack(_count_padded(batches))
+            counts, rows = torch.stack(_count_padded(batches)), batches
+        self.begin_step(rows)
         counts = self._sum_over_ranks(counts.to(device))
         self._seen = self._seen.to(device) + counts[[0, 2]]
         return batches, counts[:2]
 
     def _row_budget(self, batches: list[dict[str, Any]]) -> int:
-        """Tokens of one row; `auto_find_batch_size` lowers it with the batch size."""
+        """Tokens of one row; `auto_find_batch_size` and memory that ran out lower it."""
         wanted = self.args.per_device_train_batch_size
         if self.args.max_tokens_per_batch is None:
-            return self._train_batch_size * max(length for batch in batches for length in batch["lengths"])
-        return self.args.max_tokens_per_batch * self._train_batch_size // wanted
+            budget = self._train_batch_size * max(length for batch in batches for length in batch["lengths"])
+        else:
+            budget = self.args.max_tokens_per_batch * self._train_batch_size // wanted
+        return min(budget, self.row_limit or budget)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
@@ -100,19 +108,7 @@ class SteppingTrainer(SavingTrainer):
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step.
         """
         with self.stopwatch.measure("step"):
-            return self._training_step(model, inputs, num_items_in_batch)
-
-    def _training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
-    ) -> torch.Tensor:
-        if "rows" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        total = torch.zeros((), device=self.args.device)
-        for left, row in enumerate(inputs["rows"], start=1 - len(inputs["rows"])):
-            # The ranks exchange gradients with the last row of the step, which Trainer lets through.
-            with nullcontext() if left == 0 else self.accelerator.no_sync(model):
-                total += super().training_step(model, row, num_items_in_batch)
-        return total
+            return self.run_rows(model, inputs.get("rows", [inputs]), num_items_in_batch)
 
     def forget_throughput(self) -> None:
         """Begin to count anew."""
@@ -143,7 +139,14 @@ class SteppingTrainer(SavingTrainer):
         return self.accelerator.reduce(sums, reduction="sum")
 
 
-def _micro_batch(rows: list[dict[str, Any]], like: dict[str, Any]) -> dict[str, Any]:
+def _with_spared_workers(loader: DataLoader) -> DataLoader:
+    """The loader, with workers that no signal to the process group ends before the trainer has saved."""
+    if loader.num_workers > 0:
+        loader.worker_init_fn = partial(spare_worker, loader.worker_init_fn)
+    return loader
+
+
+def _micro_batch(rows: list[Row], like: Row) -> dict[str, Any]:
     """Rows as Trainer carries them; `like` is any row, for the kind of an empty micro-batch's tensors."""
     nothing = like["input_ids"][:, :0]
     tokens = torch.cat([nothing, *(row["input_ids"] for row in rows)], dim=1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from .callbacks.status import ALWAYS_LOGGED_STEPS
 from .checkpoint_io import write_atomically
+from .redaction import without_secrets
 
 SUMMARY_FILE = "run_summary.json"
 _FINAL = (
@@ -97,5 +98,5 @@ class RunSummary:
         return path
 
     def to_json(self) -> str:
-        """The summary as JSON text."""
-        return json.dumps(_finite(self.content), indent=2, ensure_ascii=False, default=str) + "\n"
+        """The summary as JSON text, without secrets."""
+        return without_secrets(json.dumps(_finite(self.content), indent=2, ensure_ascii=False, default=str)) + "\n"

@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .capture import find_decoder, hidden_size, number_of_layers
@@ -22,6 +21,8 @@ from .errors import BadRequest, reason_of
 from .heads import vocabulary_logits
 from .loading import model_folder
 from .packing import disable_packing, enable_packing, packing_problem
+from .sharing import progress_bar
+from .signals import WATCH
 from .source_arguments import ModelArguments
 from .state_shards import Shards, ShardWriter, bytes_per_token, example_key
 from .teacher import OnlineTeacher
@@ -154,7 +155,7 @@ class TeacherCache:
     ) -> None:
         """Let the teacher read what is missing, shared out over the ranks, and write its states.
 
-        A build that is cut off leaves whole shards; the next one goes on after them.
+        A build that is cut off leaves whole shards, one that a signal ends all that was read; the next one goes on.
 
         Args:
             model: the teacher, without gradients.
@@ -165,6 +166,7 @@ class TeacherCache:
 
         Raises:
             BadRequest: if an example is still missing afterwards, which means that not all ranks see the same folder.
+            Interrupted: on all ranks, if any has got a signal.
         """
         teacher = OnlineTeacher(model, self.layers)
         enable_packing(model)
@@ -174,15 +176,19 @@ class TeacherCache:
         writer = ShardWriter(self.folder, self.dtype, self.fingerprint)
         state = PartialState()
         share = missing[state.process_index :: state.num_processes]
-        with _bar(sum(len(examples[i]) for i in share), "Caching the teacher's states", "token") as bar:
-            for start in range(0, len(share), GROUP):
-                for row in _rows([examples[i] for i in share[start : start + GROUP]], budget, packed):
-                    with autocast():
-                        states = teacher.features(send_to_device(row, model.device))
-                    for ids, own in _examples(row, states):
-                        writer.add(ids, own)
-                        bar.update(len(ids))
+        groups = (share[start : start + GROUP] for start in range(0, len(share), GROUP))
+        rows = (row for group in groups for row in _rows([examples[i] for i in group], budget, packed))
+        with progress_bar(sum(len(examples[i]) for i in share), "Caching the teacher's states", "token", True) as bar:
+            for row in rows:
+                if WATCH.received is not None:
+                    break
+                with autocast():
+                    states = teacher.features(send_to_device(row, model.device))
+                for ids, own in _examples(row, states):
+                    writer.add(ids, own)
+                    bar.update(len(ids))
         writer.flush()
+        WATCH.check()
         state.wait_for_everyone()
         self.shards.refresh()
         if absent := sum(examples[i] not in self.shards for i in missing):
@@ -196,13 +202,8 @@ class TeacherCache:
         return self.shards.read(input_ids, self.wanted)
 
 
-def _bar(total: int, description: str, unit: str) -> tqdm:
-    hidden = None if PartialState().is_main_process else True
-    return tqdm(total=total, desc=description, unit=unit, unit_scale=True, leave=False, disable=hidden)
-
-
 def _shown(paths: Sequence[Path], description: str, unit: str) -> Iterator[Path]:
-    with _bar(len(paths), description, unit) as bar:
+    with progress_bar(len(paths), description, unit) as bar:
         for path in paths:
             yield path
             bar.update()

@@ -10,24 +10,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerState
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from .alignment import collapse_remedy
 from .arguments import KavaTrainingArguments
 from .calibration import calibrate, check_enough_tokens
-from .callbacks.emergency import EmergencyCheckpointCallback
+from .callbacks.guard import guard_trackers
 from .callbacks.probe import ProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
+from .callbacks.resume import ResumeCallback
 from .callbacks.status import StatusCallback
-from .checkpoint_io import TRAINER_STATE_FILE
+from .checkpoint_io import TRAINER_STATE_FILE, find_newest_checkpoint
 from .collating import DistillationCollator
-from .console import Console
 from .heads import vocabulary_size
 from .losses import IGNORED
 from .metrics import TokenMeans
 from .optimizers import settle_torchao
-from .probe import MINIMUM_SHARE, AlignmentProbe, ProbeResult, ShareWatch, choose_examples
-from .stepping import SteppingTrainer
+from .probe import choose_examples
+from .probing import ProbingTrainer
+from .signals import WATCH
 from .student import DistillationModel
 from .targets import HiddenStateTarget
 from .teacher import OnlineTeacher, TeacherSource
@@ -35,7 +35,7 @@ from .teacher_cache import CachedTeacher
 from .terms import LossTerms
 
 
-class KavaTrainer(SteppingTrainer):
+class KavaTrainer(ProbingTrainer):
     """Distils a frozen teacher into a student.
 
     The model that Trainer sees is a `DistillationModel`: student and projectors in one module, so that wrappers,
@@ -61,26 +61,22 @@ class KavaTrainer(SteppingTrainer):
         target.requires_grad_(args.aligns)
         super().__init__(model=DistillationModel(student, target), args=args, **kwargs)
         self.terms = LossTerms(args, target, teacher, vocabulary_size(student), self.accelerator.autocast)
-        self.train_means, self.eval_means = TokenMeans(), TokenMeans()
+        self.eval_means = TokenMeans()
         self.forget_throughput()
-        self.emergency = EmergencyCheckpointCallback()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self._console = Console(args.plain_output)
+        guard_trackers(self.callback_handler.callbacks, args.report_to, self.console, self.problems)
         self._choose_packing()
-        self.probe: AlignmentProbe | None = None
         if isinstance(teacher, CachedTeacher):
             self.read_cache(teacher)
         else:
-            self.probe = self._make_probe()
-        self.last_probe: ProbeResult | None = None
-        fading = {"mercator", "mse"} if args.alignment_schedule != "constant" else set()
-        self._shares = ShareWatch({"anchor", *fading})
+            self.probe = self.make_probe()
+        self.add_callback(ResumeCallback(self._restore))
         self.add_callback(self.emergency)
         self.add_callback(StatusCallback(args.plain_output))
         if args.aligns:
-            self.add_callback(ProbeCallback(self._log_first_probe, self._log_probe))
-            self.add_callback(ProjectorSaveCallback())
+            self.add_callback(ProbeCallback(self.log_first_probe, self.log_probe))
+            self.add_callback(ProjectorSaveCallback(self.try_to_save_projector))
 
     @property
     def teacher(self) -> TeacherSource | None:
@@ -97,7 +93,7 @@ class KavaTrainer(SteppingTrainer):
             raise ValueError("A cached teacher needs DistillationCollator as data_collator: it reads the states.")
         self.terms.teacher = teacher
         self.data_collator = self.data_collator.reading(teacher.read)
-        self.probe = self._make_probe()
+        self.probe = self.make_probe()
 
     def _choose_packing(self) -> None:
         """Pack where both models can; else say why in one line."""
@@ -105,41 +101,7 @@ class KavaTrainer(SteppingTrainer):
         if isinstance(self.teacher, OnlineTeacher):
             models["teacher"] = self.teacher.model
         if reason := self.choose_packing(models):
-            self._console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
-
-    def _make_probe(self) -> AlignmentProbe | None:
-        """The fixed probe, where something is aligned and there is one set of held-out examples."""
-        if self.teacher is None or not self.args.aligns or not has_length(self.eval_dataset):
-            return None
-        if isinstance(self.eval_dataset, dict):
-            return None
-        sizes = (self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
-        return AlignmentProbe(choose_examples(self.eval_dataset), self.data_collator, *sizes)
-
-    def run_probe(self) -> ProbeResult | None:
-        """Measure the alignment on the probe; None where there is no probe. Terms that do nothing are named once."""
-        if self.probe is None:
-            return None
-        result = self.probe.measure(self.model, self.terms, self.progress)
-        for name in self._shares.without_effect(result.gradient_shares):
-            self._console.warn(
-                f"The term {name} gives less than {MINIMUM_SHARE:.0%} of the student's gradient; raise {name}_weight, "
-                "or set it to 0 to save its cost."
-            )
-        return result
-
-    def _log_first_probe(self) -> None:
-        """Log where the run starts. It is not called collapsed: an untrained pair has nothing to agree on."""
-        result = self.run_probe()
-        if result is not None:
-            self.log(result.metrics("probe"))
-
-    def _log_probe(self) -> None:
-        """Log the alignment so far, and call a collapse."""
-        result = self.run_probe()
-        if result is not None:
-            self._note_probe(result)
-            self.log(result.metrics("probe"))
+            self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
 
     def calibration_examples(self) -> list[dict[str, Any]]:
         """The training examples that the projectors start from: drawn with the run's seed where the data can be.
@@ -170,20 +132,6 @@ class KavaTrainer(SteppingTrainer):
         self.accelerator.free_memory()
         self.model.to("cpu")
 
-    @property
-    def collapse(self) -> str | None:
-        """Why the alignment counted as collapsed at the last evaluation; None where it did not."""
-        return None if self.last_probe is None else self.last_probe.collapse
-
-    def _note_probe(self, probed: ProbeResult) -> None:
-        """Keep a measurement; say once why the alignment counts as collapsed, and what to change."""
-        if probed.collapse is not None and self.collapse is None:
-            trained, held = self.args.projector_direction == "teacher_to_student", bool(self.target.decoders)
-            supervised = self.args.lm_weight > 0 or self.args.kd_weight > 0
-            remedy = collapse_remedy(trained and self.args.projector_anchor != "pca", held, supervised)
-            self._console.warn(f"{probed.collapse} CosSim says nothing here. {remedy}")
-        self.last_probe = probed
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -210,29 +158,50 @@ class KavaTrainer(SteppingTrainer):
             loss = loss * self.accelerator.num_processes  # the ranks' gradients will be averaged
         return (loss, {"last_hidden_state": outputs.last_hidden_state}) if return_outputs else loss
 
-    @property
-    def progress(self) -> float:
-        """Share of the optimizer steps that are done, from 0 to 1."""
-        return self.state.global_step / max(self.state.max_steps, 1)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `Trainer.train` does; the signal handlers in force before are back however it ends.
+        """Train as `Trainer.train` does, until a signal ends it: then `emergency.received` names it.
 
-        A checkpoint that is already at the last step is loaded, and nothing is trained.
+        The signal handlers in force before are back however the training ends. A checkpoint that is already at the
+        last step is loaded, and nothing is trained.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest sound one in `output_dir`, if any.
+            args: as for `Trainer.train`.
+            kwargs: as for `Trainer.train`.
+
+        Raises:
+            BadRequest: if the checkpoint cannot be loaded or does not fit.
+            RunFailed: if the training broke.
+            Interrupted: if a signal came before the first step.
         """
+        if resume_from_checkpoint is True:
+            newest = find_newest_checkpoint(self.args.output_dir).checkpoint
+            resume_from_checkpoint = str(newest) if newest else None
+        self.resumed_from = resume_from_checkpoint or None
+        with WATCH, WATCH.deferred():
+            return self._train(self.resumed_from, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
         self.forget_throughput()
         if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
             apply_liger_kernel(self.student, self.args.liger_kernel_config)
-        if isinstance(resume_from_checkpoint, str) and (state := self.finished_state(resume_from_checkpoint)):
+        if resume_from_checkpoint and (state := self.finished_state(resume_from_checkpoint)):
             self._load_from_checkpoint(resume_from_checkpoint)
             self.state = state
+            self.problems[:] = self.read_progress(resume_from_checkpoint)["problems"]
+            best = state.best_model_checkpoint
+            if self.args.load_best_model_at_end and best and Path(best).is_dir():
+                self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
         if self.args.calibrates and not resume_from_checkpoint:
             self.calibrate()
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self.emergency.restore_handlers()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _restore(self) -> None:
+        if self.resumed_from is not None:
+            state = self.read_progress(self.resumed_from)
+            self.restore_progress(state)
+            self.catch_up(state, self.resumed_from)
 
     def finished_state(self, checkpoint: str) -> TrainerState | None:
         """The state of a checkpoint with no step left to train, else None."""
@@ -263,20 +232,20 @@ class KavaTrainer(SteppingTrainer):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the token means since the last line to a training log line.
+        """Add the token means since the last line to a training log line; steps without a finite loss do not count.
 
         Raises:
-            RunFailed: if the loss is no finite number any more, before anything else is saved.
+            RunFailed: after `max_nonfinite_steps` steps in a row whose loss or gradient was no finite number.
         """
         if "loss" in logs:
+            self.read_nonfinite(everything=True)
+            steps, lost = self.nonfinite.drain()
+            logs["loss"] *= steps / (steps - lost) if steps > lost else math.nan
             means = self.train_means.drain(self._sum_over_ranks)
             logs |= means
             self.stopwatch.seconds()  # the line has waited for the device anyway, and events need not pile up
             logs["projector_learning_rate"] = self._projector_learning_rate()
             logs["collapsed"] = float(self.collapse is not None)
-            broken = [name for name in ("loss", *means) if not math.isfinite(logs[name])]
-            if broken:
-                raise self.not_finite(" and ".join(broken))
         super().log(logs, start_time)
 
     def _projector_learning_rate(self) -> float:
@@ -291,7 +260,12 @@ class KavaTrainer(SteppingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Loss on one evaluation batch; also logits at every position and labels where they are asked for."""
+        """Loss on one evaluation batch; also logits at every position and labels where they are asked for.
+
+        Raises:
+            Interrupted: on all ranks, if any has got a signal.
+        """
+        WATCH.check()
         inputs = self._without_repeated(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -324,13 +298,15 @@ class KavaTrainer(SteppingTrainer):
         evaluation also runs the probe; its figures have the same prefix.
         """
         prefix = metric_key_prefix
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
+        # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
         means = self.eval_means.drain(self._sum_over_ranks)
         output.metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
             output.metrics[f"{prefix}_perplexity"] = math.exp(min(means["lm_loss"], 700))
         if description == "Evaluation" and (probed := self.run_probe()) is not None:
-            self._note_probe(probed)
+            self.note_probe(probed)
             output.metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in output.metrics})
         return output

@@ -10,6 +10,9 @@ REQUIRED_COS_SIM = STATUSES[0][0]
 CONTROL_FAILED = "control_failed"
 """Kind of problem: the control broke off. It says nothing about the run itself."""
 
+_UNSTABLE = {"nan"}
+"""Kinds of problems that say something about the student; the others cost time or a file."""
+
 TIE = 0.02
 """Cross-entropies that differ by a smaller share count as equal."""
 
@@ -66,7 +69,7 @@ def _training_failures(summary: dict[str, Any], supervised: bool, broken: list[s
             "The student's language head was never supervised: lm_weight and kd_weight are 0, so nothing taught it "
             "to answer."
         )
-    kinds = sorted({problem["kind"] for problem in summary["problems"]} - {CONTROL_FAILED})
+    kinds = sorted({problem["kind"] for problem in summary["problems"]} & _UNSTABLE)
     if kinds:
         found.append(f"Training was not stable: {', '.join(kinds)} (see problems).")
     if broken:

@@ -1,4 +1,4 @@
-"""A training run for `test_faults.py` in which a rank signals itself; exits as `run_kava.py` would."""
+"""A training run for `test_requests.py` in which a rank signals itself; exits as `run_kava.py` would."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from conftest import STUDENT_FOLDER  # noqa: E402
 from test_trainer import make_trainer  # noqa: E402
 from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
 
-from kava_trainer.callbacks.emergency import exit_code  # noqa: E402
+from kava_trainer.signals import exit_code  # noqa: E402
 
 
 class SignalAtStep(TrainerCallback):

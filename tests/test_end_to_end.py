@@ -196,7 +196,8 @@ def test_a_broken_or_stale_cache_ends_the_run_before_training(tmp_path, capsys):
     options["evaluate_generation"] = "false"
     assert run_kava.main([recipe, *words(options)]) == 0
     capsys.readouterr()
-    assert run_kava.main([recipe, *words(options), "--teacher_dtype", "bfloat16"]) == 2
+    other = {**options, "output_dir": tmp_path / "other", "teacher_dtype": "bfloat16"}
+    assert run_kava.main([recipe, *words(other)]) == 2
     assert "dtype is float32 there and bfloat16 here. Name another folder" in capsys.readouterr().err
     (shard,) = (tmp_path / "cache").glob("states-*.safetensors")
     content = bytearray(shard.read_bytes())

@@ -1,271 +1,258 @@
-"""What goes wrong, provoked: signals, bad requests, broken files. Nothing may be lost, and the message must help."""
+"""Runs that are killed, signalled, stopped and damaged: each goes on as if nothing had happened."""
 
+import hashlib
+import itertools
 import json
 import os
+import random
 import re
 import shlex
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import fault_child
 import pytest
 import torch
-from conftest import ROOT, STUDENT_SIZE, tiny_llama
-from test_end_to_end import QUICKSTART, SHORT, words
-from transformers import AutoTokenizer, LlamaConfig, T5Config
+from processes import Run, write_problems
 
-import run_kava
-from kava_trainer.projector import ElasticBottleneck, ProjectorConfig, load_projectors, save_projectors
-from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
+from kava_trainer.checkpoint_io import broken_reason, find_newest_checkpoint, list_checkpoints
+from kava_trainer.projector import load_projectors
 
-SCRIPT = Path(__file__).parent / "signal_run.py"
-ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
+pytestmark = pytest.mark.slow
 
+KILLS = 60
+"""How often a run is killed in all."""
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code):
-    options = {**SHORT, "max_train_samples": 640, "max_steps": 60, "logging_steps": 2, "output_dir": tmp_path / "out"}
-    command = [sys.executable, "run_kava.py", "training_args/quickstart.json", *words(options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("[Step 0002]"):
-            process.send_signal(number)
-    assert process.wait(timeout=120) == code
-    resume = re.search(r"^Resume with: (.*)$", "".join(lines), re.M).group(1)
-    step = int(re.search(r"Saved after step (\d+)", "".join(lines)).group(1))
-    assert 2 <= step < 60
-    assert load_projectors(tmp_path / "out" / "emergency_projector.pth")
-    summary = json.loads((tmp_path / "out" / "run_summary.json").read_text())
-    assert (summary["status"], summary["global_step"]) == ("interrupted", step)
-    assert not (tmp_path / "out" / "final_student").exists()
-    argv = shlex.split(resume)
-    assert argv[:2] == ["python", "run_kava.py"]
-    again = subprocess.run([sys.executable, *argv[1:]], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{step}'}" in again.stdout
-    assert json.loads((tmp_path / "out" / "run_summary.json").read_text())["global_step"] == 60
+DEADLY = ("fsync", "replace", "rmtree", "manifest", "torch.save", "unlink")
 
 
-def signal_run(tmp_path, name, times=1, rank=0, ranks=1):
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launcher, str(SCRIPT), str(tmp_path / "out"), name, str(times), str(rank)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_problems(tmp_path_factory.mktemp("data") / "problems.jsonl")
 
 
-def test_the_same_signal_twice_leaves_at_once(tmp_path):
-    assert signal_run(tmp_path, "SIGINT", times=2).returncode == 130
-    assert not list((tmp_path / "out").glob("*"))
+def final_hash(folder):
+    """Of the student's and the projector's weights."""
+    digest = hashlib.sha256((folder / "out" / "final_student" / "model.safetensors").read_bytes())
+    for tensor in load_projectors(folder / "out" / "final_projector.pth").state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
-def test_all_ranks_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):
-    result = signal_run(tmp_path, "SIGTERM", rank=1, ranks=2)
-    for rank in (0, 1):
-        assert f"rank {rank} of 2 stopped at step 3" in result.stdout
-    assert "exitcode  : 143" in result.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("checkpoint-3", "proj_step_3.pth", "emergency_projector.pth")
-    }
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """What a run that nothing happens to ends with, by its number of ranks."""
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"straight{ranks}")
+        run = Run(fault_child.run, folder, folder, data, ranks=ranks)
+        assert run.wait() == [0] * ranks, run.output()
+        found[ranks] = final_hash(folder)
+    return found
 
 
-def test_a_launcher_that_dies_alone_does_not_leave_an_orphan_training(tmp_path):
-    options = {**SHORT, "max_train_samples": 640, "max_steps": 500, "logging_steps": 2, "output_dir": tmp_path / "out"}
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "run_kava.py", "training_args/quickstart.json"]
-    process = subprocess.Popen(
-        [*launcher, *words(options)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
-    )
-    lines = []
-    for line in process.stdout:  # ends when the orphan does: it holds the other end of the pipe
-        lines.append(line)
-        if line.startswith("[Step 0002]"):
-            process.kill()
-    process.wait(timeout=120)
-    assert any(line.startswith("Resume with: accelerate launch run_kava.py") for line in lines)
-    assert json.loads((tmp_path / "out" / "run_summary.json").read_text())["status"] == "interrupted"
+def assert_nothing_broken(output):
+    assert not list(output.glob(".*"))
+    assert all(broken_reason(folder) is None for folder in list_checkpoints(output))
+    for file in output.rglob("*.pth"):
+        if not file.name.startswith("rng_state"):  # numpy's, which Trainer reads with an allowance for them
+            torch.load(file, weights_only=True)
+    assert json.loads((output / "run_summary.json").read_text())["status"] == "completed"
 
 
-def test_ctrl_c_before_training_touches_nothing_and_shows_no_traceback(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "run_summary.json").write_text("of an earlier run")
-    options = {**QUICKSTART, **SHORT, "output_dir": tmp_path / "out"}
-    command = [sys.executable, "run_kava.py", *words(options)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
-    )
-    for line in process.stdout:
-        if line.startswith("== Data"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert (tmp_path / "out" / "run_summary.json").read_text() == "of an earlier run"
-
-
-def write_dataset(folder, text, name="data.jsonl"):
-    (folder / name).write_text(text)
-    return folder / name
-
-
-def other_tokenizer(folder):
-    tokenizer = AutoTokenizer.from_pretrained(STUDENT_FOLDER)
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
-    tiny_llama(32, 1).config.save_pretrained(folder / "other")
-    tokenizer.save_pretrained(folder / "other")
-    (folder / "other" / "tokenizer.json").write_text(json.dumps(content))
-    return folder / "other"
-
-
-def config_of(folder, **changes):
-    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
-    LlamaConfig(**{**sizes, **heads, **changes}).save_pretrained(folder / "config")
-    return folder / "config"
-
-
-def t5_config(folder):
-    T5Config(vocab_size=512, d_model=32, num_layers=1).save_pretrained(folder / "config")
-    return folder / "config"
-
-
-def corrupted_teacher(folder):
-    copy = folder / "broken"
-    copy.mkdir()
-    for file in TEACHER_FOLDER.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
-    return copy
-
-
-def foreign_checkpoint(folder):
-    checkpoint = folder / "checkpoint-1"
-    tiny_llama(STUDENT_SIZE, 2).save_pretrained(checkpoint)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
-    save_projectors(torch.nn.ModuleList([ElasticBottleneck(ProjectorConfig(7, 5))]), checkpoint / "projector.pth")
-    return checkpoint
-
-
-def student(path):
-    return {"student_model_name_or_path": None, "student_config_name": path}
-
-
-def damaged_checkpoint(folder, name):
-    checkpoint = folder / "checkpoint-1"
-    options = {**QUICKSTART, **SHORT, "max_steps": 1, "save_steps": 1, "max_length": 128, "output_dir": folder}
-    assert run_kava.main(words(options)) == 0
-    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:100])
-    return checkpoint
-
-
-BAD_REQUESTS = {
-    "missing teacher": (
-        lambda f: {"teacher_model_name_or_path": f / "gone"},
-        "The teacher's tokenizer '.*gone' cannot",
-    ),
-    "hub teacher offline": (lambda f: {"teacher_model_name_or_path": "nobody/nothing"}, "'nobody/nothing' cannot be"),
-    "corrupted teacher": (
-        lambda f: {"teacher_model_name_or_path": corrupted_teacher(f)},
-        "teacher '.*' cannot be loaded",
-    ),
-    "missing student": (lambda f: student(f / "gone"), "The student's config '.*gone' cannot be loaded"),
-    "missing data": (lambda f: {"dataset_name": f / "gone.jsonl"}, "gone.jsonl, which does not exist"),
-    "empty data": (lambda f: {"dataset_name": write_dataset(f, "")}, "is empty"),
-    "broken data": (lambda f: {"dataset_name": write_dataset(f, '{"text": "a"}\n{"te\n')}, "cannot be loaded: .*row 1"),
-    "unknown columns": (lambda f: {"dataset_name": write_dataset(f, '{"x": "a"}\n' * 3)}, "has the columns x"),
-    "unknown split": (lambda f: {"dataset_train_split": "dev"}, "has no split 'dev'"),
-    "other tokenizer": (lambda f: {"student_model_name_or_path": other_tokenizer(f)}, "differ in 2 tokens: 'A' is"),
-    "small vocabulary": (lambda f: student(config_of(f, vocab_size=300)), "embeddings for 300 tokens only"),
-    "short context": (lambda f: student(config_of(f, max_position_embeddings=64)), "the student reads 64 tokens"),
-    "mapping": (lambda f: {"layer_mapping": "[[3, 9]]"}, r"names the pair \[3, 9\]"),
-    "too many pairs": (lambda f: {"layer_mapping": "uniform:4"}, "asks for 4 pairs"),
-    "teacher layers": (
-        lambda f: {**student(config_of(f, hidden_size=64)), "student_init": "teacher_layers"},
-        "All widths must agree|missing in the teacher",
-    ),
-    "checkpoint": (lambda f: {"resume_from_checkpoint": f / "gone"}, "is not a folder"),
-    "foreign checkpoint": (
-        lambda f: {**student(config_of(f)), "resume_from_checkpoint": foreign_checkpoint(f)},
-        "does not fit this run",
-    ),
-    "damaged weights": (
-        lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "model.safetensors")},
-        "checkpoint .* cannot be loaded",
-    ),
-    "damaged optimizer": (
-        lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "optimizer.pt")},
-        "checkpoint .* cannot be loaded",
-    ),
-    "damaged projector": (
-        lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "projector.pth")},
-        "is not a projector file",
-    ),
-    "damaged state": (
-        lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "trainer_state.json")},
-        "lacks a readable trainer_state.json",
-    ),
-    "unknown tracker": (lambda f: {"report_to": "tensorbord"}, "Trainer cannot be set up with these arguments"),
-    "hub offline": (lambda f: {"push_to_hub": "true"}, "Trainer cannot be set up with these arguments"),
-    "wrong kind of student": (lambda f: student(t5_config(f)), "student of type 't5' cannot be loaded"),
-    "student is a file": (
-        lambda f: {"final_dir": write_dataset(f, "x", "final_student").parent},
-        "is a file, but the student's folder goes there",
-    ),
-    "output is a file": (lambda f: {"output_dir": write_dataset(f, "x", "file")}, "output_dir .* cannot be made"),
-    "eval without data": (
-        lambda f: {"dataset_name": write_dataset(f, '{"text": "a b c"}\n'), "eval_strategy": "steps"},
-        "no held-out examples",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_a_bad_request_ends_with_one_clear_error_and_exit_code_2(tmp_path, capsys, case):
-    make_changes, message = BAD_REQUESTS[case]
-    options = {**QUICKSTART, **SHORT, "max_length": 128, "output_dir": tmp_path / "out", **make_changes(tmp_path)}
-    options = {name: value for name, value in options.items() if value is not None}
-    assert run_kava.main(words(options)) == 2
-    error = capsys.readouterr().err
-    assert re.search(rf"^Error: .*({message})", error, re.M), error
-    assert "Traceback" not in error
-    assert not list(tmp_path.glob("out/*"))
-
-
-def test_wrong_arguments_end_with_exit_code_2_before_anything_is_loaded(tmp_path):
+def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped(data, uninterrupted, tmp_path):
+    expected, rng, kills, inside, runs = uninterrupted[1], random.Random(0), 0, 0, 0
     started = time.monotonic()
-    command = [sys.executable, "run_kava.py", "training_args/quickstart.json", "--learning_rat", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 2
-    assert result.stderr.strip().endswith("There is no argument 'learning_rat'; did you mean 'learning_rate'?")
-    assert time.monotonic() - started < 60
+    assert Run(fault_child.run, tmp_path / "timed", tmp_path / "timed", data).wait() == [0]
+    duration = time.monotonic() - started
+    while kills < KILLS:
+        folder, codes = tmp_path / str(runs), None
+        runs += 1
+        while codes != [0]:
+            if rng.random() < 0.6:
+                moment = rng.randint(1, 45)
+                run = Run(fault_child.run_and_die, folder, folder, data, moment, DEADLY)
+                codes = run.wait()
+                inside += codes == [-signal.SIGKILL]
+            else:
+                run = Run(fault_child.run, folder, folder, data)
+                time.sleep(rng.uniform(0.4, 1.0) * duration)
+                run.kill()
+                codes = run.wait()
+            assert codes in ([0], [-signal.SIGKILL]), run.output()
+            kills += codes == [-signal.SIGKILL]
+        assert final_hash(folder) == expected
+        assert_nothing_broken(folder / "out")
+    print(f"{kills} kills, {inside} of them in the middle of writing, in {runs} runs")
+    assert inside >= KILLS // 4
 
 
-def test_bitsandbytes_is_only_needed_where_it_is_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    options = {**QUICKSTART, **SHORT, "output_dir": tmp_path}
-    assert run_kava.main(words({**options, "teacher_quantization": "4bit"})) == 2
-    assert "needs bitsandbytes, which cannot be imported" in capsys.readouterr().err
-    assert run_kava.main(words({**options, "max_steps": 1})) == 0
+def test_a_cut_or_a_flipped_byte_in_any_file_of_a_checkpoint_is_found_and_skipped(data, uninterrupted, tmp_path):
+    run = Run(fault_child.run, tmp_path, tmp_path, data)
+    assert run.wait() == [0], run.output()
+    older, newest = list_checkpoints(tmp_path / "out")
+    rng, files = random.Random(1), sorted(path for path in newest.rglob("*") if path.is_file())
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "projector.pth", "progress_0.pth", "manifest.json",
+            "rng_state.pth", "trainer_state.json", "config.json"} <= {path.name for path in files}  # fmt: skip
+    for file in files:
+        content = file.read_bytes()
+        position = rng.randrange(len(content))
+        flipped = bytes([content[position] ^ (1 << rng.randrange(8))])
+        for damage in (content[: rng.randrange(len(content))], content[:position] + flipped + content[position + 1 :]):
+            file.write_bytes(damage)
+            found = find_newest_checkpoint(tmp_path / "out")
+            assert found.checkpoint == older
+            assert [folder for folder, _ in found.skipped] == [newest]
+        file.write_bytes(content)
+    assert find_newest_checkpoint(tmp_path / "out").checkpoint == newest
+    (newest / "optimizer.pt").write_bytes(b"broken")
+    shutil.rmtree(tmp_path / "out" / "final_student")
+    again = Run(fault_child.run, tmp_path, tmp_path, data)
+    assert again.wait() == [0], again.output()
+    assert f"Skipped {newest}: optimizer.pt has 6 bytes in place of" in again.output()
+    assert f"Resuming from {older}" in again.output()
+    assert final_hash(tmp_path) == uninterrupted[1]
 
 
-def test_a_teacher_no_better_than_chance_is_a_warning(tmp_path, capsys):
-    teacher = tiny_llama(64, 2)
-    with torch.no_grad():
-        teacher.get_input_embeddings().weight.zero_()
-    teacher.save_pretrained(tmp_path / "teacher")
-    AutoTokenizer.from_pretrained(STUDENT_FOLDER).save_pretrained(tmp_path / "teacher")
-    options = {**QUICKSTART, **SHORT, "teacher_model_name_or_path": tmp_path / "teacher", "max_length": 120}
-    assert run_kava.main(words({**options, "max_steps": 1, "output_dir": tmp_path / "out"})) == 0
-    assert "Warning: The teacher is no better than chance" in capsys.readouterr().out
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
 
 
-def test_a_run_that_breaks_ends_with_exit_code_1_and_a_summary(tmp_path, capsys):
-    options = {**QUICKSTART, **SHORT, "learning_rate": 1e30, "max_grad_norm": 0, "logging_steps": 1, "max_steps": 5}
-    assert run_kava.main(words({**options, "output_dir": tmp_path, "optim": "sgd"})) == 1
-    assert "stopped being finite" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run_summary.json").read_text())["status"] == "failed"
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", ["training", "save", "evaluation", "calibration"])
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_at_any_stage_saves_and_the_printed_command_goes_on(data, uninterrupted, tmp_path, name, stage, ranks):
+    signalled_and_resumed(data, uninterrupted, tmp_path, name, stage, ranks)
+
+
+@pytest.mark.parametrize("stage", ["final evaluation", "generation"])
+def test_a_signal_after_the_training_keeps_everything(data, uninterrupted, tmp_path, stage):
+    changes = {"evaluate_generation": True, "generation_max_new_tokens": 4} if stage == "generation" else {}
+    signalled_and_resumed(data, uninterrupted, tmp_path, "SIGTERM", stage, 1, changes)
+
+
+def signalled_and_resumed(data, uninterrupted, folder, name, stage, ranks, changes=None):
+    rank = 0 if stage == "save" else ranks - 1  # the first one writes
+    run = Run(fault_child.run_and_signal, folder, folder, data, stage, name, rank, 1, changes, ranks=ranks)
+    assert run.wait() == [SIGNALS[name]] * ranks, run.output()
+    if stage == "generation":  # before the training: there is nothing to save, and nothing is touched
+        assert "Interrupted before the first step" in run.output()
+        assert not list((folder / "out").iterdir())
+        return
+    output, text = folder / "out", run.output()
+    summary = json.loads((output / "run_summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert not list(output.glob(".*"))
+    checkpoints = list_checkpoints(output)
+    if stage == "calibration":
+        command = re.search(r"^No step was done\. Start again with: .*run_kava.py (.*)$", text, re.M)[1]
+        assert not checkpoints
+    else:
+        step = int(re.search(r"Saved after step (\d+)", text)[1])
+        assert step == summary["global_step"]
+        command = re.search(r"^Resume with: .*run_kava.py (.*)$", text, re.M)[1]
+        assert f"--resume_from_checkpoint {output / f'checkpoint-{step}'}" in command
+        assert checkpoints[-1].name == f"checkpoint-{step}"
+        assert broken_reason(checkpoints[-1]) is None
+        if stage != "final evaluation":
+            assert load_projectors(output / "emergency_projector.pth")
+    resumed = Run(main, folder, shlex.split(command), ranks=ranks)
+    assert resumed.wait() == [0] * ranks, resumed.output()
+    assert final_hash(folder) == uninterrupted[ranks]
+    assert_nothing_broken(output)
+
+
+def main(argv):
+    import run_kava
+
+    return run_kava.main(argv)
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_second_signal_leaves_at_once_and_touches_nothing(data, tmp_path, first):
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "save", first, 0, 2)
+    assert run.wait() == [SIGNALS[first]]
+    assert not list_checkpoints(tmp_path / "out")
+    assert not (tmp_path / "out" / "emergency_projector.pth").exists()
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_to_the_whole_process_group_spares_the_data_workers(data, uninterrupted, tmp_path, name):
+    workers = {"dataloader_num_workers": 2}
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "training", name, 0, 1, workers, True)
+    assert run.wait() == [SIGNALS[name]], run.output()
+    command = re.search(r"^Resume with: .*run_kava.py (.*)$", run.output(), re.M)[1]
+    resumed = Run(main, tmp_path, shlex.split(command))
+    assert resumed.wait() == [0], resumed.output()
+    assert final_hash(tmp_path) == uninterrupted[1]
+
+
+def test_a_signal_while_the_cache_is_written_keeps_what_was_read(data, tmp_path):
+    cache = {"teacher_cache_dir": tmp_path / "cache", "max_tokens_per_batch": 128}
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "cache", "SIGTERM", 0, 1, cache)
+    assert run.wait() == [143], run.output()
+    assert "Interrupted before the first step" in run.output()
+    assert list((tmp_path / "cache").glob("states-*.safetensors"))
+    assert not list((tmp_path / "cache").glob(".*"))
+    again = Run(fault_child.run, tmp_path, tmp_path, data, cache)
+    assert again.wait() == [0], again.output()
+    missing, total = map(int, re.search(r"^(\d+) of (\d+) examples are to be written", again.output(), re.M).groups())
+    assert 0 < missing < total
+
+
+def test_a_signal_during_the_control_keeps_the_student(data, tmp_path):
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "control", "SIGTERM", 0, 1, {"run_control": True})
+    assert run.wait() == [143], run.output()
+    assert "Resume with" in run.output()
+    assert (tmp_path / "out" / "final_student").is_dir()
+    assert list_checkpoints(tmp_path / "out" / "control")
+    command = re.search(r"^Resume with: .*run_kava.py (.*)$", run.output(), re.M)[1]
+    resumed = Run(main, tmp_path, shlex.split(command))
+    assert resumed.wait() == [0], resumed.output()
+    summary = json.loads((tmp_path / "out" / "run_summary.json").read_text())
+    assert summary["evaluation"]["control_sft"] is not None
+
+
+MATRIX = [
+    {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "dataloader_num_workers": workers,
+     "max_tokens_per_batch": packing, **precision}
+    for accumulation, workers, packing, precision in itertools.product(
+        (1, 3), (0, 2), (0, 40), ({"bf16": False}, {"bf16": True})
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number", range(len(MATRIX)))
+def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, number, ranks):
+    settings = {
+        **MATRIX[number], "max_steps": 7, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9,
+        "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "cosine",
+        "projector_dropout": 0.1, "metric_for_best_model": "eval_loss", "layer_mapping": "uniform:2",
+    }  # fmt: skip
+    straight = finish(tmp_path / "straight", None, settings, ranks)
+    assert straight["world_size"] == ranks
+    assert straight["wrapper"] == ("DistributedDataParallel" if ranks > 1 else "DistillationModel")
+    assert straight["packs"] == (settings["max_tokens_per_batch"] > 0)
+    for stop in fault_child.seeded(number).sample(range(1, 7), 2):
+        resumed = finish(
+            tmp_path / f"again{stop}", tmp_path / "straight" / "run" / f"checkpoint-{stop}", settings, ranks
+        )
+        for name in ("weights", "optimizer", "rates", "losses", "lines"):
+            assert resumed[name] == straight[name], (stop, name)
+
+
+def finish(folder, checkpoint, settings, ranks):
+    resume = str(checkpoint) if checkpoint else None
+    output = folder / "result.pt"
+    run = Run(fault_child.train, folder, str(folder / "run"), str(output), resume, settings, ranks=ranks)
+    assert run.wait() == [0] * ranks, run.output()
+    return torch.load(output, weights_only=True)
+
+
+def test_the_seed_of_the_signal_stages_is_where_it_says(data, tmp_path):
+    """So that no stage of the matrix is another one by a change elsewhere."""
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "training", "SIGTERM")
+    assert run.wait() == [143]
+    assert "Saved after step 4" in run.output()
+    assert os.listdir(tmp_path / "out")

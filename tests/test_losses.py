@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kava_trainer.losses import (
     generalized_jsd_loss,
@@ -209,6 +210,15 @@ def test_a_chunked_sum_can_be_differentiated_only_once_and_leaves_frozen_tensors
     assert head.weight.grad.abs().sum() > 0
     with pytest.raises(RuntimeError, match="differentiated only once"):
         total.backward()
+
+
+def test_a_profiler_that_watches_modules_can_count_a_chunked_sum():
+    hidden, head = states((7, 5), torch.float32, 0), torch.nn.Linear(5, 11, bias=False)
+    own = list(head.parameters())
+    with FlopCounterMode(display=False) as counter:
+        total, _ = sum_in_chunks(lambda rows: head(rows).sum().unsqueeze(0), (hidden,), torch.ones(1), own, 11)
+        total.backward()
+    assert counter.get_total_flops() == 3 * 2 * 7 * 5 * 11
 
 
 def test_nothing_in_chunks_is_zero_and_has_a_gradient():

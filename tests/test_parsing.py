@@ -167,6 +167,61 @@ def test_a_missing_file_and_broken_json_are_named(tmp_path):
         parse_arguments([str(tmp_path / "list.json")])
 
 
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"learning_rate": 1, "max_steps": 2, "learning_rate": 3}', "names learning_rate more than once"),
+        ('{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "names a more than once"),
+        ('{"output_dir": "caf\u00e9"}'.encode("latin-1"), "is not UTF-8 text; save it as UTF-8"),
+        ("[" * 100_000, "not valid JSON"),
+        ("", "not valid JSON"),
+        ('{"max_steps": 1e400}', "max_steps is Infinity; write a finite number."),
+        ('{"learning_rate": -Infinity}', "learning_rate is -Infinity; write a finite number."),
+        ('{"layer_weights": [1, NaN]}', "layer_weights is [1, NaN]; write a finite number."),
+        ('{"lr_scheduler_kwargs": {"num_cycles": NaN}}', "write a finite number."),
+        ('{"max_steps": 99999999999999999999}', "max_steps is 99999999999999999999; write a number up to 4294967295."),
+        ('{"seed": 4294967296}', "seed is 4294967296; write a number up to 4294967295."),
+        (f'{{"learning_rate": 1{"0" * 400}}}', "...; write a number up to 4294967295."),
+        ('{"num_train_epochs": 1e308}', "num_train_epochs is 1e+308; write a number up to 1e+30."),
+        ('{"projector_mlp_ratio": 1e9}', "projector_mlp_ratio is 1000000000.0; write a number above 0"),
+        ('{"output_dir": ["a", "b"]}', 'output_dir is ["a", "b"]; write text in quotes.'),
+        ('{"student_revision": {"a": 1}}', 'student_revision is {"a": 1}; write text in quotes.'),
+        ('{"max_length": null}', "max_length is null; write a whole number."),
+        ('{"hub_token": ["hf_planted"]}', "hub_token is of the wrong kind; write text in quotes."),
+    ],
+)
+def test_a_wrong_file_is_refused_in_words(tmp_path, text, part):
+    path = tmp_path / "args.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    argv = [word for name, value in MINIMAL.items() for word in (f"--{name}", value)]
+    with pytest.raises(BadRequest) as caught:
+        parse_arguments([str(path), *argv, "--use_cpu"])
+    assert part in str(caught.value)
+    assert "hf_planted" not in str(caught.value)
+
+
+def test_a_folder_is_no_arguments_file_and_a_byte_order_mark_does_no_harm(tmp_path):
+    with pytest.raises(BadRequest, match=rf"^The arguments file {tmp_path} cannot be read: Is a directory\.$"):
+        parse_arguments([str(tmp_path)])
+    path = tmp_path / "marked.json"
+    path.write_text(json.dumps({**MINIMAL, "use_cpu": True}), encoding="utf-8-sig")
+    assert parse_arguments([str(path)]).data.dataset_name == "quickstart"
+
+
+def test_a_micro_batch_that_no_device_holds_is_refused(tmp_path):
+    message = refused(tmp_path, per_device_train_batch_size=10**6, max_length=4096)
+    assert message.startswith("One micro-batch could hold 4096000000 tokens, more than 16777216; lower")
+
+
+def test_text_on_the_command_line_where_a_number_belongs(tmp_path):
+    message = refused(tmp_path, "--learning_rate", "fast", "--max_steps", "1.5", "--lm_weight", "nan")
+    assert message.splitlines() == [
+        'learning_rate is "fast"; write a number.',
+        'max_steps is "1.5"; write a whole number.',
+        "lm_weight is NaN; write a finite number.",
+    ]
+
+
 def test_secrets_are_masked_where_arguments_are_written(tmp_path):
     arguments = parse_arguments([write(tmp_path, hub_token="hf_planted")])
     assert "hf_planted" not in json.dumps(arguments.to_dict(), default=str)

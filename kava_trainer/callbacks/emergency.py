@@ -1,86 +1,63 @@
-"""Ctrl-C and SIGTERM: finish the step, save everything, stop."""
+"""Ctrl-C, SIGTERM and SIGUSR1 while a model trains: finish the step, save everything, stop."""
 
-import os
-import signal
-import threading
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..projector import save_projectors
-from ..student import DistillationModel
+from ..signals import WATCH
 
 EMERGENCY_PROJECTOR = "emergency_projector.pth"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-_LAUNCHER_VARIABLES = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
-"""Set by `accelerate launch` and `torch.distributed.run`, which do not pass a SIGTERM of their own on."""
-
-
-def exit_code(signal_number: int) -> int:
-    """The exit code a shell expects of a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
-    return 128 + signal_number
 
 
 class EmergencyCheckpointCallback(TrainerCallback):
-    """Turns the first SIGINT or SIGTERM into a checkpoint at the end of the step; the same one again leaves at once.
+    """Turns the first signal into a checkpoint at the end of the step, or the one that is being written into the last.
 
-    A launcher that has gone away counts as a SIGTERM. With several ranks all of them stop at the same step, whichever
-    of them got the signal. `received` is the number of the signal that stopped the run, or None.
+    With several ranks all of them stop at the same step, whichever of them got the signal.
+
+    Args:
+        save_projector: writes the projectors to a file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save_projector: Callable[[Path], Any]) -> None:
+        self._save_projector = save_projector
         self.received: int | None = None
-        self._launcher = os.getppid() if _LAUNCHER_VARIABLES & os.environ.keys() else None
-        self._flag: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, signal_number: int, frame: FrameType | None) -> None:
-        if self._flag == signal_number:
-            os._exit(exit_code(signal_number))
-        self._flag = self._flag or signal_number
+        """The signal that stopped the training, or None."""
+        self.evaluation_pending = False
+        """Whether an evaluation was due and gave way to the signal."""
+        self.save_was_due = False
+        """Whether the checkpoint would have been written without the signal."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Install the handlers for the time of the training loop; Python allows it in the main thread only."""
-        self.received = self._flag = None
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """Forget the last training."""
+        self.received, self.evaluation_pending, self.save_was_due = None, False, False
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: DistillationModel,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if a signal has come on any rank."""
-        self.received = self._agree(args)
-        if self.received is None:
-            return
+        if (number := WATCH.agree()) is not None:
+            self.stop(number, control)
+
+    def stop(self, number: int, control: TrainerControl) -> None:
+        """Have Trainer save what there is and stop, without an evaluation first: there may be seconds left."""
+        self.received = number
+        self.save_was_due |= control.should_save
+        self.evaluation_pending |= control.should_evaluate
         control.should_save = control.should_training_stop = True
-        control.should_evaluate = False  # it takes long, and with save_strategy best it could cancel the save
-        if args.should_save:
-            save_projectors(model.target.projectors, Path(args.output_dir) / EMERGENCY_PROJECTOR)
+        control.should_evaluate = False  # with save_strategy best it could also cancel the save
 
-    def restore_handlers(self) -> None:
-        """Give the old handlers back; a signal that came after the last step counts as well."""
-        self.received = self.received or self._flag
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Trainer calls this also where a signal has ended the epoch early; then nothing of its end is due."""
+        if self.received is not None and state.epoch is not None and not float(state.epoch).is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
 
-    def _agree(self, args: TrainingArguments) -> int | None:
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self._flag = self._flag or signal.SIGTERM
-        if args.world_size == 1:
-            return self._flag
-        flag = torch.tensor(self._flag or 0, device=args.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return flag.item() or None
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop here if a signal came while the checkpoint was being written; the projector beside it."""
+        if self.received is None and (number := WATCH.agree()) is not None:
+            self.received, control.should_training_stop = number, True
+        if self.received is not None:
+            self._save_projector(Path(args.output_dir) / EMERGENCY_PROJECTOR)

@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProbeCallback(TrainerCallback):
-    """Runs the probe when training begins and whenever a checkpoint was saved; evaluations run it as well.
+    """Runs the probe when training begins and whenever a checkpoint was saved; evaluations run it themselves.
 
     Args:
         first_probe: measures and logs where the run starts.
@@ -16,7 +16,6 @@ class ProbeCallback(TrainerCallback):
 
     def __init__(self, first_probe: Callable[[], Any], probe: Callable[[], Any]) -> None:
         self._first_probe, self._probe = first_probe, probe
-        self._evaluated_at = -1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -24,11 +23,7 @@ class ProbeCallback(TrainerCallback):
         """Measure the start."""
         self._first_probe()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note that this step has been measured."""
-        self._evaluated_at = state.global_step
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure what was saved, unless an evaluation has just done so, or the training ends here."""
-        if self._evaluated_at != state.global_step and not control.should_training_stop:
+        """Measure what was saved, unless the training ends here."""
+        if not control.should_training_stop:
             self._probe()

@@ -1,25 +1,22 @@
 """A projector file beside every checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..projector import save_projectors
-from ..student import DistillationModel
-
 
 class ProjectorSaveCallback(TrainerCallback):
-    """Writes `proj_step_<N>.pth` into the output folder whenever a checkpoint is saved (every `save_steps`)."""
+    """Writes `proj_step_<N>.pth` into the output folder whenever a checkpoint is saved (every `save_steps`).
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: DistillationModel,
-        **kwargs: Any,
-    ) -> None:
+    Args:
+        save_projector: writes the projectors to a file.
+    """
+
+    def __init__(self, save_projector: Callable[[Path], Any]) -> None:
+        self._save_projector = save_projector
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the projectors as they are after this step."""
-        if args.should_save:
-            save_projectors(model.target.projectors, Path(args.output_dir) / f"proj_step_{state.global_step}.pth")
+        self._save_projector(Path(args.output_dir) / f"proj_step_{state.global_step}.pth")

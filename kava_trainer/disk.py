@@ -1,0 +1,69 @@
+"""Whether the folders of a run can be written to and hold what it will save, found out before anything is loaded."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers.trainer_utils import SaveStrategy
+
+from .arguments import KavaTrainingArguments
+from .console import size_text
+from .errors import BadRequest
+
+
+def make_folder(name: str, path: str | Path) -> Path:
+    """Make the folder that an argument names, and write to it to see whether that works.
+
+    Permissions alone do not tell: root has all of them on a disk that is read-only. What is written is gone at once.
+
+    Raises:
+        BadRequest: if it cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest(f"{name} {folder} cannot be made: {error.strerror}. Choose another folder.") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"KAVA")
+            file.flush()
+    except OSError as error:
+        raise BadRequest(f"{name} {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
+    return folder
+
+
+def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:
+    """What one checkpoint takes on disk: student and projectors, and the optimizer's states where they are saved.
+
+    Args:
+        parts: of `estimate_memory`.
+        training: says with `save_only_model` whether a checkpoint can be resumed from.
+    """
+    names = ("student", "projector") if training.save_only_model else ("student", "projector", "optimizer")
+    return sum(parts[name] for name in names)
+
+
+def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> None:
+    """Make sure that the disk of `output_dir` holds one more checkpoint, where any will be written.
+
+    Args:
+        parts: of `estimate_memory`.
+        training: `output_dir` must exist.
+
+    Raises:
+        BadRequest: with both sizes, if it does not.
+    """
+    if training.save_strategy == SaveStrategy.NO:
+        return
+    needed, free = checkpoint_bytes(parts, training), shutil.disk_usage(training.output_dir).free
+    if needed <= free:
+        return
+    alone = parts["student"] + parts["projector"]
+    smaller = "" if training.save_only_model or alone > free else f", set save_only_model true ({size_text(alone)})"
+    raise BadRequest(
+        f"One checkpoint takes {size_text(needed)}, but the disk of output_dir {training.output_dir} has only "
+        f"{size_text(free)} free. Make room there, name an output_dir on a larger disk{smaller}, or write "
+        "save_strategy no."
+    )

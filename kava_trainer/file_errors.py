@@ -1,0 +1,102 @@
+"""Where a file is broken, in words that lead to the place: line numbers as a text editor counts them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+
+def _kind(value: object) -> str:
+    """What a JSON value that is no object is called."""
+    words = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return words.get(type(value), "null")
+
+
+def _line_problem(line: bytes) -> str | None:
+    """What is wrong with one line of a jsonl file; None for an object and for an empty line."""
+    if not line.strip():
+        return None
+    try:
+        value = json.loads(line.decode("utf-8").rstrip("\r\n"))
+    except UnicodeDecodeError:
+        return "is not UTF-8 text"
+    except json.JSONDecodeError as error:
+        return f"is not valid JSON ({error.msg}, column {error.colno})"
+    except RecursionError:
+        return "is nested too deeply"
+    return None if isinstance(value, dict) else f"holds {_kind(value)} where an object in braces is needed"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbers from 1 and lines of a file, without the mark that some editors begin UTF-8 with."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def broken_line(path: Path) -> str | None:
+    """The first line of a jsonl file that holds no JSON object, by its number from 1 and with the reason; else None."""
+    problems = ((number, _line_problem(line)) for number, line in _lines(path))
+    return next((f"line {number} {problem}" for number, problem in problems if problem), None)
+
+
+def skipped_line(path: Path) -> str | None:
+    """The first line of a jsonl file that a reader takes without a word and cannot use; else None.
+
+    Such are lines of JSON that hold no object, and bytes that are no text. It does not parse the lines, which takes
+    long, and says nothing of a file whose first object is spread over several.
+    """
+    filled = ((number, line) for number, line in _lines(path) if line.strip())
+    first = next(filled, (0, b""))
+    if _line_problem(first[1]) is not None:
+        return None
+    for number, line in chain([first], filled):
+        if (not line.lstrip().startswith(b"{") or not _is_text(line)) and (problem := _line_problem(line)):
+            return f"line {number} {problem}"
+    return None
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _json_problem(path: Path, kinds: type | tuple[type, ...]) -> str | None:
+    """What is wrong with a file that should be one JSON value of one of these kinds; None if it is."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return "it is not UTF-8 text"
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno} is not valid JSON ({error.msg}, column {error.colno})"
+    except RecursionError:
+        return "it is nested too deeply"
+    return None if isinstance(value, kinds) else f"it holds {_kind(value)} where an object in braces is needed"
+
+
+def data_problem(path: Path) -> str | None:
+    """Where and how a data file that could not be read is broken; None where the reader's own words must do.
+
+    Args:
+        path: a `.jsonl` or `.json` file is searched; a `.json` file may hold a list, or an object a line.
+    """
+    if path.suffix == ".jsonl":
+        return broken_line(path)
+    if path.suffix != ".json":
+        return None
+    with path.open("rb") as file:
+        is_list = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    return _json_problem(path, list) if is_list else broken_line(path)
+
+
+def folder_problem(folder: Path, names: Iterable[str]) -> str | None:
+    """Which of these files of a folder is there and holds no JSON object, and why not; None if all do."""
+    for name in names:
+        if (folder / name).is_file() and (problem := _json_problem(folder / name, dict)):
+            return f"in its {name}, {problem}"
+    return None

@@ -1,0 +1,155 @@
+"""What makes two runs the same, so that a checkpoint is never resumed by another run, or mixed with another's."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .arguments import KavaArguments
+from .checkpoint_io import list_checkpoints, read_manifest
+from .errors import BadRequest
+from .loading import model_folder
+from .teacher_cache import weights_digest
+
+_SAME = {
+    "world_size", "data", "teacher", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
+    "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "use_peft",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy",
+    "seed", "data_seed", "optim", "optim_args", "bf16", "fp16",
+}  # fmt: skip
+"""A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
+
+_HARMLESS = {
+    "output_dir", "final_dir", "run_name", "plain_output", "disable_tqdm", "run_control", "evaluate_generation",
+    "teacher_cache_dir", "per_device_eval_batch_size", "prediction_loss_only", "max_eval_samples", "max_train_samples",
+    "max_length", "max_nonfinite_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
+    "teacher_model_name_or_path", "student_model_name_or_path", "student_config_name", "teacher_revision",
+    "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "streaming",
+}  # fmt: skip
+"""Where things go and what is told, and names whose content is compared instead."""
+
+_HARMLESS_PREFIXES = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "hub_",
+    "dataloader_",
+    "dataset_",
+    "trackio_",
+    "generation_",
+)
+_NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_dir")
+
+
+def data_digest(dataset: Dataset) -> str:
+    """A hash of the tokens and labels of all examples in their order."""
+    digest = hashlib.sha256()
+    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096):
+        for column in table.columns:
+            for part in column.chunks:
+                digest.update(part.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                digest.update(part.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def _model(name: str | None, role: str, revision: str | None) -> str | None:
+    """What a name stands for: a local folder's content, wherever it lies, or a hub id with its revision."""
+    if name is None:
+        return None
+    path = Path(name)
+    if (folder := model_folder(name, role)) is not None:
+        return weights_digest(folder)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else f"{name}@{revision or 'main'}"
+
+
+def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
+    """All that a run was asked for, and what models and data it was asked for, of plain JSON types.
+
+    Args:
+        arguments: of the run.
+        data: see `data_digest`.
+    """
+    model = arguments.model
+    asked = json.loads(json.dumps(arguments.to_dict(), default=str))
+    return {
+        **{name: value for name, value in asked.items() if name not in _NOT_COMPARED and not name.startswith("_")},
+        "data": data,
+        "teacher": _model(model.teacher_model_name_or_path, "teacher", model.teacher_revision),
+        "student": _model(
+            model.student_model_name_or_path or model.student_config_name, "student", model.student_revision
+        ),
+        "world_size": arguments.training.world_size,
+    }
+
+
+@dataclass(frozen=True)
+class Differences:
+    """In what one run differs from another, each as a clause."""
+
+    incompatible: list[str]
+    """Weights or data positions that do not fit."""
+    training: list[str]
+    """What the training goes on with."""
+    harmless: list[str]
+    """What has no effect on the training."""
+
+
+def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
+    """Compare two runs, name by name; names that one of them does not know are left out.
+
+    Args:
+        there: `run_identity` of the run that wrote a checkpoint.
+        here: of this run.
+    """
+    found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
+    for name in sorted(there.keys() & here.keys()):
+        if there[name] == here[name]:
+            continue
+        kind = "harmless" if name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) else "training"
+        kind = "incompatible" if name in _SAME else kind
+        shown = "differs" if name in ("data", "teacher", "student") else f"was {there[name]}, is {here[name]}"
+        found[kind].append(f"{name} {shown}")
+    return Differences(**found)
+
+
+def check_resumable(checkpoint: Path, here: dict[str, Any]) -> Differences:
+    """In what this run differs from the one that wrote a checkpoint.
+
+    Raises:
+        BadRequest: naming what keeps it from being resumed.
+    """
+    there = read_manifest(checkpoint)["run"]
+    found = compare(there, here) if there else Differences([], [], [])
+    if found.incompatible:
+        raise BadRequest(
+            f"The checkpoint {checkpoint} was written by another run: {'; '.join(found.incompatible)}. Resume with the "
+            "arguments, models, data and number of processes it was written with, or start afresh in another "
+            "output_dir."
+        )
+    return found
+
+
+def check_output_dir(output_dir: str | Path, here: dict[str, Any], resuming: bool) -> None:
+    """Make sure that an output folder holds no checkpoints of a different run. Raises `BadRequest` if it does.
+
+    Args:
+        output_dir: of this run.
+        here: see `run_identity`.
+        resuming: whether this run goes on from some checkpoint; then it may train with other values.
+    """
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            there = read_manifest(folder)["run"]
+        except ValueError:
+            continue
+        found = compare(there, here) if there else Differences([], [], [])
+        differing = found.incompatible if resuming else found.incompatible + found.training
+        if differing:
+            raise BadRequest(
+                f"output_dir {output_dir} holds {folder.name} of a different run: {'; '.join(differing)}. Name "
+                "another output_dir, or delete that folder's checkpoints."
+            )

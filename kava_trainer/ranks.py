@@ -1,0 +1,51 @@
+"""What the ranks tell each other beside tensors: small numbers, on the host, so that no device is waited for."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from .errors import BadRequest
+
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=1)
+def _host_group() -> Any:
+    """A process group for tensors of the host, whatever the devices' one is."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+def largest_over_ranks(value: int) -> int:
+    """The largest of the numbers that the ranks have. Every rank must ask."""
+    if PartialState().num_processes == 1:
+        return value
+    numbers = torch.tensor(value)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX, group=_host_group())
+    return int(numbers)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank. Every rank must ask."""
+    return largest_over_ranks(int(flag)) > 0
+
+
+def from_main_process(work: Callable[[], T]) -> T:
+    """What `work` gives on the main process, on every rank. Every rank must ask.
+
+    Raises:
+        BadRequest: on every rank, where it is raised on the main process.
+    """
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = work()
+        except BadRequest as error:
+            found[1] = str(error)
+    result, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise BadRequest(problem)
+    return result
