@@ -100,7 +100,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set(xlabel=title, ylabel=unit.replace("_", " "), ylim=(0, None))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
-    panels[0].legend()
+    panels[-1].legend(loc="upper left")
     figure.savefig(path, dpi=130)
 
 
