@@ -4,12 +4,12 @@
 """
 
 import json
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from .engines import device_problem, engine_problems
 from .optimizers import missing_package
 from .redaction import is_secret_name, keep_secret
 from .source_arguments import DataArguments, ModelArguments, help_text
@@ -215,6 +215,7 @@ class KavaTrainingArguments(TrainingArguments):
         found = self.problems()
         try:
             super().__post_init__()
+            found += filter(None, [device_problem(self.device.type)])
         except (ValueError, ImportError) as error:
             found.append(str(error))
         if found:
@@ -234,27 +235,19 @@ class KavaTrainingArguments(TrainingArguments):
         """Whether the projectors start from a calibration pass."""
         return self.aligns and (self.projector_anchor == "pca" or self.projector_init == "least_squares")
 
-    def _not_supported(self) -> list[tuple[str, str]]:
-        """What `TrainingArguments` offers and KAVA would not really do, with what to use instead."""
-
-        def launched(engine: str) -> bool:
-            return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
-
+    def _engine_problems(self) -> list[str]:
         config = self.accelerator_config
-        dispatches = config.get("dispatch_batches") if isinstance(config, dict) else False
-        offers = [
-            ("fsdp", self.fsdp or launched("FSDP"), "start several processes without it (DDP)"),
-            ("deepspeed", self.deepspeed or launched("DEEPSPEED"), "start several processes without it (DDP)"),
-            ("accelerator_config.dispatch_batches", dispatches, "leave it out"),
-        ]
-        return [(name, instead) for name, value, instead in offers if value]
+        found = engine_problems(self.fsdp, self.deepspeed)
+        if isinstance(config, dict) and config.get("dispatch_batches"):
+            found.append("accelerator_config.dispatch_batches is not supported; leave it out.")
+        return found
 
     def problems(self) -> list[str]:
         """One sentence for each mistake in the distillation's own arguments; empty when there is none."""
         found = [
             f"{n} is {getattr(self, n)}; it cannot be negative." for n in _NOT_NEGATIVE if (getattr(self, n) or 0) < 0
         ]
-        found += [f"{name} is not supported yet; {instead}." for name, instead in self._not_supported()]
+        found += self._engine_problems()
         found += filter(None, [missing_package(self.optim)])
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             found.append(f"num_train_epochs is {self.num_train_epochs}; write a number above 0, or set max_steps.")

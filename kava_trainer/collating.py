@@ -158,6 +158,20 @@ def _row(examples: list[_Example]) -> dict[str, Any]:
     return row
 
 
+def as_many_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The same examples in `count` packed rows or more: the longest ones are halved.
+
+    Args:
+        rows: of `pack_step`.
+        count: at most the number of examples.
+    """
+    rows = list(rows)
+    while len(rows) < count:
+        _, place = max((row["input_ids"].numel(), i) for i, row in enumerate(rows) if len(row["packed_lengths"]) > 1)
+        rows[place : place + 1] = halve(rows[place])
+    return rows
+
+
 def spread(rows: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
     """Deal rows out to `count` micro-batches, in order: Trainer counts these to know when a step ends.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .collating import halve
 from .errors import RunFailed
+from .fsdp import is_sharded, whole
 from .metrics import TokenMeans
 from .nonfinite import NonfiniteSteps, skip_if
 from .ranks import any_rank, largest_over_ranks
@@ -44,7 +45,7 @@ class FittingTrainer(SavingTrainer):
     Out of memory: the step is done again from its beginning with rows of half the size, on all ranks, and so are all
     later ones. The effective batch and the token means stay what they were. While there are rows larger than any that
     went well before, the ranks agree on the memory before they exchange gradients; without that a rank that
-    runs out of it would leave the others waiting.
+    runs out of it would leave the others waiting. Sharded weights are exchanged in every pass; there the run ends.
 
     Not a finite number: where the loss or the gradient of any rank is none, no rank changes its weights.
     """
@@ -63,7 +64,8 @@ class FittingTrainer(SavingTrainer):
         self._returned = self._counted = torch.zeros((), device=self.args.device)
         self._means_before = self.train_means.state()
         self._short_of_memory = False
-        self._careful = self.args.world_size > 1 and any_rank(_positions(rows) > self._largest_fitting)
+        exchanges_alone = self.args.world_size > 1 and not is_sharded(self.model)
+        self._careful = exchanges_alone and any_rank(_positions(rows) > self._largest_fitting)
 
     def run_rows(self, model: nn.Module, rows: list[Row], num_items: torch.Tensor | None) -> torch.Tensor:
         """Forward and backward passes of the rows of one micro-batch; their loss, 0 where it is no finite number.
@@ -116,8 +118,8 @@ class FittingTrainer(SavingTrainer):
         Raises:
             RunFailed: if the rows cannot be made smaller, or some ranks wait for this one already.
         """
-        if self.args.world_size > 1 and not self._careful:
-            raise self._out_of_memory("while the processes exchanged gradients")
+        if is_sharded(self.model) or (self.args.world_size > 1 and not self._careful):
+            raise self._out_of_memory("while the processes exchanged weights or gradients")
         size = -largest_over_ranks(-_positions(self._done) if self._short_of_memory else -sys.maxsize)
         self.row_limit = size // 2
         rows = split_rows(self._done, self.row_limit)
@@ -177,7 +179,7 @@ class FittingTrainer(SavingTrainer):
             RunFailed: after `max_nonfinite_steps` of them in a row.
         """
         finite = torch.stack(
-            [torch.as_tensor(grad_norm, device=self.args.device).isfinite(), self._returned.isfinite()]
+            [torch.as_tensor(whole(grad_norm), device=self.args.device).isfinite(), self._returned.isfinite()]
         )
         flags = torch.stack([~finite.all(), ~finite[1]])
         if self.args.world_size > 1:
@@ -218,6 +220,7 @@ class FittingTrainer(SavingTrainer):
     def restore_progress(self, state: dict[str, Any]) -> None:
         """Undo `progress_state`."""
         super().restore_progress(state)
-        self.train_means.restore(state["means"], self.args.device)
         self.row_limit, self._largest_fitting = state["row_limit"], state["largest_fitting"]
-        self.nonfinite.restore(state["nonfinite"])
+        if state["same_ranks"]:
+            self.train_means.restore(state["means"], self.args.device)
+            self.nonfinite.restore(state["nonfinite"])

@@ -6,14 +6,20 @@ from transformers import PreTrainedModel
 from .errors import BadRequest
 
 
-def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor, with_hooks: bool = True) -> torch.Tensor:
     """Logits [..., vocabulary] of last hidden states [..., d], as the model's own forward pass makes them.
 
     Besides the head itself these are the scalings that some families have in their config: a divisor (Granite), a
     factor (Cohere) and a soft cap (Gemma 2).
+
+    Args:
+        model: a causal language model.
+        states: [..., d].
+        with_hooks: whether the hooks on the head run, as they do in the model's own forward pass.
     """
     config = model.config.get_text_config(decoder=True)
-    logits = model.get_output_embeddings()(states)
+    head = model.get_output_embeddings()
+    logits = head(states) if with_hooks else head.forward(states)
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / divisor
     if (factor := getattr(config, "logit_scale", None)) is not None:

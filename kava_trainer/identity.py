@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,20 @@ from datasets import Dataset
 
 from .arguments import KavaArguments
 from .checkpoint_io import list_checkpoints, read_manifest
+from .engines import is_fsdp_asked
 from .errors import BadRequest
 from .loading import model_folder
 from .teacher_cache import weights_digest
 
 _SAME = {
-    "world_size", "data", "teacher", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
+    "sharded", "data", "teacher", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
     "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "use_peft",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy",
-    "seed", "data_seed", "optim", "optim_args", "bf16", "fp16",
+    "dataloader_drop_last", "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16",
 }  # fmt: skip
 """A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
+
+_SPLIT = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""Their product is the number of examples of an optimizer step; where it agrees, the steps have the same examples."""
 
 _HARMLESS = {
     "output_dir", "final_dir", "run_name", "plain_output", "disable_tqdm", "run_control", "evaluate_generation",
@@ -83,6 +87,7 @@ def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
             model.student_model_name_or_path or model.student_config_name, "student", model.student_revision
         ),
         "world_size": arguments.training.world_size,
+        "sharded": is_fsdp_asked(),
     }
 
 
@@ -98,6 +103,13 @@ class Differences:
     """What has no effect on the training."""
 
 
+def _step_examples(run: dict[str, Any]) -> int | None:
+    """Examples of an optimizer step, where it is the same ones however they are split; else None."""
+    if run.get("train_sampling_strategy") == "group_by_length" or not run.keys() >= set(_SPLIT):
+        return None
+    return math.prod(run[name] for name in _SPLIT)
+
+
 def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
     """Compare two runs, name by name; names that one of them does not know are left out.
 
@@ -106,11 +118,13 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
         here: of this run.
     """
     found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
+    examples = _step_examples(there)
+    split_alike = examples is not None and examples == _step_examples(here)
     for name in sorted(there.keys() & here.keys()):
         if there[name] == here[name]:
             continue
         kind = "harmless" if name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) else "training"
-        kind = "incompatible" if name in _SAME else kind
+        kind = "incompatible" if name in _SAME or (name in _SPLIT and not split_alike) else kind
         shown = "differs" if name in ("data", "teacher", "student") else f"was {there[name]}, is {here[name]}"
         found[kind].append(f"{name} {shown}")
     return Differences(**found)

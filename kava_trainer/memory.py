@@ -8,7 +8,7 @@ attend as a CPU's do, whose kernels keep as little as a GPU's.
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .arguments import KavaArguments, KavaTrainingArguments
-from .capture import number_of_layers
+from .capture import find_blocks, number_of_layers
 from .collating import pack_step
+from .engines import is_fsdp_asked
 from .heads import vocabulary_size
 from .loading import build_causal_lm, load_config
 from .optimizers import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
@@ -189,6 +190,22 @@ def _step_peak(
     return live.peak
 
 
+def _gathered_bytes(student: PreTrainedModel, projector: int) -> int:
+    """What is whole at once of a sharded model, weights and gradients: projectors, two blocks, all but the blocks."""
+    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in find_blocks(student)]
+    return 2 * (model_bytes(student) - sum(blocks) + 2 * max(blocks) + projector)
+
+
+def _over_ranks(parts: dict[str, int], world_size: int, gathered: Callable[[], int]) -> dict[str, int]:
+    """What one rank has of the parts that training changes."""
+    if is_fsdp_asked():
+        shares = {name: math.ceil(size / world_size) for name, size in parts.items()}
+        return shares | {"gathered weights": gathered()}
+    if world_size > 1:
+        return parts | {"gradients": 2 * parts["gradients"]}  # data parallelism has buckets too
+    return parts
+
+
 def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     """Bytes that training will take on each device, by what takes them; their sum is the peak.
 
@@ -222,13 +239,15 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         kept = head.numel() * head.element_size() if training.kd_weight > 0 else 0
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
         micro_batch = _step_peak(training, model, terms, batch)
-        gradients = sum(p.numel() * p.element_size() for p in trained)
-        return {
-            "teacher": kept if cached else model_bytes(teacher, quantization),
+        parts = {
             "student": model_bytes(student),
             "projector": sum(p.numel() * p.element_size() for p in target.parameters()),
-            "gradients": gradients if training.world_size == 1 else 2 * gradients,  # data parallelism has buckets too
+            "gradients": sum(p.numel() * p.element_size() for p in trained),
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
+        }
+        return {
+            "teacher": kept if cached else model_bytes(teacher, quantization),
+            **_over_ranks(parts, training.world_size, lambda: _gathered_bytes(student, parts["projector"])),
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),
         }

@@ -4,20 +4,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def skip_if(optimizer: torch.optim.Optimizer, bad: torch.Tensor, parameters: list[nn.Parameter]) -> None:
     """Let the next step of an optimizer change nothing where `bad` is true.
 
     The fused optimizers of torch take a flag on the device, as a gradient scaler gives it to them, so that nothing
-    waits for it; every other optimizer passes over parameters without a gradient, and the flag has to be read.
+    waits for it, but not beside sharded weights. Every other optimizer passes over parameters without a gradient, and
+    the flag has to be read.
 
     Args:
         optimizer: not wrapped.
         bad: one boolean on the device.
         parameters: what it trains.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not sharded:
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
     elif bad:
         for parameter in parameters:

@@ -244,7 +244,7 @@ def _run_control(
         control = build_control(arguments, models, data)
         train_control(control, resume)
         if not was_interrupted(control):
-            own = Models(models.teacher, control.student, models.tokenizer)
+            own = Models(models.teacher, control.whole_student(), models.tokenizer)
             _evaluate(console, arguments, own, data, summary, ("control_sft",))
         return control
     except (RunFailed, BadRequest, torch.OutOfMemoryError) as error:
@@ -271,7 +271,8 @@ def _finish(
     console.stage("Evaluation")
     metrics = trainer.evaluate()
     summary.add_final(metrics)
-    _evaluate(console, arguments, models, data, summary, ("student_after",))
+    own = Models(models.teacher, trainer.whole_student(), models.tokenizer)
+    _evaluate(console, arguments, own, data, summary, ("student_after",))
     tell_alignment(console, metrics, trainer.collapse)
     return trainer.collapse
 

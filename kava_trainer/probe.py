@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from .alignment import Diagnostics, collapse_reason, diagnose
+from .fsdp import give_up_whole_weights, whole
 from .student import DistillationModel
 from .terms import LossTerms
 
@@ -114,12 +115,13 @@ class AlignmentProbe:
         """Run both models on the probe and compare. Mode, gradients and random numbers are left as they were.
 
         Args:
-            model: student and projectors, not wrapped.
+            model: student and projectors, not wrapped, but they may be sharded; then every rank must measure.
             terms: runs the models and computes the losses.
             progress: share of the training that is done, for the weights of the terms.
         """
         training = model.training
         pairs = self._diagnose(model.eval(), terms)
+        give_up_whole_weights(model)
         # As in training: gradient checkpointing, which saves the memory of a small device, works in that mode only.
         shares = self._gradient_shares(model.train(), terms, progress)
         model.train(training)
@@ -178,5 +180,6 @@ def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any
 
 
 def _norm(gradients: Iterable[torch.Tensor | None]) -> float:
-    parts = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients if gradient is not None]
+    found = (gradient for gradient in gradients if gradient is not None)
+    parts = [whole(torch.linalg.vector_norm(gradient, dtype=torch.float32)) for gradient in found]
     return torch.stack(parts).norm().item() if parts else 0.0

@@ -10,6 +10,7 @@ from torch import nn
 
 from .checkpoint_io import write_atomically
 from .errors import BadRequest, reason_of
+from .fsdp import whole
 
 Anchor = Literal["none", "pca", "reconstruction"]
 
@@ -104,14 +105,18 @@ def save_projectors(
     path: str | Path,
     use: dict[str, Any] | None = None,
     decoders: nn.ModuleList | None = None,
+    write: bool = True,
 ) -> None:
     """Write projectors and their shapes into one file that `torch.load(..., weights_only=True)` reads.
+
+    Where FSDP2 has spread them over the ranks, every rank has to call this.
 
     Args:
         projectors: one for each aligned pair of layers.
         path: the file; it is replaced in one step, so a reader never sees half of it.
         use: what they map: the direction and the pairs of layers, of plain Python types.
         decoders: the decoders of a reconstruction anchor, where training shall go on from this file.
+        write: false on a rank that only hands its part of the weights over.
     """
     payload = {
         "use": use or {},
@@ -119,11 +124,12 @@ def save_projectors(
         "state_dict": _on_cpu(projectors),
         "decoders": _on_cpu(decoders) if decoders else {},
     }
-    write_atomically(path, lambda temporary: torch.save(payload, temporary))
+    if write:
+        write_atomically(path, lambda temporary: torch.save(payload, temporary))
 
 
 def _on_cpu(modules: nn.ModuleList) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in modules.state_dict().items()}
+    return {name: whole(tensor.detach()).cpu() for name, tensor in modules.state_dict().items()}
 
 
 def _read(path: str | Path) -> tuple[nn.ModuleList, dict[str, Any]]:

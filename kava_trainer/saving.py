@@ -30,7 +30,9 @@ from .checkpoint_io import (
 )
 from .console import Console
 from .errors import RunFailed, reason_of
+from .fsdp import is_sharded, own_part, whole_state
 from .hub import ANSWER_SECONDS, CheckpointPusher, in_time
+from .progress import read_progress, save_progress
 from .projector import restore_projectors, save_projectors
 from .ranks import any_rank
 from .signals import Interrupted
@@ -94,15 +96,15 @@ class SavingTrainer(Trainer):
         )
 
     def save_projector(self, path: str | Path, with_decoders: bool = False) -> None:
-        """Write the projectors to one `.pth` file, from the main process.
+        """Write the projectors to one `.pth` file, from the main process; every rank has to call this.
 
         Args:
             path: the file.
             with_decoders: also the decoders of a reconstruction anchor, which only further training needs.
         """
-        if self.args.should_save:
+        if self.args.should_save or is_sharded(self.model):
             decoders = self.target.decoders if with_decoders else None
-            save_projectors(self.target.projectors, path, self.target.use, decoders)
+            save_projectors(self.target.projectors, path, self.target.use, decoders, write=self.args.should_save)
 
     def try_to_save_projector(self, path: Path) -> None:
         """Write the projectors as `save_projector` does; where that fails say so and go on."""
@@ -112,11 +114,23 @@ class SavingTrainer(Trainer):
             self.console.warn(f"{path} could not be written: {reason_of(error)}.")
             self.note_problem("save", f"went on without {path.name}")
 
-    def save_student(self, output_dir: str | Path) -> None:
-        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it."""
+    def save_student(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it.
+
+        Args:
+            output_dir: the folder.
+            state_dict: of `_student_state`, which every rank has to call before where the weights are sharded.
+        """
         self.student.config.use_cache = self._student_uses_cache
-        self._save(str(output_dir))
+        self._save(str(output_dir), state_dict)
         self.student.config.use_cache = self.args.use_cache
+
+    def _student_state(self) -> dict[str, torch.Tensor] | None:
+        """The student's weights, gathered on the main process, where they are sharded; else None."""
+        if not is_sharded(self.model):
+            return None
+        tied = getattr(self.student, "all_tied_weights_keys", {})
+        return {name: tensor for name, tensor in whole_state(self.student).items() if name not in tied}
 
     def save_finals(self, student_folder: Path, projector: Path) -> None:
         """Write the finished student and its projector, whole or not at all.
@@ -125,8 +139,9 @@ class SavingTrainer(Trainer):
             RunFailed: if the disk does not take them.
         """
         try:
+            state = self._student_state()
             if self.args.should_save:
-                write_folder_atomically(student_folder, self.save_student)
+                write_folder_atomically(student_folder, lambda folder: self.save_student(folder, state))
             self.save_projector(projector)
         except Exception as error:  # as above: a disk refuses in many ways
             raise RunFailed(
@@ -140,9 +155,12 @@ class SavingTrainer(Trainer):
         Raises:
             RunFailed: if a weight is no finite number, before anything is written.
         """
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if any_rank(not all(own_part(parameter).isfinite().all() for parameter in self.model.parameters())):
             raise self.not_finite("weights")
-        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.is_fsdp_enabled:  # Trainer would write the student only with some settings of the launcher
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call=_internal_call)
         if _internal_call:
             self.save_projector(Path(output_dir or self.args.output_dir) / PROJECTOR_FILE, with_decoders=True)
 
@@ -160,9 +178,13 @@ class SavingTrainer(Trainer):
         }
 
     def restore_progress(self, state: dict[str, Any]) -> None:
-        """Undo `progress_state`, after Trainer has set its own counters to zero."""
-        self._tr_loss = state["loss"].to(self.args.device)
-        self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
+        """Undo `progress_state`, after Trainer has set its own counters to zero.
+
+        With another number of ranks the next log line covers the steps from here on.
+        """
+        self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], self.state.global_step
+        if state["same_ranks"]:
+            self._tr_loss, self._globalstep_last_logged = state["loss"].to(self.args.device), state["last_logged"]
         self.problems[:] = [*state["problems"], *self.problems]
         self.state.compute_steps(self.args, self.state.max_steps)  # Trainer would keep the checkpoint's intervals
 
@@ -172,15 +194,8 @@ class SavingTrainer(Trainer):
             self.state.best_model_checkpoint = checkpoint
 
     def read_progress(self, checkpoint: str) -> dict[str, Any]:
-        """What `progress_state` put into a checkpoint. Raises `BadRequest` where it cannot be read."""
-        try:
-            return torch.load(Path(checkpoint) / self._progress_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # what is no such file is found out in many ways
-            raise unreadable_checkpoint(checkpoint, error) from error
-
-    @property
-    def _progress_file(self) -> str:
-        return f"progress_{self.args.process_index}.pth"
+        """What `progress_state` put into a checkpoint, see `progress.read_progress`."""
+        return read_progress(checkpoint, self.args.process_index, self.args.world_size)
 
     def _write_checkpoint(self, folder: Path) -> None:
         """Let every rank write its part of a checkpoint into a folder, with Trainer's own methods."""
@@ -190,7 +205,7 @@ class SavingTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            torch.save(self.progress_state(), folder / self._progress_file)
+            save_progress(folder, self.args.process_index, self.args.world_size, self.progress_state())
         if self.args.should_save:
             callbacks = [*self.callback_handler.callbacks, self.control]
             exported = TrainerState(stateful_callbacks=[c for c in callbacks if isinstance(c, ExportableState)])
@@ -293,24 +308,23 @@ class SavingTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write student and tokenizer. No pickled arguments: they would carry the hub token.
-
-        Trainer hands over a `state_dict` under engines only that KAVA refuses.
-        """
+        """Write student and tokenizer. No pickled arguments: they would carry the hub token."""
+        state_dict = self._student_state() if state_dict is None else state_dict
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        self.student.save_pretrained(folder)
+        self.student.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, self.student)
+            super()._load_from_checkpoint(resume_from_checkpoint, self.model if self.is_fsdp_enabled else self.student)
         except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
             raise unreadable_checkpoint(resume_from_checkpoint, error) from error
-        file = Path(resume_from_checkpoint) / PROJECTOR_FILE
-        restore_projectors(self.target.projectors, file, self.target.use, self.target.decoders)
+        if not self.is_fsdp_enabled:  # there the projectors are in the weights that have just been loaded
+            file = Path(resume_from_checkpoint) / PROJECTOR_FILE
+            restore_projectors(self.target.projectors, file, self.target.use, self.target.decoders)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:

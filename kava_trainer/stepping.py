@@ -10,11 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from .collating import DistillationCollator, JoiningCollator, pack_step, spread
+from .collating import DistillationCollator, JoiningCollator, as_many_rows, pack_step, spread
 from .fitting import FittingTrainer, Row
+from .fsdp import is_sharded
 from .losses import IGNORED
 from .metrics import Stopwatch
 from .packing import disable_packing, enable_packing, packing_problem
+from .ranks import largest_over_ranks
 from .signals import spare_worker
 
 
@@ -79,6 +81,8 @@ class SteppingTrainer(FittingTrainer):
             return batches, None
         if self.packs:
             rows = pack_step(batches, self._row_budget(batches))
+            if is_sharded(self.model):  # in each forward pass the ranks gather weights together
+                rows = as_many_rows(rows, largest_over_ranks(len(rows)))
             counts = torch.tensor(_count_packed(batches))
             batches = [_micro_batch(dealt, rows[0]) for dealt in spread(rows, len(batches))]
         else:

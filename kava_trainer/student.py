@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .capture import HiddenStateCapture, number_of_layers, run_decoder
 from .errors import BadRequest
+from .fsdp import is_sharded
 from .heads import vocabulary_logits
 from .loading import build_causal_lm, load_causal_lm, load_config
 from .source_arguments import ModelArguments
@@ -135,6 +136,11 @@ class DistillationModel(nn.Module):
             return getattr(self.student, name)
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """What accelerate shards as units: the student's blocks, and the projectors, whose data type may differ."""
+        return [*(self.student._no_split_modules or ()), type(self.target).__name__]
+
+    @property
     def _keys_to_ignore_on_save(self) -> list[str]:
         """Tied weights that a checkpoint leaves out; Trainer asks for them before it warns of missing keys."""
         return list(getattr(self.student, "all_tied_weights_keys", {}))
@@ -167,5 +173,9 @@ class DistillationModel(nn.Module):
         return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last))
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [..., vocabulary] of last hidden states [..., d_s]."""
-        return vocabulary_logits(self.student, states)
+        """Logits [..., vocabulary] of last hidden states [..., d_s].
+
+        Where the weights are sharded, the head's are whole within the forward pass. The hooks that see to it would take
+        the gradient of one chunk for the end of the backward pass.
+        """
+        return vocabulary_logits(self.student, states, with_hooks=not is_sharded(self))

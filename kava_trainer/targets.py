@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -17,9 +17,11 @@ from .projector import ProjectorConfig, build_decoder, build_projector, normalis
 Direction = Literal["teacher_to_student", "student_to_teacher"]
 
 
-@dataclass(frozen=True)
-class AlignedStates:
-    """The two sides of one pair of layers in the same space, [B, T, d] each."""
+class AlignedStates(NamedTuple):
+    """The two sides of one pair of layers in the same space, [B, T, d] each.
+
+    It is a tuple, because the hooks of FSDP2 look for the tensors of an output in those.
+    """
 
     student: torch.Tensor
     target: torch.Tensor

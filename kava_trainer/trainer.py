@@ -21,6 +21,9 @@ from .callbacks.resume import ResumeCallback
 from .callbacks.status import StatusCallback
 from .checkpoint_io import TRAINER_STATE_FILE, find_newest_checkpoint
 from .collating import DistillationCollator
+from .engines import is_fsdp_asked
+from .errors import RunFailed
+from .fsdp import give_up_whole_weights, is_sharded, whole_state
 from .heads import vocabulary_size
 from .losses import IGNORED
 from .metrics import TokenMeans
@@ -125,6 +128,15 @@ class KavaTrainer(ProbingTrainer):
         examples = self.calibration_examples()
         calibrate(self.model, self.teacher, examples, self.data_collator, size, self._sum_over_ranks, fit)
 
+    def whole_student(self) -> PreTrainedModel:
+        """The student with all its weights on this rank; a copy where they are sharded. Every rank must ask."""
+        if not is_sharded(self.model):
+            return self.student
+        copy = type(self.student)(self.student.config).to(self.student.dtype)
+        state = whole_state(self.student, everywhere=True)
+        copy.load_state_dict(state)
+        return copy.to(self.args.device)
+
     def release(self) -> None:
         """Give the memory of the optimizer and of the wrapped model back; the trainer cannot train any more."""
         self.optimizer = self.lr_scheduler = None
@@ -198,6 +210,8 @@ class KavaTrainer(ProbingTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _restore(self) -> None:
+        if is_fsdp_asked() and not is_sharded(self.model):
+            raise RunFailed("FSDP was asked for, but transformers has not sharded the model; nothing was trained.")
         if self.resumed_from is not None:
             state = self.read_progress(self.resumed_from)
             self.restore_progress(state)
@@ -302,6 +316,7 @@ class KavaTrainer(ProbingTrainer):
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
         means = self.eval_means.drain(self._sum_over_ranks)
+        give_up_whole_weights(self.model)
         output.metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:

@@ -12,6 +12,8 @@ from conftest import STUDENT_FOLDER  # noqa: E402
 from test_trainer import loss_lines, make_trainer  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
+from kava_trainer.fsdp import whole  # noqa: E402
+
 
 def main(output: str, batch_size: str, accumulation: str, weighting: str) -> None:
     mercator_weight, lm_weight = map(float, weighting.split(","))
@@ -33,9 +35,10 @@ def main(output: str, batch_size: str, accumulation: str, weighting: str) -> Non
     )
     trainer.train()
     metrics = trainer.evaluate()
+    weights = {name: whole(parameter.detach()) for name, parameter in trainer.model.named_parameters()}
     if trainer.is_world_process_zero():
         state = {
-            "weights": {name: parameter.detach() for name, parameter in trainer.model.named_parameters()},
+            "weights": weights,
             "line": {k: v for k, v in loss_lines(trainer)[0].items() if isinstance(v, float)},
             "evaluation": {name: metrics[f"eval_{name}"] for name in ("loss", "cos_sim", "lm_loss", "cka")},
             "throughput": trainer.throughput()["padding_fraction"],

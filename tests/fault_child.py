@@ -10,12 +10,13 @@ from unittest import mock
 
 import torch
 from conftest import STUDENT_FOLDER, tiny_llama
-from test_invariants import weight_hash
+from test_invariants import state_hash
 from test_trainer import loss_lines, make_trainer
 from transformers import AutoTokenizer
 
 import run_kava
 from kava_trainer import calibration, checkpoint_io, evaluation, saving, teacher_cache
+from kava_trainer.fsdp import whole
 from kava_trainer.trainer import KavaTrainer
 
 STEPS = 8
@@ -127,9 +128,10 @@ def train(folder, output, resume, settings):
     trainer = make_trainer(folder, AutoTokenizer.from_pretrained(STUDENT_FOLDER), **settings)
     trainer.train(resume_from_checkpoint=resume)
     assert torch.distributed.is_initialized() == (int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    states = [torch.cat([whole(p).flatten() for p in state.values() if isinstance(p, torch.Tensor) and p.dim()])
+              for state in trainer.optimizer.optimizer.state.values()]  # fmt: skip
+    weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     if trainer.is_world_process_zero():
-        states = [torch.cat([p.flatten() for p in state.values() if isinstance(p, torch.Tensor) and p.dim()])
-                  for state in trainer.optimizer.optimizer.state.values()]  # fmt: skip
         logged = [
             {k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second"))}
             for line in trainer.state.log_history
@@ -137,7 +139,7 @@ def train(folder, output, resume, settings):
         ]
         torch.save(
             {
-                "weights": weight_hash(trainer.model),
+                "weights": state_hash(weights),
                 "optimizer": [state.double().sum().item() for state in states],
                 "rates": [group["lr"] for group in trainer.optimizer.param_groups],
                 "lines": logged,

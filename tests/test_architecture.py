@@ -12,6 +12,7 @@ ORDER = [
         "errors",
         "file_errors",
         "optimizers",
+        "engines",
         "source_arguments",
         "arguments",
         "parsing",
@@ -28,6 +29,7 @@ ORDER = [
         "ranks",
         "signals",
         "sharing",
+        "fsdp",
         "nonfinite",
     ),
     *(
@@ -58,6 +60,7 @@ ORDER = [
     ),
     *(
         "hub",
+        "progress",
         "saving",
         "fitting",
         "stepping",

@@ -85,8 +85,12 @@ def test_padding_changed_to_garbage_leaves_loss_and_gradients_exactly_unchanged(
 
 
 def weight_hash(module):
+    return state_hash(module.state_dict())
+
+
+def state_hash(state):
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

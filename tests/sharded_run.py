@@ -1,0 +1,73 @@
+"""FSDP2 on gloo ranks. Of all that takes part only accelerate keeps sharding to accelerators; here it does not."""
+
+import os
+from contextlib import contextmanager
+from unittest import mock
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from kava_trainer import engines
+
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}  # fmt: skip
+"""What `accelerate launch --config_file training_args/accelerate/fsdp2.yaml` puts into the environment."""
+
+
+@contextmanager
+def sharding_on_cpu():
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        new = not AcceleratorState._shared_state
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if new:
+            assert self.distributed_type == DistributedType.MULTI_CPU
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    with (
+        mock.patch.dict(os.environ, LAUNCHED),
+        mock.patch.object(engines, "SHARDING_DEVICES", {"cpu"}),
+        mock.patch.object(AcceleratorState, "__init__", init),
+    ):
+        yield
+
+
+def step(*arguments):
+    """One optimizer step of `ddp_step.py` with sharded weights."""
+    import ddp_step
+
+    with sharding_on_cpu():
+        ddp_step.main(*arguments)
+    return 0
+
+
+def train(*arguments):
+    """A trainer's run of `fault_child.py` with sharded weights."""
+    import fault_child
+
+    with sharding_on_cpu():
+        return fault_child.train(*arguments)
+
+
+def run(*arguments):
+    """A whole run of `run_kava.py` with sharded weights, as `fault_child.py` starts it."""
+    import fault_child
+
+    with sharding_on_cpu():
+        return fault_child.run(*arguments)
+
+
+def run_and_signal(*arguments):
+    """As `run`, and a signal comes in the middle of it."""
+    import fault_child
+
+    with sharding_on_cpu():
+        return fault_child.run_and_signal(*arguments)
