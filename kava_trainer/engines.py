@@ -21,6 +21,13 @@ def is_fsdp_asked() -> bool:
     return _is_set("ACCELERATE_USE_FSDP")
 
 
+def describe_engine(world_size: int) -> str:
+    """How many processes there are, and what they share, in a few words."""
+    if is_fsdp_asked():
+        return f"{world_size}, student and projectors spread over them (FSDP2)"
+    return "1" if world_size == 1 else f"{world_size}, each with the whole student (DDP)"
+
+
 def engine_problems(fsdp: Any, deepspeed: Any) -> list[str]:
     """One sentence for each thing that was asked for and would not be done, or not as asked; empty if there is none.
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from .arguments import KavaTrainingArguments
+from .engines import FSDP_CONFIG, is_fsdp_asked
 from .redaction import is_secret_name
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "torchao", "safetensors")
@@ -112,10 +113,21 @@ def resume_command(argv: list[str], checkpoint: Path | None) -> str:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16") and f"--{precision}" not in kept:
         kept += [f"--{precision}", "true"]
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    launcher = f"python -m torch.distributed.run --nproc-per-node {world_size}"
-    if world_size == 1:
-        launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
     script = os.path.relpath(sys.argv[0])
     kept += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
-    return f"{launcher} {shlex.join([script, *kept])}"
+    return f"{_launcher()} {shlex.join([script, *kept])}"
+
+
+def _launcher() -> str:
+    """What starts as many processes as there are; of several machines the user has to fill in which is which."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    machines = world_size // local
+    if is_fsdp_asked():
+        command = f"accelerate launch --config_file {FSDP_CONFIG} --num_processes {world_size}"
+        where = f" --num_machines {machines} --machine_rank <RANK> --main_process_ip <ADDRESS>"
+        return command + (where if machines > 1 else "")
+    if world_size == 1:
+        return "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
+    where = f" --nnodes {machines} --node-rank <RANK> --master-addr <ADDRESS>" if machines > 1 else ""
+    return f"python -m torch.distributed.run --nproc-per-node {local}{where}"

@@ -10,6 +10,7 @@ from .alignment import alignment_status
 from .arguments import KavaArguments
 from .checkpoint_io import Resumption
 from .console import Console, status_text
+from .engines import describe_engine
 from .environment import describe_memory, device_name
 from .summary import RunSummary
 
@@ -22,13 +23,14 @@ WHO = {
 """How the models are called that a run evaluates, by their names in the summary."""
 
 
-def show_environment(console: Console, device: torch.device) -> None:
-    """Versions and device."""
+def show_environment(console: Console, device: torch.device, world_size: int) -> None:
+    """Versions, device, and what the processes share."""
     console.stage("Environment")
     versions = (sys.version.split()[0], torch.__version__, transformers.__version__)
     console.print("Python {}, PyTorch {}, Transformers {}".format(*versions))
     console.print(f"Accelerator: {device_name(device)}")
     console.print(f"Memory: {describe_memory(device)}")
+    console.print(f"Processes: {describe_engine(world_size)}")
 
 
 def show_configuration(console: Console, arguments: KavaArguments, resumption: Resumption) -> None:

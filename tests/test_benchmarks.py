@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from processes import write_problems
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_updates
+import matrix
 import step
 
 
@@ -62,3 +64,15 @@ def test_the_benchmark_of_updates_tells_the_ways_apart(tmp_path, monkeypatch):
     assert figures["float32"]["progress"] == pytest.approx(1)
     assert figures["bf16"]["distance"] > 0
     assert [figures[way]["bytes_per_parameter"] for way in ways] == pytest.approx([16, 8, 6.36], abs=0.1)
+
+
+def test_a_cell_of_the_support_matrix_is_run_or_refused(tmp_path):
+    data = str(write_problems(tmp_path / "data.jsonl"))
+    outcomes = {}
+    for engine, changes in (("one process", matrix.TEACHERS["4-bit"]), ("DeepSpeed", {}), ("DDP", {"optim": "none"})):
+        folder = tmp_path / engine
+        folder.mkdir()
+        outcomes[engine] = matrix.cell(engine, matrix.CHANGES | changes, folder, data)
+    assert outcomes["one process"] == ("run", "resumed")
+    assert outcomes["DeepSpeed"][0].startswith("refused: deepspeed is not supported")
+    assert outcomes["DDP"][0].startswith("refused: optim is ")

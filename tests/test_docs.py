@@ -1,5 +1,6 @@
 """The commands of the documents: the same in both languages, and all of them parse."""
 
+import csv
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_table
 import effectiveness
 import performance
+import scaling
 
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.zh-CN.md"))
 
@@ -63,6 +65,15 @@ def test_the_tables_of_performance_are_those_of_its_measurements():
     text = performance.DOCUMENT.read_text(encoding="utf-8")
     assert performance.document(text) == text
     assert "step-real-hidden" in text
+
+
+def test_the_tables_of_scaling_are_those_of_its_runs_and_of_its_arithmetic():
+    text = scaling.DOCUMENT.read_text(encoding="utf-8")
+    assert scaling.document(text) == text
+    with scaling.MATRIX.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert not [row for row in rows if row["outcome"].startswith("failed")]
+    assert {row["resume"] for row in rows if row["outcome"] == "run"} == {"resumed"}
 
 
 def test_the_tables_of_numbers_are_those_of_its_measurements():

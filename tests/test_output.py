@@ -164,3 +164,12 @@ def test_the_resume_command_keeps_everything_but_the_old_checkpoint(monkeypatch,
     assert resume_command(argv, "my runs/checkpoint-7").startswith(
         "python -m torch.distributed.run --nproc-per-node 2 run"
     )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert resume_command(argv, None).startswith(
+        "python -m torch.distributed.run --nproc-per-node 1 --nnodes 2 --node-rank <RANK> --master-addr <ADDRESS> run"
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert resume_command(argv, None).startswith(
+        "accelerate launch --config_file training_args/accelerate/fsdp2.yaml --num_processes 2 run"
+    )

@@ -20,7 +20,6 @@ from kava_trainer import engines
 from kava_trainer.collating import JoiningCollator, as_many_rows, pack_step
 from kava_trainer.projector import load_projectors
 
-
 SLOW_SPLITS = [pytest.param(*split, marks=pytest.mark.slow) for split in ((1, 4, 2), (1, 2, 4))]
 
 
