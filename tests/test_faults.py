@@ -222,8 +222,9 @@ MATRIX = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("number", range(len(MATRIX)))
+@pytest.mark.parametrize(
+    ("number", "ranks"), [*itertools.product(range(len(MATRIX)), (1, 2)), (2, 4), (len(MATRIX) - 2, 4)]
+)
 def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, number, ranks):
     settings = {
         **MATRIX[number], "max_steps": 7, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9,
