@@ -17,6 +17,7 @@ from .teacher_cache import weights_digest
 _SAME = {
     "world_size", "data", "teacher", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
     "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "use_peft",
+    "student_quantization", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
     "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy",
     "seed", "data_seed", "optim", "optim_args", "bf16", "fp16",
 }  # fmt: skip
@@ -28,6 +29,7 @@ _HARMLESS = {
     "max_length", "max_nonfinite_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "teacher_model_name_or_path", "student_model_name_or_path", "student_config_name", "teacher_revision",
     "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "streaming",
+    "merge_adapter",
 }  # fmt: skip
 """Where things go and what is told, and names whose content is compared instead."""
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from .adapter_files import load_adapter, save_weights
+from .adapters import has_adapter
 from .arguments import KavaTrainingArguments
 from .callbacks.emergency import EmergencyCheckpointCallback
 from .checkpoint_io import (
@@ -60,7 +62,6 @@ class SavingTrainer(Trainer):
         self.identity: dict[str, Any] | None = None
         """What the run was asked for; it goes into every checkpoint, see `identity.run_identity`."""
         self.problems: list[dict[str, Any]] = []
-        """What went wrong and was survived: the step, the kind, and what was done."""
         self._failed_saves = 0
 
     @property
@@ -112,13 +113,16 @@ class SavingTrainer(Trainer):
             self.console.warn(f"{path} could not be written: {reason_of(error)}.")
             self.note_problem("save", f"went on without {path.name}")
 
-    def save_student(self, output_dir: str | Path) -> None:
-        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it."""
+    def save_student(self, output_dir: str | Path, merge_adapter: bool = True) -> None:
+        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it.
+
+        Adapters are merged into it, or, without `merge_adapter`, written alone.
+        """
         self.student.config.use_cache = self._student_uses_cache
-        self._save(str(output_dir))
+        self._save(str(output_dir), merge_adapter=merge_adapter)
         self.student.config.use_cache = self.args.use_cache
 
-    def save_finals(self, student_folder: Path, projector: Path) -> None:
+    def save_finals(self, student_folder: Path, projector: Path, merge_adapter: bool = True) -> None:
         """Write the finished student and its projector, whole or not at all.
 
         Raises:
@@ -126,7 +130,7 @@ class SavingTrainer(Trainer):
         """
         try:
             if self.args.should_save:
-                write_folder_atomically(student_folder, self.save_student)
+                write_folder_atomically(student_folder, lambda folder: self.save_student(folder, merge_adapter))
             self.save_projector(projector)
         except Exception as error:  # as above: a disk refuses in many ways
             raise RunFailed(
@@ -292,7 +296,7 @@ class SavingTrainer(Trainer):
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None, merge_adapter: bool = False) -> None:
         """Write student and tokenizer. No pickled arguments: they would carry the hub token.
 
         Trainer hands over a `state_dict` under engines only that KAVA refuses.
@@ -300,13 +304,14 @@ class SavingTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        self.student.save_pretrained(folder)
+        save_weights(self.student, folder, merge_adapter)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load = load_adapter if has_adapter(self.student) else super()._load_from_checkpoint
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, self.student)
+            load(resume_from_checkpoint, self.student)
         except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
             raise unreadable_checkpoint(resume_from_checkpoint, error) from error
         file = Path(resume_from_checkpoint) / PROJECTOR_FILE

@@ -35,6 +35,8 @@ ORDER = [
         "quickstart",
         "projector",
         "loading",
+        "adapters",
+        "adapter_files",
         "teacher",
         "targets",
         "collating",
