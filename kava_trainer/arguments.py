@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from .engines import device_problem, engine_problems
+from .engines import device_problem, engine_problems, is_fsdp_asked
 from .optimizers import missing_package
 from .redaction import is_secret_name, keep_secret
 from .source_arguments import DataArguments, ModelArguments, help_text
@@ -315,12 +315,15 @@ class KavaArguments:
         """One sentence for each mistake that only several arguments together make; empty when there is none."""
         batch, length = self.training.per_device_train_batch_size, self.data.max_length
         tokens = max(batch * length, self.training.max_tokens_per_batch)
-        if tokens <= LARGEST_MICRO_BATCH:
-            return []
-        return [
-            f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "
-            f"per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
-        ]
+        found = []
+        if self.model.use_peft and is_fsdp_asked():
+            found.append("use_peft is not supported under FSDP2; start with DDP (training_args/accelerate/ddp.yaml).")
+        if tokens > LARGEST_MICRO_BATCH:
+            found.append(
+                f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "
+                f"per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
+            )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Every argument with its value, secrets masked, ready for JSON."""

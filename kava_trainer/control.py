@@ -60,7 +60,7 @@ def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaT
     release_memory()
     training = control_arguments(arguments.training)
     set_seed(training.seed)
-    student = load_student(arguments.model, teacher)
+    student = load_student(arguments.model, teacher, training.device)
     return make_trainer(training, Models(models.teacher, student, models.tokenizer), data)
 
 

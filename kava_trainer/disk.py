@@ -35,13 +35,14 @@ def make_folder(name: str, path: str | Path) -> Path:
 
 
 def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:
-    """What one checkpoint takes on disk: student and projectors, and the optimizer's states where they are saved.
+    """What one checkpoint takes on disk: student or its adapters, projectors, and optimizer where it is saved.
 
     Args:
         parts: of `estimate_memory`.
         training: says with `save_only_model` whether a checkpoint can be resumed from.
     """
-    names = ("student", "projector") if training.save_only_model else ("student", "projector", "optimizer")
+    student = "adapter" if "adapter" in parts else "student"
+    names = (student, "projector") if training.save_only_model else (student, "projector", "optimizer")
     return sum(parts[name] for name in names)
 
 
@@ -60,7 +61,7 @@ def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> No
     needed, free = checkpoint_bytes(parts, training), shutil.disk_usage(training.output_dir).free
     if needed <= free:
         return
-    alone = parts["student"] + parts["projector"]
+    alone = needed if training.save_only_model else needed - parts["optimizer"]
     smaller = "" if training.save_only_model or alone > free else f", set save_only_model true ({size_text(alone)})"
     raise BadRequest(
         f"One checkpoint takes {size_text(needed)}, but the disk of output_dir {training.output_dir} has only "

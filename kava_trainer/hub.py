@@ -15,7 +15,7 @@ from .arguments import KavaArguments, KavaTrainingArguments
 from .console import Console
 from .errors import reason_of
 from .redaction import without_secrets
-from .source_arguments import QUICKSTART
+from .source_arguments import QUICKSTART, ModelArguments
 
 ANSWER_SECONDS, CHECKPOINT_SECONDS, STUDENT_SECONDS = 60, 600, 3600
 """How long the hub may take: to answer a question, to take the last checkpoints at the end of the training, and to
@@ -28,12 +28,10 @@ _CARD = """---
 # {name}
 
 Distilled with KAVA from `{teacher}` on `{dataset}`: a frozen teacher's hidden states are aligned with the student's
-through a projector that is not part of this model.
+through a projector that is not part of this model.{trained}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
+{loading}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
@@ -46,6 +44,15 @@ CKA to the teacher {cka}.
 
 Verdict of the run: {verdict}
 """
+
+_PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")"""
+
+_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{name}")"""
 
 
 _VERDICTS = {True: "success.", False: "**no success.**", None: "none."}
@@ -60,6 +67,23 @@ def _public_name(name: str | None) -> str | None:
     return None if name is None or name == QUICKSTART or Path(name).exists() else name
 
 
+def _training_of(model: ModelArguments) -> str:
+    """What of the student was trained, where that is not all of it; a sentence with a space before it."""
+    if not model.use_peft:
+        return ""
+    base = "" if model.student_quantization == "none" else f" in {model.student_quantization.replace('bit', ' bit')}"
+    now = "this is the adapter alone" if model.exports_adapter else "it is merged into this model"
+    return f" A LoRA adapter of rank {model.lora_r} was trained on the frozen student{base}; {now}."
+
+
+def _loading(name: str, model: ModelArguments) -> str:
+    """The code that loads the student."""
+    if not model.exports_adapter:
+        return _PLAIN.format(name=name)
+    revision = f', revision="{model.student_revision}"' if model.student_revision else ""
+    return _ADAPTER.format(name=name, base=f'"{model.student_model_name_or_path}"{revision}')
+
+
 def render_model_card(name: str, arguments: KavaArguments, summary: dict[str, Any]) -> str:
     """The text of `README.md` for a finished student.
 
@@ -69,21 +93,21 @@ def render_model_card(name: str, arguments: KavaArguments, summary: dict[str, An
         summary: the content of `run_summary.json`.
     """
     measured = summary["evaluation"]["student_after"] or {}
-    teacher, dataset = arguments.model.teacher_model_name_or_path, arguments.data.dataset_name
+    model, dataset = arguments.model, arguments.data.dataset_name
     results = [
         EvalResult("text-generation", dataset, Path(dataset).name, metric, value)
         for metric, value in measured.items()
         if value is not None
     ]
-    student = _public_name(arguments.model.student_model_name_or_path)
+    student = _public_name(model.student_model_name_or_path)
     metadata = ModelCardData(
         model_name=name,
         base_model=student,
-        base_model_relation="finetune" if student else None,
+        base_model_relation=("adapter" if model.exports_adapter else "finetune") if student else None,
         datasets=[dataset] if _public_name(dataset) else None,
-        library_name="transformers",
+        library_name="peft" if model.exports_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["kava", "knowledge-distillation"],
+        tags=["kava", "knowledge-distillation", *(["lora"] if model.use_peft else [])],
         eval_results=results or None,
     )
     rows = [
@@ -94,7 +118,9 @@ def render_model_card(name: str, arguments: KavaArguments, summary: dict[str, An
     card = _CARD.format(
         metadata=metadata.to_yaml(),
         name=name,
-        teacher=teacher,
+        teacher=model.teacher_model_name_or_path,
+        trained=_training_of(model),
+        loading=_loading(name, model),
         dataset=dataset,
         rows="\n".join(rows) or "| none | not measured | not measured |",
         steps=summary["global_step"],

@@ -158,7 +158,7 @@ def check_tokenizers_agree(teacher: PreTrainedTokenizerBase, student: PreTrained
 
 def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make sure that a model has an embedding for every id of the tokenizer. Raises `BadRequest` if not."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise BadRequest(

@@ -17,8 +17,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from .adapters import add_adapter
 from .arguments import KavaArguments, KavaTrainingArguments
 from .capture import find_blocks, number_of_layers
 from .collating import pack_step
@@ -27,7 +28,8 @@ from .heads import vocabulary_size
 from .loading import build_causal_lm, load_config
 from .optimizers import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
 from .packing import enable_packing
-from .student import DistillationModel, student_config
+from .source_arguments import ModelArguments
+from .student import DistillationModel, quantized_by, student_config
 from .targets import build_target
 from .teacher import OnlineTeacher, freeze
 from .teacher_cache import CachedTeacher
@@ -140,15 +142,42 @@ def model_bytes(model: PreTrainedModel, quantization: str = "none") -> int:
     return sum(sizes.values())
 
 
-def _fake_models(arguments: KavaArguments) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Teacher and student of the right shapes and data types."""
-    model = arguments.model
-    config = load_config(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
-    teacher = build_causal_lm(config, model.teacher_dtype, model)
-    student = build_causal_lm(student_config(model), model.student_dtype, model)
-    if student.dtype == torch.float16:
-        student.float()
-    return freeze(teacher), student
+def _meta_student(arguments: ModelArguments) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The student without storage, and the bytes of its own weights and of its adapters, where it has any.
+
+    Modules cannot be moved or cast once their tensors are fake, which peft does with those that it makes.
+    """
+    with torch.device("meta"):
+        student = build_causal_lm(student_config(arguments), arguments.student_dtype, arguments)
+        if student.dtype == torch.float16:
+            student.float()
+        sizes = {"student": model_bytes(student, _student_quantization(arguments, student.config))}
+        if arguments.use_peft:
+            add_adapter(student, arguments)
+            sizes["adapter"] = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
+    return student, sizes
+
+
+def _make_fake(model: PreTrainedModel) -> None:
+    """Give a model without storage fake weights on the CPU, tied where they were; within a `FakeTensorMode`."""
+    known: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in known:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                known[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
+            setattr(module, name, known[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _student_quantization(arguments: ModelArguments, config: PreTrainedConfig) -> str:
+    """In how many bits the student's weights are held, as asked for or as they are in its checkpoint."""
+    if quantized_by(config) is None:
+        return arguments.student_quantization
+    found = config.quantization_config
+    found = found if isinstance(found, dict) else found.to_dict()
+    return "8bit" if found.get("load_in_8bit") or found.get("bits") == 8 else "4bit"
 
 
 def _micro_batch(arguments: KavaArguments, width: int, cached_layers: list[int]) -> dict[str, Any]:
@@ -212,12 +241,18 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     Args:
         arguments: of the run. Only the configs of the models are read.
 
+    Returns:
+        `teacher`, `student`, `adapter` where there is one, `projector`, `gradients`, `optimizer`, `micro-batch`.
+
     Raises:
         BadRequest: if a config cannot be had, or the models do not have what the arguments ask for.
     """
-    training, quantization = arguments.training, arguments.model.teacher_quantization
+    training, model = arguments.training, arguments.model
+    student, sizes = _meta_student(model)
+    config = load_config(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
     with FakeTensorMode():
-        teacher, student = _fake_models(arguments)
+        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
+        _make_fake(student)
         target = build_target(training, student, teacher)
         target.requires_grad_(training.aligns)
         layers = needed_teacher_layers(training, target, number_of_layers(teacher))
@@ -232,21 +267,21 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
             return torch.autocast("cpu", dtype) if dtype else nullcontext()
 
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
-        model = DistillationModel(student, target).train()
+        distilled = DistillationModel(student, target).train()
         head = teacher.get_output_embeddings().weight
         batch = _micro_batch(arguments, source.hidden_size if cached else 0, layers if cached else [])
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         kept = head.numel() * head.element_size() if training.kd_weight > 0 else 0
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
-        micro_batch = _step_peak(training, model, terms, batch)
+        micro_batch = _step_peak(training, distilled, terms, batch)
         parts = {
-            "student": model_bytes(student),
+            **sizes,
             "projector": sum(p.numel() * p.element_size() for p in target.parameters()),
             "gradients": sum(p.numel() * p.element_size() for p in trained),
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
         }
         return {
-            "teacher": kept if cached else model_bytes(teacher, quantization),
+            "teacher": kept if cached else model_bytes(teacher, model.teacher_quantization),
             **_over_ranks(parts, training.world_size, lambda: _gathered_bytes(student, parts["projector"])),
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),

@@ -146,7 +146,7 @@ def packing_problem(model: PreTrainedModel) -> str | None:
     """
     training, decoder = model.training, model.get_decoder()
     model.eval()
-    size, device = model.get_input_embeddings().num_embeddings, model.device
+    size, device = model.get_input_embeddings().weight.shape[0], model.device
     first, other, second = (torch.arange(start, start + count) % size for start, count in ((2, 9), (31, 9), (57, 12)))
 
     def states(*examples: torch.Tensor) -> torch.Tensor:

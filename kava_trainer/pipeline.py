@@ -262,7 +262,7 @@ def _finish(
     """Save the finals and measure the student; why the alignment counts as collapsed, if it does."""
     training = arguments.training
     student_folder, projector = Path(training.final_dir) / FINAL_STUDENT, Path(training.final_dir) / FINAL_PROJECTOR
-    trainer.save_finals(student_folder, projector)
+    trainer.save_finals(student_folder, projector, arguments.model.merge_adapter)
     console.stage("Saved")
     console.print(f"Student: {student_folder}")
     console.print(f"Projector: {projector}")

@@ -9,6 +9,7 @@ from accelerate.utils import release_memory
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from .adapters import trained_parameters
 from .arguments import KavaArguments, KavaTrainingArguments
 from .callbacks.guard import tracker_problem
 from .capture import context_length, hidden_size, number_of_layers
@@ -118,7 +119,7 @@ def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTraine
     console.stage("Models")
     teacher = load_teacher(arguments.model, arguments.training.device)
     set_seed(arguments.training.seed)
-    student = load_student(arguments.model, teacher)
+    student = load_student(arguments.model, teacher, arguments.training.device)
     for role, model in (("teacher", teacher), ("student", student)):
         check_vocabulary_fits(model, role, tokenizer)
         limit = context_length(model)
@@ -129,6 +130,9 @@ def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTraine
             f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "
             f"{str(model.dtype).removeprefix('torch.')}"
         )
+    if arguments.model.use_peft:
+        trained = trained_parameters(student)
+        console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
     return Models(teacher, student, tokenizer)
 
 

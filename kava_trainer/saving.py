@@ -1,4 +1,4 @@
-"""What a trainer of a student beside projectors saves, loads and sends, and where Trainer's own way does not fit."""
+"""Whole checkpoints: how a trainer writes, reads, rotates and sends them, where Trainer's own way does not fit."""
 
 import shutil
 from collections.abc import Callable
@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from .arguments import KavaTrainingArguments
 from .callbacks.emergency import EmergencyCheckpointCallback
 from .checkpoint_io import (
     PROJECTOR_FILE,
@@ -30,14 +29,13 @@ from .checkpoint_io import (
 )
 from .console import Console
 from .errors import RunFailed, reason_of
-from .fsdp import is_sharded, own_part, whole_state
+from .fsdp import own_part
 from .hub import ANSWER_SECONDS, CheckpointPusher, in_time
 from .progress import read_progress, save_progress
-from .projector import restore_projectors, save_projectors
 from .ranks import any_rank
 from .signals import Interrupted
 from .student import DistillationModel
-from .targets import HiddenStateTarget
+from .weights import WeightsTrainer
 
 MOST_FAILED_SAVES = 2
 """So many saves may fail one after the other: the disk may have room again at the next one."""
@@ -45,16 +43,13 @@ MOST_FAILED_SAVES = 2
 _SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for a full disk
 
 
-class SavingTrainer(Trainer):
-    """A `Trainer` of a `DistillationModel` that keeps student and projectors apart on disk, and loses no run."""
+class SavingTrainer(WeightsTrainer):
+    """A `WeightsTrainer` that loses no run."""
 
-    args: KavaTrainingArguments
-    model: DistillationModel
     problems: list[dict[str, Any]]
     """What went wrong and did not end the run: the step, a kind, and what was done about it."""
 
     def __init__(self, model: DistillationModel, **kwargs: Any) -> None:
-        self._student_uses_cache = model.config.use_cache
         self._pusher: CheckpointPusher | None = None
         super().__init__(model=model, **kwargs)
         self.console = Console(self.args.plain_output)
@@ -64,16 +59,6 @@ class SavingTrainer(Trainer):
         self.problems: list[dict[str, Any]] = []
         """What went wrong and was survived: the step, the kind, and what was done."""
         self._failed_saves = 0
-
-    @property
-    def student(self) -> PreTrainedModel:
-        """The student alone, as `AutoModelForCausalLM` would load it."""
-        return self.model.student
-
-    @property
-    def target(self) -> HiddenStateTarget:
-        """What is aligned, with its projectors."""
-        return self.model.target
 
     def note_problem(self, kind: str, action: str, step: int | None = None) -> None:
         """Add to `problems`; the step is the last finished one by default."""
@@ -95,17 +80,6 @@ class SavingTrainer(Trainer):
             "learning rates."
         )
 
-    def save_projector(self, path: str | Path, with_decoders: bool = False) -> None:
-        """Write the projectors to one `.pth` file, from the main process; every rank has to call this.
-
-        Args:
-            path: the file.
-            with_decoders: also the decoders of a reconstruction anchor, which only further training needs.
-        """
-        if self.args.should_save or is_sharded(self.model):
-            decoders = self.target.decoders if with_decoders else None
-            save_projectors(self.target.projectors, path, self.target.use, decoders, write=self.args.should_save)
-
     def try_to_save_projector(self, path: Path) -> None:
         """Write the projectors as `save_projector` does; where that fails say so and go on."""
         try:
@@ -114,34 +88,16 @@ class SavingTrainer(Trainer):
             self.console.warn(f"{path} could not be written: {reason_of(error)}.")
             self.note_problem("save", f"went on without {path.name}")
 
-    def save_student(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it.
-
-        Args:
-            output_dir: the folder.
-            state_dict: of `_student_state`, which every rank has to call before where the weights are sharded.
-        """
-        self.student.config.use_cache = self._student_uses_cache
-        self._save(str(output_dir), state_dict)
-        self.student.config.use_cache = self.args.use_cache
-
-    def _student_state(self) -> dict[str, torch.Tensor] | None:
-        """The student's weights, gathered on the main process, where they are sharded; else None."""
-        if not is_sharded(self.model):
-            return None
-        tied = getattr(self.student, "all_tied_weights_keys", {})
-        return {name: tensor for name, tensor in whole_state(self.student).items() if name not in tied}
-
-    def save_finals(self, student_folder: Path, projector: Path) -> None:
+    def save_finals(self, student_folder: Path, projector: Path, merge_adapter: bool = True) -> None:
         """Write the finished student and its projector, whole or not at all.
 
         Raises:
             RunFailed: if the disk does not take them.
         """
         try:
-            state = self._student_state()
+            state = self.gathered_student()
             if self.args.should_save:
-                write_folder_atomically(student_folder, lambda folder: self.save_student(folder, state))
+                write_folder_atomically(student_folder, lambda folder: self.save_student(folder, merge_adapter, state))
             self.save_projector(projector)
         except Exception as error:  # as above: a disk refuses in many ways
             raise RunFailed(
@@ -307,25 +263,6 @@ class SavingTrainer(Trainer):
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write student and tokenizer. No pickled arguments: they would carry the hub token."""
-        state_dict = self._student_state() if state_dict is None else state_dict
-        if not self.args.should_save:
-            return
-        folder = output_dir or self.args.output_dir
-        self.student.save_pretrained(folder, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, self.model if self.is_fsdp_enabled else self.student)
-        except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
-            raise unreadable_checkpoint(resume_from_checkpoint, error) from error
-        if not self.is_fsdp_enabled:  # there the projectors are in the weights that have just been loaded
-            file = Path(resume_from_checkpoint) / PROJECTOR_FILE
-            restore_projectors(self.target.projectors, file, self.target.use, self.target.decoders)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -363,6 +300,3 @@ class SavingTrainer(Trainer):
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.state.best_model_checkpoint = best
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)

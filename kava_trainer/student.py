@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .adapters import add_adapter
 from .capture import HiddenStateCapture, number_of_layers, run_decoder
 from .errors import BadRequest
 from .fsdp import is_sharded
@@ -16,34 +17,89 @@ from .heads import vocabulary_logits
 from .loading import build_causal_lm, load_causal_lm, load_config
 from .source_arguments import ModelArguments
 from .targets import AlignedStates, HiddenStateTarget
+from .teacher import quantization_config
 
 
 def student_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """The student's config. Raises `BadRequest` where it cannot be had."""
-    name = arguments.student_model_name_or_path or arguments.student_config_name
-    return load_config(name, "student", arguments.student_revision, arguments)
-
-
-def load_student(arguments: ModelArguments, teacher: PreTrainedModel) -> PreTrainedModel:
-    """Load or make the student, in training mode, on the CPU.
-
-    Weights stored in float16 become float32: Adam's updates overflow in pure float16.
-
-    Args:
-        arguments: which student, its start (`student_init`) and data type.
-        teacher: gives its layers where `student_init` is `teacher_layers`.
+    """The student's config.
 
     Raises:
-        BadRequest: if it cannot be found or read, or the teacher's layers do not fit it.
+        BadRequest: if it cannot be had, or its weights cannot be quantised as asked, or trained as they are quantised.
     """
+    name = arguments.student_model_name_or_path or arguments.student_config_name
+    config = load_config(name, "student", arguments.student_revision, arguments)
+    quantization_config(arguments.student_quantization, "student")  # refused before anything is loaded
+    if (method := quantized_by(config)) is None:
+        return config
+    if arguments.student_init != "pretrained":
+        del config.quantization_config  # it tells of weights that are not loaded
+        return config
+    if not arguments.use_peft:
+        raise BadRequest(
+            f"The student {name!r} holds weights quantised by {method}, which cannot be trained themselves; write "
+            "use_peft true to train adapters on them, or name a student that is not quantised."
+        )
+    if arguments.student_quantization != "none":
+        raise BadRequest(f"The student {name!r} is quantised by {method} already; write student_quantization none.")
+    if arguments.merge_adapter and method != "bitsandbytes":
+        raise BadRequest(
+            f"Adapters cannot be merged into the student {name!r}, whose weights are quantised by {method}; write "
+            "merge_adapter false."
+        )
+    return config
+
+
+def quantized_by(config: PreTrainedConfig) -> str | None:
+    """What a checkpoint's weights are quantised by, from its config; None where they are not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
+
+
+def load_student(
+    arguments: ModelArguments, teacher: PreTrainedModel, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load or make the student, in training mode, with adapters where `use_peft` asks for them.
+
+    Weights stored in float16 become float32, or bfloat16 where they are quantised: Adam's updates overflow in pure
+    float16, and so may what passes through it.
+
+    Args:
+        arguments: which student, its start (`student_init`), data type and adapters.
+        teacher: gives its layers where `student_init` is `teacher_layers`.
+        device: where quantised weights are put; any others are on the CPU.
+
+    Raises:
+        BadRequest: if it cannot be found, read or quantised, or the teacher's layers or the adapters do not fit it.
+    """
+    config = student_config(arguments)
     if arguments.student_init == "pretrained":
-        name, revision = arguments.student_model_name_or_path, arguments.student_revision
-        student = load_causal_lm(name, "student", revision, arguments.student_dtype, arguments)
+        student = _load_pretrained(arguments, config, device)
     else:
-        student = build_causal_lm(student_config(arguments), arguments.student_dtype, arguments)
+        student = build_causal_lm(config, arguments.student_dtype, arguments)
     if arguments.student_init == "teacher_layers":
         copy_teacher_layers(teacher, student)
-    return (student.float() if student.dtype == torch.float16 else student).train()
+    if student.dtype == torch.float16:
+        student = student.float()
+    if arguments.use_peft:
+        add_adapter(student, arguments)
+    return student.train()
+
+
+def _load_pretrained(
+    arguments: ModelArguments, config: PreTrainedConfig, device: torch.device | str
+) -> PreTrainedModel:
+    """The student with its own weights, quantised as they are or as asked."""
+    name, revision, dtype = arguments.student_model_name_or_path, arguments.student_revision, arguments.student_dtype
+    placement: dict[str, Any] = {}
+    if (quantization := quantization_config(arguments.student_quantization, "student")) is not None:
+        placement["quantization_config"] = quantization
+    if quantization is not None or quantized_by(config) is not None:
+        placement["device_map"] = {"": str(device)}
+        dtype = "bfloat16" if dtype == "auto" and config.dtype == torch.float16 else dtype
+    return load_causal_lm(name, "student", revision, dtype, arguments, **placement)
 
 
 @torch.no_grad()

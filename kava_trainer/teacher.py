@@ -28,8 +28,12 @@ class TeacherSource(Protocol):
         """Logits [..., vocabulary] of last hidden states [..., d_t]."""
 
 
-def quantization_config(kind: str) -> BitsAndBytesConfig | None:
-    """How bitsandbytes shall hold the teacher: `none`, `8bit`, or `4bit` (NF4, double quantisation, bf16 compute).
+def quantization_config(kind: str, role: str = "teacher") -> BitsAndBytesConfig | None:
+    """How bitsandbytes shall hold a model: `none`, `8bit`, or `4bit` (NF4, double quantisation, bf16 compute).
+
+    Args:
+        kind: one of these.
+        role: `teacher` or `student`, for the message.
 
     Raises:
         BadRequest: if bitsandbytes is asked for and not installed.
@@ -40,7 +44,7 @@ def quantization_config(kind: str) -> BitsAndBytesConfig | None:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise BadRequest(
-            f"teacher_quantization {kind} needs bitsandbytes, which cannot be imported here ({error}); "
+            f"{role}_quantization {kind} needs bitsandbytes, which cannot be imported here ({error}); "
             "install it or write none."
         ) from error
     if kind == "8bit":

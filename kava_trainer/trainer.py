@@ -62,6 +62,8 @@ class KavaTrainer(ProbingTrainer):
         **kwargs: Any,
     ) -> None:
         target.requires_grad_(args.aligns)
+        if getattr(student, "is_quantized", False):
+            target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
         super().__init__(model=DistillationModel(student, target), args=args, **kwargs)
         self.terms = LossTerms(args, target, teacher, vocabulary_size(student), self.accelerator.autocast)
         self.eval_means = TokenMeans()

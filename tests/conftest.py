@@ -18,9 +18,12 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
+from kava_trainer.adapters import add_adapter  # noqa: E402
 from kava_trainer.quickstart import STUDENT_FOLDER  # noqa: E402
+from kava_trainer.source_arguments import ModelArguments  # noqa: E402
 
 TEACHER_SIZE, STUDENT_SIZE, TEACHER_LAYERS, STUDENT_LAYERS = 64, 32, 4, 2
+LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 def shared_path(*parts: str) -> Path:
@@ -69,6 +72,13 @@ def tiny_llama(hidden_size: int, layers: int, seed: int = 0, tie: bool = True) -
 def tiny_qwen(hidden_size: int, layers: int, seed: int = 0) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(**tiny_sizes(hidden_size, layers)))
+
+
+def tiny_lora_llama(hidden_size: int, layers: int, seed: int = 0, dropout: float = 0.0) -> LlamaForCausalLM:
+    student = tiny_llama(hidden_size, layers, seed)
+    options = {**LORA, "lora_dropout": dropout, "student_model_name_or_path": "some/student"}
+    add_adapter(student, ModelArguments("teacher", use_peft=True, **options))
+    return student
 
 
 def random_examples(count: int, seed: int = 0, longest: int = 24) -> list[dict]:

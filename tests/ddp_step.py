@@ -7,20 +7,21 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import conftest  # noqa: E402
 import torch  # noqa: E402
-from conftest import STUDENT_FOLDER  # noqa: E402
 from test_trainer import loss_lines, make_trainer  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from kava_trainer.fsdp import whole  # noqa: E402
 
 
-def main(output: str, batch_size: str, accumulation: str, weighting: str) -> None:
+def main(output: str, batch_size: str, accumulation: str, weighting: str, student: str = "tiny_llama") -> None:
     mercator_weight, lm_weight = map(float, weighting.split(","))
     trainer = make_trainer(
         output,
-        AutoTokenizer.from_pretrained(STUDENT_FOLDER),
+        AutoTokenizer.from_pretrained(conftest.STUDENT_FOLDER),
         count=8,
+        model=getattr(conftest, student),
         max_steps=1,
         per_device_train_batch_size=int(batch_size),
         gradient_accumulation_steps=int(accumulation),

@@ -37,6 +37,8 @@ ORDER = [
         "quickstart",
         "projector",
         "loading",
+        "adapters",
+        "adapter_files",
         "teacher",
         "targets",
         "collating",
@@ -61,6 +63,7 @@ ORDER = [
     *(
         "hub",
         "progress",
+        "weights",
         "saving",
         "fitting",
         "stepping",

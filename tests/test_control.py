@@ -156,3 +156,13 @@ def test_the_verdict_stands_in_the_summary_of_a_run_that_failed(tmp_path, monkey
     verdict = json.loads((tmp_path / "run_summary.json").read_text())["verdict"]
     assert verdict["success"] is False
     assert verdict["reasons"] == ["The run did not complete."]
+
+
+def test_the_control_of_a_run_with_adapters_has_the_same_adapters_on_the_same_student(tmp_path, steps):
+    changes = {"use_peft": True, "lora_r": 4, "projector_anchor": "none", "student_model_name_or_path": TEACHER_FOLDER}
+    assert run(tmp_path, **changes) == 0
+    main, control = steps
+    assert any("lora_A" in name for name in main["weights"])
+    assert main["weights"].keys() == control["weights"].keys()
+    assert all(torch.equal(main["weights"][name], control["weights"][name]) for name in main["weights"])
+    assert summary_of(tmp_path)["evaluation"]["control_sft"]["exact_match"] is not None

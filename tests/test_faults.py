@@ -10,10 +10,12 @@ import shlex
 import shutil
 import signal
 import time
+from functools import partial
 
 import fault_child
 import pytest
 import torch
+from conftest import tiny_lora_llama
 from processes import Run, write_problems
 
 from kava_trainer.checkpoint_io import broken_reason, find_newest_checkpoint, list_checkpoints
@@ -241,6 +243,37 @@ def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, number, ranks):
         )
         for name in ("weights", "optimizer", "rates", "losses", "lines"):
             assert resumed[name] == straight[name], (stop, name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", [{"bf16": False}, {"bf16": True}])
+def test_a_resumed_run_with_adapters_has_the_same_losses_and_weights(tmp_path, ranks, precision):
+    settings = {
+        **precision, "model": partial(tiny_lora_llama, dropout=0.1), "max_steps": 7, "save_strategy": "steps",
+        "save_steps": 1, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "projector_dropout": 0.1,
+        "gradient_checkpointing": True, "metric_for_best_model": "eval_loss",
+    }  # fmt: skip
+    straight = finish(tmp_path / "straight", None, settings, ranks)
+    assert (straight["world_size"], straight["packs"]) == (ranks, True)
+    for stop in (2, 5):
+        checkpoint = tmp_path / "straight" / "run" / f"checkpoint-{stop}"
+        assert not (checkpoint / "model.safetensors").exists()
+        resumed = finish(tmp_path / f"again{stop}", checkpoint, settings, ranks)
+        for name in ("weights", "optimizer", "rates", "losses", "lines"):
+            assert resumed[name] == straight[name], (stop, name)
+
+
+@pytest.mark.parametrize("stage", ["training", "save", "evaluation", "control"])
+def test_a_signal_to_a_run_with_adapters_loses_nothing(data, tmp_path, stage):
+    changes = {"use_peft": True, "lora_r": 4, "run_control": stage == "control"}
+    whole = Run(fault_child.run, tmp_path / "whole", tmp_path / "whole", data, changes)
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, stage, "SIGTERM", 0, 1, changes)
+    assert run.wait() == [143], run.output()
+    command = re.search(r"^Resume with: .*run_kava.py (.*)$", run.output(), re.M)[1]
+    resumed = Run(main, tmp_path, shlex.split(command))
+    assert resumed.wait() == [0], resumed.output()
+    assert whole.wait() == [0], whole.output()
+    assert final_hash(tmp_path) == final_hash(tmp_path / "whole")
 
 
 def finish(folder, checkpoint, settings, ranks):

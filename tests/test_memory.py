@@ -8,12 +8,16 @@ from test_trainer import make_trainer
 from torch import nn
 from transformers.training_args import OptimizerNames
 
+from kava_trainer.adapters import trained_parameters
 from kava_trainer.arguments import KavaArguments
+from kava_trainer.disk import checkpoint_bytes
 from kava_trainer.errors import BadRequest
 from kava_trainer.memory import LiveMemory, estimate_memory, model_bytes, optimizer_bytes, optimizer_step_bytes
 from kava_trainer.optimizers import settle_torchao
 from kava_trainer.parsing import parse_arguments
+from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.source_arguments import DataArguments, ModelArguments
+from kava_trainer.student import load_student
 
 QUICKSTART = str(ROOT / "training_args" / "quickstart.json")
 
@@ -181,3 +185,19 @@ def test_the_recipe_for_8_gb_takes_at_most_6():
     assert estimate["teacher"] == pytest.approx(1.14e9, rel=0.01)
     assert sum(estimate.values()) <= 6.0e9
     assert json.loads((ROOT / "training_args" / "gsm8k_qwen2.5_8gb.json").read_text())["teacher_quantization"] == "4bit"
+
+
+def test_with_adapters_only_they_have_gradients_and_optimizer_states():
+    argv = [QUICKSTART, "--student_model_name_or_path", str(TEACHER_FOLDER)]
+    lora, quantised = [*argv, "--use_peft"], [*argv, "--use_peft", "--student_quantization", "4bit"]
+    arguments = parse_arguments(lora)
+    plain, lora, quantised = (estimate_memory(parse_arguments(argv)) for argv in (argv, lora, quantised))
+    student = load_student(arguments.model, None)
+    assert lora["adapter"] == 4 * trained_parameters(student)
+    assert lora["student"] == plain["student"] == plain["teacher"]
+    assert lora["gradients"] == lora["adapter"] + lora["projector"]
+    assert lora["optimizer"] == 2 * lora["gradients"]
+    assert plain["gradients"] == plain["student"] + plain["projector"]
+    assert quantised["student"] < 0.3 * lora["student"]
+    assert quantised["adapter"] == lora["adapter"]
+    assert checkpoint_bytes(lora, arguments.training) == lora["adapter"] + lora["projector"] + lora["optimizer"]

@@ -1,0 +1,102 @@
+"""What a trainer of a student beside projectors writes and reads as weights: each of the two by itself."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from .adapter_files import load_adapter, save_weights
+from .adapters import has_adapter
+from .arguments import KavaTrainingArguments
+from .checkpoint_io import PROJECTOR_FILE, unreadable_checkpoint
+from .fsdp import is_sharded, whole_state
+from .projector import restore_projectors, save_projectors
+from .student import DistillationModel
+from .targets import HiddenStateTarget
+
+
+class WeightsTrainer(Trainer):
+    """A `Trainer` of a `DistillationModel` that keeps student and projectors apart on disk."""
+
+    args: KavaTrainingArguments
+    model: DistillationModel
+
+    def __init__(self, model: DistillationModel, **kwargs: Any) -> None:
+        self._student_uses_cache = model.config.use_cache
+        super().__init__(model=model, **kwargs)
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The student alone, as `AutoModelForCausalLM` would load it."""
+        return self.model.student
+
+    @property
+    def target(self) -> HiddenStateTarget:
+        """What is aligned, with its projectors."""
+        return self.model.target
+
+    def save_projector(self, path: str | Path, with_decoders: bool = False) -> None:
+        """Write the projectors to one `.pth` file, from the main process; every rank has to call this.
+
+        Args:
+            path: the file.
+            with_decoders: also the decoders of a reconstruction anchor, which only further training needs.
+        """
+        if self.args.should_save or is_sharded(self.model):
+            decoders = self.target.decoders if with_decoders else None
+            save_projectors(self.target.projectors, path, self.target.use, decoders, write=self.args.should_save)
+
+    def save_student(
+        self, output_dir: str | Path, merge_adapter: bool = True, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it.
+
+        Args:
+            output_dir: the folder.
+            merge_adapter: merge adapters into the student; else they are written alone.
+            state_dict: of `gathered_student`.
+        """
+        self.student.config.use_cache = self._student_uses_cache
+        self._save(str(output_dir), state_dict, merge_adapter)
+        self.student.config.use_cache = self.args.use_cache
+
+    def gathered_student(self) -> dict[str, torch.Tensor] | None:
+        """The student's weights, on the main process, where they are sharded; else None. Every rank must ask."""
+        if not is_sharded(self.model):
+            return None
+        tied = getattr(self.student, "all_tied_weights_keys", {})
+        return {name: tensor for name, tensor in whole_state(self.student).items() if name not in tied}
+
+    # The private methods of Trainer that are overridden here were read in transformers 5.23.0 and 5.17.0.
+
+    def _save(
+        self,
+        output_dir: str | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        merge_adapter: bool = False,
+    ) -> None:
+        """Write student and tokenizer. No pickled arguments: they would carry the hub token."""
+        state_dict = self.gathered_student() if state_dict is None else state_dict
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        save_weights(self.student, folder, merge_adapter, state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load = load_adapter if has_adapter(self.student) else super()._load_from_checkpoint
+        try:
+            load(resume_from_checkpoint, self.model if self.is_fsdp_enabled else self.student)
+        except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
+            raise unreadable_checkpoint(resume_from_checkpoint, error) from error
+        if not self.is_fsdp_enabled:  # there the projectors are in the weights that have just been loaded
+            file = Path(resume_from_checkpoint) / PROJECTOR_FILE
+            restore_projectors(self.target.projectors, file, self.target.use, self.target.decoders)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
