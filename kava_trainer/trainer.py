@@ -45,7 +45,7 @@ class KavaTrainer(ProbingTrainer):
     clipping and accumulation treat them as one. `trainer.student` is the plain student.
 
     Args:
-        student: the `PreTrainedModel` to train.
+        student: the `PreTrainedModel` to train; where it has adapters (`adapters.add_adapter`), these alone are trained.
         teacher: where the teacher's states come from; None where no term needs them (only `lm_weight` above 0).
         target: what is aligned, with its projectors.
         args: `KavaTrainingArguments`.
