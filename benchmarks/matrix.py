@@ -34,7 +34,7 @@ from kava_trainer.trainer import KavaTrainer  # noqa: E402
 
 COLUMNS = ("engine", "ranks", "student", "teacher", "source", "outcome", "resume")
 ENGINES = {"one process": 1, "DDP": 2, "FSDP2": 2, "DeepSpeed": 2}
-STUDENTS = {"full": {}}
+STUDENTS = {"full": {}, "LoRA": {"use_peft": True, "lora_r": 4, "merge_adapter": True}}
 TEACHERS = {
     "bf16": {"teacher_dtype": "bfloat16"},
     "8-bit": {"teacher_quantization": "8bit"},
