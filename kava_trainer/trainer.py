@@ -23,6 +23,7 @@ from .checkpoint_io import TRAINER_STATE_FILE, find_newest_checkpoint
 from .collating import DistillationCollator
 from .heads import vocabulary_size
 from .losses import IGNORED
+from .memory_errors import needs_memory
 from .metrics import TokenMeans
 from .optimizers import settle_torchao
 from .probe import choose_examples
@@ -194,8 +195,12 @@ class KavaTrainer(ProbingTrainer):
                 self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
         if self.args.calibrates and not resume_from_checkpoint:
-            self.calibrate()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            with needs_memory("while the projectors were calibrated", self.smaller_evaluation):
+                self.calibrate()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except torch.OutOfMemoryError as error:  # passes and evaluations have messages of their own
+            raise self.out_of_memory_between_passes() from error
 
     def _restore(self) -> None:
         if self.resumed_from is not None:
@@ -299,7 +304,8 @@ class KavaTrainer(ProbingTrainer):
         """
         prefix = metric_key_prefix
         # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
-        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.smaller_evaluation):
             output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
         means = self.eval_means.drain(self._sum_over_ranks)
         output.metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))

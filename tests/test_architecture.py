@@ -16,6 +16,7 @@ ORDER = [
         "arguments",
         "parsing",
         "environment",
+        "memory_errors",
         "losses",
         "alignment",
         "metrics",
