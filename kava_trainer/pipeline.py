@@ -26,6 +26,7 @@ from .environment import (
 )
 from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import evaluate_model, longest_answer
+from .fidelity import TeacherFidelity
 from .hub import push_student, render_model_card
 from .identity import check_output_dir, check_resumable, data_digest, run_identity
 from .interruption import tell_interruption, was_interrupted
@@ -90,8 +91,13 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     data = load_data(console, arguments, tokenizer)
     identity = from_main_process(lambda: _identify(console, arguments, data, resumption.checkpoint))
     summary.content["throughput"]["estimated_memory_bytes"] = tell_memory(console, arguments)
+    console.stage("Models")
+    probed = data.train if data.evaluation is None else data.evaluation
+    fidelity = TeacherFidelity(console, arguments, tokenizer, probed, data.evaluation is not None, data.collator)
+    fidelity.read_unquantised()
     with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
         models = load_models(console, arguments, tokenizer)
+        summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
         trainer = build_trainer(console, arguments, models, data)
     trainer.identity, summary.content["problems"] = identity, trainer.problems
     cache = open_cache(arguments, models, trainer)
