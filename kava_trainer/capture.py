@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .arguments import parse_layer_mapping
 from .errors import BadRequest
@@ -62,9 +62,14 @@ def resolve_layer_pairs(mapping: str, student_layers: int, teacher_layers: int) 
     return parsed
 
 
+def config_layers(config: PreTrainedConfig) -> int:
+    """Number of blocks that a config describes, see `number_of_layers`."""
+    return config.get_text_config(decoder=True).num_hidden_layers
+
+
 def number_of_layers(model: PreTrainedModel) -> int:
     """Number of blocks of a decoder, which is also the index of its last hidden state."""
-    return model.config.get_text_config(decoder=True).num_hidden_layers
+    return config_layers(model.config)
 
 
 def hidden_size(model: PreTrainedModel) -> int:

@@ -79,6 +79,24 @@ class FinalAnswerMatch(evaluate.Metric):
 
 
 @torch.no_grad()
+def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[str, torch.Tensor]) -> float:
+    """Cross-entropy in nats, summed over the answer tokens of one batch.
+
+    Args:
+        model: a causal language model.
+        states: its last hidden state [B, T, d].
+        batch: of a `collating.DistillationCollator`, on the device of the states.
+    """
+
+    def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return next_token_sum(vocabulary_logits(model, states), targets).unsqueeze(0)
+
+    answers = (states.flatten(0, 1)[batch["answer_index"]], batch["next_tokens"])
+    one = torch.ones(1, device=states.device)
+    return sum_in_chunks(chunk, answers, one, [], vocabulary_size(model))[0].item()
+
+
+@torch.no_grad()
 def answer_cross_entropy(
     model: PreTrainedModel, dataset: datasets.Dataset, collator: Callable[[list], dict], batch_size: int
 ) -> float:
@@ -95,16 +113,11 @@ def answer_cross_entropy(
     order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
     total, count = 0.0, 0
 
-    def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return next_token_sum(vocabulary_logits(model, states), targets).unsqueeze(0)
-
     for rows in own_batches(order, batch_size, "Perplexity"):
         batch = collator([dataset[row] for row in rows])
         batch = send_to_device(batch, model.device)
-        states = run_decoder(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
-        answers = (states[batch["answer_index"]], batch["next_tokens"])
-        found, _ = sum_in_chunks(chunk, answers, torch.ones(1, device=model.device), [], vocabulary_size(model))
-        total += found.item()
+        states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
+        total += answer_loss_sum(model, states, batch)
         count += len(batch["next_tokens"])
     model.train(training)
     shares = gather_object([(total, count)])

@@ -13,6 +13,7 @@ from .errors import RunFailed
 from .fsdp import is_sharded, whole
 from .metrics import TokenMeans
 from .nonfinite import NonfiniteSteps, skip_if
+from .optimizers import optimizer_name
 from .ranks import any_rank, largest_over_ranks
 from .saving import SavingTrainer
 
@@ -57,10 +58,11 @@ class FittingTrainer(SavingTrainer):
         self.row_limit: int | None = None
         """The most tokens of a forward pass that fit into the memory; None while all did."""
         self._largest_fitting = 0
+        self._done: list[Row] = []
 
     def begin_step(self, rows: list[Row]) -> None:
         """Prepare for an optimizer step of these rows on this rank."""
-        self._done: list[Row] = []
+        self._done = []
         self._returned = self._counted = torch.zeros((), device=self.args.device)
         self._means_before = self.train_means.state()
         self._short_of_memory = False
@@ -148,15 +150,10 @@ class FittingTrainer(SavingTrainer):
     def _out_of_memory(self, when: str) -> RunFailed:
         """The error for memory that does not suffice, with what to lower."""
         longest = _positions(self._done)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        states = sum(2 * parameter.numel() * (parameter.element_size() - 1) for parameter in trained)
         remedies = [
             f"lower max_length below the {longest} tokens of this forward pass",
             "set gradient_checkpointing true" if not self.args.gradient_checkpointing else "",
-            f"write optim adamw_bnb_8bit, which saves {states / 1e9:.2f} GB of optimizer states"
-            if "8bit" not in str(self.args.optim)
-            else "",
-            "write teacher_quantization 4bit, or name a teacher_cache_dir, which frees the teacher's memory",
+            *self._less_beside_passes(),
         ]
         if self.args.world_size > 1:
             half = f"{self.args.per_device_train_batch_size // 2 or 1} and gradient_accumulation_steps"
@@ -164,6 +161,24 @@ class FittingTrainer(SavingTrainer):
         return RunFailed(
             f"Out of memory in step {self.state.global_step + 1} {when}{self._memory_in_use()}. Do one of these: "
             f"{'; '.join(filter(None, remedies))}. {self.advice()}"
+        )
+
+    def _less_beside_passes(self) -> list[str]:
+        """What makes the memory smaller that weights and optimizer take whatever is read."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        states = sum(2 * parameter.numel() * (parameter.element_size() - 1) for parameter in trained)
+        small = f"write optim adamw_bnb_8bit, which saves {states / 1e9:.2f} GB of optimizer states"
+        return [
+            "" if "8bit" in optimizer_name(self.args.optim) else small,
+            "write teacher_quantization 4bit, or name a teacher_cache_dir, which frees the teacher's memory",
+        ]
+
+    def out_of_memory_between_passes(self) -> RunFailed:
+        """The error for memory that ran out in the optimizer's step, or before the first pass."""
+        when = f"in the optimizer's step {self.state.global_step + 1}" if self._done else "before the first step"
+        return RunFailed(
+            f"Out of memory {when}{self._memory_in_use()}. Do one of these: "
+            f"{'; '.join(filter(None, self._less_beside_passes()))}. {self.advice()}"
         )
 
     def _memory_in_use(self) -> str:

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .capture import context_length
 from .errors import BadRequest, reason_of
 from .file_errors import folder_problem
 from .quickstart import STUDENT_FOLDER, TEACHER_FOLDER
@@ -165,3 +166,11 @@ def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrain
             f"The tokenizer has ids up to {highest}, but the {role} has embeddings for {rows} tokens only; "
             f"give the {role} a vocab_size of at least {highest + 1}."
         )
+
+
+def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make sure that a model reads every token and examples of `max_length` of them. Raises `BadRequest` if not."""
+    check_vocabulary_fits(model, role, tokenizer)
+    limit = context_length(model)
+    if limit is not None and max_length > limit:
+        raise BadRequest(f"max_length is {max_length}, but the {role} reads {limit} tokens at most.")

@@ -26,9 +26,11 @@ from .environment import (
 )
 from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import evaluate_model, longest_answer
+from .fidelity import TeacherFidelity
 from .hub import push_student, render_model_card
 from .identity import check_output_dir, check_resumable, data_digest, run_identity
 from .interruption import tell_interruption, was_interrupted
+from .memory_errors import needs_memory, smaller_batches, smaller_models, smaller_rows
 from .preparation import (
     Data,
     Models,
@@ -69,10 +71,9 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
     try:
         with WATCH:
             return _run(arguments, argv)
-    except torch.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:  # most stages have a message of their own
         raise RunFailed(
-            f"Out of memory outside of a training step ({reason_of(error)}). Lower per_device_eval_batch_size (now "
-            f"{arguments.training.per_device_eval_batch_size}), or write teacher_quantization 4bit."
+            f"Out of memory ({reason_of(error)}). Let nothing else use the device, or choose smaller models."
         ) from error
 
 
@@ -90,15 +91,22 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     data = load_data(console, arguments, tokenizer)
     identity = from_main_process(lambda: _identify(console, arguments, data, resumption.checkpoint))
     summary.content["throughput"]["estimated_memory_bytes"] = tell_memory(console, arguments)
-    models = load_models(console, arguments, tokenizer)
-    trainer = build_trainer(console, arguments, models, data)
+    console.stage("Models")
+    probed = data.train if data.evaluation is None else data.evaluation
+    fidelity = TeacherFidelity(console, arguments, tokenizer, probed, data.evaluation is not None, data.collator)
+    fidelity.read_unquantised()
+    with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
+        models = load_models(console, arguments, tokenizer)
+        summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
+        trainer = build_trainer(console, arguments, models, data)
     trainer.identity, summary.content["problems"] = identity, trainer.problems
     cache = open_cache(arguments, models, trainer)
-    check_teacher(console, models, data, training.per_device_eval_batch_size)
+    with needs_memory("while the teacher was tried out", lambda: smaller_batches(arguments)):
+        check_teacher(console, models, data, training.per_device_eval_batch_size)
     console.stage("Evaluation")
     _evaluate(console, arguments, models, data, summary, ("teacher", "student_before"))
     if cache is not None:
-        with WATCH.deferred():
+        with WATCH.deferred(), needs_memory("while the cache was written", lambda: smaller_rows(arguments)):
             fill_cache(console, arguments, cache, models, data, trainer)
     status = "failed"  # from here on the output folder is this run's, and its summary is written however it ends
     try:
@@ -207,14 +215,15 @@ def _evaluate(
     limits = [limit for model in (models.teacher, models.student) if (limit := context_length(model)) is not None]
     new_tokens = min([new_tokens, *(limit - max(data.evaluation["prompt_length"]) for limit in limits)])
     for name in names:
-        figures = evaluate_model(
-            models.teacher if name == "teacher" else models.student,
-            models.tokenizer,
-            data.evaluation,
-            data.collator,
-            training.per_device_eval_batch_size,
-            new_tokens if training.evaluate_generation else None,
-        )
+        with needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
+            figures = evaluate_model(
+                models.teacher if name == "teacher" else models.student,
+                models.tokenizer,
+                data.evaluation,
+                data.collator,
+                training.per_device_eval_batch_size,
+                new_tokens if training.evaluate_generation else None,
+            )
         summary.add_evaluation(name, figures)
         match = figures["exact_match"]
         shown = "" if match is None else f", exact match {100 * match:.1f} %"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from .adapters import trained_parameters
 from .arguments import KavaArguments, KavaTrainingArguments
 from .callbacks.guard import tracker_problem
-from .capture import context_length, hidden_size, number_of_layers
+from .capture import hidden_size, number_of_layers
 from .collating import DistillationCollator
 from .console import Console, size_text
 from .data import Encoded, encode_dataset, load_splits
@@ -21,7 +21,7 @@ from .errors import BadRequest, reason_of
 from .evaluation import answer_cross_entropy
 from .heads import check_head
 from .hub import hub_reason
-from .loading import check_tokenizers_agree, check_vocabulary_fits, load_tokenizer
+from .loading import check_reads, check_tokenizers_agree, load_tokenizer
 from .memory import estimate_memory
 from .optimizers import rounding_problem
 from .student import load_student
@@ -116,15 +116,11 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
 
 def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Models:
     """Teacher and student. Raises `BadRequest` where one cannot be had, or does not fit tokenizer or lengths."""
-    console.stage("Models")
     teacher = load_teacher(arguments.model, arguments.training.device)
     set_seed(arguments.training.seed)
     student = load_student(arguments.model, teacher, arguments.training.device)
     for role, model in (("teacher", teacher), ("student", student)):
-        check_vocabulary_fits(model, role, tokenizer)
-        limit = context_length(model)
-        if limit is not None and arguments.data.max_length > limit:
-            raise BadRequest(f"max_length is {arguments.data.max_length}, but the {role} reads {limit} tokens at most.")
+        check_reads(model, role, tokenizer, arguments.data.max_length)
         width, depth = hidden_size(model), number_of_layers(model)
         console.print(
             f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "

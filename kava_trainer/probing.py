@@ -5,6 +5,7 @@ from typing import Any
 from transformers.trainer_utils import has_length
 
 from .alignment import Diagnostics, collapse_remedy
+from .memory_errors import needs_memory
 from .probe import MINIMUM_SHARE, AlignmentProbe, ProbeResult, ShareWatch, choose_examples
 from .stepping import SteppingTrainer
 from .terms import LossTerms
@@ -30,6 +31,10 @@ class ProbingTrainer(SteppingTrainer):
         """Share of the optimizer steps that are done, from 0 to 1."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
+    def smaller_evaluation(self) -> str:
+        """What to write where memory runs out in an evaluation, as a sentence with the checkpoint to resume from."""
+        return f"Lower per_device_eval_batch_size (now {self.args.per_device_eval_batch_size}). {self.advice()}"
+
     def make_probe(self) -> AlignmentProbe | None:
         """The fixed probe, where something is aligned and there is one set of held-out examples."""
         if self.terms.teacher is None or not self.args.aligns or not has_length(self.eval_dataset):
@@ -43,7 +48,8 @@ class ProbingTrainer(SteppingTrainer):
         """Measure the alignment on the probe; None where there is no probe. Terms that do nothing are named once."""
         if self.probe is None:
             return None
-        result = self.probe.measure(self.model, self.terms, self.progress)
+        with needs_memory("while the probe measured the alignment", self.smaller_evaluation):
+            result = self.probe.measure(self.model, self.terms, self.progress)
         for name in self._shares.without_effect(result.gradient_shares):
             self.console.warn(
                 f"The term {name} gives less than {MINIMUM_SHARE:.0%} of the student's gradient; raise {name}_weight, "

@@ -33,7 +33,7 @@ from .fsdp import own_part
 from .hub import ANSWER_SECONDS, CheckpointPusher, in_time
 from .progress import read_progress, save_progress
 from .ranks import any_rank
-from .signals import Interrupted
+from .signals import WATCH, Interrupted
 from .student import DistillationModel
 from .weights import WeightsTrainer
 
@@ -213,13 +213,15 @@ class SavingTrainer(WeightsTrainer):
             self.note_problem("save", "left an old checkpoint")
 
     def _tell_failed_save(self, folder: Path, problem: str) -> None:
-        """Note a save that failed. Raises `RunFailed` for one too many in a row."""
+        """Note a save that failed. Raises `RunFailed` for one too many in a row, while the training goes on."""
         self._failed_saves += 1
+        ends = self.control.should_training_stop or WATCH.received is not None
         free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
         told = f"{folder} could not be written ({problem}; {free / 1e9:.2f} GB are free there)."
-        if self._failed_saves >= MOST_FAILED_SAVES:
+        if self._failed_saves >= MOST_FAILED_SAVES and not ends:
             raise RunFailed(f"{told} It is save number {self._failed_saves} that failed in a row. {self.advice()}")
-        self.console.warn(f"{told} The training goes on and tries again at the next save. {self.advice()}")
+        goes_on = "The training ends here, without it." if ends else "The training tries again at the next save."
+        self.console.warn(f"{told} {goes_on} {self.advice()}")
         self.note_problem("save", f"went on without {folder.name}")
 
     # The private methods of Trainer that KAVA overrides are below; all were read in transformers 5.23.0 and 5.17.0.

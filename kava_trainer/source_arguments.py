@@ -113,6 +113,10 @@ class ModelArguments:
             )
         if self.student_model_name_or_path and self.student_config_name:
             found.append("student_model_name_or_path and student_config_name exclude each other; keep one of them.")
+        if self.student_init == "teacher_layers" and self.teacher_quantization != "none":
+            found.append(
+                "student_init teacher_layers needs the teacher's own weights; write teacher_quantization none."
+            )
         return found + (self._adapter_problems() if self.use_peft else self._problems_without_adapter())
 
     @property

@@ -58,6 +58,7 @@ class RunSummary:
             "cos_sim_at": {str(step): None for step in ALWAYS_LOGGED_STEPS},
             "final": dict.fromkeys(_FINAL),
             "evaluation": dict.fromkeys(_EVALUATED),
+            "teacher_fidelity": None,
             "verdict": {"success": None, "collapsed": None, "reasons": []},
             "throughput": dict.fromkeys(_THROUGHPUT),
             "problems": [],

@@ -12,6 +12,8 @@ from .heads import vocabulary_logits
 from .loading import load_causal_lm
 from .source_arguments import ModelArguments
 
+_PACKED_OUTPUTS = 32
+
 
 class TeacherSource(Protocol):
     """Where the teacher's hidden states come from: a model that runs now, or what it once gave."""
@@ -80,7 +82,25 @@ def load_teacher(arguments: ModelArguments, device: torch.device) -> PreTrainedM
         arguments,
         **placement,
     )
+    if getattr(model, "is_loaded_in_4bit", False):
+        _keep_odd_layers_unpacked(model)
     return freeze(model if quantization is not None else model.to(device))
+
+
+def _keep_odd_layers_unpacked(model: PreTrainedModel) -> None:
+    """Let layers of any width run on a CPU.
+
+    On one that multiplies in bfloat16 (AVX-512) bitsandbytes packs 4-bit weights anew, in blocks of 32 outputs and of
+    the inputs that share a scale, and fails where a width is no multiple of those (read in bitsandbytes 0.50.2). Such
+    layers stay with the way that every other CPU takes.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            block = module.weight.quant_state.blocksize
+            if module.out_features % _PACKED_OUTPUTS or module.in_features % block:
+                module.support_avx512bf16_for_cpu = False
 
 
 class OnlineTeacher:

@@ -26,6 +26,7 @@ from .errors import RunFailed
 from .fsdp import give_up_whole_weights, is_sharded, whole_state
 from .heads import vocabulary_size
 from .losses import IGNORED
+from .memory_errors import needs_memory
 from .metrics import TokenMeans
 from .optimizers import settle_torchao
 from .probe import choose_examples
@@ -45,7 +46,7 @@ class KavaTrainer(ProbingTrainer):
     clipping and accumulation treat them as one. `trainer.student` is the plain student.
 
     Args:
-        student: the `PreTrainedModel` to train; where it has adapters (`adapters.add_adapter`), these alone are trained.
+        student: the `PreTrainedModel` to train; where it has adapters (`adapters.add_adapter`), they alone are trained.
         teacher: where the teacher's states come from; None where no term needs them (only `lm_weight` above 0).
         target: what is aligned, with its projectors.
         args: `KavaTrainingArguments`.
@@ -208,8 +209,12 @@ class KavaTrainer(ProbingTrainer):
                 self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
         if self.args.calibrates and not resume_from_checkpoint:
-            self.calibrate()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            with needs_memory("while the projectors were calibrated", self.smaller_evaluation):
+                self.calibrate()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except torch.OutOfMemoryError as error:  # passes and evaluations have messages of their own
+            raise self.out_of_memory_between_passes() from error
 
     def _restore(self) -> None:
         if is_fsdp_asked() and not is_sharded(self.model):
@@ -315,7 +320,8 @@ class KavaTrainer(ProbingTrainer):
         """
         prefix = metric_key_prefix
         # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
-        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.smaller_evaluation):
             output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
         means = self.eval_means.drain(self._sum_over_ranks)
         give_up_whole_weights(self.model)

@@ -92,7 +92,8 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     summary = summary_of(tmp_path)
     assert list(summary) == [
         *("schema_version", "status", "started_at", "finished_at", "duration_seconds", "environment", "arguments"),
-        *("global_step", "cos_sim_at", "final", "evaluation", "verdict", "throughput", "problems", "checkpoints"),
+        *("global_step", "cos_sim_at", "final", "evaluation", "teacher_fidelity", "verdict", "throughput", "problems"),
+        "checkpoints",
     ]
     assert (summary["schema_version"], summary["status"], summary["global_step"]) == (1, "completed", 51)
     assert summary["cos_sim_at"]["50"] is not None
@@ -137,11 +138,46 @@ def test_the_seed_recipe_names_its_files_as_ever(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_a_quantised_teacher_distils_on_the_cpu(tmp_path, quantization):
+def test_the_quickstart_runs_with_a_quantised_teacher_and_tells_what_that_costs(tmp_path, quantization, capsys):
     pytest.importorskip("bitsandbytes")
-    options = {**QUICKSTART, **SHORT, "teacher_quantization": quantization, "output_dir": tmp_path}
-    assert run_kava.main([*words(options), "--per_device_train_batch_size", "8"]) == 0
-    assert summary_of(tmp_path)["evaluation"]["teacher"]["perplexity"] < 2
+    recipe = str(ROOT / "training_args" / "quickstart.json")
+    options = {**SHORT, "teacher_quantization": quantization, "output_dir": tmp_path}
+    assert run_kava.main([recipe, *words(options)]) == 0
+    summary = summary_of(tmp_path)
+    assert summary["evaluation"]["teacher"]["perplexity"] < 2
+    check_fidelity(summary["teacher_fidelity"], quantization)
+    shown = capsys.readouterr().out
+    assert "Unquantised teacher, to compare with: 3.4 MB on cpu for a moment" in shown
+    name = {"4bit": "4-bit", "8bit": "8-bit"}[quantization]
+    assert re.search(
+        rf"^{name} teacher against float32 on \d+ held-out tokens: CosSim 0\.9\d+ at layer 1, 0\.9", shown, re.M
+    )
+
+
+def check_fidelity(measured, quantization):
+    """The quickstart's teacher stays close to itself; closer in 8 bit."""
+    assert measured["quantization"] == quantization
+    assert measured["reference_dtype"] == "float32"
+    assert list(measured["layers"]) == ["1", "4"]
+    for row in measured["layers"].values():
+        assert 0.95 < row["cos_sim"] < 1
+        assert row["cos_sim_p01"] < row["cos_sim"]
+        assert quantization == "4bit" or row["cos_sim"] > 0.999
+    assert 1 <= measured["reference_perplexity"] < 1.1
+    assert measured["perplexity"] / measured["reference_perplexity"] < 1.1
+    assert measured["reason"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_the_whole_quickstart_with_a_quantised_teacher(tmp_path, quantization):
+    recipe = str(ROOT / "training_args" / "quickstart.json")
+    result = launch(recipe, "--teacher_quantization", quantization, "--output_dir", "out", cwd=tmp_path, timeout=1800)
+    assert result.returncode == 0, result.stderr
+    summary = summary_of(tmp_path / "out")
+    check_fidelity(summary["teacher_fidelity"], quantization)
+    assert summary["verdict"]["success"] is True
+    assert summary["global_step"] == 600
 
 
 def test_own_jsonl_and_a_student_of_teacher_layers(tmp_path):

@@ -243,3 +243,46 @@ def test_transformers_own_checkpoint_on_sigterm_does_not_take_the_signal_away(tm
     trainer = make_trainer(tmp_path, tokenizer, enable_jit_checkpoint=True)
     assert not trainer.args.enable_jit_checkpoint
     assert not any("JIT" in type(callback).__name__ for callback in trainer.callback_handler.callbacks)
+
+
+class SignalAt(TrainerCallback):
+    """A SIGTERM in the step after this one."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("fails", "signal_at", "tried_again"),
+    [(2, None, True), (4, None, False), (2, 1, False)],
+    ids=["on the way", "the last", "of a signal"],
+)
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_only_a_save_that_has_a_next_one_says_so(
+    tmp_path, tokenizer, monkeypatch, capsys, strategy, fails, signal_at, tried_again
+):
+    settings = {**SAVING, "save_strategy": strategy, "gradient_accumulation_steps": 4, "num_train_epochs": 4}
+    trainer = make_trainer(tmp_path, tokenizer, **settings, count=16)  # a step is an epoch
+    if signal_at is not None:
+        trainer.add_callback(SignalAt(signal_at))
+    fail_at(trainer, monkeypatch, {fails}, saving, "stage", OSError(errno.ENOSPC, "No space left on device"))
+    trainer.train()
+    told = capsys.readouterr().out
+    newest = f"Resume from {tmp_path / f'checkpoint-{fails - 1}'}, which is sound."
+    assert (f"The training tries again at the next save. {newest}" in told) is tried_again
+    assert (f"The training ends here, without it. {newest}" in told) is not tried_again
+    assert {problem["kind"] for problem in trainer.problems} == {"save"}
+
+
+def test_two_saves_that_fail_at_the_end_leave_the_finished_student(tmp_path, tokenizer, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path, tokenizer, **SAVING)
+    fail_at(trainer, monkeypatch, {3, 4}, saving, "stage", OSError(errno.ENOSPC, "No space left on device"))
+    trainer.train()
+    trainer.save_finals(tmp_path / "student", tmp_path / "projector.pth")
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+    assert "The training ends here, without it." in capsys.readouterr().out
+    assert [problem["step"] for problem in trainer.problems] == [3, 4]

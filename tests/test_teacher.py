@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_llama
 
 from kava_trainer.errors import BadRequest
@@ -46,3 +47,18 @@ def test_a_teacher_is_loaded_in_the_type_asked_for_and_a_missing_one_refused():
     assert not teacher.training
     with pytest.raises(BadRequest, match="The teacher 'nobody/nothing' cannot be loaded"):
         load_teacher(ModelArguments(teacher_model_name_or_path="nobody/nothing"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+@pytest.mark.parametrize("width", [36, 64, 100])
+def test_a_quantised_teacher_runs_on_the_cpu_whatever_its_widths_are(tmp_path, quantization, width):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(width, 2).save_pretrained(tmp_path)
+    ids = torch.arange(1, 41).view(2, 20)
+    states = []
+    for kind in ("none", quantization):
+        arguments = ModelArguments(teacher_model_name_or_path=str(tmp_path), teacher_quantization=kind)
+        teacher = OnlineTeacher(load_teacher(arguments, torch.device("cpu")), [2])
+        states.append(teacher.features({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[2])
+    least, most = {"4bit": (0.95, 0.9999), "8bit": (0.999, 0.999999)}[quantization]
+    assert least < F.cosine_similarity(*states, dim=-1).mean() < most
