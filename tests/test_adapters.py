@@ -137,9 +137,7 @@ def test_the_gradient_of_the_adapters_is_that_of_the_plain_loss_on_a_peft_model(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(
-    "optim", ["adamw_torch_fused", "adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "stable_adamw"]
-)
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"])
 def test_training_changes_the_adapters_and_no_other_weight(tmp_path, tokenizer, optim):
     if "bnb" in optim or "paged" in optim:
         pytest.importorskip("bitsandbytes")
