@@ -42,7 +42,7 @@ class KavaTrainer(ProbingTrainer):
     clipping and accumulation treat them as one. `trainer.student` is the plain student.
 
     Args:
-        student: the `PreTrainedModel` to train.
+        student: the `PreTrainedModel` to train, or its adapters alone where `adapters.add_adapter` gave it any.
         teacher: where the teacher's states come from; None where no term needs them (only `lm_weight` above 0).
         target: what is aligned, with its projectors.
         args: `KavaTrainingArguments`.

@@ -74,9 +74,9 @@ def tiny_qwen(hidden_size: int, layers: int, seed: int = 0) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(Qwen2Config(**tiny_sizes(hidden_size, layers)))
 
 
-def tiny_lora_llama(hidden_size: int, layers: int, seed: int = 0, dropout: float = 0.0) -> LlamaForCausalLM:
-    student = tiny_llama(hidden_size, layers, seed)
-    options = {**LORA, "lora_dropout": dropout, "student_model_name_or_path": "some/student"}
+def tiny_lora_llama(hidden_size: int, layers: int, seed: int = 0, tie: bool = True, **changes) -> LlamaForCausalLM:
+    student = tiny_llama(hidden_size, layers, seed, tie)
+    options = {**LORA, "student_model_name_or_path": "some/student", **changes}
     add_adapter(student, ModelArguments("teacher", use_peft=True, **options))
     return student
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import LORA, STUDENT_LAYERS, STUDENT_SIZE, random_examples, tiny_llama, tiny_lora_llama
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from processes import Run
+from test_fitting import STEADY, Poison, out_of_memory_above
 from test_invariants import weight_hash
 from test_trainer import loss_lines, make_trainer
 from transformers import TrainerCallback
@@ -30,7 +31,7 @@ def stirred(trainer):
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in trainer.student.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return trainer
 
@@ -83,9 +84,17 @@ def test_a_tied_head_can_be_adapted_where_nothing_is_merged():
     assert trained_parameters(student) == LORA["lora_r"] * (512 + STUDENT_SIZE)
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_tokens_per_batch": 0}, {"gradient_checkpointing": True}], ids=str)
-def test_the_gradient_of_the_adapters_is_that_of_the_plain_loss_on_a_peft_model(tmp_path, tokenizer, changes):
-    trainer = stirred(make_trainer(tmp_path, tokenizer, model=tiny_lora_llama, lm_weight=0.5, **changes))
+HEAD = {"lora_target_modules": ["q_proj", "embed_tokens"], "lora_modules_to_save": ["lm_head"], "tie": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [({}, {}), ({"max_tokens_per_batch": 0}, {}), ({"gradient_checkpointing": True}, {}), ({}, HEAD)],
+    ids=["all linear", "padded", "recomputed", "embeddings and head"],
+)
+def test_the_gradient_of_the_adapters_is_that_of_the_plain_loss_on_a_peft_model(tmp_path, tokenizer, changes, where):
+    model = partial(tiny_lora_llama, **where)
+    trainer = stirred(make_trainer(tmp_path, tokenizer, model=model, lm_weight=0.5, **changes))
     if changes.get("gradient_checkpointing"):
         trainer.student.gradient_checkpointing_enable({"use_reentrant": True})
         trainer.student.train()
@@ -95,9 +104,13 @@ def test_the_gradient_of_the_adapters_is_that_of_the_plain_loss_on_a_peft_model(
         trainer.compute_loss(trainer.model, batch).backward()
 
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=LORA["lora_r"], lora_alpha=LORA["lora_alpha"], target_modules="all-linear"
+        task_type="CAUSAL_LM",
+        r=LORA["lora_r"],
+        lora_alpha=LORA["lora_alpha"],
+        target_modules=where.get("lora_target_modules", "all-linear"),
+        modules_to_save=where.get("lora_modules_to_save"),
     )
-    plain = get_peft_model(tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2), config)
+    plain = get_peft_model(tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2, tie=not where), config)
     weights = {f"base_model.model.{name}": weight for name, weight in adapter_weights(trainer.student).items()}
     set_peft_model_state_dict(plain, weights)
     inputs, mask = (
@@ -156,7 +169,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_schedul
 
 
 def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, tokenizer):
-    settings = {**SAVING, "model": partial(tiny_lora_llama, dropout=0.1), "projector_dropout": 0.1}
+    settings = {**SAVING, "model": partial(tiny_lora_llama, lora_dropout=0.1), "projector_dropout": 0.1}
     straight = make_trainer(tmp_path / "straight", tokenizer, **settings)
     straight.train()
     resumed = make_trainer(tmp_path / "again", tokenizer, **settings)
@@ -239,3 +252,18 @@ def test_packed_rows_make_the_step_of_padded_ones(tmp_path, tokenizer):
     assert not padded.packs
     for name, weight in adapter_weights(packed.student).items():
         torch.testing.assert_close(weight, adapter_weights(padded.student)[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_step_of_adapters_is_done_again_where_memory_runs_out_and_skipped_where_numbers_do(tmp_path, tokenizer):
+    settings = {**STEADY, "model": tiny_lora_llama, "max_steps": 3, "max_tokens_per_batch": 80}
+    roomy, tight = (make_trainer(tmp_path, tokenizer, **settings) for _ in range(2))
+    out_of_memory_above(40, "backward")(tight)
+    for trainer in (roomy, tight):
+        Poison(trainer, {2}, "gradient")
+        trainer.train()
+    assert [problem["kind"] for problem in roomy.problems] == ["nan"]
+    assert sorted({problem["kind"] for problem in tight.problems}) == ["nan", "oom"]
+    start = adapter_weights(tiny_lora_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2))
+    for name, weight in adapter_weights(tight.student).items():
+        assert not torch.equal(weight, start[name])
+        torch.testing.assert_close(weight, adapter_weights(roomy.student)[name], rtol=0, atol=2e-5)

@@ -20,6 +20,7 @@ from processes import Run, write_problems
 
 from kava_trainer.checkpoint_io import broken_reason, find_newest_checkpoint, list_checkpoints
 from kava_trainer.projector import load_projectors
+from kava_trainer.quickstart import TEACHER_FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -248,7 +249,7 @@ def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, number, ranks):
 @pytest.mark.parametrize("precision", [{"bf16": False}, {"bf16": True}])
 def test_a_resumed_run_with_adapters_has_the_same_losses_and_weights(tmp_path, ranks, precision):
     settings = {
-        **precision, "model": partial(tiny_lora_llama, dropout=0.1), "max_steps": 7, "save_strategy": "steps",
+        **precision, "model": partial(tiny_lora_llama, lora_dropout=0.1), "max_steps": 7, "save_strategy": "steps",
         "save_steps": 1, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "projector_dropout": 0.1,
         "gradient_checkpointing": True, "metric_for_best_model": "eval_loss",
     }  # fmt: skip
@@ -262,16 +263,18 @@ def test_a_resumed_run_with_adapters_has_the_same_losses_and_weights(tmp_path, r
             assert resumed[name] == straight[name], (stop, name)
 
 
-@pytest.mark.parametrize("stage", ["training", "save", "evaluation", "control"])
-def test_a_signal_to_a_run_with_adapters_loses_nothing(data, tmp_path, stage):
-    changes = {"use_peft": True, "lora_r": 4, "run_control": stage == "control"}
-    whole = Run(fault_child.run, tmp_path / "whole", tmp_path / "whole", data, changes)
-    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, stage, "SIGTERM", 0, 1, changes)
-    assert run.wait() == [143], run.output()
+@pytest.mark.parametrize("bits", ["none", "4bit"])
+@pytest.mark.parametrize(("stage", "ranks"), [("training", 1), ("training", 2), ("save", 1), ("evaluation", 1)])
+def test_a_signal_to_a_run_with_adapters_loses_nothing(data, tmp_path, stage, ranks, bits):
+    changes = {"use_peft": True, "lora_r": 4, "student_model_name_or_path": TEACHER_FOLDER}
+    changes["student_quantization"] = bits
+    whole = Run(fault_child.run, tmp_path / "whole", tmp_path / "whole", data, changes, ranks=ranks)
+    assert whole.wait() == [0] * ranks, whole.output()
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, stage, "SIGTERM", 0, 1, changes, ranks=ranks)
+    assert run.wait() == [143] * ranks, run.output()
     command = re.search(r"^Resume with: .*run_kava.py (.*)$", run.output(), re.M)[1]
-    resumed = Run(main, tmp_path, shlex.split(command))
-    assert resumed.wait() == [0], resumed.output()
-    assert whole.wait() == [0], whole.output()
+    resumed = Run(main, tmp_path, shlex.split(command), ranks=ranks)
+    assert resumed.wait() == [0] * ranks, resumed.output()
     assert final_hash(tmp_path) == final_hash(tmp_path / "whole")
 
 

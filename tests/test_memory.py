@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, shared_path, tiny_llama
+from conftest import LORA, ROOT, shared_path, tiny_llama, tiny_lora_llama
 from test_trainer import make_trainer
 from torch import nn
 from transformers.training_args import OptimizerNames
@@ -129,20 +129,24 @@ CHANGES = [
     {"kd_weight": 0.5, "layer_mapping": "uniform:2"},
     {"gradient_checkpointing": True},
     {"lm_weight": 0.0, "projector_direction": "student_to_teacher"},
+    {"use_peft": True},
+    {"use_peft": True, "gradient_checkpointing": True},
 ]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_the_estimate_of_a_micro_batch_is_what_a_real_one_takes(tmp_path, tokenizer, changes):
     folders = {role: tmp_path / role for role in ("teacher", "student")}
-    trainer = make_trainer(tmp_path, tokenizer, **changes)
+    lora = {"use_peft": True, **LORA} if changes.get("use_peft") else {}
+    changes = {name: value for name, value in changes.items() if name != "use_peft"}
+    trainer = make_trainer(tmp_path, tokenizer, model=tiny_lora_llama if lora else tiny_llama, **changes)
     trainer.teacher.model.save_pretrained(folders["teacher"])
-    trainer.student.save_pretrained(folders["student"])
+    trainer.student.config.save_pretrained(folders["student"])
     args = copy.copy(trainer.args)
     args.max_tokens_per_batch = 96 if trainer.packs else 0
     names = {"teacher_model_name_or_path": str(folders["teacher"]), "student_config_name": str(folders["student"])}
     data = DataArguments(dataset_name="quickstart", max_length=24)
-    estimate = estimate_memory(KavaArguments(ModelArguments(**names), data, args))["micro-batch"]
+    estimate = estimate_memory(KavaArguments(ModelArguments(**names, **lora), data, args))["micro-batch"]
     examples = [{"input_ids": list(range(1, 25)), "labels": list(range(1, 25))} for _ in range(4)]
     batch = trainer.data_collator(examples)
     if trainer.packs:
@@ -152,10 +156,11 @@ def test_the_estimate_of_a_micro_batch_is_what_a_real_one_takes(tmp_path, tokeni
     if changes.get("gradient_checkpointing"):
         trainer.student.gradient_checkpointing_enable()
     trainer.model.train()
-    for parameter in trainer.model.parameters():
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     known = [*trainer.teacher.model.parameters(), *trainer.model.parameters()]
-    with LiveMemory([*known, *(parameter.grad for parameter in trainer.model.parameters())]) as live:
+    with LiveMemory([*known, *(parameter.grad for parameter in trained)]) as live:
         trainer.compute_loss(trainer.model, batch).backward()
     assert estimate == pytest.approx(live.peak, rel=0.05)
 

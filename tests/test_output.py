@@ -128,6 +128,19 @@ def test_the_model_card_is_valid_and_tells_the_measured_results(summary):
     assert "hf_planted" not in str(card)
 
 
+def test_the_card_of_an_adapter_names_its_base_and_how_both_are_loaded(summary):
+    argv = [*ARGUMENTS, "--use_peft", "--student_quantization", "4bit", "--student_revision", "v2"]
+    merged = ModelCard(render_model_card("me/student", parse_arguments(argv), summary.content))
+    assert (merged.data.library_name, merged.data.base_model_relation) == ("transformers", "finetune")
+    assert "rank 16 was trained on the frozen student in 4 bit; it is merged into this model." in merged.text
+    card = ModelCard(render_model_card("me/student", parse_arguments([*argv, "--no_merge_adapter"]), summary.content))
+    assert (card.data.library_name, card.data.base_model_relation) == ("peft", "adapter")
+    assert card.data.base_model == "Qwen/Qwen2.5-0.5B"
+    assert "lora" in card.data.tags
+    base = 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", revision="v2")'
+    assert f'model = PeftModel.from_pretrained({base}, "me/student")' in card.text
+
+
 def test_a_failed_push_names_the_command_to_push_again(tmp_path, monkeypatch):
     arguments, calls = parse_arguments(ARGUMENTS), []
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: calls.append((self.token, kwargs)))
