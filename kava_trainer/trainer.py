@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerState
@@ -58,6 +59,10 @@ class KavaTrainer(ProbingTrainer):
         args: KavaTrainingArguments,
         **kwargs: Any,
     ) -> None:
+        if isinstance(student, PeftModel):
+            raise ValueError(
+                "The student is a PeftModel. Give the model itself, with adapters from adapters.add_adapter."
+            )
         target.requires_grad_(args.aligns)
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
