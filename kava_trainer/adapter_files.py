@@ -7,8 +7,8 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from .adapters import ADAPTER, has_adapter
 
@@ -101,9 +101,16 @@ def base_weights(student: PreTrainedModel) -> dict[str, torch.Tensor]:
         if any(part.startswith("lora_") or part == "modules_to_save" for part in name.split(".")):
             continue
         if kind == "weight" and not weight.is_floating_point():
-            weight = dequantize_bnb_weight(modules[owner].weight, getattr(modules[owner], "state", None))
+            weight = _dequantised(modules[owner])
         if weight.is_floating_point() and getattr(student, "is_quantized", False):
             weight = weight.to(student.dtype)  # bitsandbytes turns biases into what it computes in
         plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         found[plain] = weight.detach().to("cpu", copy=True)
     return found
+
+
+def _dequantised(layer: nn.Module) -> torch.Tensor:
+    """The weight of a layer that bitsandbytes has quantised."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # it imports bitsandbytes, if need be
+
+    return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))

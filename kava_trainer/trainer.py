@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerState
@@ -46,7 +47,7 @@ class KavaTrainer(ProbingTrainer):
     clipping and accumulation treat them as one. `trainer.student` is the plain student.
 
     Args:
-        student: the `PreTrainedModel` to train; where it has adapters (`adapters.add_adapter`), they alone are trained.
+        student: the `PreTrainedModel` to train, or its adapters alone where `adapters.add_adapter` gave it any.
         teacher: where the teacher's states come from; None where no term needs them (only `lm_weight` above 0).
         target: what is aligned, with its projectors.
         args: `KavaTrainingArguments`.
@@ -62,6 +63,10 @@ class KavaTrainer(ProbingTrainer):
         args: KavaTrainingArguments,
         **kwargs: Any,
     ) -> None:
+        if isinstance(student, PeftModel):
+            raise ValueError(
+                "The student is a PeftModel. Give the model itself, with adapters from adapters.add_adapter."
+            )
         target.requires_grad_(args.aligns)
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
