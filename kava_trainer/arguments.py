@@ -322,12 +322,13 @@ class KavaArguments:
         """One sentence for each mistake that only several arguments together make; empty when there is none."""
         batch, length = self.training.per_device_train_batch_size, self.data.max_length
         tokens = max(batch * length, self.training.max_tokens_per_batch)
-        if tokens <= LARGEST_MICRO_BATCH:
-            return []
-        return [
-            f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "
-            f"per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
-        ]
+        found = self.data.stream_problems(self.training)
+        if tokens > LARGEST_MICRO_BATCH:
+            found.append(
+                f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "
+                f"per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
+            )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Every argument with its value, secrets masked, ready for JSON."""

@@ -12,22 +12,26 @@ from .arguments import KavaArguments
 from .checkpoint_io import list_checkpoints, read_manifest
 from .errors import BadRequest
 from .loading import model_folder
+from .streaming import ExampleStream
 from .teacher_cache import weights_digest
 
 _SAME = {
     "world_size", "data", "teacher", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
     "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "use_peft",
     "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy",
-    "seed", "data_seed", "optim", "optim_args", "bf16", "fp16",
+    "seed", "data_seed", "optim", "optim_args", "bf16", "fp16", "streaming",
 }  # fmt: skip
 """A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
+
+_SAME_OF_A_STREAM = {"shuffle_buffer", "dataloader_num_workers", "max_length", "max_train_samples"}
+"""So do these where examples are streamed: they decide which example is the next one."""
 
 _HARMLESS = {
     "output_dir", "final_dir", "run_name", "plain_output", "disable_tqdm", "run_control", "evaluate_generation",
     "teacher_cache_dir", "per_device_eval_batch_size", "prediction_loss_only", "max_eval_samples", "max_train_samples",
     "max_length", "max_nonfinite_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "teacher_model_name_or_path", "student_model_name_or_path", "student_config_name", "teacher_revision",
-    "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "streaming",
+    "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "shuffle_buffer",
 }  # fmt: skip
 """Where things go and what is told, and names whose content is compared instead."""
 
@@ -45,8 +49,10 @@ _HARMLESS_PREFIXES = (
 _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_dir")
 
 
-def data_digest(dataset: Dataset) -> str:
-    """A hash of the tokens and labels of all examples in their order."""
+def data_digest(dataset: Dataset | ExampleStream) -> str:
+    """A hash of the tokens and labels of all examples in their order; of a stream what is known without reading it."""
+    if isinstance(dataset, ExampleStream):
+        return dataset.digest
     digest = hashlib.sha256()
     for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096):
         for column in table.columns:
@@ -105,12 +111,13 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
         there: `run_identity` of the run that wrote a checkpoint.
         here: of this run.
     """
+    same = _SAME | (_SAME_OF_A_STREAM if here.get("streaming") else set())
     found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
     for name in sorted(there.keys() & here.keys()):
         if there[name] == here[name]:
             continue
         kind = "harmless" if name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) else "training"
-        kind = "incompatible" if name in _SAME else kind
+        kind = "incompatible" if name in same else kind
         shown = "differs" if name in ("data", "teacher", "student") else f"was {there[name]}, is {here[name]}"
         found[kind].append(f"{name} {shown}")
     return Differences(**found)

@@ -28,6 +28,7 @@ from .optimizers import settle_torchao
 from .probe import choose_examples
 from .probing import ProbingTrainer
 from .signals import WATCH
+from .streaming import ExampleStream
 from .student import DistillationModel
 from .targets import HiddenStateTarget
 from .teacher import OnlineTeacher, TeacherSource
@@ -110,7 +111,10 @@ class KavaTrainer(ProbingTrainer):
             BadRequest: if they hold too few tokens for a fit.
         """
         data = self.train_dataset
-        data = data.shuffle(seed=self.args.seed) if hasattr(data, "shuffle") else data
+        if isinstance(data, ExampleStream):
+            data = data.one_pass()
+        elif hasattr(data, "shuffle"):
+            data = data.shuffle(seed=self.args.seed)
         examples = choose_examples(data, self.args.calibration_tokens)
         check_enough_tokens(self.target, sum(len(example["input_ids"]) for example in examples))
         return examples
@@ -198,6 +202,7 @@ class KavaTrainer(ProbingTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _restore(self) -> None:
+        self.rewind()
         if self.resumed_from is not None:
             state = self.read_progress(self.resumed_from)
             self.restore_progress(state)

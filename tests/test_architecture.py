@@ -33,6 +33,7 @@ ORDER = [
     *(
         "quickstart.problems",
         "quickstart",
+        "data_files",
         "projector",
         "loading",
         "teacher",
@@ -44,6 +45,9 @@ ORDER = [
         "calibration",
         "terms",
         "data",
+        "stream_sources",
+        "streaming",
+        "stream_cache",
         "evaluation",
         "probe",
     ),

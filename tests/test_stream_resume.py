@@ -1,0 +1,88 @@
+"""Runs over a stream that are stopped and resumed: they see what they would have seen, and end with equal weights."""
+
+import itertools
+
+import pytest
+import stream_child
+import torch
+from processes import Run, write_problems
+
+ROWS = 24
+"""Three of them are held out, so a pass has 21 examples: no batch size and no number of ranks divides them."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_problems(tmp_path_factory.mktemp("data") / "problems.jsonl", ROWS)
+
+
+def finish(folder, data, checkpoint, settings, ranks=1):
+    output, resume = str(folder / "result"), str(checkpoint) if checkpoint else None
+    asked = (str(folder / "run"), str(data), output, resume, dict(settings))
+    folder.mkdir()
+    if ranks == 1:
+        stream_child.train(*asked)
+    else:
+        run = Run(stream_child.train, folder, *asked, ranks=ranks)
+        assert run.wait() == [0] * ranks, run.output()
+    return [torch.load(f"{output}{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def settings_of(accumulation=1, workers=0, packing=40, buffer=8, steps=8):
+    return {
+        "gradient_accumulation_steps": accumulation,
+        "dataloader_num_workers": workers,
+        "max_tokens_per_batch": packing,
+        "shuffle_buffer": buffer,
+        "per_device_train_batch_size": 2,
+        "max_steps": steps,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 99,
+        "logging_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "layer_mapping": "uniform:2",
+    }
+
+
+def resumed_as_straight(folder, data, settings, stops, ranks=1):
+    straight = finish(folder / "straight", data, None, settings, ranks)
+    assert straight[0]["world_size"] == ranks
+    assert straight[0]["wrapper"] == ("DistributedDataParallel" if ranks > 1 else "DistillationModel")
+    assert straight[0]["packs"] == (settings["max_tokens_per_batch"] > 0)
+    passes = {place[0] for result in straight for place in result["place"]["places"].values()}
+    assert max(passes) >= 1, "the run has to go over the end of the stream"
+    for stop in stops:
+        checkpoint = folder / "straight" / "run" / f"checkpoint-{stop}"
+        resumed = finish(folder / f"again{stop}", data, checkpoint, settings, ranks)
+        done = stop * settings["gradient_accumulation_steps"]
+        for before, after in zip(straight, resumed, strict=True):
+            assert after["seen"] == before["seen"][done:], stop
+            assert after["place"] == before["place"]
+            for name in ("weights", "losses", "lines"):
+                assert after[name] == before[name], (stop, name)
+
+
+@pytest.mark.parametrize(("accumulation", "workers", "stops"), [(3, 0, (2, 4)), (2, 2, (3,))])
+def test_a_resumed_stream_goes_on_with_the_next_example(tmp_path, data, accumulation, workers, stops):
+    resumed_as_straight(tmp_path, data, settings_of(accumulation, workers), stops)
+
+
+def test_two_ranks_share_an_odd_number_of_examples_and_resume(tmp_path, data):
+    settings = settings_of(accumulation=2)
+    resumed_as_straight(tmp_path, data, settings, (3,), ranks=2)
+
+
+MATRIX = list(itertools.product((1, 3), (0, 2), (0, 40), (0, 8)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("accumulation", "workers", "packing", "buffer"), MATRIX)
+def test_every_way_of_reading_resumes_at_the_right_example(
+    tmp_path, data, accumulation, workers, packing, buffer, ranks
+):
+    steps = 14 if accumulation == 1 else 8
+    settings = settings_of(accumulation, workers, packing, buffer, steps)
+    resumed_as_straight(tmp_path, data, settings, (1, steps // 2, steps - 2), ranks)
