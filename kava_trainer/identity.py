@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset
 
 from .arguments import KavaArguments
@@ -81,6 +82,8 @@ def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
     """
     model = arguments.model
     asked = json.loads(json.dumps(arguments.to_dict(), default=str))
+    if arguments.data.streaming:  # how it mixes rows is a matter of its version
+        asked["datasets_version"] = datasets.__version__
     return {
         **{name: value for name, value in asked.items() if name not in _NOT_COMPARED and not name.startswith("_")},
         "data": data,

@@ -82,7 +82,9 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata=help_text("Hub id, a folder, a jsonl, json, csv, parquet or arrow file, or 'quickstart'."),
+        metadata=help_text(
+            "Hub id, a folder, a jsonl, json, csv, parquet or arrow file, a pattern of them, or 'quickstart'."
+        ),
     )
     dataset_config_name: str | None = field(default=None, metadata=help_text("Configuration of a hub data set."))
     dataset_train_split: str = field(default="train", metadata=help_text("Split to train on."))

@@ -102,7 +102,10 @@ class SteppingTrainer(FittingTrainer):
         """Keep count of where in the stream this rank is. Raises `RunFailed` on all ranks if one cannot read on."""
         problem = next((batch["problem"] for batch in batches if "problem" in batch), None)
         if any_rank(problem is not None):
-            raise RunFailed(f"{problem or 'Another process could not read on in its data.'} {self.advice()}")
+            told = problem or "Another process could not read on in its data."
+            raise RunFailed(
+                f"{told} Overwrite what is broken with spaces, so that its file keeps its size. {self.advice()}"
+            )
         for batch in batches:
             self.train_dataset.note(batch.pop("place"))
 

@@ -25,7 +25,7 @@ TABLE_ROWS = 100
 CHECKED_LINES = 1000
 """Lines at the beginning of each jsonl file that are looked at before anything is loaded."""
 
-_SAMPLE_BYTES = 2**16
+_SAMPLE_BYTES = 2**12
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _open(arguments: DataArguments) -> _Opened:
 
 
 def files_digest(files: Sequence[str]) -> str:
-    """A hash of the names, the sizes, and the first and last 64 KiB of files, without reading the rest of them.
+    """A hash of the names, the sizes, and the first and last 4 KiB of files, without reading the rest of them.
 
     What is no file here is taken by its name: the address of a file on the hub holds the revision that it belongs to.
     """
@@ -81,7 +81,7 @@ class Rows:
 
     Args:
         name: of the data set, for messages.
-        split: its name, for messages.
+        purpose: what its rows are for, for messages.
         stream: what reads it.
         files: where it comes from.
         skipped: rows at the beginning that are left out.
@@ -94,7 +94,7 @@ class Rows:
     def __init__(
         self,
         name: str,
-        split: str,
+        purpose: str,
         stream: datasets.IterableDataset,
         files: Sequence[str] = (),
         skipped: int = 0,
@@ -103,7 +103,7 @@ class Rows:
         self.name = name
         first = next(_tables(name, stream), None)
         if first is None:
-            raise BadRequest(f"The split {split!r} of {name!r} holds no examples.")
+            raise BadRequest(f"The data set {name!r} holds no examples to {purpose} on.")
         self.columns = find_format(first.column_names)
         self._whole = stream.select_columns(list(self.columns))
         self._features = self._whole.features
@@ -168,10 +168,9 @@ def open_rows(arguments: DataArguments) -> tuple[Rows, Dataset]:
     with loading(name):
         opened = _open(arguments)
     train, test = find_train_split(opened.splits, arguments), find_test_split(opened.splits, arguments)
-    split, files = arguments.dataset_train_split, opened.files.get(arguments.dataset_train_split, [])
-    skipped = count if test is None else 0
-    rows = Rows(name, split, train, files, skipped, arguments.max_train_samples)
-    held_out = (rows if test is None else Rows(name, "for evaluation", test)).first(count)
+    files = opened.files.get(arguments.dataset_train_split) or [f"{name} {arguments.dataset_config_name}"]
+    rows = Rows(name, "train", train, files, count if test is None else 0, arguments.max_train_samples)
+    held_out = (rows if test is None else Rows(name, "evaluate", test)).first(count)
     if next(rows.tables(0, [0]), None) is None:
         raise BadRequest(
             f"The data set {name!r} ends within its first {count} rows, which are held out for evaluation. Set "

@@ -190,5 +190,6 @@ def stream_loader(
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
         generator=torch.Generator(),  # the seed of the workers is no draw from the training's random numbers
     )

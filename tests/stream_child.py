@@ -12,6 +12,8 @@ from kava_trainer.source_arguments import DataArguments
 from kava_trainer.stream_sources import open_rows
 from kava_trainer.streaming import ExampleStream, open_stream
 
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
 
 def stream_of(path, tokenizer, shuffle_buffer=8, held_out=3, seed=5, **changes) -> ExampleStream:
     """A stream over a file of small problems, without the rows held out from it."""
@@ -36,7 +38,7 @@ class Noting:
 def train(folder, data, output, resume, settings):
     """One run; every rank writes what it has seen, rank 0 also its weights and losses."""
     tokenizer = AutoTokenizer.from_pretrained(STUDENT_FOLDER)
-    shuffle_buffer = settings.pop("shuffle_buffer", 8)
+    shuffle_buffer, tokenizer.chat_template = settings.pop("shuffle_buffer", 8), CHAT_TEMPLATE
     trainer = make_trainer(folder, tokenizer, lr_scheduler_type="cosine", projector_dropout=0.1, **settings)
     trainer.train_dataset = stream_of(data, tokenizer, shuffle_buffer)
     noting = Noting(trainer)

@@ -1,9 +1,14 @@
 """Runs over a stream that are stopped and resumed: they see what they would have seen, and end with equal weights."""
 
 import itertools
+import json
+import re
+import shlex
 
+import fault_child
 import pytest
 import stream_child
+import test_faults
 import torch
 from processes import Run, write_problems
 
@@ -41,7 +46,7 @@ def settings_of(accumulation=1, workers=0, packing=40, buffer=8, steps=8):
         "save_total_limit": 99,
         "logging_steps": 3,
         "eval_strategy": "steps",
-        "eval_steps": 5,
+        "eval_steps": 4,
         "layer_mapping": "uniform:2",
     }
 
@@ -74,6 +79,33 @@ def test_two_ranks_share_an_odd_number_of_examples_and_resume(tmp_path, data):
     resumed_as_straight(tmp_path, data, settings, (3,), ranks=2)
 
 
+@pytest.mark.slow
+def test_a_row_that_only_one_process_reads_ends_both(tmp_path):
+    turns = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    rows = [{"messages": turns if number != 18 else turns[:1]} for number in range(1, 31)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = (str(tmp_path / "run"), str(tmp_path / "data.jsonl"), str(tmp_path / "result"), None)
+    run = Run(stream_child.train, tmp_path, *asked, settings_of(buffer=0, steps=20), ranks=2)
+    assert run.wait() == [1, 1]
+    for log, message in zip(run.logs, ("Row 18 of the data cannot be used", "Another process could not"), strict=True):
+        assert message in log.read_text()
+        assert "Resume from" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_leaves_a_checkpoint_that_the_printed_command_goes_on_from(tmp_path, data, workers):
+    changes = {"streaming": True, "shuffle_buffer": 8, "max_eval_samples": 3, "dataloader_num_workers": workers}
+    straight = Run(fault_child.run, tmp_path / "straight", tmp_path / "straight", data, changes)
+    assert straight.wait() == [0], straight.output()
+    run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "training", "SIGTERM", 0, 1, changes)
+    assert run.wait() == [143], run.output()
+    command = re.search(r"^Resume with: .*run_kava.py (.*)$", run.output(), re.M)[1]
+    resumed = Run(test_faults.main, tmp_path, shlex.split(command))
+    assert resumed.wait() == [0], resumed.output()
+    assert test_faults.final_hash(tmp_path) == test_faults.final_hash(tmp_path / "straight")
+
+
 MATRIX = list(itertools.product((1, 3), (0, 2), (0, 40), (0, 8)))
 
 
@@ -83,6 +115,7 @@ MATRIX = list(itertools.product((1, 3), (0, 2), (0, 40), (0, 8)))
 def test_every_way_of_reading_resumes_at_the_right_example(
     tmp_path, data, accumulation, workers, packing, buffer, ranks
 ):
-    steps = 14 if accumulation == 1 else 8
+    steps = 12 if accumulation == 1 else 5
     settings = settings_of(accumulation, workers, packing, buffer, steps)
-    resumed_as_straight(tmp_path, data, settings, (1, steps // 2, steps - 2), ranks)
+    stop = MATRIX.index((accumulation, workers, packing, buffer)) % (steps - 1) + 1
+    resumed_as_straight(tmp_path, data, settings, (stop,), ranks)

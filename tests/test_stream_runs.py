@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import TEACHER_LAYERS
 from processes import write_problems
-from stream_child import stream_of
+from stream_child import Noting, stream_of
 from test_end_to_end import QUICKSTART, SHORT, summary_of, words
 from test_teacher_cache import IDENTITY, LAYERS, teacher_model
+from test_trainer import make_trainer
 
 import run_kava
 from kava_trainer import teacher_cache
@@ -117,19 +118,21 @@ def test_a_checkpoint_of_another_stream_is_refused(tmp_path, data, capsys):
         assert re.search(rf"was written by another run: .*{told}", error), error
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_line_that_breaks_the_stream_in_the_middle_ends_the_run_and_keeps_its_checkpoint(tmp_path, capsys, workers):
     row = json.dumps({"prompt": "2+3=", "completion": "5", "note": "x" * 15_000}) + "\n"
-    (tmp_path / "data.jsonl").write_text(row * 800 + '{"prompt"\n')
-    options = {"shuffle_buffer": 4, "max_steps": 200, "per_device_train_batch_size": 8, "save_steps": 5}
+    (tmp_path / "data.jsonl").write_text(row * 700 + row.replace(":", " ", 1) + row * 99 + "         \n")
+    options = {"shuffle_buffer": 4, "max_steps": 40, "per_device_train_batch_size": 32, "save_steps": 5}
     options |= {"dataloader_num_workers": workers, "calibration_tokens": 300, "logging_steps": 100}
     assert start(tmp_path, tmp_path / "data.jsonl", **options) == 1
     error = capsys.readouterr().err
     newest = find_newest_checkpoint(tmp_path / "out").checkpoint
-    assert "line 801 is not valid JSON" in error
+    assert "line 701 is not valid JSON" in error
     assert f"Resume from {newest}, which is sound." in error
     assert broken_reason(newest) is None
     assert summary_of(tmp_path / "out")["status"] == "failed"
+    (tmp_path / "data.jsonl").write_text(row * 700 + " " * (len(row) - 1) + "\n" + row * 99 + "         \n")
+    assert start(tmp_path, tmp_path / "data.jsonl", **options, resume_from_checkpoint=True) == 0
 
 
 def filled(folder, stream, steps, **changes):
@@ -173,6 +176,25 @@ def test_a_filling_that_was_cut_off_goes_on_where_it_was(tmp_path, data, tokeniz
     done = len(TeacherCache(tmp_path, IDENTITY, LAYERS, "bfloat16").shards.paths)
     assert 0 < done < 24
     assert filled(tmp_path, stream, 4)[1] == 24 - done
+
+
+def test_a_second_training_on_a_stream_begins_with_its_first_example(tmp_path, data, tokenizer):
+    stream, seen = stream_of(data, tokenizer), []
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, tokenizer)
+        trainer.train_dataset = stream
+        noting = Noting(trainer)
+        trainer.train()
+        seen.append(noting.seen)
+    assert len(seen[0]) == 4
+    assert seen[0] == seen[1]
+
+
+def test_another_version_of_datasets_is_named_when_a_stream_is_resumed(tmp_path, data, capsys, monkeypatch):
+    assert start(tmp_path, data, max_steps=2) == 0
+    monkeypatch.setattr("datasets.__version__", "99.0")
+    assert start(tmp_path, data, max_steps=2, resume_from_checkpoint=True) == 0
+    assert re.search(r"Differs from the checkpoint: datasets_version was \S+, is 99.0", capsys.readouterr().out)
 
 
 def test_the_announcement_is_an_estimate_for_no_more_than_there_is(tmp_path, data, tokenizer, capsys):

@@ -195,7 +195,7 @@ def test_more_parts_than_examples_are_named_in_place_of_waiting_for_ever(tmp_pat
     ("content", "message"),
     [
         ("", r"The data file \S+ is empty"),
-        ("\n", "holds no examples|cannot be loaded"),
+        ("\n", "holds no examples to train on|cannot be loaded"),
         ('{"input": "a", "output": "b"}\n' * 9, "has the columns input, output; KAVA reads messages,"),
         (
             '{"text": "a"}\n' * 3,
