@@ -51,9 +51,9 @@ def streaming_table(name: str) -> str:
     """What a stream takes while examples go by, or what the index of a teacher cache takes."""
     names = {
         "examples": ("Examples", "{:,.0f}"),
-        "seconds": ("seconds", "{:.3g}"),
+        "cpu_seconds": ("CPU seconds", "{:.3g}"),
         "resident_mb": ("resident MB", "{:.0f}"),
-        "seconds_to_resume": ("seconds to resume there", "{:.2f}"),
+        "cpu_seconds_to_resume": ("CPU seconds to resume there", "{:.2f}"),
         "index_mb": ("index, MB", "{:.1f}"),
         "grown_mb": ("growth of the process, MB", "{:.0f}"),
     }

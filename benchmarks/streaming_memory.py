@@ -1,4 +1,4 @@
-"""Memory and speed of a stream of 1,000,000 examples, from files through the trainer's loader to packed rows.
+"""Memory and CPU time of a stream of 1,000,000 examples, from files through the trainer's loader to packed rows.
 
 python benchmarks/streaming_memory.py memory --out benchmarks/results/streaming-memory.csv
 python benchmarks/streaming_memory.py index --out benchmarks/results/streaming-index.csv
@@ -59,22 +59,22 @@ def loader_of(stream: ExampleStream, folder: Path):
 
 
 def seconds_to_resume(state: dict, folder: Path) -> float:
-    """How long a new process waits for its first batch from there."""
+    """What a new process does until it has its first batch from there."""
     stream = open_examples(folder)
     stream.restore(state)
-    started = time.perf_counter()
+    started = time.process_time()
     next(loader_of(stream, folder))
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def memory_rows(count: int, samples: int) -> list[dict]:
-    """Examples so far, seconds, and memory, at several moments of one pass; then the way back to each of them."""
+    """Examples so far, time and memory at several moments of one pass; then the way back to each of them."""
     rows, states = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_files(folder, count + 200)
         stream = open_examples(folder)
-        loader, done, started = loader_of(stream, folder), 0, time.perf_counter()
+        loader, done, started = loader_of(stream, folder), 0, time.process_time()
         while done < count:
             batches = list(islice(loader, ACCUMULATION))
             pack_step(batches, ROW_TOKENS)
@@ -82,11 +82,11 @@ def memory_rows(count: int, samples: int) -> list[dict]:
                 stream.note(batch["place"])
             before, done = done, done + BATCH * ACCUMULATION
             if before * samples // count < done * samples // count or before == 0:
-                rows.append({"examples": done, "seconds": time.perf_counter() - started, "resident_mb": resident()})
+                rows.append({"examples": done, "cpu_seconds": time.process_time() - started, "resident_mb": resident()})
                 states.append(stream.state())
                 print(rows[-1], flush=True)
         for row, state in zip(rows, states, strict=True):
-            row["seconds_to_resume"] = seconds_to_resume(state, folder)
+            row["cpu_seconds_to_resume"] = seconds_to_resume(state, folder)
     return rows
 
 
@@ -100,13 +100,13 @@ def index_rows(count: int, samples: int) -> list[dict]:
             write_shard(folder, keys, [{1: state}] * shard, "bfloat16", "fingerprint")
             done = start + shard
             if start * samples // count < done * samples // count:
-                before, started = resident(), time.perf_counter()
+                before, started = resident(), time.process_time()
                 shards = Shards(folder, "fingerprint")
-                seconds = time.perf_counter() - started
+                seconds = time.process_time() - started
                 assert [done - 1 >> 16, done - 1 & 0xFFFF] in shards
                 grown = resident() - before
                 rows.append(
-                    {"examples": done, "seconds": seconds, "index_mb": shards.nbytes / MEGABYTE, "grown_mb": grown}
+                    {"examples": done, "cpu_seconds": seconds, "index_mb": shards.nbytes / MEGABYTE, "grown_mb": grown}
                 )
                 print(rows[-1], flush=True)
                 del shards

@@ -122,6 +122,8 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
         kind = "harmless" if name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) else "training"
         kind = "incompatible" if name in same else kind
         shown = "differs" if name in ("data", "teacher", "student") else f"was {there[name]}, is {here[name]}"
+        if name == "data" and here.get("streaming"):
+            shown += " (of a stream the names, the sizes and both ends of its files are compared)"
         found[kind].append(f"{name} {shown}")
     return Differences(**found)
 

@@ -109,7 +109,10 @@ class DataArguments:
     )
     shuffle_buffer: int = field(
         default=10_000,
-        metadata=help_text("Rows of a stream that are mixed with each other; 0 leaves their order as it is."),
+        metadata=help_text(
+            "Rows of a stream that are mixed with each other, and so many that every process and data worker keeps in "
+            "memory; 0 leaves their order as it is."
+        ),
     )
 
     def problems(self) -> list[str]:

@@ -103,9 +103,7 @@ class SteppingTrainer(FittingTrainer):
         problem = next((batch["problem"] for batch in batches if "problem" in batch), None)
         if any_rank(problem is not None):
             told = problem or "Another process could not read on in its data."
-            raise RunFailed(
-                f"{told} Overwrite what is broken with spaces, so that its file keeps its size. {self.advice()}"
-            )
+            raise RunFailed(f"{told} If a file is broken, repair it without changing its size. {self.advice()}")
         for batch in batches:
             self.train_dataset.note(batch.pop("place"))
 

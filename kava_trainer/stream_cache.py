@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from .arguments import KavaTrainingArguments
@@ -52,7 +53,7 @@ def announce(
         The size in bytes.
 
     Raises:
-        BadRequest: if the disk is too small for it.
+        BadRequest: if the disk is too small for what the cache does not hold yet.
     """
     batches = args.max_steps * args.gradient_accumulation_steps * PartialState().num_processes
     examples = stream.count_rows(batches * args.per_device_train_batch_size)
@@ -64,7 +65,8 @@ def announce(
         f"{', '.join(map(str, cache.layers))}, {cache.dtype}, about {size_text(size)} (by the first {len(lengths)} "
         "examples). Those that are missing are written now."
     )
-    cache.check_space(size)
+    there = sum(path.stat().st_size for path in cache.shards.paths)
+    cache.check_space(max(size - there, 0))
     return size
 
 
@@ -90,7 +92,7 @@ def fill_from_stream(
         autocast: makes the context that the teacher runs in.
 
     Returns:
-        How many examples this rank has written.
+        How many examples the ranks have written.
 
     Raises:
         Interrupted: on all ranks, if any has got a signal; what was read until then stays.
@@ -110,4 +112,4 @@ def fill_from_stream(
     if any_rank(ended):
         rest = (ids for examples, _ in shares for ids in _tokens(examples))
         written += cache.extend(model, rest, budget, autocast)
-    return written
+    return sum(gather_object([written]))
