@@ -51,9 +51,10 @@ def streaming_table(name: str) -> str:
     """What a stream takes while examples go by, or what the index of a teacher cache takes."""
     names = {
         "examples": ("Examples", "{:,.0f}"),
-        "cpu_seconds": ("CPU seconds", "{:.3g}"),
+        "seconds": ("seconds", "{:.4g}"),
+        "cpu_seconds": ("CPU seconds", "{:.2f}"),
         "resident_mb": ("resident MB", "{:.0f}"),
-        "cpu_seconds_to_resume": ("CPU seconds to resume there", "{:.2f}"),
+        "seconds_to_resume": ("seconds to resume there", "{:.1f}"),
         "index_mb": ("index, MB", "{:.1f}"),
         "grown_mb": ("growth of the process, MB", "{:.0f}"),
     }

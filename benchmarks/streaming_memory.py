@@ -1,4 +1,4 @@
-"""Memory and CPU time of a stream of 1,000,000 examples, from files through the trainer's loader to packed rows.
+"""Memory and time of a stream of 1,000,000 examples, from files through the trainer's loader to packed rows.
 
 python benchmarks/streaming_memory.py memory --out benchmarks/results/streaming-memory.csv
 python benchmarks/streaming_memory.py index --out benchmarks/results/streaming-index.csv
@@ -59,12 +59,12 @@ def loader_of(stream: ExampleStream, folder: Path):
 
 
 def seconds_to_resume(state: dict, folder: Path) -> float:
-    """What a new process does until it has its first batch from there."""
+    """How long a new process waits for its first batch from there."""
     stream = open_examples(folder)
     stream.restore(state)
-    started = time.process_time()
+    started = time.perf_counter()
     next(loader_of(stream, folder))
-    return time.process_time() - started
+    return time.perf_counter() - started
 
 
 def memory_rows(count: int, samples: int) -> list[dict]:
@@ -74,7 +74,7 @@ def memory_rows(count: int, samples: int) -> list[dict]:
         folder = Path(name)
         write_files(folder, count + 200)
         stream = open_examples(folder)
-        loader, done, started = loader_of(stream, folder), 0, time.process_time()
+        loader, done, started = loader_of(stream, folder), 0, time.perf_counter()
         while done < count:
             batches = list(islice(loader, ACCUMULATION))
             pack_step(batches, ROW_TOKENS)
@@ -82,11 +82,11 @@ def memory_rows(count: int, samples: int) -> list[dict]:
                 stream.note(batch["place"])
             before, done = done, done + BATCH * ACCUMULATION
             if before * samples // count < done * samples // count or before == 0:
-                rows.append({"examples": done, "cpu_seconds": time.process_time() - started, "resident_mb": resident()})
+                rows.append({"examples": done, "seconds": time.perf_counter() - started, "resident_mb": resident()})
                 states.append(stream.state())
                 print(rows[-1], flush=True)
         for row, state in zip(rows, states, strict=True):
-            row["cpu_seconds_to_resume"] = seconds_to_resume(state, folder)
+            row["seconds_to_resume"] = seconds_to_resume(state, folder)
     return rows
 
 
