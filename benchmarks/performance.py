@@ -47,9 +47,25 @@ def loop_table(name: str) -> str:
     return markdown(["Part", "seconds", "share"], rows)
 
 
+def streaming_table(name: str) -> str:
+    """What a stream takes while examples go by, or what the index of a teacher cache takes."""
+    names = {
+        "examples": ("Examples", "{:,.0f}"),
+        "seconds": ("seconds", "{:.4g}"),
+        "cpu_seconds": ("CPU seconds", "{:.2f}"),
+        "resident_mb": ("resident MB", "{:.0f}"),
+        "seconds_to_resume": ("seconds to resume there", "{:.1f}"),
+        "index_mb": ("index, MB", "{:.1f}"),
+        "grown_mb": ("growth of the process, MB", "{:.0f}"),
+    }
+    rows = read(name)
+    lines = [[names[column][1].format(float(value)) for column, value in row.items()] for row in rows]
+    return markdown([names[column][0] for column in rows[0]], lines)
+
+
 def document(text: str) -> str:
     """The document with the table of every result made anew."""
-    for kind, table in (("step", step_table), ("loop", loop_table)):
+    for kind, table in (("step", step_table), ("loop", loop_table), ("streaming", streaming_table)):
         for path in sorted(RESULTS.glob(f"{kind}-*.csv")):
             text = fill(text, path.stem, table(path.stem))
     return text

@@ -315,7 +315,7 @@ class KavaArguments:
         """One sentence for each mistake that only several arguments together make; empty when there is none."""
         batch, length = self.training.per_device_train_batch_size, self.data.max_length
         tokens = max(batch * length, self.training.max_tokens_per_batch)
-        found = []
+        found = self.data.stream_problems(self.training)
         if self.model.use_peft and is_fsdp_asked():
             found.append("use_peft is not supported under FSDP2; start with DDP (training_args/accelerate/ddp.yaml).")
         if tokens > LARGEST_MICRO_BATCH:

@@ -2,19 +2,16 @@
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.utils import logging
 from transformers import PreTrainedTokenizerBase
 
-from .errors import BadRequest, reason_of
-from .file_errors import broken_line, data_problem, folder_problem, skipped_line
+from .data_files import BUILDERS, find_files, loading
+from .errors import BadRequest
 from .losses import IGNORED
 from .quickstart import SPLIT_SIZES, generate_problems
 from .source_arguments import QUICKSTART, DataArguments
@@ -25,11 +22,12 @@ FORMAT_VERSION = 1
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
 """Where a data set has no test split, this share of the training split is held out, up to this many examples."""
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _FORMATS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
 
 PROMPT = "Question: {question}\nAnswer:"
 """How a `question` becomes a prompt; the `answer` follows after one space."""
+
+NO_ANSWERS = "No example has an answer within max_length {max_length}; raise max_length or look at the data's columns."
 
 
 def _read(arguments: DataArguments) -> Dataset | DatasetDict:
@@ -40,45 +38,16 @@ def _read(arguments: DataArguments) -> Dataset | DatasetDict:
             {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
         )
     path = Path(name).expanduser()
-    builder = _BUILDERS.get(path.suffix)
-    if builder:
-        if not path.is_file():
-            raise BadRequest(f"dataset_name names the file {path}, which does not exist.")
-        if path.stat().st_size == 0:
-            raise BadRequest(f"The data file {path} is empty.")
-        if builder == "json" and (problem := skipped_line(path)):
-            raise BadRequest(f"The data set {name!r} cannot be loaded: {problem}.")
-        return load_dataset(builder, data_files=str(path))
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if builder := BUILDERS.get(path.suffix):
+        return load_dataset(builder, data_files=find_files(name))
+    if is_saved_folder(path):
         return load_from_disk(str(path))
     return load_dataset(name, arguments.dataset_config_name)
 
 
-@contextmanager
-def _quiet_reader() -> Iterator[None]:
-    """Keep the readers from logging an error that is raised as well."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """Why a data set could not be loaded, with the place to look at where a file is broken."""
-    if problem := data_problem(path) if path.is_file() else _folder_problem(path):
-        return f"{problem}."
-    reason = "it holds no examples." if isinstance(error, StopIteration) else reason_of(error.__cause__ or error)
-    return re.sub(r" (in|starting at) row \d+$", "", reason)  # of a block, and counted from 0
-
-
-def _folder_problem(folder: Path) -> str | None:
-    """The broken file of a folder that is a data set, if that can be told."""
-    if problem := folder_problem(folder, ("state.json", "dataset_info.json", "dataset_dict.json")):
-        return problem
-    broken = ((file, broken_line(file)) for file in sorted(folder.glob("*.jsonl")))
-    return next((f"in its {file.name}, {problem}" for file, problem in broken if problem), None)
+def is_saved_folder(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]:
@@ -95,33 +64,32 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
     Raises:
         BadRequest: if the data cannot be found or read, a split does not exist, or there are no examples.
     """
-    name = arguments.dataset_name
-    try:
-        with _quiet_reader():
-            loaded = _read(arguments)
-    except BadRequest:
-        raise
-    except Exception as error:  # the readers raise many kinds for one cause: this cannot be read as a data set
-        raise BadRequest(
-            f"The data set {name!r} cannot be loaded: {_reason(error, Path(name).expanduser())}"
-        ) from error
+    with loading(arguments.dataset_name):
+        loaded = _read(arguments)
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
-    if arguments.dataset_train_split not in splits:
-        raise BadRequest(
-            f"The data set {name!r} has no split {arguments.dataset_train_split!r}; "
-            f"set dataset_train_split to one of {', '.join(splits)}."
-        )
-    train = splits[arguments.dataset_train_split]
+    train = find_train_split(splits, arguments)
     if len(train) == 0:
-        raise BadRequest(f"The split {arguments.dataset_train_split!r} of {name!r} holds no examples.")
-    total, test = len(train), _test_split(splits, arguments)
+        raise BadRequest(
+            f"The split {arguments.dataset_train_split!r} of {arguments.dataset_name!r} holds no examples."
+        )
+    total, test = len(train), find_test_split(splits, arguments)
     if test is None and total > 1:
         held_out = max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * total)))
         train, test = train.train_test_split(test_size=held_out, seed=0).values()
     return _first(train, arguments.max_train_samples), _first(test, arguments.max_eval_samples), total
 
 
-def _test_split(splits: DatasetDict, arguments: DataArguments) -> Dataset | None:
+def find_train_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
+    """The split to train on. Raises `BadRequest` if there is none of that name."""
+    if arguments.dataset_train_split not in splits:
+        raise BadRequest(
+            f"The data set {arguments.dataset_name!r} has no split {arguments.dataset_train_split!r}; "
+            f"set dataset_train_split to one of {', '.join(splits)}."
+        )
+    return splits[arguments.dataset_train_split]
+
+
+def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
     """The split to evaluate on, or None where a part of the training split has to be held out."""
     wanted, train = arguments.dataset_test_split, arguments.dataset_train_split
     if wanted is not None and wanted not in splits:
@@ -245,6 +213,32 @@ def encode_example(
     }
 
 
+def encode_row(
+    row: Mapping[str, Any], names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Any]:
+    """Tokenise one row of a data set.
+
+    Args:
+        row: with the columns of one of the known formats.
+        names: these columns, see `find_format`.
+        tokenizer: the tokenizer of both models.
+        max_length: longest example in tokens.
+
+    Returns:
+        What `encode_example` gives, the `answer_text`, and whether the row is `answered`; otherwise it teaches nothing.
+
+    Raises:
+        ValueError: if a cell is not what its column should hold.
+        BadRequest: if the row is a chat and the tokenizer has no chat template.
+    """
+    prompt, answer = prompt_and_answer(row, names)
+    if isinstance(answer, list) and not tokenizer.chat_template:
+        raise BadRequest("The data set holds chat messages, but the tokenizer has no chat template; add one to it.")
+    text = answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
+    encoded = encode_example(prompt, answer, tokenizer, max_length)
+    return {**encoded, "answer_text": text, "answered": any(label != IGNORED for label in encoded["labels"][1:])}
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Tokenised examples, and what tokenising cost: how many were cut and how many had no answer (left)."""
@@ -254,17 +248,24 @@ class Encoded:
     dropped: int
 
 
-def _fingerprint(dataset: Dataset, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """Cache key of the tokenised data: all that decides which tokens come out, and nothing else.
+def encoding_fingerprint(
+    content: str, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> str:
+    """A hash of all that decides which tokens come out of some data, and of nothing else.
 
-    `datasets` would hash the tokenizer object, whose state changes with use. `_fingerprint` is the data set's own
-    content key (read in datasets 5.2.0).
+    `datasets` would hash the tokenizer object, whose state changes with use.
+
+    Args:
+        content: what tells the data from others.
+        names: of `find_format`.
+        tokenizer: the tokenizer of both models.
+        max_length: longest example in tokens.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    vocabulary = json.dumps(content | {"truncation": None, "padding": None}, sort_keys=True)  # set by mere use
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)  # set by mere use
     text = [FORMAT_VERSION, PROMPT, vocabulary, str(tokenizer.chat_template), tokenizer.eos_token_id]
-    parts = [*text, dataset._fingerprint, names, max_length]
+    parts = [*text, content, names, max_length]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -287,27 +288,21 @@ def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
 
     def encode(example: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            prompt, answer = prompt_and_answer(example, names)
+            return encode_row(example, names, tokenizer, max_length)
         except ValueError as error:
             raise BadRequest(f"Row {index + 1} of the data cannot be used: {error}.") from error
-        if isinstance(answer, list) and not tokenizer.chat_template:
-            raise BadRequest("The data set holds chat messages, but the tokenizer has no chat template; add one to it.")
-        text = answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
-        row = encode_example(prompt, answer, tokenizer, max_length)
-        return {**row, "answer_text": text, "answered": any(label != IGNORED for label in row["labels"][1:])}
 
     encoded = dataset.map(
         encode,
         with_indices=True,
         remove_columns=dataset.column_names,
-        new_fingerprint=_fingerprint(dataset, names, tokenizer, max_length),
+        # `_fingerprint` is the data set's own content key (read in datasets 5.2.0)
+        new_fingerprint=encoding_fingerprint(dataset._fingerprint, names, tokenizer, max_length),
         desc=description,
     )
     answered = [row for row, is_answered in enumerate(encoded["answered"]) if is_answered]
     if not answered:
-        raise BadRequest(
-            f"No example has an answer within max_length {max_length}; raise max_length or look at the data's columns."
-        )
+        raise BadRequest(NO_ANSWERS.format(max_length=max_length))
     return Encoded(
         dataset=encoded.select(answered).remove_columns(["truncated", "answered"]),
         truncated=sum(encoded["truncated"]),

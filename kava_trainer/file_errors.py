@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 
@@ -40,13 +40,13 @@ def broken_line(path: Path) -> str | None:
     return next((f"line {number} {problem}" for number, problem in problems if problem), None)
 
 
-def skipped_line(path: Path) -> str | None:
+def skipped_line(path: Path, checked: int | None = None) -> str | None:
     """The first line of a jsonl file that a reader takes without a word and cannot use; else None.
 
     Such are lines of JSON that hold no object, and bytes that are no text. It does not parse the lines, which takes
     long, and says nothing of a file whose first object is spread over several.
     """
-    filled = ((number, line) for number, line in _lines(path) if line.strip())
+    filled = ((number, line) for number, line in islice(_lines(path), checked) if line.strip())
     first = next(filled, (0, b""))
     if _line_problem(first[1]) is not None:
         return None

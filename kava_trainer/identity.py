@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset
 
 from .arguments import KavaArguments
@@ -14,6 +15,7 @@ from .checkpoint_io import list_checkpoints, read_manifest
 from .engines import is_fsdp_asked
 from .errors import BadRequest
 from .loading import model_folder
+from .streaming import ExampleStream
 from .teacher_cache import weights_digest
 
 _SAME = {
@@ -21,8 +23,12 @@ _SAME = {
     "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "use_peft",
     "student_quantization", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
     "dataloader_drop_last", "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16",
+    "streaming",
 }  # fmt: skip
 """A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
+
+_SAME_OF_A_STREAM = {"shuffle_buffer", "dataloader_num_workers", "max_length", "max_train_samples"}
+"""So do these where examples are streamed: they decide which example is the next one."""
 
 _SPLIT = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 """Their product is the number of examples of an optimizer step; where it agrees, the steps have the same examples."""
@@ -32,7 +38,7 @@ _HARMLESS = {
     "teacher_cache_dir", "per_device_eval_batch_size", "prediction_loss_only", "max_eval_samples", "max_train_samples",
     "max_length", "max_nonfinite_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "teacher_model_name_or_path", "student_model_name_or_path", "student_config_name", "teacher_revision",
-    "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "streaming",
+    "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "shuffle_buffer",
 }  # fmt: skip
 """Where things go and what is told, and names whose content is compared instead."""
 
@@ -50,8 +56,10 @@ _HARMLESS_PREFIXES = (
 _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_dir")
 
 
-def data_digest(dataset: Dataset) -> str:
-    """A hash of the tokens and labels of all examples in their order."""
+def data_digest(dataset: Dataset | ExampleStream) -> str:
+    """A hash of the tokens and labels of all examples in their order; of a stream what is known without reading it."""
+    if isinstance(dataset, ExampleStream):
+        return dataset.digest
     digest = hashlib.sha256()
     for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096):
         for column in table.columns:
@@ -80,6 +88,8 @@ def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
     """
     model = arguments.model
     asked = json.loads(json.dumps(arguments.to_dict(), default=str))
+    if arguments.data.streaming:  # how it mixes rows is a matter of its version
+        asked["datasets_version"] = datasets.__version__
     return {
         **{name: value for name, value in asked.items() if name not in _NOT_COMPARED and not name.startswith("_")},
         "data": data,
@@ -105,8 +115,12 @@ class Differences:
 
 
 def _step_examples(run: dict[str, Any]) -> int | None:
-    """Examples of an optimizer step, where it is the same ones however they are split; else None."""
-    if run.get("train_sampling_strategy") == "group_by_length" or not run.keys() >= set(_SPLIT):
+    """Examples of an optimizer step, where it is the same ones however they are split; else None.
+
+    Batches of like lengths are made for the split; of a stream each rank reads a share of its own.
+    """
+    splits = run.get("train_sampling_strategy") == "group_by_length" or run.get("streaming")
+    if splits or not run.keys() >= set(_SPLIT):
         return None
     return math.prod(run[name] for name in _SPLIT)
 
@@ -118,6 +132,7 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
         there: `run_identity` of the run that wrote a checkpoint.
         here: of this run.
     """
+    same = _SAME | (_SAME_OF_A_STREAM if here.get("streaming") else set())
     found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
     examples = _step_examples(there)
     split_alike = examples is not None and examples == _step_examples(here)
@@ -125,8 +140,10 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
         if there[name] == here[name]:
             continue
         kind = "harmless" if name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) else "training"
-        kind = "incompatible" if name in _SAME or (name in _SPLIT and not split_alike) else kind
+        kind = "incompatible" if name in same or (name in _SPLIT and not split_alike) else kind
         shown = "differs" if name in ("data", "teacher", "student") else f"was {there[name]}, is {here[name]}"
+        if name == "data" and here.get("streaming"):
+            shown += " (of a stream the names, the sizes and both ends of its files are compared)"
         found[kind].append(f"{name} {shown}")
     return Differences(**found)
 

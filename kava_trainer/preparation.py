@@ -1,6 +1,7 @@
 """What a run needs before its first step: tokenizer, data, models and trainer, and what the user sees of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -24,6 +25,9 @@ from .hub import hub_reason
 from .loading import check_reads, check_tokenizers_agree, load_tokenizer
 from .memory import estimate_memory
 from .optimizers import rounding_problem
+from .stream_cache import announce, fill_from_stream
+from .stream_sources import open_rows
+from .streaming import ExampleStream, first_examples, open_stream
 from .student import load_student
 from .targets import build_target
 from .teacher import OnlineTeacher, load_teacher
@@ -39,7 +43,7 @@ HEAD_CHECK_TOKENS = 64
 class Data:
     """Tokenised examples and what pads them."""
 
-    train: datasets.Dataset
+    train: datasets.Dataset | ExampleStream
     evaluation: datasets.Dataset | None
     collator: DistillationCollator
 
@@ -67,6 +71,8 @@ def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
 def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Both splits, tokenised, with what pads them. Raises `BadRequest` where the data cannot be used."""
     console.stage("Data")
+    if arguments.data.streaming:
+        return _load_stream(console, arguments, tokenizer)
     with arguments.training.main_process_first(desc="loading the data"):
         train, test, total = load_splits(arguments.data)
         console.print(f"Dataset loaded: {total} samples")
@@ -80,6 +86,19 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
     batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
     return Data(encoded.dataset, held_out.dataset if held_out else None, DistillationCollator(tokenizer))
+
+
+def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The stream of training examples, and the held-out ones, which are read now."""
+    asked, training = arguments.data, arguments.training
+    rows, held_out = open_rows(asked)
+    seed = training.seed if training.data_seed is None else training.data_seed
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed)
+    mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
+    console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
+    encoded = encode_dataset(held_out, tokenizer, asked.max_length, "Tokenizing the held-out data")
+    _tell_encoding(console, "held-out", encoded, len(held_out), asked.max_length)
+    return Data(stream, encoded.dataset, DistillationCollator(tokenizer))
 
 
 def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, max_length: int) -> None:
@@ -141,7 +160,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     target = build_target(training, models.student, models.teacher)
     layers = needed_teacher_layers(training, target, number_of_layers(models.teacher))
     teacher = OnlineTeacher(models.teacher, layers) if layers else None
-    text = torch.tensor([data.train[0]["input_ids"][:HEAD_CHECK_TOKENS]])
+    text = torch.tensor([first_examples(data.train, 1)[0]["input_ids"][:HEAD_CHECK_TOKENS]])
     if training.kd_weight > 0:
         check_head(models.teacher, text, "teacher")
     if training.kd_weight > 0 or training.lm_weight > 0:
@@ -214,7 +233,7 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
 
 def check_teacher(console: Console, models: Models, data: Data, batch_size: int) -> None:
     """Warn of a teacher that knows no more about the answers than chance."""
-    examples = data.train.select(range(min(batch_size, len(data.train))))
+    examples = first_examples(data.train, batch_size)
     loss = answer_cross_entropy(models.teacher, examples, data.collator, batch_size)
     chance = math.log(models.teacher.get_input_embeddings().num_embeddings)
     console.print(f"Teacher's cross-entropy on one batch: {loss:.2f} nats (chance: {chance:.2f})")
@@ -237,6 +256,15 @@ def open_cache(arguments: KavaArguments, models: Models, trainer: KavaTrainer) -
     return TeacherCache(training.teacher_cache_dir, identity, trainer.teacher.layers, training.teacher_cache_dtype)
 
 
+def _examples_at_hand(data: Data, trainer: KavaTrainer) -> Sequence[list[int]]:
+    """Token ids of all examples whose states will be read, but for those of a stream."""
+    if not isinstance(data.train, ExampleStream):
+        parts = [data.train] if data.evaluation is None else [data.train, data.evaluation]
+        return datasets.concatenate_datasets([part.select_columns("input_ids") for part in parts])["input_ids"]
+    calibration = trainer.calibration_examples() if trainer.args.calibrates else []
+    return [example["input_ids"] for example in [*calibration, *(data.evaluation or [])]]
+
+
 def fill_cache(
     console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, data: Data, trainer: KavaTrainer
 ) -> None:
@@ -247,21 +275,26 @@ def fill_cache(
     """
     console.stage("Teacher cache")
     cache.verify()
-    parts = [data.train] if data.evaluation is None else [data.train, data.evaluation]
-    examples = datasets.concatenate_datasets([part.select_columns("input_ids") for part in parts])["input_ids"]
+    streamed = isinstance(data.train, ExampleStream)
+    examples = _examples_at_hand(data, trainer)
     missing = cache.missing(examples)
     tokens = sum(len(examples[i]) for i in missing)
     size = cache.bytes_for(tokens, hidden_size(models.teacher))
     layers = ", ".join(map(str, cache.layers))
+    which = "examples beside the stream" if streamed else "examples"
     console.print(
-        f"{len(missing)} of {len(examples)} examples are to be written to {cache.folder}: {tokens} tokens, layers "
+        f"{len(missing)} of {len(examples)} {which} are to be written to {cache.folder}: {tokens} tokens, layers "
         f"{layers}, {cache.dtype}, {size / 1e6:.1f} MB"
     )
+    training = arguments.training
+    budget = training.max_tokens_per_batch or training.per_device_eval_batch_size * arguments.data.max_length
     if missing:
-        training = arguments.training
-        budget = training.max_tokens_per_batch or training.per_device_eval_batch_size * arguments.data.max_length
         cache.check_space(size)
         cache.build(models.teacher, examples, missing, budget, trainer.accelerator.autocast)
+    if streamed:
+        announce(console, cache, data.train, training, hidden_size(models.teacher))
+        written = fill_from_stream(cache, models.teacher, data.train, training, budget, trainer.accelerator.autocast)
+        console.print(f"{written} examples of the stream were missing and have been written.")
     trainer.read_cache(CachedTeacher(models.teacher, cache.read))
     release_weights(models.teacher, keep_head=arguments.training.kd_weight > 0)
     release_memory()

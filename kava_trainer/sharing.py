@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from .signals import WATCH
 
 
-def progress_bar(total: int, description: str, unit: str = "it", scaled: bool = False) -> tqdm:
+def progress_bar(total: int | None, description: str, unit: str = "it", scaled: bool = False) -> tqdm:
     """A bar on the main process's terminal that is gone when it is full."""
     hidden = None if PartialState().is_main_process else True
     return tqdm(total=total, desc=description, unit=unit, unit_scale=scaled, leave=False, disable=hidden)

@@ -132,6 +132,11 @@ class Shards:
         order = index[:, 0].argsort(stable=True)
         self._keys, self._places = index[order, 0].contiguous(), index[order, 1:].contiguous()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that finding the examples takes: 32 for each."""
+        return sum(part.numel() * part.element_size() for part in (self._keys, self._places))
+
     def _index(self, number: int, path: Path) -> torch.Tensor:
         """Key, shard, first and last position of each example of one shard: [N, 4]."""
         try:

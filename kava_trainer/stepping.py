@@ -11,13 +11,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .collating import DistillationCollator, JoiningCollator, as_many_rows, pack_step, spread
+from .errors import RunFailed
 from .fitting import FittingTrainer, Row
 from .fsdp import is_sharded
 from .losses import IGNORED
 from .metrics import Stopwatch
 from .packing import disable_packing, enable_packing, packing_problem
-from .ranks import largest_over_ranks
+from .ranks import any_rank, largest_over_ranks
 from .signals import spare_worker
+from .streaming import ExampleStream, stream_loader
 
 
 class SteppingTrainer(FittingTrainer):
@@ -58,7 +60,12 @@ class SteppingTrainer(FittingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's loader of the training examples, which pads or, for packing, only joins them."""
         padding = self.data_collator
-        self.data_collator = JoiningCollator(padding.read_states) if self.packs else padding
+        collator = JoiningCollator(padding.read_states) if self.packs else padding
+        if isinstance(self.train_dataset, ExampleStream):
+            self.args.ignore_data_skip = True  # the stream itself goes on where it stood
+            loader = stream_loader(self.train_dataset, collator, self.args, self._train_batch_size)
+            return _with_spared_workers(loader)
+        self.data_collator = collator
         try:
             return _with_spared_workers(super().get_train_dataloader())
         finally:
@@ -77,6 +84,8 @@ class SteppingTrainer(FittingTrainer):
         each micro-batch is a list of rows under `rows`, beside their tokens for Trainer's own counting.
         """
         batches = list(islice(epoch_iterator, num_batches))
+        if isinstance(self.train_dataset, ExampleStream):
+            self._note_places(batches)
         if not batches:
             return batches, None
         if self.packs:
@@ -91,6 +100,15 @@ class SteppingTrainer(FittingTrainer):
         counts = self._sum_over_ranks(counts.to(device))
         self._seen = self._seen.to(device) + counts[[0, 2]]
         return batches, counts[:2]
+
+    def _note_places(self, batches: list[dict[str, Any]]) -> None:
+        """Keep count of where in the stream this rank is. Raises `RunFailed` on all ranks if one cannot read on."""
+        problem = next((batch["problem"] for batch in batches if "problem" in batch), None)
+        if any_rank(problem is not None):
+            told = problem or "Another process could not read on in its data."
+            raise RunFailed(f"{told} If a file is broken, repair it without changing its size. {self.advice()}")
+        for batch in batches:
+            self.train_dataset.note(batch.pop("place"))
 
     def _row_budget(self, batches: list[dict[str, Any]]) -> int:
         """Tokens of one row; `auto_find_batch_size` and memory that ran out lower it."""
@@ -113,6 +131,22 @@ class SteppingTrainer(FittingTrainer):
         """
         with self.stopwatch.measure("step"):
             return self.run_rows(model, inputs.get("rows", [inputs]), num_items_in_batch)
+
+    def rewind(self) -> None:
+        """Begin with the first example, where the data is a stream that an earlier training may have moved."""
+        if isinstance(self.train_dataset, ExampleStream):
+            self.train_dataset.rewind()
+
+    def progress_state(self) -> dict[str, Any]:
+        """Also where in a stream this rank is."""
+        stream = self.train_dataset.state() if isinstance(self.train_dataset, ExampleStream) else None
+        return super().progress_state() | {"stream": stream}
+
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        """Undo `progress_state`."""
+        super().restore_progress(state)
+        if isinstance(self.train_dataset, ExampleStream):
+            self.train_dataset.restore(state["stream"])
 
     def forget_throughput(self) -> None:
         """Begin to count anew."""

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +169,80 @@ class TeacherCache:
             BadRequest: if an example is still missing afterwards, which means that not all ranks see the same folder.
             Interrupted: on all ranks, if any has got a signal.
         """
+        state = PartialState()
+        share = missing[state.process_index :: state.num_processes]
+        tokens = sum(len(examples[i]) for i in share)
+        self._write(model, (examples[i] for i in share), tokens, budget, autocast)
+        if absent := sum(examples[i] not in self.shards for i in missing):
+            raise BadRequest(
+                f"{absent} examples are missing in {self.folder} after all ranks have written theirs. All ranks must "
+                "see the same folder; name one on a shared disk."
+            )
+
+    def extend(
+        self,
+        model: PreTrainedModel,
+        examples: Iterable[Sequence[int]],
+        budget: int,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> int:
+        """Let the teacher read those of this rank's examples that are not there yet, however many come.
+
+        It holds few of them at a time, and of those that it has written the keys. A call that is cut off leaves whole
+        shards, one that a signal ends all that was read; the next one goes on.
+
+        Args:
+            model: the teacher, without gradients.
+            examples: token ids of each example of this rank.
+            budget: tokens in one forward pass; a longer example gets its own.
+            autocast: makes the context that the teacher runs in.
+
+        Returns:
+            How many examples were written.
+
+        Raises:
+            Interrupted: on all ranks, if any has got a signal.
+        """
+        written: set[int] = set()
+
+        def missing() -> Iterator[Sequence[int]]:
+            for ids in examples:
+                if WATCH.received is not None:
+                    return
+                key = example_key(ids)
+                if key not in written and ids not in self.shards:
+                    written.add(key)
+                    yield ids
+
+        self._write(model, missing(), None, budget, autocast)
+        return len(written)
+
+    def _write(
+        self,
+        model: PreTrainedModel,
+        examples: Iterator[Sequence[int]],
+        tokens: int | None,
+        budget: int,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        """Write this rank's examples, then read again what all ranks have written.
+
+        Args:
+            model: the teacher.
+            examples: token ids of each.
+            tokens: how many there are, where that is known.
+            budget: tokens in one forward pass.
+            autocast: makes the context that the teacher runs in.
+        """
         teacher = OnlineTeacher(model, self.layers)
         enable_packing(model)
         packed = packing_problem(model) is None
         if not packed:
             disable_packing(model)
         writer = ShardWriter(self.folder, self.dtype, self.fingerprint)
-        state = PartialState()
-        share = missing[state.process_index :: state.num_processes]
-        groups = (share[start : start + GROUP] for start in range(0, len(share), GROUP))
-        rows = (row for group in groups for row in _rows([examples[i] for i in group], budget, packed))
-        with progress_bar(sum(len(examples[i]) for i in share), "Caching the teacher's states", "token", True) as bar:
+        groups = iter(lambda: list(islice(examples, GROUP)), [])
+        rows = (row for group in groups for row in _rows(group, budget, packed))
+        with progress_bar(tokens, "Caching the teacher's states", "token", True) as bar:
             for row in rows:
                 if WATCH.received is not None:
                     break
@@ -189,13 +253,8 @@ class TeacherCache:
                     bar.update(len(ids))
         writer.flush()
         WATCH.check()
-        state.wait_for_everyone()
+        PartialState().wait_for_everyone()
         self.shards.refresh()
-        if absent := sum(examples[i] not in self.shards for i in missing):
-            raise BadRequest(
-                f"{absent} examples are missing in {self.folder} after all ranks have written theirs. All ranks must "
-                "see the same folder; name one on a shared disk."
-            )
 
     def read(self, input_ids: Sequence[int]) -> dict[int, torch.Tensor]:
         """The wanted states [T, d_t] of one example by layer, in bfloat16."""

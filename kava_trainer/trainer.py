@@ -33,6 +33,7 @@ from .optimizers import settle_torchao
 from .probe import choose_examples
 from .probing import ProbingTrainer
 from .signals import WATCH
+from .streaming import ExampleStream
 from .student import DistillationModel
 from .targets import HiddenStateTarget
 from .teacher import OnlineTeacher, TeacherSource
@@ -121,7 +122,10 @@ class KavaTrainer(ProbingTrainer):
             BadRequest: if they hold too few tokens for a fit.
         """
         data = self.train_dataset
-        data = data.shuffle(seed=self.args.seed) if hasattr(data, "shuffle") else data
+        if isinstance(data, ExampleStream):
+            data = data.one_pass()
+        elif hasattr(data, "shuffle"):
+            data = data.shuffle(seed=self.args.seed)
         examples = choose_examples(data, self.args.calibration_tokens)
         check_enough_tokens(self.target, sum(len(example["input_ids"]) for example in examples))
         return examples
@@ -224,6 +228,7 @@ class KavaTrainer(ProbingTrainer):
     def _restore(self) -> None:
         if is_fsdp_asked() and not is_sharded(self.model):
             raise RunFailed("FSDP was asked for, but transformers has not sharded the model; nothing was trained.")
+        self.rewind()
         if self.resumed_from is not None:
             state = self.read_progress(self.resumed_from)
             self.restore_progress(state)

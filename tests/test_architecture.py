@@ -37,6 +37,7 @@ ORDER = [
     *(
         "quickstart.problems",
         "quickstart",
+        "data_files",
         "projector",
         "loading",
         "adapters",
@@ -50,6 +51,9 @@ ORDER = [
         "calibration",
         "terms",
         "data",
+        "stream_sources",
+        "streaming",
+        "stream_cache",
         "evaluation",
         "probe",
     ),

@@ -76,6 +76,14 @@ def test_the_tables_of_scaling_are_those_of_its_runs_and_of_its_arithmetic():
     assert {row["resume"] for row in rows if row["outcome"] == "run"} == {"resumed"}
 
 
+def test_the_memory_of_a_stream_is_flat_over_a_million_examples():
+    rows = performance.read("streaming-memory")
+    memory = {int(row["examples"]): float(row["resident_mb"]) for row in rows}
+    assert max(memory) >= 1_000_000
+    settled = [size for examples, size in memory.items() if examples >= 100_000]
+    assert max(settled) < 1.1 * min(settled)
+
+
 def test_the_tables_of_numbers_are_those_of_its_measurements():
     text = bf16_table.DOCUMENT.read_text(encoding="utf-8")
     assert bf16_table.document(text) == text

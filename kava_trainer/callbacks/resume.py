@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..streaming import ExampleStream
+
 
 class ResumeCallback(TrainerCallback):
     """Runs when training begins, after Trainer has set its own counters to zero and before any other callback.
@@ -21,3 +23,8 @@ class ResumeCallback(TrainerCallback):
     ) -> None:
         """Put it back."""
         self._restore()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Of a stream Trainer knows no epoch, and begins to count one where the run was resumed; put that right."""
+        if isinstance(getattr(kwargs.get("train_dataloader"), "dataset", None), ExampleStream):
+            state.epoch = state.global_step / state.max_steps
