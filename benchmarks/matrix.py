@@ -86,6 +86,8 @@ def cell(engine: str, changes: dict[str, Any], folder: Path, data: str) -> tuple
     again = Run(launch, folder / "logs", engine, str(folder), data, changes, ranks=ranks)
     if again.wait(300) != [0] * ranks:
         return "run", "failed"
+    if f"Resuming from {out / 'checkpoint-2'}." not in again.output():
+        return "run", "not resumed"
     return "run", "resumed" if digest(out) == expected else "other weights"
 
 

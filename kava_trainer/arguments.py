@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from .engines import device_problem, engine_problems, is_fsdp_asked
+from .engines import device_problem, engine_problems, is_fsdp_asked, sharding_problems
 from .optimizers import missing_package
 from .redaction import is_secret_name, keep_secret
 from .source_arguments import DataArguments, ModelArguments, help_text
@@ -215,7 +215,7 @@ class KavaTrainingArguments(TrainingArguments):
         found = self.problems()
         try:
             super().__post_init__()
-            found += filter(None, [device_problem(self.device.type)])
+            found += [*filter(None, [device_problem(self.device.type)]), *sharding_problems(self)]
         except (ValueError, ImportError) as error:
             found.append(str(error))
         if found:
@@ -238,8 +238,10 @@ class KavaTrainingArguments(TrainingArguments):
     def _engine_problems(self) -> list[str]:
         config = self.accelerator_config
         found = engine_problems(self.fsdp, self.deepspeed)
-        if isinstance(config, dict) and config.get("dispatch_batches"):
-            found.append("accelerator_config.dispatch_batches is not supported; leave it out.")
+        given = config if isinstance(config, dict) else {}
+        unwanted = {"dispatch_batches": True, "split_batches": True, "even_batches": False}
+        for name in (name for name, value in unwanted.items() if given.get(name, not value) == value):
+            found.append(f"accelerator_config.{name} {str(unwanted[name]).lower()} is not supported; leave it out.")
         return found
 
     def problems(self) -> list[str]:

@@ -27,7 +27,9 @@ TRAINER_STATE_FILE = "trainer_state.json"
 MANIFEST_FILE = "manifest.json"
 """Name of the list of all files of a checkpoint, which is written last."""
 
-_RESUMABLE = (TRAINER_STATE_FILE, PROJECTOR_FILE, "optimizer.pt", "scheduler.pt")
+_RESUMABLE = (TRAINER_STATE_FILE, PROJECTOR_FILE, "scheduler.pt")
+_OPTIMIZER = ("optimizer.pt", "optimizer_0/.metadata")
+"""One of the two: the second one is that of sharded weights, see `fsdp`."""
 _STAGING, _PREVIOUS, _DELETED = ".staging", ".previous", ".deleted"
 _LEFT_BEHIND = re.compile(rf"\.({PREFIX_CHECKPOINT_DIR}-\d+|final_student)({_STAGING}|{_PREVIOUS}|{_DELETED})")
 _TEMPORARY = re.compile(r"\.(\w+_projector|proj_step_\d+|run_summary)\.\w+\.\d+\.tmp")
@@ -196,6 +198,7 @@ def broken_reason(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return reason_of(error)
     missing = [name for name in _RESUMABLE if name not in listed]
+    missing += [] if any(name in listed for name in _OPTIMIZER) else [_OPTIMIZER[0]]
     return f"it was saved without {' and '.join(missing)}" if missing else None
 
 

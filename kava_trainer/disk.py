@@ -9,6 +9,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .arguments import KavaTrainingArguments
 from .console import size_text
+from .engines import is_fsdp_asked
 from .errors import BadRequest
 
 
@@ -42,8 +43,10 @@ def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) 
         training: says with `save_only_model` whether a checkpoint can be resumed from.
     """
     student = "adapter" if "adapter" in parts else "student"
-    names = (student, "projector") if training.save_only_model else (student, "projector", "optimizer")
-    return sum(parts[name] for name in names)
+    weights, optimizer = parts[student] + parts["projector"], 0 if training.save_only_model else parts["optimizer"]
+    if is_fsdp_asked():  # the parts are one rank's, and the weights are written in shards and, once more, whole
+        return training.world_size * (2 * weights + optimizer)
+    return weights + optimizer
 
 
 def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .collating import halve
 from .errors import RunFailed
-from .fsdp import is_sharded, whole
+from .fsdp import is_sharded, own_part, whole
 from .metrics import TokenMeans
 from .nonfinite import NonfiniteSteps, skip_if
 from .optimizers import optimizer_name
@@ -166,8 +166,9 @@ class FittingTrainer(SavingTrainer):
     def _less_beside_passes(self) -> list[str]:
         """What makes the memory smaller that weights and optimizer take whatever is read."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        states = sum(2 * parameter.numel() * (parameter.element_size() - 1) for parameter in trained)
-        small = f"write optim adamw_bnb_8bit, which saves {states / 1e9:.2f} GB of optimizer states"
+        states = sum(2 * own_part(weight).numel() * (weight.element_size() - 1) for weight in trained)
+        name = "adamw_torch_8bit" if is_sharded(self.model) else "adamw_bnb_8bit"
+        small = f"write optim {name}, which saves {states / 1e9:.2f} GB of optimizer states"
         return [
             "" if "8bit" in optimizer_name(self.args.optim) else small,
             "write teacher_quantization 4bit, or name a teacher_cache_dir, which frees the teacher's memory",

@@ -39,6 +39,7 @@ _HARMLESS = {
     "max_length", "max_nonfinite_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "teacher_model_name_or_path", "student_model_name_or_path", "student_config_name", "teacher_revision",
     "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "shuffle_buffer",
+    "merge_adapter",
 }  # fmt: skip
 """Where things go and what is told, and names whose content is compared instead."""
 
@@ -117,10 +118,11 @@ class Differences:
 def _step_examples(run: dict[str, Any]) -> int | None:
     """Examples of an optimizer step, where it is the same ones however they are split; else None.
 
-    Batches of like lengths are made for the split; of a stream each rank reads a share of its own.
+    Batches of like lengths are made for the split, what is left over for a last batch is dropped by it, and of a stream
+    each rank reads a share of its own.
     """
-    splits = run.get("train_sampling_strategy") == "group_by_length" or run.get("streaming")
-    if splits or not run.keys() >= set(_SPLIT):
+    counts = run.get("train_sampling_strategy") == "group_by_length" or run.get("dataloader_drop_last")
+    if counts or run.get("streaming") or not run.keys() >= set(_SPLIT):
         return None
     return math.prod(run[name] for name in _SPLIT)
 
@@ -159,7 +161,7 @@ def check_resumable(checkpoint: Path, here: dict[str, Any]) -> Differences:
     if found.incompatible:
         raise BadRequest(
             f"The checkpoint {checkpoint} was written by another run: {'; '.join(found.incompatible)}. Resume with the "
-            "arguments, models, data and number of processes it was written with, or start afresh in another "
+            "arguments, models, data and effective batch it was written with, or start afresh in another "
             "output_dir."
         )
     return found

@@ -100,32 +100,38 @@ def build_decoder(config: ProjectorConfig) -> nn.Linear:
     return nn.Linear(config.output_size, config.input_size)
 
 
-def save_projectors(
-    projectors: nn.ModuleList,
-    path: str | Path,
-    use: dict[str, Any] | None = None,
-    decoders: nn.ModuleList | None = None,
-    write: bool = True,
-) -> None:
-    """Write projectors and their shapes into one file that `torch.load(..., weights_only=True)` reads.
-
-    Where FSDP2 has spread them over the ranks, every rank has to call this.
-
-    Args:
-        projectors: one for each aligned pair of layers.
-        path: the file; it is replaced in one step, so a reader never sees half of it.
-        use: what they map: the direction and the pairs of layers, of plain Python types.
-        decoders: the decoders of a reconstruction anchor, where training shall go on from this file.
-        write: false on a rank that only hands its part of the weights over.
-    """
-    payload = {
+def projector_content(
+    projectors: nn.ModuleList, use: dict[str, Any] | None = None, decoders: nn.ModuleList | None = None
+) -> dict[str, Any]:
+    """What a projector file holds, see `save_projectors`. Where the weights are sharded every rank has to ask."""
+    return {
         "use": use or {},
         "config": [asdict(projector.config) for projector in projectors],
         "state_dict": _on_cpu(projectors),
         "decoders": _on_cpu(decoders) if decoders else {},
     }
-    if write:
-        write_atomically(path, lambda temporary: torch.save(payload, temporary))
+
+
+def write_projectors(content: dict[str, Any], path: str | Path) -> None:
+    """Write what `projector_content` gave; a reader never sees half of it."""
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def save_projectors(
+    projectors: nn.ModuleList,
+    path: str | Path,
+    use: dict[str, Any] | None = None,
+    decoders: nn.ModuleList | None = None,
+) -> None:
+    """Write projectors and their shapes into one file that `torch.load(..., weights_only=True)` reads.
+
+    Args:
+        projectors: one for each aligned pair of layers.
+        path: the file; it is replaced in one step.
+        use: what they map: the direction and the pairs of layers, of plain Python types.
+        decoders: the decoders of a reconstruction anchor, where training shall go on from this file.
+    """
+    write_projectors(projector_content(projectors, use, decoders), path)
 
 
 def _on_cpu(modules: nn.ModuleList) -> dict[str, torch.Tensor]:

@@ -3,12 +3,12 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -32,10 +32,11 @@ from .errors import RunFailed, reason_of
 from .fsdp import own_part
 from .hub import ANSWER_SECONDS, CheckpointPusher, in_time
 from .progress import read_progress, save_progress
+from .projector import write_projectors
 from .ranks import any_rank
 from .signals import WATCH, Interrupted
 from .student import DistillationModel
-from .weights import WeightsTrainer
+from .weights import UNREADABLE, WeightsTrainer
 
 MOST_FAILED_SAVES = 2
 """So many saves may fail one after the other: the disk may have room again at the next one."""
@@ -94,16 +95,18 @@ class SavingTrainer(WeightsTrainer):
         Raises:
             RunFailed: if the disk does not take them.
         """
-        try:
-            state = self.gathered_student()
+        state, projectors = self.gathered_student(), self.gathered_projectors()
+
+        def write() -> None:
             if self.args.should_save:
                 write_folder_atomically(student_folder, lambda folder: self.save_student(folder, merge_adapter, state))
-            self.save_projector(projector)
-        except Exception as error:  # as above: a disk refuses in many ways
+                write_projectors(projectors, projector)
+
+        if (problem := self._all_succeed(write)) is not None:
             raise RunFailed(
-                f"The finished student could not be written to {student_folder} ({reason_of(error)}). Make room, or "
-                f"name another final_dir. {self.advice()}"
-            ) from error
+                f"The finished student could not be written to {student_folder} ({problem}). If there is no room, make "
+                f"some, or name another final_dir. {self.advice()}"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student; inside a checkpoint also the projectors beside it.
@@ -113,12 +116,13 @@ class SavingTrainer(WeightsTrainer):
         """
         if any_rank(not all(own_part(parameter).isfinite().all() for parameter in self.model.parameters())):
             raise self.not_finite("weights")
-        if self.is_fsdp_enabled:  # Trainer would write the student only with some settings of the launcher
-            self._save(output_dir)
+        state, projectors = self.gathered_student(), self.gathered_projectors(with_decoders=True)
+        if self.is_fsdp_enabled:  # Trainer would not write the student
+            self._save(output_dir, state)
         else:
             super().save_model(output_dir, _internal_call=_internal_call)
-        if _internal_call:
-            self.save_projector(Path(output_dir or self.args.output_dir) / PROJECTOR_FILE, with_decoders=True)
+        if _internal_call and self.args.should_save:
+            write_projectors(projectors, Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
 
     def before_optimizer_step(self, grad_norm: torch.Tensor | float) -> None:
         """Called once for each optimizer step, with the norm of its gradient before clipping."""
@@ -153,10 +157,13 @@ class SavingTrainer(WeightsTrainer):
         """What `progress_state` put into a checkpoint, see `progress.read_progress`."""
         return read_progress(checkpoint, self.args.process_index, self.args.world_size)
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        """Let every rank write its part of a checkpoint into a folder, with Trainer's own methods."""
+    def _write_weights(self, folder: Path) -> None:
+        """Write student and projectors into a folder."""
         folder.mkdir(parents=True, exist_ok=True)  # on another machine than the first, whose disk is not shared
         self.save_model(str(folder), _internal_call=True)
+
+    def _write_the_rest(self, folder: Path) -> None:
+        """Let every rank write its part of what resuming needs beside them, with Trainer's own methods."""
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
@@ -175,7 +182,7 @@ class SavingTrainer(WeightsTrainer):
             work()
         except (RunFailed, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # tokenizers have no kind of their own for a full disk
+        except (Exception, CheckpointException) as error:  # tokenizers have no kind of their own for a full disk
             problem = reason_of(error)
         failed = any_rank(problem is not None)
         return (problem or "another process could not write its part") if failed else None
@@ -194,7 +201,8 @@ class SavingTrainer(WeightsTrainer):
         staging = staging_folder(folder)
         steps = (
             lambda: self._stage(folder),
-            lambda: self._write_checkpoint(staging),
+            lambda: self._write_weights(staging),
+            lambda: self._write_the_rest(staging),
             lambda: self._seal(folder, staging),
         )
         for step in steps:
@@ -268,13 +276,13 @@ class SavingTrainer(WeightsTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except (OSError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+        except UNREADABLE as error:
             raise unreadable_checkpoint(checkpoint, error) from error
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
             super()._load_rng_state(checkpoint)
-        except (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, UnpicklingError) as error:
+        except UNREADABLE as error:
             raise unreadable_checkpoint(checkpoint, error) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from .adapters import has_adapter
 from .arguments import KavaTrainingArguments
 from .calibration import calibrate, check_enough_tokens
 from .callbacks.guard import guard_trackers
@@ -68,6 +70,8 @@ class KavaTrainer(ProbingTrainer):
             raise ValueError(
                 "The student is a PeftModel. Give the model itself, with adapters from adapters.add_adapter."
             )
+        if is_fsdp_asked() and has_adapter(student):
+            raise ValueError("Adapters are not supported under FSDP2; start without it.")
         target.requires_grad_(args.aligns)
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
@@ -136,6 +140,8 @@ class KavaTrainer(ProbingTrainer):
         Raises:
             BadRequest: as `calibration_examples`.
         """
+        if self.is_fsdp_enabled:  # Trainer leaves the model where it is until it is sharded
+            self.model.to(self.args.device)
         size, fit = self.args.per_device_eval_batch_size, self.args.projector_init == "least_squares"
         examples = self.calibration_examples()
         calibrate(self.model, self.teacher, examples, self.data_collator, size, self._sum_over_ranks, fit)
@@ -144,9 +150,10 @@ class KavaTrainer(ProbingTrainer):
         """The student with all its weights on this rank; a copy where they are sharded. Every rank must ask."""
         if not is_sharded(self.model):
             return self.student
-        copy = type(self.student)(self.student.config).to(self.student.dtype)
-        state = whole_state(self.student, everywhere=True)
-        copy.load_state_dict(state)
+        with torch.random.fork_rng([]):  # its first weights are drawn, and overwritten
+            copy = type(self.student)(self.student.config).to(self.student.dtype)
+        copy.load_state_dict(whole_state(self.student, everywhere=True))
+        copy.generation_config = deepcopy(self.student.generation_config)
         return copy.to(self.args.device)
 
     def release(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, Trainer
 
 from .adapter_files import load_adapter, save_weights
@@ -14,9 +15,16 @@ from .adapters import has_adapter
 from .arguments import KavaTrainingArguments
 from .checkpoint_io import PROJECTOR_FILE, unreadable_checkpoint
 from .fsdp import is_sharded, whole_state
-from .projector import restore_projectors, save_projectors
+from .projector import projector_content, restore_projectors, write_projectors
 from .student import DistillationModel
 from .targets import HiddenStateTarget
+
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, SafetensorError, UnpicklingError,
+    CheckpointException,
+)  # fmt: skip
+"""What transformers, torch and safetensors raise for files that are not what they should be. The last one, of sharded
+weights, is no `Exception` even."""
 
 
 class WeightsTrainer(Trainer):
@@ -46,9 +54,14 @@ class WeightsTrainer(Trainer):
             path: the file.
             with_decoders: also the decoders of a reconstruction anchor, which only further training needs.
         """
-        if self.args.should_save or is_sharded(self.model):
-            decoders = self.target.decoders if with_decoders else None
-            save_projectors(self.target.projectors, path, self.target.use, decoders, write=self.args.should_save)
+        content = self.gathered_projectors(with_decoders)
+        if self.args.should_save:
+            write_projectors(content, path)
+
+    def gathered_projectors(self, with_decoders: bool = False) -> dict[str, Any]:
+        """What their file will hold. Every rank must ask, before any of them writes: that may fail on one alone."""
+        decoders = self.target.decoders if with_decoders else None
+        return projector_content(self.target.projectors, self.target.use, decoders)
 
     def save_student(
         self, output_dir: str | Path, merge_adapter: bool = True, state_dict: dict[str, torch.Tensor] | None = None
@@ -92,7 +105,7 @@ class WeightsTrainer(Trainer):
         load = load_adapter if has_adapter(self.student) else super()._load_from_checkpoint
         try:
             load(resume_from_checkpoint, self.model if self.is_fsdp_enabled else self.student)
-        except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
+        except UNREADABLE as error:
             raise unreadable_checkpoint(resume_from_checkpoint, error) from error
         if not self.is_fsdp_enabled:  # there the projectors are in the weights that have just been loaded
             file = Path(resume_from_checkpoint) / PROJECTOR_FILE

@@ -122,14 +122,21 @@ def _dropout_student(*args, **kwargs):
     return student
 
 
+def plain(state):
+    """A state of the optimizer in one row, also of an 8-bit one."""
+    state = whole(state)
+    return (state.dequantize() if type(state).__name__.startswith("OptimState") else state).flatten()
+
+
 def train(folder, output, resume, settings):
     """A trainer's run; rank 0 writes the hash of its weights and optimizer, and its losses."""
     settings = {"model": _dropout_student, "count": 20, "lr_scheduler_type": "cosine", **settings}
     trainer = make_trainer(folder, AutoTokenizer.from_pretrained(STUDENT_FOLDER), **settings)
     trainer.train(resume_from_checkpoint=resume)
     assert torch.distributed.is_initialized() == (int(os.environ.get("WORLD_SIZE", "1")) > 1)
-    states = [torch.cat([whole(p).flatten() for p in state.values() if isinstance(p, torch.Tensor) and p.dim()])
-              for state in trainer.optimizer.optimizer.state.values()]  # fmt: skip
+    optimizer = trainer.optimizer.optimizer.state.values() if trainer.optimizer else ()
+    states = [torch.cat([plain(p) for p in state.values() if isinstance(p, torch.Tensor) and p.dim()])
+              for state in optimizer]  # fmt: skip
     weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     if trainer.is_world_process_zero():
         logged = [
@@ -141,7 +148,7 @@ def train(folder, output, resume, settings):
             {
                 "weights": state_hash(weights),
                 "optimizer": [state.double().sum().item() for state in states],
-                "rates": [group["lr"] for group in trainer.optimizer.param_groups],
+                "rates": [group["lr"] for group in trainer.optimizer.param_groups] if trainer.optimizer else [],
                 "lines": logged,
                 "losses": [line["loss"] for line in loss_lines(trainer)],
                 "world_size": trainer.args.world_size,

@@ -71,3 +71,50 @@ def run_and_signal(*arguments):
 
     with sharding_on_cpu():
         return fault_child.run_and_signal(*arguments)
+
+
+def main(arguments):
+    """`run_kava.py` with a command line."""
+    import run_kava
+
+    with sharding_on_cpu():
+        return run_kava.main(arguments)
+
+
+def train_with_a_full_disk(place, *arguments):
+    """As `train`; the first save finds no room, on one rank alone."""
+    import torch.distributed.checkpoint as shards
+
+    from kava_trainer import saving, weights
+
+    owner, name, rank = {
+        "student": (weights, "save_weights", "0"),
+        "projector": (saving, "write_projectors", "0"),
+        "shard": (shards.FileSystemWriter, "write_data", "1"),
+    }[place]
+    original, calls = getattr(owner, name), 0
+
+    def refuse(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 1 and os.environ["RANK"] == rank:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    with mock.patch.object(owner, name, refuse):
+        return train(*arguments)
+
+
+def train_with_a_bad_step(*arguments):
+    """As `train`; the loss of one rank is no number in its third step."""
+    from kava_trainer.trainer import KavaTrainer
+
+    original = KavaTrainer.compute_loss
+
+    def compute(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = original(self, model, inputs, return_outputs, num_items_in_batch)
+        bad = num_items_in_batch is not None and self.state.global_step == 2 and os.environ["RANK"] == "1"
+        return loss * float("nan") if bad else loss
+
+    with mock.patch.object(KavaTrainer, "compute_loss", compute):
+        return train(*arguments)

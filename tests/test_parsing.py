@@ -150,7 +150,7 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         ({"num_train_epochs": 0}, "num_train_epochs is 0"),
         ({"fsdp": "full_shard"}, "fsdp is not read from the arguments; start with accelerate launch"),
         ({"deepspeed": "ds.json"}, "deepspeed is not supported; shard with FSDP2"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches is not supported; leave it out"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches true is not supported; leave it out"),
         ({"load_best_model_at_end": True, "projector_dropout": 2.0}, "projector_dropout is 2.0"),
         ({"generation_max_new_tokens": 0}, "generation_max_new_tokens is 0"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
