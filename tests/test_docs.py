@@ -108,3 +108,8 @@ def test_the_tables_of_scaling_are_those_of_its_runs_and_of_its_arithmetic():
 def test_the_tables_of_numbers_are_those_of_its_measurements():
     text = bf16_table.DOCUMENT.read_text(encoding="utf-8")
     assert bf16_table.document(text) == text
+
+
+def test_every_recipe_saves_into_a_folder_of_its_own():
+    for path in ROOT.glob("training_args/*.json"):
+        assert json.loads(path.read_text())["output_dir"] == f"checkpoints/{path.stem}"
