@@ -212,6 +212,10 @@ class KavaTrainingArguments(TrainingArguments):
             keep_secret(getattr(self, name))
         if isinstance(self.layer_mapping, (list, tuple)):
             self.layer_mapping = json.dumps(self.layer_mapping)
+        for name in ("", "_kwargs"):  # newer transformers warn of the old name, older ones know no other
+            new, old = f"activation_checkpointing{name}", f"gradient_checkpointing{name}"
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         found = self.problems()
         try:
             super().__post_init__()

@@ -9,6 +9,7 @@ from accelerate.utils import release_memory
 from transformers import set_seed
 
 from .arguments import KavaArguments, KavaTrainingArguments
+from .checkpoint_io import find_newest_checkpoint
 from .preparation import Data, Models, make_trainer
 from .student import load_student
 from .teacher import load_teacher
@@ -71,4 +72,7 @@ def train_control(trainer: KavaTrainer, resume: bool) -> None:
         trainer: see `build_control`.
         resume: go on from the control's newest checkpoint, where there is one.
     """
+    if resume:
+        newest = find_newest_checkpoint(trainer.args.output_dir).checkpoint
+        trainer.console.print(f"The control goes on from {newest}." if newest else "The control has no checkpoint yet.")
     trainer.train(resume_from_checkpoint=resume)

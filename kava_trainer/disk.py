@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers.trainer_utils import SaveStrategy
@@ -33,6 +34,20 @@ def make_folder(name: str, path: str | Path) -> Path:
     except OSError as error:
         raise BadRequest(f"{name} {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
     return folder
+
+
+@contextmanager
+def no_empty_folders_if_refused(*paths: str | Path) -> Iterator[None]:
+    """Where the request is refused, delete the folders that were not there before and are empty, and those above."""
+    folders = {folder for path in paths for folder in (Path(path), *Path(path).parents) if not folder.exists()}
+    try:
+        yield
+    except BadRequest:
+        for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                with suppress(OSError):  # another process was quicker
+                    folder.rmdir()
+        raise
 
 
 def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:

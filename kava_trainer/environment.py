@@ -30,7 +30,8 @@ def device_name(device: torch.device) -> str:
     """The name of an accelerator, or of the processor's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({platform.machine()}, {threads} thread{'s' if threads != 1 else ''})"
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

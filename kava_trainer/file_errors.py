@@ -1,9 +1,25 @@
 """Where a file is broken, in words that lead to the place: line numbers as a text editor counts them."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+
+
+def missing_path(argument: str, value: str | None) -> str | None:
+    """The sentence for an argument that names a local file or folder which is not there; None for anything else.
+
+    Local is what begins with `.`, `/` or `~`, or has more slashes than a hub id may. A pattern of files is left to its
+    reader.
+    """
+    if not value or "://" in value or any(sign in value for sign in "*?["):
+        return None
+    is_local = value.startswith((".", "~")) or os.path.isabs(value) or value.count("/") > 1
+    if not is_local or os.path.exists(os.path.expanduser(value)):  # pathlib raises on names too long for any file
+        return None
+    kind = "file" if Path(value).suffix[1:].isalpha() else "folder"
+    return f"{argument} names the {kind} {value}, which does not exist."
 
 
 def _kind(value: object) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub.errors import HFValidationError
 from transformers.trainer_utils import HubStrategy
 
 from .arguments import KavaArguments, KavaTrainingArguments
@@ -20,6 +21,9 @@ from .source_arguments import QUICKSTART, ModelArguments
 ANSWER_SECONDS, CHECKPOINT_SECONDS, STUDENT_SECONDS = 60, 600, 3600
 """How long the hub may take: to answer a question, to take the last checkpoints at the end of the training, and to
 take the finished student. Its client waits for ever."""
+
+FINAL_STUDENT = "final_student"
+"""Folder of the finished student in `final_dir`."""
 
 _CARD = """---
 {metadata}
@@ -165,6 +169,25 @@ def hub_reason(error: BaseException) -> str:
         return reason_of(error).rstrip(".")
     words = _STATUS_WORDS.get(status, "the hub itself failed" if status >= 500 else "the hub refused it")
     return f"{words}, HTTP {status}"
+
+
+def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> str:
+    """The sentences for a hub that did not make the run's repository before the training.
+
+    Args:
+        error: what it or the network answered.
+        arguments: of the run, with `push_to_hub`.
+    """
+    if isinstance(error, HFValidationError):
+        return f"hub_model_id is {arguments.hub_model_id!r}; write it as owner/name ({reason_of(error).rstrip('.')})."
+    answered = getattr(error, "response", None) is not None
+    what = "did not make the run's repository" if answered else "cannot be reached"
+    login = " Log in with hf auth login, or set HF_TOKEN." if answered else ""
+    folder = shlex.quote(str(Path(arguments.final_dir) / FINAL_STUDENT))
+    return (
+        f"push_to_hub true needs the hub, which {what} ({hub_reason(error)}).{login} Or write push_to_hub false, and "
+        f"send the student afterwards: hf upload {arguments.hub_model_id or 'NAME'} {folder}"
+    )
 
 
 def in_background(work: Callable[[], Any], after: Iterable[Future] = ()) -> Future:

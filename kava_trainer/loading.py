@@ -1,5 +1,6 @@
 """Configs, tokenizers and weights by hub id or local folder, with one clear error where they cannot be had."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +29,10 @@ _JSON_FILES = (
 
 
 def _locate(name: str, role: str) -> str:
-    """The folder behind the name `quickstart`; any other name is left as it is."""
+    """The folder behind the name `quickstart` or behind `~`; any other name is left as it is."""
     if name == QUICKSTART:
         return str(TEACHER_FOLDER if role == "teacher" else STUDENT_FOLDER)
-    return name
+    return os.path.expanduser(name)
 
 
 def model_folder(name: str, role: str) -> Path | None:

@@ -3,6 +3,7 @@
 import types
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,13 @@ def missing_package(optim: Any) -> str | None:
     """The sentence for an `optim` whose package is not installed; None where there is nothing to say."""
     if optimizer_name(optim) not in TORCHAO_OPTIMIZERS or is_torchao_available():
         return None
-    return f"optim is {optimizer_name(optim)}, which needs torchao; run pip install torchao, or write another optim."
+    checkout = Path(__file__).parents[1]  # its constraints name the version that was tried
+    pinned = (checkout / "constraints.txt").is_file()
+    command = 'pip install -c constraints.txt -e ".[bf16]"' if pinned else "pip install torchao"
+    return (
+        f"optim is {optimizer_name(optim)}, which needs torchao; run {command}, or write another optim, such as "
+        "adamw_torch_fused."
+    )
 
 
 def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.dtype]) -> str | None:

@@ -17,7 +17,7 @@ from .checkpoint_io import (
 )
 from .console import Console
 from .control import build_control, forget_control, train_control
-from .disk import make_folder
+from .disk import make_folder, no_empty_folders_if_refused
 from .environment import (
     describe_environment,
     peak_memory_bytes,
@@ -27,7 +27,7 @@ from .environment import (
 from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import evaluate_model, longest_answer
 from .fidelity import TeacherFidelity
-from .hub import push_student, render_model_card
+from .hub import FINAL_STUDENT, push_student, render_model_card
 from .identity import check_output_dir, check_resumable, data_digest, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models, smaller_rows
@@ -50,7 +50,7 @@ from .summary import RunSummary
 from .trainer import KavaTrainer
 from .verdict import CONTROL_FAILED, judge
 
-FINAL_STUDENT, FINAL_PROJECTOR = "final_student", "final_projector.pth"
+FINAL_PROJECTOR = "final_projector.pth"
 
 
 def run(arguments: KavaArguments, argv: list[str]) -> int:
@@ -69,7 +69,7 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         Interrupted: if a signal came before the training; there was nothing to save.
     """
     try:
-        with WATCH:
+        with WATCH, no_empty_folders_if_refused(arguments.training.output_dir, arguments.training.final_dir):
             return _run(arguments, argv)
     except torch.OutOfMemoryError as error:  # most stages have a message of their own
         raise RunFailed(
@@ -102,7 +102,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     trainer.identity, summary.content["problems"] = identity, trainer.problems
     cache = open_cache(arguments, models, trainer)
     with needs_memory("while the teacher was tried out", lambda: smaller_batches(arguments)):
-        check_teacher(console, models, data, training.per_device_eval_batch_size)
+        check_teacher(console, models, data, training.per_device_eval_batch_size, trainer.problems)
     console.stage("Evaluation")
     _evaluate(console, arguments, models, data, summary, ("teacher", "student_before"))
     if cache is not None:
@@ -186,7 +186,7 @@ def _train_and_judge(
         if control is not None and was_interrupted(control):
             tell_interruption(console, control, trainer, argv)
             return "interrupted", exit_code(control.emergency.received)
-    _conclude(console, arguments, trainer, summary, collapse)
+    _conclude(console, arguments, data, trainer, summary, collapse)
     return "completed", 0
 
 
@@ -287,13 +287,19 @@ def _finish(
 
 
 def _conclude(
-    console: Console, arguments: KavaArguments, trainer: KavaTrainer, summary: RunSummary, collapse: str | None
+    console: Console,
+    arguments: KavaArguments,
+    data: Data,
+    trainer: KavaTrainer,
+    summary: RunSummary,
+    collapse: str | None,
 ) -> None:
     """Judge the run, write the student's card, and send it to the hub if asked."""
     training = arguments.training
     supervised = training.lm_weight > 0 or training.kd_weight > 0
     broken = [str(folder) for folder in list_checkpoints(training.output_dir) if broken_reason(folder)]
-    summary.content["verdict"] = judge(summary.content, collapse, supervised, broken)
+    examples, taught = data.evaluation and len(data.evaluation), training.aligns or training.kd_weight > 0
+    summary.content["verdict"] = judge(summary.content, collapse, supervised, broken, examples, taught)
     show_verdict(console, summary)
     if not training.should_save:
         return

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
@@ -34,6 +35,7 @@ from .teacher import OnlineTeacher, load_teacher
 from .teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
 from .terms import needed_teacher_layers
 from .trainer import KavaTrainer
+from .verdict import TEACHER_AT_CHANCE, few_examples
 
 HEAD_CHECK_TOKENS = 64
 """Tokens that the logits of a whole vocabulary are compared on, before training."""
@@ -83,6 +85,8 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
         _tell_encoding(console, "held-out", held_out, len(test), arguments.data.max_length)
     else:
         console.warn("There are no held-out examples, so nothing will be evaluated.")
+    if few := few_examples(held_out and len(held_out.dataset)):
+        console.warn(few)
     batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
     return Data(encoded.dataset, held_out.dataset if held_out else None, DistillationCollator(tokenizer))
@@ -231,8 +235,10 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
         )
 
 
-def check_teacher(console: Console, models: Models, data: Data, batch_size: int) -> None:
-    """Warn of a teacher that knows no more about the answers than chance."""
+def check_teacher(
+    console: Console, models: Models, data: Data, batch_size: int, problems: list[dict[str, Any]]
+) -> None:
+    """Warn of a teacher that knows no more about the answers than chance, and add it to the problems."""
     examples = first_examples(data.train, batch_size)
     loss = answer_cross_entropy(models.teacher, examples, data.collator, batch_size)
     chance = math.log(models.teacher.get_input_embeddings().num_embeddings)
@@ -241,6 +247,8 @@ def check_teacher(console: Console, models: Models, data: Data, batch_size: int)
         console.warn(
             "The teacher is no better than chance on these answers. Look at its weights, its tokenizer and the data."
         )
+        action = f"went on with a teacher of {loss:.2f} nats on the answers, where chance has {chance:.2f}"
+        problems.append({"step": None, "kind": TEACHER_AT_CHANCE, "action": action})
 
 
 def open_cache(arguments: KavaArguments, models: Models, trainer: KavaTrainer) -> TeacherCache | None:

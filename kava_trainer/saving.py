@@ -28,9 +28,9 @@ from .checkpoint_io import (
     write_manifest,
 )
 from .console import Console
-from .errors import RunFailed, reason_of
+from .errors import BadRequest, RunFailed, reason_of
 from .fsdp import own_part
-from .hub import ANSWER_SECONDS, CheckpointPusher, in_time
+from .hub import ANSWER_SECONDS, CheckpointPusher, in_time, no_repository
 from .progress import read_progress, save_progress
 from .projector import write_projectors
 from .ranks import any_rank
@@ -71,8 +71,11 @@ class SavingTrainer(WeightsTrainer):
         return f"Resume from {newest}, which is sound." if newest else "There is no checkpoint yet; start afresh."
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the hub repository, as `Trainer` does. Raises `TimeoutError` if the hub does not answer."""
-        in_time(lambda: super(SavingTrainer, self).init_hf_repo(token, private), ANSWER_SECONDS)
+        """Make the hub repository, as `Trainer` does. Raises `BadRequest` if that does not work."""
+        try:
+            in_time(lambda: super(SavingTrainer, self).init_hf_repo(token, private), ANSWER_SECONDS)
+        except Exception as error:  # the network fails in many ways
+            raise BadRequest(no_repository(error, self.args)) from error
 
     def not_finite(self, what: str) -> RunFailed:
         """The error for losses or weights that are no finite numbers any more."""

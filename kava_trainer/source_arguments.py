@@ -3,6 +3,8 @@
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
+from .file_errors import missing_path
+
 QUICKSTART = "quickstart"
 """The name that stands for the embedded teacher, student and data set wherever one of them is named."""
 
@@ -111,6 +113,8 @@ class ModelArguments:
             found.append(
                 "The student is missing; write student_model_name_or_path, or student_config_name for random weights."
             )
+        for name in ("teacher_model_name_or_path", "student_model_name_or_path", "student_config_name"):
+            found += filter(None, [missing_path(name, getattr(self, name))])
         if self.student_model_name_or_path and self.student_config_name:
             found.append("student_model_name_or_path and student_config_name exclude each other; keep one of them.")
         if self.student_init == "teacher_layers" and self.teacher_quantization != "none":
@@ -223,6 +227,7 @@ class DataArguments:
         found = []
         if not self.dataset_name:
             found.append("dataset_name is missing; write a hub id, a local file or folder, or 'quickstart'.")
+        found += filter(None, [missing_path("dataset_name", self.dataset_name)])
         if self.max_length < 2:
             found.append(f"max_length is {self.max_length}; an example needs at least 2 tokens.")
         for name in ("max_train_samples", "max_eval_samples"):

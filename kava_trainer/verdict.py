@@ -1,5 +1,6 @@
 """Whether a run succeeded, and why, in plain sentences, from the figures of its summary."""
 
+import math
 from typing import Any
 
 from .alignment import STATUSES
@@ -13,21 +14,50 @@ CONTROL_FAILED = "control_failed"
 _UNSTABLE = {"nan"}
 """Kinds of problems that say something about the student; the others cost time or a file."""
 
+TEACHER_AT_CHANCE = "teacher_at_chance"
+"""Kind of problem: the teacher knows no more about the answers than chance."""
+
 TIE = 0.02
-"""Cross-entropies that differ by a smaller share count as equal."""
+"""A difference between two cross-entropies counts as none below this share."""
+
+FEW_EXAMPLES = 50
+"""With fewer held-out examples the figures tell little: at 50 an exact match near one half has a standard error of 7
+points."""
 
 
-def judge(summary: dict[str, Any], collapse: str | None, supervised: bool, broken: list[str]) -> dict[str, Any]:
+def few_examples(count: int | None) -> str | None:
+    """The sentence for too few held-out examples; None where there are enough, or none at all."""
+    if not count or count >= FEW_EXAMPLES:
+        return None
+    held_out = "There was 1 held-out example" if count == 1 else f"There were {count} held-out examples"
+    error = 100 * math.sqrt(0.25 / count)
+    return (
+        f"{held_out} only, fewer than {FEW_EXAMPLES}: the figures tell little. An exact match near one half has a "
+        f"standard error of {error:.0f} points."
+    )
+
+
+def judge(
+    summary: dict[str, Any],
+    collapse: str | None,
+    supervised: bool,
+    broken: list[str],
+    examples: int | None = None,
+    taught: bool = True,
+) -> dict[str, Any]:
     """The verdict on a run that ended.
 
     Success needs a CosSim of at least 0.95 without collapse, a language head that some term supervised, no problem
-    during training, whole checkpoints, and an answer perplexity no higher than before.
+    during training, whole checkpoints, an answer perplexity no higher than before, and a teacher better than chance
+    where the run learned from it. Few held-out examples are named and take no success away.
 
     Args:
         summary: the content of `run_summary.json`, final figures and evaluation filled in.
         collapse: why the alignment counts as collapsed; None if it does not.
         supervised: whether a term trained the student's next-token predictions.
         broken: checkpoints that are not whole.
+        examples: how many were held out; None where that is not known.
+        taught: whether a term read the teacher.
 
     Returns:
         `success` (None where the run measured too little to tell), `collapsed` and `reasons`.
@@ -36,9 +66,13 @@ def judge(summary: dict[str, Any], collapse: str | None, supervised: bool, broke
     measured = summary["final"]["margin"] is not None and evaluation["student_after"] is not None
     failures = _alignment_failures(cos_sim, collapse) + _training_failures(summary, supervised, broken)
     failures += _perplexity_failures(evaluation)
+    if taught and any(problem["kind"] == TEACHER_AT_CHANCE for problem in summary["problems"]):
+        failures.append("The teacher was no better than chance on the answers, so there was nothing to learn from it.")
     reasons = failures or (_achievements(summary) if measured else [])
     if not measured:
         reasons = [*reasons, _missing(cos_sim, evaluation)]
+    if few := few_examples(examples):
+        reasons = [*reasons, few]
     return {
         "success": False if failures else (True if measured else None),
         "collapsed": None if summary["final"]["margin"] is None else collapse is not None,
@@ -105,15 +139,28 @@ def _comparison(summary: dict[str, Any]) -> list[str]:
         return []
     ratio = after["cross_entropy"] / max(control["cross_entropy"], 1e-12)
     figures = f"{after['cross_entropy']:.4f} against {control['cross_entropy']:.4f} nats"
+    word = "beat" if ratio <= 1 - TIE else "did not beat"
+    found = (
+        f"KAVA {word} the control at equal steps: its answer cross-entropy is {_times(ratio)} the control's ({figures})"
+    )
     if abs(ratio - 1) < TIE:
-        found = f"KAVA did not beat the control at equal steps: both have the same answer cross-entropy ({figures})"
-    else:
-        word = "beat" if ratio < 1 else "did not beat"
-        found = (
-            f"KAVA {word} the control at equal steps: its answer cross-entropy is {ratio:.2f} times the control's "
-            f"({figures})"
-        )
-    if after["exact_match"] is not None and control["exact_match"] is not None:
-        points = 100 * (after["exact_match"] - control["exact_match"])
-        found += f", its exact match {abs(points):.1f} points {'higher' if points >= 0 else 'lower'}"
-    return [f"{found}. One pair of runs shows large differences only."]
+        found += f", and a difference under {100 * TIE:.0f} % counts as none"
+    return [f"{found}{_matches(after, control)}. One pair of runs shows large differences only."]
+
+
+def _times(ratio: float) -> str:
+    """How one cross-entropy stands to another, as the words before the other."""
+    if abs(ratio - 1) >= TIE:
+        return f"{ratio:.2f} times"
+    share = f"{100 * abs(ratio - 1):.1f}"
+    return "equal to" if share == "0.0" else f"{share} % {'below' if ratio < 1 else 'above'}"
+
+
+def _matches(after: dict[str, Any], control: dict[str, Any]) -> str:
+    """How the exact matches compare, as words that go on; nothing where they were not measured."""
+    ours, theirs = after["exact_match"], control["exact_match"]
+    if ours is None or theirs is None:
+        return ""
+    if ours == theirs:
+        return f"; both have {100 * ours:.1f} % exact match"
+    return f", its exact match {100 * abs(ours - theirs):.1f} points {'higher' if ours > theirs else 'lower'}"

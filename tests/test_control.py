@@ -86,6 +86,7 @@ def test_an_interrupted_control_goes_on_where_it_stopped(tmp_path, steps, monkey
     assert len(steps[1]["batches"]) == 2
     monkeypatch.setattr("kava_trainer.pipeline.train_control", original)
     assert run(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-4")) == 0
+    assert f"The control goes on from {tmp_path / 'control' / 'checkpoint-2'}." in capsys.readouterr().out
     assert len(steps) == 3
     assert len(steps[2]["batches"]) == 2
     resumed = summary_of(tmp_path)["evaluation"]["control_sft"]

@@ -5,10 +5,13 @@ import json
 import re
 import shlex
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT
 
+import run_kava
+from kava_trainer import optimizers
 from kava_trainer.parsing import parse_arguments
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -24,6 +27,10 @@ def blocks(text, language):
     return [block.strip() for block in re.findall(rf"^```{language}[^\n]*\n(.*?)^```$", text, re.M | re.S)]
 
 
+COMMANDS = [line for block in blocks(README, "bash") for line in block.replace("\\\n", " ").splitlines()]
+RUNS = [command.split("run_kava.py ", 1)[1] for command in COMMANDS if "run_kava.py " in command]
+
+
 @pytest.mark.parametrize("language", ["python", "json"])
 def test_both_languages_show_the_same_code(language):
     assert blocks(README, language) == blocks(CHINESE, language)
@@ -36,11 +43,33 @@ def test_both_languages_start_with_the_same_two_commands():
 
 def test_every_run_command_of_the_readme_names_right_arguments(monkeypatch):
     monkeypatch.chdir(ROOT)
-    commands = [line for block in blocks(README, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    runs = [command.split("run_kava.py ", 1)[1] for command in commands if "run_kava.py " in command]
-    assert len(runs) == 2
-    for arguments in runs:
+    monkeypatch.setattr(optimizers, "is_torchao_available", lambda: False)
+    assert len(RUNS) == 3
+    for arguments in RUNS:
         assert parse_arguments([*shlex.split(arguments), "--use_cpu"])
+
+
+FEWER = "--max_steps 1 --max_train_samples 64 --max_eval_samples 4 --generation_max_new_tokens 8"
+
+
+@pytest.mark.parametrize("fewer", [FEWER, pytest.param("", marks=pytest.mark.slow)], ids=["short", "whole"])
+@pytest.mark.parametrize("recipe", ["seed_mercator_only", "gsm8k_qwen2.5_8gb"])
+def test_the_recipes_run_as_the_readme_writes_them_without_torchao(tmp_path, monkeypatch, capsys, recipe, fewer):
+    monkeypatch.setattr(optimizers, "is_torchao_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training_args").symlink_to(ROOT / "training_args")
+    (command,) = (run for run in RUNS if run.startswith(f"training_args/{recipe}.json"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gradient_checkpointing", category=FutureWarning)
+        assert run_kava.main([*shlex.split(command), *shlex.split(fewer)]) == 0
+    shown = capsys.readouterr().out
+    assert "rounds away" not in shown
+    if recipe == "seed_mercator_only" and not fewer:
+        assert re.search(r"^Alignment: CosSim 0\.99\d\d Collapsed", shown, re.M)
+
+
+def test_both_languages_show_the_commands_of_the_quickstart():
+    assert blocks(CHINESE, "bash") == blocks(README, "bash")[:2]
 
 
 def test_the_json_of_the_readme_is_a_right_request(tmp_path):
@@ -87,3 +116,8 @@ def test_the_memory_of_a_stream_is_flat_over_a_million_examples():
 def test_the_tables_of_numbers_are_those_of_its_measurements():
     text = bf16_table.DOCUMENT.read_text(encoding="utf-8")
     assert bf16_table.document(text) == text
+
+
+def test_every_recipe_saves_into_a_folder_of_its_own():
+    for path in ROOT.glob("training_args/*.json"):
+        assert json.loads(path.read_text())["output_dir"] == f"checkpoints/{path.stem}"

@@ -133,7 +133,11 @@ def test_the_seed_recipe_names_its_files_as_ever(tmp_path, monkeypatch):
     recipe = str(ROOT / "training_args" / "seed_mercator_only.json")
     options = {**QUICKSTART, **SHORT, "gradient_accumulation_steps": 1, "save_steps": 2}
     assert run_kava.main([recipe, *words(options)]) == 0
-    for name in ("checkpoints/proj_step_2.pth", "final_projector.pth", "final_student/model.safetensors"):
+    for name in (
+        "checkpoints/seed_mercator_only/proj_step_2.pth",
+        "final_projector.pth",
+        "final_student/model.safetensors",
+    ):
         assert (tmp_path / name).exists()
 
 

@@ -60,12 +60,22 @@ def test_no_recipe_loses_updates(recipe):
     assert rounding_problem(arguments.training.optim, arguments.training.optim_args, [dtype]) is None
 
 
-def test_a_missing_torchao_is_one_sentence_before_anything_is_loaded(monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [
+        (optimizers.__file__, 'pip install -c constraints.txt -e ".[bf16]"'),
+        ("/site-packages/kava_trainer/optimizers.py", "pip install torchao"),
+    ],
+    ids=["checkout", "installed"],
+)
+def test_a_missing_torchao_is_one_sentence_before_anything_is_loaded(monkeypatch, place, command):
+    monkeypatch.setattr(optimizers, "__file__", place)
     monkeypatch.setattr(optimizers, "is_torchao_available", lambda: False)
     with pytest.raises(BadRequest) as caught:
         parse_arguments([str(ROOT / "training_args" / "gsm8k_qwen2.5_8gb.json"), "--use_cpu"])
     assert str(caught.value) == (
-        "optim is adamw_torch_8bit, which needs torchao; run pip install torchao, or write another optim."
+        f"optim is adamw_torch_8bit, which needs torchao; run {command}, or write another optim, such as "
+        "adamw_torch_fused."
     )
     assert parse_arguments([str(ROOT / "training_args" / "quickstart.json")])
 

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from kava_trainer.callbacks.status import StatusCallback
 from kava_trainer.console import can_show_emoji, status_text
-from kava_trainer.environment import describe_environment, resume_command
+from kava_trainer.environment import describe_environment, device_name, resume_command
 from kava_trainer.hub import push_student, render_model_card
 from kava_trainer.metrics import TokenMeans
 from kava_trainer.parsing import parse_arguments
@@ -186,3 +186,9 @@ def test_the_resume_command_keeps_everything_but_the_old_checkpoint(monkeypatch,
     assert resume_command(argv, None).startswith(
         "accelerate launch --config_file training_args/accelerate/fsdp2.yaml --num_processes 2 run"
     )
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, ", 1 thread)"), (2, ", 2 threads)")])
+def test_threads_are_counted_in_words_that_agree(monkeypatch, threads, said):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert device_name(torch.device("cpu")).endswith(said)

@@ -18,6 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, T5Config
 
 import run_kava
 from kava_trainer.checkpoint_io import write_manifest
+from kava_trainer.file_errors import missing_path
+from kava_trainer.loading import model_folder
 from kava_trainer.projector import ElasticBottleneck, ProjectorConfig, load_projectors, save_projectors
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 
@@ -170,14 +172,17 @@ def damaged_checkpoint(folder, name):
 BAD_REQUESTS = {
     "missing teacher": (
         lambda f: {"teacher_model_name_or_path": f / "gone"},
-        "The teacher's tokenizer '.*gone' cannot",
+        "teacher_model_name_or_path names the folder .*gone, which does not exist",
     ),
     "hub teacher offline": (lambda f: {"teacher_model_name_or_path": "nobody/nothing"}, "'nobody/nothing' cannot be"),
     "corrupted teacher": (
         lambda f: {"teacher_model_name_or_path": corrupted_teacher(f)},
         "teacher '.*' cannot be loaded",
     ),
-    "missing student": (lambda f: student(f / "gone"), "The student's config '.*gone' cannot be loaded"),
+    "missing student": (
+        lambda f: student(f / "gone"),
+        "student_config_name names the folder .*gone, which does not exist",
+    ),
     "missing data": (lambda f: {"dataset_name": f / "gone.jsonl"}, "gone.jsonl, which does not exist"),
     "empty data": (lambda f: {"dataset_name": write_dataset(f, "")}, "is empty"),
     "broken data": (
@@ -217,7 +222,7 @@ BAD_REQUESTS = {
         "cannot be resumed: trainer_state.json has 100 bytes in place of",
     ),
     "unknown tracker": (lambda f: {"report_to": "tensorbord"}, "Trainer cannot be set up with these arguments"),
-    "hub offline": (lambda f: {"push_to_hub": "true"}, "Trainer cannot be set up with these arguments"),
+    "hub offline": (lambda f: {"push_to_hub": "true"}, "push_to_hub true needs the hub, which cannot be reached"),
     "wrong kind of student": (lambda f: student(t5_config(f)), "student of type 't5' cannot be loaded"),
     "student is a file": (
         lambda f: {"final_dir": write_dataset(f, "x", "final_student").parent},
@@ -241,6 +246,38 @@ def test_a_bad_request_ends_with_one_clear_error_and_exit_code_2(tmp_path, capsy
     assert re.search(rf"^Error: .*({message})", error, re.M), error
     assert "Traceback" not in error
     assert not list(tmp_path.glob("out/*"))
+    assert not (tmp_path / "out").is_dir() or case.startswith("damaged")
+
+
+def test_a_refused_request_leaves_no_folder_that_was_not_there(tmp_path):
+    (tmp_path / "mine").mkdir()
+    folders = {"output_dir": tmp_path / "runs" / "new" / "out", "final_dir": tmp_path / "mine"}
+    options = {**QUICKSTART, **SHORT, "dataset_train_split": "dev", **folders}
+    assert run_kava.main(words(options)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_missing_paths_are_listed_together(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "teacher_model_name_or_path": "./gone",
+        "student_model_name_or_path": "a/b/c",
+        "dataset_name": "../x.jsonl",
+    }
+    assert run_kava.main(words({**names, "output_dir": "out"})) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "Error: teacher_model_name_or_path names the folder ./gone, which does not exist.",
+        "student_model_name_or_path names the folder a/b/c, which does not exist.",
+        "dataset_name names the file ../x.jsonl, which does not exist.",
+    ]
+
+
+def test_a_folder_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_llama(32, 1).save_pretrained(tmp_path / "student")
+    assert missing_path("student_model_name_or_path", "~/student") is None
+    assert model_folder("~/student", "student") == tmp_path / "student"
+    assert missing_path("student_model_name_or_path", "~/gone")
 
 
 def test_wrong_arguments_end_with_exit_code_2_before_anything_is_loaded(tmp_path):
@@ -269,6 +306,12 @@ def test_a_teacher_no_better_than_chance_is_a_warning(tmp_path, capsys):
     options = {**QUICKSTART, **SHORT, "teacher_model_name_or_path": tmp_path / "teacher", "max_length": 120}
     assert run_kava.main(words({**options, "max_steps": 1, "output_dir": tmp_path / "out"})) == 0
     assert "Warning: The teacher is no better than chance" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "run_summary.json").read_text())
+    assert [problem["kind"] for problem in summary["problems"]] == ["teacher_at_chance"]
+    assert summary["verdict"]["success"] is False
+    reasons = " ".join(summary["verdict"]["reasons"])
+    assert "The teacher was no better than chance" in reasons
+    assert "There were 8 held-out examples only" in reasons
 
 
 def test_a_run_that_breaks_ends_with_exit_code_1_and_a_summary(tmp_path, capsys):

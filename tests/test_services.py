@@ -221,7 +221,39 @@ def test_a_hub_that_does_not_answer_before_the_training_is_a_bad_request(tmp_pat
         monkeypatch.setattr(constants, "ENDPOINT", address)
         options = {**QUICKSTART, **SHORT, "output_dir": tmp_path, "push_to_hub": "true", "hub_token": "hf_planted"}
         assert run_kava.main(words(options)) == 2
-    assert "Error: Trainer cannot be set up with these arguments: " in capsys.readouterr().err
+    assert "Error: push_to_hub true needs the hub, which cannot be reached (the hub has not answered within 0.3 " in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (None, r"cannot be reached \(.+\)\. Or write push_to_hub false"),
+        (401, r"did not make the run's repository \(the token is missing or not accepted, HTTP 401\)\. Log in with hf "
+         "auth login, or set HF_TOKEN. Or write push_to_hub false"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_hub_that_makes_no_repository_is_named_before_the_training(tmp_path, capsys, monkeypatch, status, said):
+    make_repository = KavaTrainer.init_hf_repo
+    with server(status or 200) as (address, _):
+        online(monkeypatch, address if status else f"http://127.0.0.1:{closed_port()}")
+        monkeypatch.setattr(KavaTrainer, "init_hf_repo", make_repository)
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub.HfApi(endpoint=constants.ENDPOINT))
+        options = {**QUICKSTART, **SHORT, "output_dir": tmp_path / "out", "push_to_hub": "true"}
+        assert run_kava.main(words({**options, "hub_model_id": "me/kava", "hub_token": "hf_planted"})) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"^Error: push_to_hub true needs the hub, which {said}, and send the student afterwards: ", error)
+    assert error.rstrip().endswith(f"hf upload me/kava {tmp_path / 'out' / 'final_student'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_name_on_the_hub_is_a_bad_request(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    options = {**QUICKSTART, **SHORT, "output_dir": tmp_path / "out", "push_to_hub": "true", "hub_model_id": "a/b/c"}
+    assert run_kava.main(words(options)) == 2
+    assert "hub_model_id is 'a/b/c'; write it as owner/name" in capsys.readouterr().err
 
 
 def test_checkpoints_are_whole_and_pushed_in_order_before_anything_is_sent(tmp_path, tokenizer, monkeypatch):

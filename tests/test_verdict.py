@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from kava_trainer.verdict import CONTROL_FAILED, judge
+from kava_trainer.verdict import CONTROL_FAILED, TEACHER_AT_CHANCE, few_examples, judge
 
 GOOD = {
     "final": {"cos_sim": 0.96, "margin": 0.9},
@@ -14,6 +14,8 @@ GOOD = {
     },
     "problems": [],
 }
+
+NONE = ", and a difference under 2 % counts as none"
 
 
 def verdict(collapse=None, supervised=True, broken=(), **changes):
@@ -70,9 +72,51 @@ def test_a_broken_control_is_said_and_takes_no_success_away():
     assert result["reasons"][-1] == "The control broke off, so there is nothing to compare with."
 
 
-def test_a_tie_is_no_win():
-    equal = {"perplexity": 1.02, "cross_entropy": 0.0201, "exact_match": None}
-    assert "KAVA did not beat the control" in verdict(evaluation__control_sft=equal)["reasons"][-1]
+@pytest.mark.parametrize(
+    ("ours", "theirs", "matches", "said"),
+    [
+        (6.1282, 6.1915, (0.0, 0.0), f"1.0 % below the control's (6.1282 against 6.1915 nats){NONE}; both have 0.0 % "),
+        (
+            6.1915,
+            6.1282,
+            (0.5, 0.47),
+            f"1.0 % above the control's (6.1915 against 6.1282 nats){NONE}, its exact match 3.0",
+        ),
+        (1.0, 1.0, (None, 0.5), f"equal to the control's (1.0000 against 1.0000 nats){NONE}. One pair"),
+        (2.0, 1.0, (None, None), "2.00 times the control's (2.0000 against 1.0000 nats). One pair"),
+    ],
+)
+def test_a_small_difference_is_named_and_is_no_win(ours, theirs, matches, said):
+    after, control = (
+        {"perplexity": 1.02, "cross_entropy": loss, "exact_match": match}
+        for loss, match in zip((ours, theirs), matches, strict=True)
+    )
+    before = {"perplexity": 9e9, "cross_entropy": 9.0, "exact_match": None}
+    result = verdict(
+        evaluation__student_before=before, evaluation__student_after=after, evaluation__control_sft=control
+    )
+    beginning = "KAVA did not beat the control at equal steps: its answer cross-entropy is "
+    assert result["reasons"][-1].startswith(beginning + said)
+
+
+def test_few_held_out_examples_are_named_and_take_no_success_away():
+    for count, said in ((1, "There was 1 held-out example only"), (49, "There were 49 held-out examples only")):
+        result = judge(copy.deepcopy(GOOD), None, True, [], examples=count)
+        assert result["success"] is True
+        assert any(reason.startswith(f"{said}, fewer than 50: the figures tell") for reason in result["reasons"])
+    for count in (None, 50):
+        assert "held-out example" not in " ".join(judge(copy.deepcopy(GOOD), None, True, [], count)["reasons"][1:])
+    assert "standard error of 7 points" in few_examples(49)
+    assert few_examples(50) is few_examples(0) is None
+
+
+def test_a_teacher_at_chance_ends_the_success_of_a_run_that_learned_from_it():
+    problem = {"step": None, "kind": TEACHER_AT_CHANCE, "action": "went on"}
+    summary = {**copy.deepcopy(GOOD), "problems": [problem]}
+    result = judge(summary, None, True, [])
+    assert result["success"] is False
+    assert result["reasons"][0].startswith("The teacher was no better than chance on the answers")
+    assert judge(summary, None, True, [], taught=False)["success"] is True
 
 
 def test_the_edge_counts_as_reached():
