@@ -74,9 +74,9 @@ def test_a_resumed_stream_goes_on_with_the_next_example(tmp_path, data, accumula
     resumed_as_straight(tmp_path, data, settings_of(accumulation, workers), stops)
 
 
-def test_two_ranks_share_an_odd_number_of_examples_and_resume(tmp_path, data):
-    settings = settings_of(accumulation=2)
-    resumed_as_straight(tmp_path, data, settings, (3,), ranks=2)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_ranks_share_an_odd_number_of_examples_and_resume(tmp_path, data, ranks):
+    resumed_as_straight(tmp_path, data, settings_of(accumulation=2, steps=6), (3,), ranks)
 
 
 @pytest.mark.slow
