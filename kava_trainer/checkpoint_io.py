@@ -197,8 +197,8 @@ def broken_reason(folder: Path) -> str | None:
                 return f"the checksum of {name} differs"
     except (OSError, ValueError) as error:
         return reason_of(error)
-    missing = [name for name in _RESUMABLE if name not in listed]
-    missing += [] if any(name in listed for name in _OPTIMIZER) else [_OPTIMIZER[0]]
+    missing = [] if any(name in listed for name in _OPTIMIZER) else [_OPTIMIZER[0]]
+    missing += [name for name in _RESUMABLE if name not in listed]
     return f"it was saved without {' and '.join(missing)}" if missing else None
 
 

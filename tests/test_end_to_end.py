@@ -173,15 +173,14 @@ def check_fidelity(measured, quantization):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_the_whole_quickstart_with_a_quantised_teacher(tmp_path, quantization):
+def test_the_whole_quickstart_with_a_quantised_teacher(tmp_path):
     recipe = str(ROOT / "training_args" / "quickstart.json")
-    options = ["--teacher_quantization", quantization, "--output_dir", "out"]
+    options = ["--teacher_quantization", "4bit", "--output_dir", "out"]
     short = ["--run_control", "false", "--evaluate_generation", "false"]
     result = launch(recipe, *options, *short, cwd=tmp_path, timeout=1800)
     assert result.returncode == 0, result.stderr
     summary = summary_of(tmp_path / "out")
-    check_fidelity(summary["teacher_fidelity"], quantization)
+    check_fidelity(summary["teacher_fidelity"], "4bit")
     assert summary["verdict"]["success"] is True
     assert summary["global_step"] == 600
 
