@@ -79,8 +79,9 @@ def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> No
     needed, free = checkpoint_bytes(parts, training), shutil.disk_usage(training.output_dir).free
     if needed <= free:
         return
-    alone = needed if training.save_only_model else needed - parts["optimizer"]
-    smaller = "" if training.save_only_model or alone > free else f", set save_only_model true ({size_text(alone)})"
+    alone = needed - parts["optimizer"]
+    all_is_needed = training.save_only_model or is_fsdp_asked()  # Trainer keeps save_only_model from sharded weights
+    smaller = "" if all_is_needed or alone > free else f", set save_only_model true ({size_text(alone)})"
     raise BadRequest(
         f"One checkpoint takes {size_text(needed)}, but the disk of output_dir {training.output_dir} has only "
         f"{size_text(free)} free. Make room there, name an output_dir on a larger disk{smaller}, or write "
