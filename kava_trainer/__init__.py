@@ -1,3 +1,48 @@
-"""KAVA: distil a frozen teacher language model into a smaller student by aligning hidden states."""
+"""KAVA: distil a frozen teacher language model into a smaller student by aligning hidden states.
+
+What is listed in `__all__` is imported from where it is defined when it is first asked for, so that a mistake in a
+command line does not wait for torch and transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .arguments import KavaTrainingArguments as KavaTrainingArguments
+    from .capture import HiddenStateCapture as HiddenStateCapture
+    from .collating import DistillationCollator as DistillationCollator
+    from .losses import generalized_jsd_loss as generalized_jsd_loss
+    from .losses import mercator_loss as mercator_loss
+    from .projector import ElasticBottleneck as ElasticBottleneck
+    from .projector import ProjectorConfig as ProjectorConfig
+    from .projector import load_projectors as load_projectors
+    from .targets import HiddenStateTarget as HiddenStateTarget
+    from .targets import build_target as build_target
+    from .teacher import OnlineTeacher as OnlineTeacher
+    from .trainer import KavaTrainer as KavaTrainer
+
+_HOMES = {
+    "arguments": ["KavaTrainingArguments"],
+    "capture": ["HiddenStateCapture"],
+    "collating": ["DistillationCollator"],
+    "losses": ["generalized_jsd_loss", "mercator_loss"],
+    "projector": ["ElasticBottleneck", "ProjectorConfig", "load_projectors"],
+    "targets": ["HiddenStateTarget", "build_target"],
+    "teacher": ["OnlineTeacher"],
+    "trainer": ["KavaTrainer"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,14 +26,13 @@ from .hub import hub_reason
 from .loading import check_reads, check_tokenizers_agree, load_tokenizer
 from .memory import estimate_memory
 from .optimizers import rounding_problem
+from .pairing import pair_up
 from .stream_cache import announce, fill_from_stream
 from .stream_sources import open_rows
 from .streaming import ExampleStream, first_examples, open_stream
 from .student import load_student
-from .targets import build_target
-from .teacher import OnlineTeacher, load_teacher
+from .teacher import load_teacher
 from .teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
-from .terms import needed_teacher_layers
 from .trainer import KavaTrainer
 from .verdict import TEACHER_AT_CHANCE, few_examples
 
@@ -161,9 +160,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     Raises:
         BadRequest: if the models do not have what the arguments ask for, or Trainer refuses an argument.
     """
-    target = build_target(training, models.student, models.teacher)
-    layers = needed_teacher_layers(training, target, number_of_layers(models.teacher))
-    teacher = OnlineTeacher(models.teacher, layers) if layers else None
+    teacher, target = pair_up(training, models.student, models.teacher, None)
     text = torch.tensor([first_examples(data.train, 1)[0]["input_ids"][:HEAD_CHECK_TOKENS]])
     if training.kd_weight > 0:
         check_head(models.teacher, text, "teacher")

@@ -32,6 +32,7 @@ from .losses import IGNORED
 from .memory_errors import needs_memory
 from .metrics import TokenMeans
 from .optimizers import settle_torchao
+from .pairing import pair_up
 from .probe import choose_examples
 from .probing import ProbingTrainer
 from .signals import WATCH
@@ -51,27 +52,34 @@ class KavaTrainer(ProbingTrainer):
 
     Args:
         student: the `PreTrainedModel` to train, or its adapters alone where `adapters.add_adapter` gave it any.
-        teacher: where the teacher's states come from; None where no term needs them (only `lm_weight` above 0).
-        target: what is aligned, with its projectors.
-        args: `KavaTrainingArguments`.
-        kwargs: as for `Trainer`: `train_dataset`, `eval_dataset`, `data_collator`, `processing_class`, `callbacks`,
-            `optimizers`, `compute_metrics`, ...
+        teacher: a model, or another source of the teacher's states; None where no term needs them.
+        target: what is aligned, with its projectors; made as `args` ask where the teacher is a model.
+        args: `KavaTrainingArguments`; their defaults by default.
+        kwargs: as for `Trainer`: `train_dataset` and `eval_dataset` with `input_ids` and `labels`, `processing_class`,
+            `data_collator` (a `DistillationCollator` by default), `callbacks`, `optimizers`, `compute_metrics`, ...
+
+    Raises:
+        BadRequest, ValueError: as `pairing.pair_up`, and for a student that cannot be trained as it is.
     """
 
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: TeacherSource | None,
-        target: HiddenStateTarget,
-        args: KavaTrainingArguments,
+        teacher: PreTrainedModel | TeacherSource | None = None,
+        target: HiddenStateTarget | None = None,
+        args: KavaTrainingArguments | None = None,
         **kwargs: Any,
     ) -> None:
+        args = KavaTrainingArguments() if args is None else args
         if isinstance(student, PeftModel):
             raise ValueError(
                 "The student is a PeftModel. Give the model itself, with adapters from adapters.add_adapter."
             )
         if is_fsdp_asked() and has_adapter(student):
             raise ValueError("Adapters are not supported under FSDP2; start without it.")
+        teacher, target = pair_up(args, student, teacher, target)
+        if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
+            kwargs["data_collator"] = DistillationCollator(kwargs["processing_class"])
         target.requires_grad_(args.aligns)
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised

@@ -68,6 +68,7 @@ ORDER = [
     ),
     *(
         "hub",
+        "pairing",
         "progress",
         "weights",
         "saving",

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 from conftest import ROOT
+from transformers import AutoModelForCausalLM
 
 import run_kava
 from kava_trainer import optimizers
@@ -34,6 +35,14 @@ RUNS = [command.split("run_kava.py ", 1)[1] for command in COMMANDS if "run_kava
 @pytest.mark.parametrize("language", ["python", "json"])
 def test_both_languages_show_the_same_code(language):
     assert blocks(README, language) == blocks(CHINESE, language)
+
+
+def test_the_code_of_the_library_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kava_trainer").symlink_to(ROOT / "kava_trainer")
+    (code,) = (block for block in blocks(README, "python") if "KavaTrainer(" in block)
+    exec(compile(code, "README.md", "exec"), {})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "distilled").config.num_hidden_layers == 3
 
 
 def test_both_languages_start_with_the_same_two_commands():

@@ -1,0 +1,42 @@
+"""A teacher and a student that a trainer is given as plain models: where the states come from, and what is aligned."""
+
+from transformers import PreTrainedModel
+
+from .arguments import KavaTrainingArguments
+from .capture import number_of_layers
+from .targets import HiddenStateTarget, build_target
+from .teacher import OnlineTeacher, TeacherSource
+from .terms import needed_teacher_layers
+
+
+def pair_up(
+    args: KavaTrainingArguments,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | TeacherSource | None,
+    target: HiddenStateTarget | None,
+) -> tuple[TeacherSource | None, HiddenStateTarget]:
+    """What a `KavaTrainer` takes the teacher's states from, and what it aligns.
+
+    Args:
+        args: say which layers are aligned, how, and which terms there are.
+        student: the model to train.
+        teacher: a model, which is frozen and put on the training's device, or any other source of states.
+        target: what is aligned; made as the arguments ask where it is None.
+
+    Returns:
+        The source, which is None where no term reads the teacher, and the target.
+
+    Raises:
+        BadRequest: if the models do not have the layers that the arguments name.
+        ValueError: if there is neither a target nor a model to make it for.
+    """
+    if not isinstance(teacher, PreTrainedModel):
+        if target is None:
+            raise ValueError("Give the teacher as a model, or say what is aligned: target=build_target(args, ...).")
+        return teacher, target
+    target = build_target(args, student, teacher) if target is None else target
+    layers = needed_teacher_layers(args, target, number_of_layers(teacher))
+    if not layers:
+        return None, target
+    on_device = teacher if getattr(teacher, "is_quantized", False) else teacher.to(args.device)
+    return OnlineTeacher(on_device, layers), target

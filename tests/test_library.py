@@ -1,0 +1,102 @@
+"""KAVA as a library: what it offers by name, and a `KavaTrainer` made of plain models."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
+from datasets import Dataset
+from transformers import TrainerCallback
+
+import kava_trainer
+from kava_trainer import DistillationCollator, KavaTrainer, KavaTrainingArguments, OnlineTeacher, build_target
+
+
+@pytest.mark.parametrize("name", kava_trainer.__all__)
+def test_everything_that_is_offered_is_there(name):
+    assert getattr(kava_trainer, name) is not None
+    assert name in dir(kava_trainer)
+
+
+def test_what_is_not_offered_is_missing():
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = kava_trainer.nothing
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, kava_trainer; sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "kava_trainer" / "py.typed").is_file()
+
+
+def make(folder, tokenizer, teacher=None, **changes):
+    args = KavaTrainingArguments(
+        output_dir=str(folder), use_cpu=True, max_steps=2, gradient_accumulation_steps=2, learning_rate=1e-3,
+        save_strategy="no", logging_steps=1, plain_output=True, projector_init="random", projector_dropout=0.0,
+    )  # fmt: skip
+    student = tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2)
+    teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1) if teacher is None else teacher
+    data = Dataset.from_list(random_examples(12))
+    torch.manual_seed(3)
+    return KavaTrainer(student, teacher, args=args, train_dataset=data, processing_class=tokenizer, **changes)
+
+
+def test_plain_models_make_the_same_trainer_as_a_source_and_a_target(tmp_path, tokenizer):
+    plain = make(tmp_path / "plain", tokenizer)
+    assert isinstance(plain.data_collator, DistillationCollator)
+    assert isinstance(plain.teacher, OnlineTeacher)
+    assert not any(parameter.requires_grad for parameter in plain.teacher.model.parameters())
+    teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
+    torch.manual_seed(3)
+    target = build_target(plain.args, plain.student, teacher)
+    made = make(tmp_path / "made", tokenizer, OnlineTeacher(teacher, [TEACHER_LAYERS]), target=target)
+    for trainer in (plain, made):
+        trainer.train()
+    for ours, theirs in zip(plain.model.parameters(), made.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_neither_a_model_nor_a_target_is_refused(tmp_path, tokenizer):
+    teacher = OnlineTeacher(tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1), [TEACHER_LAYERS])
+    with pytest.raises(ValueError, match="Give the teacher as a model, or say what is aligned"):
+        make(tmp_path, tokenizer, teacher)
+
+
+class Order(TrainerCallback):
+    def __init__(self):
+        self.events = []
+
+    def on_train_begin(self, *args, **kwargs):
+        self.events.append("begin")
+
+    def on_step_end(self, *args, **kwargs):
+        self.events.append("step")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.events += ["log"] if "loss" in logs else []
+
+    def on_train_end(self, *args, **kwargs):
+        self.events.append("end")
+
+
+def test_the_users_own_collator_callback_and_optimizer_are_used(tmp_path, tokenizer):
+    calls, order = [], Order()
+
+    class Collator(DistillationCollator):
+        def __call__(self, examples):
+            calls.append(len(examples))
+            return super().__call__(examples)
+
+    trainer = make(tmp_path, tokenizer, data_collator=Collator(tokenizer), callbacks=[order])
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
+    trainer.optimizer = optimizer
+    trainer.train()
+    assert trainer.optimizer.optimizer is optimizer
+    assert calls
+    assert order.events == ["begin", "step", "log", "step", "log", "end"]
