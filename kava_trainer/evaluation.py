@@ -1,6 +1,5 @@
 """What a model is worth on held-out problems: perplexity on the answers, and exact match of the final answer."""
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .capture import run_decoder
 from .heads import vocabulary_logits, vocabulary_size
 from .losses import next_token_sum, sum_in_chunks
+from .metrics import perplexity
 from .sharing import own_batches
 
 FINAL_ANSWER = "####"
@@ -200,7 +200,7 @@ def evaluate_model(
     loss = answer_cross_entropy(model, dataset, collator, batch_size)
     figures: dict[str, float | None] = {
         "cross_entropy": loss,
-        "perplexity": math.exp(min(loss, 700)),
+        "perplexity": perplexity(loss),
         "exact_match": None,
     }
     if max_new_tokens is not None:

@@ -23,6 +23,7 @@ from .evaluation import answer_loss_sum
 from .free_memory import free_memory_bytes
 from .loading import build_causal_lm, check_reads, load_config
 from .memory import model_bytes
+from .metrics import perplexity
 from .probe import choose_examples
 from .ranks import from_main_process
 from .student import student_config
@@ -112,17 +113,13 @@ def compare_readings(reference: Reading, quantised: Reading) -> dict[str, Any]:
         }
     return {
         "layers": layers,
-        "perplexity": _perplexity(quantised),
-        "reference_perplexity": _perplexity(reference),
+        "perplexity": perplexity(quantised.cross_entropy),
+        "reference_perplexity": perplexity(reference.cross_entropy),
         "cross_entropy": quantised.cross_entropy,
         "reference_cross_entropy": reference.cross_entropy,
         "tokens": len(next(iter(reference.states.values()))),
         "reference_dtype": reference.dtype,
     }
-
-
-def _perplexity(reading: Reading) -> float:
-    return math.exp(min(reading.cross_entropy, 700))
 
 
 def _worst(layers: dict[str, dict[str, float]]) -> str:
@@ -140,7 +137,7 @@ def poor_fidelity(figures: dict[str, Any]) -> str | None:
     cos_sim = figures["layers"][layer]["cos_sim"]
     if not cos_sim >= FAITHFUL_COS_SIM:  # so that NaN is poor too
         found.append(f"its states at layer {layer} have a CosSim of {cos_sim:.4f}, below {FAITHFUL_COS_SIM}")
-    ratio = math.exp(min(figures["cross_entropy"] - figures["reference_cross_entropy"], 700))
+    ratio = perplexity(figures["cross_entropy"] - figures["reference_cross_entropy"])
     if not ratio <= FAITHFUL_PERPLEXITY:
         found.append(f"its perplexity is {ratio:.3g} times as high, more than {FAITHFUL_PERPLEXITY}")
     return " and ".join(found) or None

@@ -126,6 +126,11 @@ def optimizer_step_bytes(optim: Any, parameters: Iterable[nn.Parameter]) -> int:
     return 8 * largest if optimizer_name(optim) in TORCHAO_OPTIMIZERS else 0
 
 
+def _weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Size of weights as they are held."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
 def model_bytes(model: PreTrainedModel, quantization: str = "none") -> int:
     """Size of a model's weights on its device, each tied one once.
 
@@ -154,7 +159,7 @@ def _meta_student(arguments: ModelArguments) -> tuple[PreTrainedModel, dict[str,
         sizes = {"student": model_bytes(student, _student_quantization(arguments, student.config))}
         if arguments.use_peft:
             add_adapter(student, arguments)
-            sizes["adapter"] = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
+            sizes["adapter"] = _weight_bytes(p for p in student.parameters() if p.requires_grad)
     return student, sizes
 
 
@@ -221,7 +226,7 @@ def _step_peak(
 
 def _gathered_bytes(student: PreTrainedModel, projector: int) -> int:
     """What is whole at once of a sharded model, weights and gradients: projectors, two blocks, all but the blocks."""
-    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in find_blocks(student)]
+    blocks = [_weight_bytes(block.parameters()) for block in find_blocks(student)]
     return 2 * (model_bytes(student) - sum(blocks) + 2 * max(blocks) + projector)
 
 
@@ -271,13 +276,13 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         head = teacher.get_output_embeddings().weight
         batch = _micro_batch(arguments, source.hidden_size if cached else 0, layers if cached else [])
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
-        kept = head.numel() * head.element_size() if training.kd_weight > 0 else 0
+        kept = _weight_bytes([head]) if training.kd_weight > 0 else 0
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
         micro_batch = _step_peak(training, distilled, terms, batch)
         parts = {
             **sizes,
-            "projector": sum(p.numel() * p.element_size() for p in target.parameters()),
-            "gradients": sum(p.numel() * p.element_size() for p in trained),
+            "projector": _weight_bytes(target.parameters()),
+            "gradients": _weight_bytes(trained),
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
         }
         return {

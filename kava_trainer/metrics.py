@@ -1,11 +1,17 @@
 """What is noted during the steps and read by a log line: token means that stay on the device, and times."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+
+def perplexity(cross_entropy: float) -> float:
+    """e to the power of a cross-entropy in nats, at most about 1e304: beyond that floats end."""
+    return math.exp(min(cross_entropy, 700))
 
 
 class TokenMeans:

@@ -85,7 +85,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     summary = RunSummary(arguments.to_dict(), describe_environment(training.device))
     _prepare_folders(arguments)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
-    show_environment(console, training.device, training.world_size)
+    show_environment(console, training.device)
     show_configuration(console, arguments, resumption)
     tokenizer = load_tokenizers(arguments)
     data = load_data(console, arguments, tokenizer)

@@ -34,14 +34,11 @@ def read_progress(checkpoint: str | Path, rank: int, world_size: int) -> dict[st
     """
     file = Path(checkpoint) / progress_file(rank)
     try:
-        state = _load(file if file.exists() else file.with_name(progress_file(0)))
+        found = file if file.exists() else file.with_name(progress_file(0))
+        state = torch.load(found, map_location="cpu", weights_only=True)
         same_ranks = state.get("world_size", world_size) == world_size
         if same_ranks and not file.exists():
             raise FileNotFoundError(f"there is no {file.name}")
         return state | {"same_ranks": same_ranks}
     except Exception as error:  # what is no such file is found out in many ways
         raise unreadable_checkpoint(checkpoint, error) from error
-
-
-def _load(file: Path) -> dict[str, Any]:
-    return torch.load(file, map_location="cpu", weights_only=True)

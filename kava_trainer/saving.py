@@ -119,7 +119,8 @@ class SavingTrainer(WeightsTrainer):
         """
         if any_rank(not all(own_part(parameter).isfinite().all() for parameter in self.model.parameters())):
             raise self.not_finite("weights")
-        state, projectors = self.gathered_student(), self.gathered_projectors(with_decoders=True)
+        state = self.gathered_student()
+        projectors = self.gathered_projectors(with_decoders=True) if _internal_call else {}
         if self.is_fsdp_enabled:  # Trainer would not write the student
             self._save(output_dir, state)
         else:

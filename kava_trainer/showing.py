@@ -23,14 +23,13 @@ WHO = {
 """How the models are called that a run evaluates, by their names in the summary."""
 
 
-def show_environment(console: Console, device: torch.device, world_size: int) -> None:
-    """Versions, device, and what the processes share."""
+def show_environment(console: Console, device: torch.device) -> None:
+    """Versions and device."""
     console.stage("Environment")
     versions = (sys.version.split()[0], torch.__version__, transformers.__version__)
     console.print("Python {}, PyTorch {}, Transformers {}".format(*versions))
     console.print(f"Accelerator: {device_name(device)}")
     console.print(f"Memory: {describe_memory(device)}")
-    console.print(f"Processes: {describe_engine(world_size)}")
 
 
 def show_configuration(console: Console, arguments: KavaArguments, resumption: Resumption) -> None:
@@ -44,7 +43,7 @@ def show_configuration(console: Console, arguments: KavaArguments, resumption: R
     how = ", ".join([model.student_init, *quantized, *(["LoRA"] if model.use_peft else [])])
     console.print(f"Student: {model.student_model_name_or_path or model.student_config_name} ({how})")
     console.print(f"Data set: {arguments.data.dataset_name}")
-    console.print(f"Device: {training.device}, processes: {training.world_size}")
+    console.print(f"Device: {training.device}, processes: {describe_engine(training.world_size)}")
     console.print(f"Effective batch size: {math.prod(batch)} ({batch[0]} x {batch[1]} x {batch[2]})")
     for folder, reason in resumption.skipped:
         console.warn(f"Skipped {folder}: {reason}.")

@@ -30,7 +30,7 @@ from .fsdp import give_up_whole_weights, is_sharded, whole_state
 from .heads import vocabulary_size
 from .losses import IGNORED
 from .memory_errors import needs_memory
-from .metrics import TokenMeans
+from .metrics import TokenMeans, perplexity
 from .optimizers import settle_torchao
 from .pairing import pair_up
 from .probe import choose_examples
@@ -353,7 +353,7 @@ class KavaTrainer(ProbingTrainer):
         output.metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
-            output.metrics[f"{prefix}_perplexity"] = math.exp(min(means["lm_loss"], 700))
+            output.metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
         if description == "Evaluation" and (probed := self.run_probe()) is not None:
             self.note_probe(probed)
             output.metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in output.metrics})

@@ -91,3 +91,11 @@ def random_examples(count: int, seed: int = 0, longest: int = 24) -> list[dict]:
         prompt = rng.randint(1, length - 2)
         examples.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "prompt_length": prompt})
     return examples
+
+
+@pytest.fixture(scope="session")
+def whole_batch(tmp_path_factory):
+    """One optimizer step on a whole batch in one process, see `test_invariants.one_step`."""
+    from test_invariants import one_step
+
+    return one_step(tmp_path_factory.mktemp("whole"), 8, 1, 1)

@@ -279,10 +279,10 @@ def test_a_signal_to_a_run_with_adapters_loses_nothing(data, tmp_path, stage, ra
     assert final_hash(tmp_path) == final_hash(tmp_path / "whole")
 
 
-def finish(folder, checkpoint, settings, ranks):
+def finish(folder, checkpoint, settings, ranks, function=fault_child.train):
     resume = str(checkpoint) if checkpoint else None
     output = folder / "result.pt"
-    run = Run(fault_child.train, folder, str(folder / "run"), str(output), resume, settings, ranks=ranks)
+    run = Run(function, folder, str(folder / "run"), str(output), resume, settings, ranks=ranks)
     assert run.wait() == [0] * ranks, run.output()
     return torch.load(output, weights_only=True)
 

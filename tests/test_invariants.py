@@ -31,9 +31,16 @@ def one_step(tmp_path, batch_size, accumulation, ranks, weights=WEIGHTS):
     return torch.load(f"{output}.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def whole_batch(tmp_path_factory):
-    return one_step(tmp_path_factory.mktemp("whole"), 8, 1, 1)
+def assert_same_step(split, whole_batch):
+    """Weights, log line and evaluation after a step are those of the whole batch in one process."""
+    assert split["weights"].keys() == whole_batch["weights"].keys()
+    for name, parameter in whole_batch["weights"].items():
+        torch.testing.assert_close(
+            split["weights"][name], parameter, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name in ("loss", "cos_sim", "mercator_loss", "lm_loss"):
+        assert split["line"][name] == pytest.approx(whole_batch["line"][name], rel=1e-5), name
+    assert split["evaluation"] == pytest.approx(whole_batch["evaluation"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +50,7 @@ def test_one_step_does_not_depend_on_how_the_batch_is_split(tmp_path, whole_batc
     split = one_step(tmp_path, batch_size, accumulation, ranks)
     assert split["world_size"] == ranks
     assert split["wrapper"] == ("DistributedDataParallel" if ranks > 1 else "DistillationModel")
-    for name, parameter in whole_batch["weights"].items():
-        torch.testing.assert_close(
-            split["weights"][name], parameter, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    for name in ("loss", "cos_sim", "mercator_loss", "lm_loss"):
-        assert split["line"][name] == pytest.approx(whole_batch["line"][name], rel=1e-5), name
-    assert split["evaluation"] == pytest.approx(whole_batch["evaluation"], rel=1e-4)
+    assert_same_step(split, whole_batch)
 
 
 def test_the_step_really_moves_student_and_projector(whole_batch, tokenizer, tmp_path):

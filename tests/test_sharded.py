@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+from functools import partial
 from types import SimpleNamespace
 
 import fault_child
 import pytest
 import sharded_run
+import test_faults
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -15,7 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, random_examples, tiny_llama
 from processes import Run, write_problems
 from safetensors.torch import load_file
-from test_invariants import one_step
+from test_invariants import assert_same_step
 from transformers import AutoModelForCausalLM
 
 import run_kava
@@ -29,11 +31,6 @@ from kava_trainer.projector import load_projectors
 SLOW_SPLITS = [pytest.param(*split, marks=pytest.mark.slow) for split in ((1, 4, 2), (1, 2, 4))]
 
 
-@pytest.fixture(scope="module")
-def whole_batch(tmp_path_factory):
-    return one_step(tmp_path_factory.mktemp("whole"), 8, 1, 1)
-
-
 @pytest.mark.parametrize(("batch_size", "accumulation", "ranks"), [(4, 1, 2), (2, 1, 4), *SLOW_SPLITS])
 def test_a_sharded_step_is_that_of_one_process(tmp_path, whole_batch, batch_size, accumulation, ranks):
     output = tmp_path / "step"
@@ -41,14 +38,7 @@ def test_a_sharded_step_is_that_of_one_process(tmp_path, whole_batch, batch_size
     assert run.wait() == [0] * ranks, run.output()
     split = torch.load(f"{output}.pt", weights_only=True)
     assert (split["world_size"], split["wrapper"]) == (ranks, "FSDPDistillationModel")
-    assert split["weights"].keys() == whole_batch["weights"].keys()
-    for name, parameter in whole_batch["weights"].items():
-        torch.testing.assert_close(
-            split["weights"][name], parameter, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    for name in ("loss", "cos_sim", "mercator_loss", "lm_loss"):
-        assert split["line"][name] == pytest.approx(whole_batch["line"][name], rel=1e-5), name
-    assert split["evaluation"] == pytest.approx(whole_batch["evaluation"], rel=1e-4)
+    assert_same_step(split, whole_batch)
 
 
 def bf16_llama(*args, **kwargs):
@@ -62,12 +52,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def finish(folder, checkpoint, settings, ranks, function=sharded_run.train):
-    resume = str(checkpoint) if checkpoint else None
-    output = folder / "result.pt"
-    run = Run(function, folder, str(folder / "run"), str(output), resume, settings, ranks=ranks)
-    assert run.wait() == [0] * ranks, run.output()
-    return torch.load(output, weights_only=True)
+finish = partial(test_faults.finish, function=sharded_run.train)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +98,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, function, before, 
     def split(ranks, accumulation):
         return {**settings, "gradient_accumulation_steps": accumulation}, ranks
 
-    straight = finish(tmp_path / "straight", None, *split(*after), function)
-    finish(tmp_path / "before", None, *split(*before), function)
+    straight = finish(tmp_path / "straight", None, *split(*after), function=function)
+    finish(tmp_path / "before", None, *split(*before), function=function)
     checkpoint = tmp_path / "before" / "run" / "checkpoint-3"
-    resumed = finish(tmp_path / "after", checkpoint, *split(*after), function)
+    resumed = finish(tmp_path / "after", checkpoint, *split(*after), function=function)
     assert resumed["world_size"] == after[0] != before[0]
     assert resumed["losses"][-1] == pytest.approx(straight["losses"][-1], rel=1e-4)
     assert resumed["optimizer"] == pytest.approx(straight["optimizer"], rel=1e-2, abs=1e-6)
@@ -131,7 +116,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, function, before, 
 def test_files_of_a_sharded_run_are_whole(tmp_path):
     settings = SETTINGS | {"max_steps": 2, "projector_dropout": 0.0, "projector_anchor": "reconstruction"}
     for name, function in (("sharded", sharded_run.train), ("replicated", fault_child.train)):
-        finish(tmp_path / name, None, settings, 2, function)
+        finish(tmp_path / name, None, settings, 2, function=function)
     sharded, replicated = (tmp_path / name / "run" / "checkpoint-2" for name in ("sharded", "replicated"))
     student, plain = (AutoModelForCausalLM.from_pretrained(folder) for folder in (sharded, replicated))
     for (name, ours), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
@@ -273,7 +258,7 @@ def test_everything_beside_the_loss_works_with_sharded_weights(tmp_path):
         "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_steps": 2, "kd_weight": 0.5,
         "projector_anchor": "pca", "projector_init": "least_squares", "calibration_tokens": 300,
     }  # fmt: skip
-    first = finish(tmp_path / "first", None, settings, 2, sharded_run.train_with_a_bad_step)
+    first = finish(tmp_path / "first", None, settings, 2, function=sharded_run.train_with_a_bad_step)
     assert [problem["kind"] for problem in first["problems"]] == ["nan"]
     again = finish(tmp_path / "again", tmp_path / "first" / "run" / "checkpoint-6", settings, 2)
     assert again["weights"] == first["weights"]
