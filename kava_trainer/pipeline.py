@@ -9,12 +9,10 @@ from .arguments import KavaArguments
 from .capture import context_length
 from .checkpoint_io import (
     Resumption,
-    broken_reason,
-    list_checkpoints,
     resolve_checkpoint,
     sweep,
-    write_atomically,
 )
+from .closing import conclude, write_summary
 from .console import Console
 from .control import build_control, forget_control, train_control
 from .disk import make_folder, no_empty_folders_if_refused
@@ -27,7 +25,7 @@ from .environment import (
 from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import evaluate_model, longest_answer
 from .fidelity import TeacherFidelity
-from .hub import FINAL_STUDENT, push_student, render_model_card
+from .hub import FINAL_STUDENT
 from .identity import check_output_dir, check_resumable, data_digest, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models, smaller_rows
@@ -44,11 +42,11 @@ from .preparation import (
     tell_memory,
 )
 from .ranks import from_main_process
-from .showing import WHO, show_configuration, show_environment, show_verdict, tell_alignment
+from .showing import WHO, show_configuration, show_environment, tell_alignment
 from .signals import WATCH, Interrupted, exit_code
 from .summary import RunSummary
 from .trainer import KavaTrainer
-from .verdict import CONTROL_FAILED, judge
+from .verdict import CONTROL_FAILED
 
 FINAL_PROJECTOR = "final_projector.pth"
 
@@ -124,7 +122,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
         return exit_code(interruption.number)
     finally:
         if training.should_save and status is not None:
-            _write_summary(console, training.output_dir, summary, status)
+            write_summary(console, training.output_dir, summary, status)
 
 
 def _find_checkpoint(arguments: KavaArguments) -> Resumption:
@@ -148,16 +146,6 @@ def _identify(console: Console, arguments: KavaArguments, data: Data, checkpoint
             )
     check_output_dir(arguments.training.output_dir, identity, resuming=checkpoint is not None)
     return identity
-
-
-def _write_summary(console: Console, output_dir: str, summary: RunSummary, status: str) -> None:
-    if status == "failed":
-        summary.content["verdict"] |= {"success": False, "reasons": ["The run did not complete."]}
-    summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(output_dir)]
-    try:
-        console.print(f"Summary: {summary.write(output_dir, status)}")
-    except OSError as error:
-        console.warn(f"The summary could not be written to {output_dir}: {error.strerror}.")
 
 
 def _train_and_judge(
@@ -186,7 +174,7 @@ def _train_and_judge(
         if control is not None and was_interrupted(control):
             tell_interruption(console, control, trainer, argv)
             return "interrupted", exit_code(control.emergency.received)
-    _conclude(console, arguments, data, trainer, summary, collapse)
+    conclude(console, arguments, data, trainer, summary, collapse)
     return "completed", 0
 
 
@@ -284,36 +272,3 @@ def _finish(
     _evaluate(console, arguments, own, data, summary, ("student_after",))
     tell_alignment(console, metrics, trainer.collapse)
     return trainer.collapse
-
-
-def _conclude(
-    console: Console,
-    arguments: KavaArguments,
-    data: Data,
-    trainer: KavaTrainer,
-    summary: RunSummary,
-    collapse: str | None,
-) -> None:
-    """Judge the run, write the student's card, and send it to the hub if asked."""
-    training = arguments.training
-    supervised = training.lm_weight > 0 or training.kd_weight > 0
-    broken = [str(folder) for folder in list_checkpoints(training.output_dir) if broken_reason(folder)]
-    examples, taught = data.evaluation and len(data.evaluation), training.aligns or training.kd_weight > 0
-    summary.content["verdict"] = judge(summary.content, collapse, supervised, broken, examples, taught)
-    show_verdict(console, summary)
-    if not training.should_save:
-        return
-    student_folder = Path(training.final_dir) / FINAL_STUDENT
-    card = render_model_card(trainer.hub_model_id or FINAL_STUDENT, arguments, summary.content)
-    try:
-        write_atomically(student_folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
-    except OSError as error:
-        console.warn(f"The model card could not be written to {student_folder}: {error.strerror}.")
-    if training.push_to_hub:
-        summary.write(training.output_dir, "completed")  # all that is local comes before the network
-        problem = push_student(student_folder, trainer.hub_model_id, arguments)
-        if problem is None:
-            console.print(f"Pushed to {trainer.hub_model_id}")
-        else:
-            console.warn(problem)
-            summary.content["problems"].append({"step": None, "kind": "hub", "action": problem})

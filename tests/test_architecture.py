@@ -85,7 +85,12 @@ ORDER = [
         "showing",
         "preparation",
         "control",
+        "closing",
         "pipeline",
+        "commands",
+        "commands.train",
+        "cli",
+        "__main__",
         "quickstart.train_teacher",
     ),
 ]

@@ -281,7 +281,7 @@ def test_a_run_whose_hub_fails_at_the_end_is_complete_on_disk(tmp_path, capsys, 
         seen.append(json.loads((tmp_path / "run_summary.json").read_text())["status"])
         return push_student(folder, *args)
 
-    monkeypatch.setattr("kava_trainer.pipeline.push_student", pushed)
+    monkeypatch.setattr("kava_trainer.closing.push_student", pushed)
     monkeypatch.setattr(hub, "STUDENT_SECONDS", 0.3)
     with server(None) as (address, _):
         online(monkeypatch, address)

@@ -1,0 +1,67 @@
+"""`python -m kava_trainer COMMAND ...`: the subcommands, and how each of them ends."""
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType, TracebackType
+
+from .errors import BadRequest, RunFailed
+from .redaction import without_secrets
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of an optional kernel package
+
+COMMANDS = ("train",)
+"""In the order of `--help`; each is a module of `commands`."""
+
+NOTHING_TO_SAVE = "Interrupted before the first step, so there was nothing to save. Start again with the same command."
+
+
+def exit_code_of(work: Callable[[], int]) -> int:
+    """Do the work of a command and return its exit code; what went wrong is told in plain sentences.
+
+    Returns:
+        What `work` returns, 1 where a run failed, 2 for a bad request, and 130, 143 or 138 when Ctrl-C, SIGTERM or
+        SIGUSR1 ended it before there was anything to save.
+    """
+    from .signals import Interrupted, exit_code
+
+    try:
+        return work()
+    except (BadRequest, RunFailed) as error:
+        print(f"Error: {without_secrets(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as interruption:
+        print(NOTHING_TO_SAVE, file=sys.stderr)
+        return exit_code(interruption.number)
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception that nothing expected as Python does, without secrets."""
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand and return its exit code.
+
+    Args:
+        argv: the command line without the program; `sys.argv[1:]` by default.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {name: import_module(f".commands.{name}", __package__) for name in COMMANDS}
+    if argv and argv[0] in commands and getattr(commands[argv[0]], "PASSES_ON", False):
+        return exit_code_of(lambda: commands[argv[0]].run(argv[1:]))
+    options = _parser(commands).parse_args(argv)
+    return exit_code_of(lambda: commands[options.command].run(options))
+
+
+def _parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kava_trainer", description="Distil a language model.")
+    parts = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        part = parts.add_parser(name, help=command.HELP, description=command.__doc__)
+        if hasattr(command, "add_arguments"):
+            command.add_arguments(part)
+    return parser
