@@ -32,7 +32,7 @@ _OPTIMIZER = ("optimizer.pt", "optimizer_0/.metadata")
 """One of the two: the second one is that of sharded weights, see `fsdp`."""
 _STAGING, _PREVIOUS, _DELETED = ".staging", ".previous", ".deleted"
 _LEFT_BEHIND = re.compile(rf"\.({PREFIX_CHECKPOINT_DIR}-\d+|final_student)({_STAGING}|{_PREVIOUS}|{_DELETED})")
-_TEMPORARY = re.compile(r"\.(\w+_projector|proj_step_\d+|run_summary)\.\w+\.\d+\.tmp")
+_TEMPORARY = re.compile(r"\.(\w+_projector|proj_step_\d+|run_summary|log_history|report)\.\w+\.\d+\.tmp")
 
 
 def _flush(path: Path) -> None:

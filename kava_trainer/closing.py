@@ -7,6 +7,7 @@ from .checkpoint_io import broken_reason, list_checkpoints, write_atomically
 from .console import Console
 from .hub import FINAL_STUDENT, push_student, render_model_card
 from .preparation import Data
+from .run_folder import record_of
 from .showing import show_verdict
 from .summary import RunSummary
 from .trainer import KavaTrainer
@@ -14,7 +15,7 @@ from .verdict import judge
 
 
 def write_summary(console: Console, output_dir: str, summary: RunSummary, status: str) -> None:
-    """Write `run_summary.json` of a run that ended, however it did."""
+    """Write `run_summary.json` of a run that ended, however it did, and the report made of it."""
     if status == "failed":
         summary.content["verdict"] |= {"success": False, "reasons": ["The run did not complete."]}
     summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(output_dir)]
@@ -22,6 +23,20 @@ def write_summary(console: Console, output_dir: str, summary: RunSummary, status
         console.print(f"Summary: {summary.write(output_dir, status)}")
     except OSError as error:
         console.warn(f"The summary could not be written to {output_dir}: {error.strerror}.")
+        return
+    if (page := report_on(console, output_dir, summary)) is not None:
+        console.print(f"Report: {page}")
+
+
+def report_on(console: Console, output_dir: str, summary: RunSummary) -> Path | None:
+    """Write `report.html` and `report.png` of a run that has written its summary; the page, or None with a warning."""
+    from .report import write_report  # matplotlib takes a second, which no run should wait for at its start
+
+    try:
+        return write_report(record_of(output_dir, summary))
+    except OSError as error:
+        console.warn(f"The report could not be written to {output_dir}: {error.strerror}.")
+        return None
 
 
 def conclude(
@@ -49,6 +64,7 @@ def conclude(
         console.warn(f"The model card could not be written to {student_folder}: {error.strerror}.")
     if training.push_to_hub:
         summary.write(training.output_dir, "completed")  # all that is local comes before the network
+        report_on(console, training.output_dir, summary)
         problem = push_student(student_folder, trainer.hub_model_id, arguments)
         if problem is None:
             console.print(f"Pushed to {trainer.hub_model_id}")

@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def _without_tokens(argv: list[str]) -> list[str]:
     return shown
 
 
+def run_command(argv: list[str]) -> str:
+    """The command that this process was started with, in one line, with a placeholder in place of each token.
+
+    Args:
+        argv: the command line without the program.
+    """
+    return _command(_without_tokens(argv))
+
+
 def resume_command(argv: list[str], checkpoint: Path | None) -> str:
     """The command that goes on from a checkpoint, or starts again, in the way this process was started.
 
@@ -111,12 +121,21 @@ def resume_command(argv: list[str], checkpoint: Path | None) -> str:
         else:
             kept.append(word)
             skip = False
+    return _command(kept, ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else [])
+
+
+def _command(words: list[str], more: Sequence[str] = ()) -> str:
+    """How this process was started, with these words; the precision of `accelerate launch` is one of them."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision in ("bf16", "fp16") and f"--{precision}" not in kept:
-        kept += [f"--{precision}", "true"]
-    script = os.path.relpath(sys.argv[0])
-    kept += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
-    return f"{_launcher()} {shlex.join([script, *kept])}"
+    asked = [f"--{precision}", "true"] if precision in ("bf16", "fp16") and f"--{precision}" not in words else []
+    return f"{_launcher()} {shlex.join([_script(), *words, *asked, *more])}"
+
+
+def _script() -> str:
+    try:
+        return os.path.relpath(sys.argv[0])
+    except ValueError:  # on Windows, from another drive
+        return sys.argv[0]
 
 
 def _launcher() -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -184,18 +185,33 @@ def _prompt(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
     return example["input_ids"][: example["prompt_length"]] or [start]
 
 
-def evaluate_model(
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is worth on held-out problems."""
+
+    figures: dict[str, float | None]
+    """`cross_entropy` in nats, `perplexity`, and `exact_match`, a share, None where nothing was generated."""
+    answers: list[str]
+    """Its greedy answers in the data set's order; empty where nothing was generated."""
+
+
+def evaluate_with_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: datasets.Dataset,
     collator: Callable[[list], dict],
     batch_size: int,
     max_new_tokens: int | None = None,
-) -> dict[str, float | None]:
-    """Cross-entropy and perplexity of the answers, and with `max_new_tokens` also exact match of greedy answers.
+) -> Evaluation:
+    """Cross-entropy and perplexity of the answers, and with `max_new_tokens` also greedy answers and their exact match.
 
-    Returns:
-        `cross_entropy` in nats, `perplexity` and `exact_match` (a share from 0 to 1, None where nothing was generated).
+    Args:
+        model: a causal language model.
+        tokenizer: of the data set.
+        dataset: examples of `data.encode_dataset`.
+        collator: a `collating.DistillationCollator`.
+        batch_size: examples at a time.
+        max_new_tokens: of an answer; None for no answers.
     """
     loss = answer_cross_entropy(model, dataset, collator, batch_size)
     figures: dict[str, float | None] = {
@@ -203,11 +219,28 @@ def evaluate_model(
         "perplexity": perplexity(loss),
         "exact_match": None,
     }
+    answers: list[str] = []
     if max_new_tokens is not None:
-        predictions = generate_answers(model, tokenizer, dataset, batch_size, max_new_tokens)
+        answers = generate_answers(model, tokenizer, dataset, batch_size, max_new_tokens)
         metric = FinalAnswerMatch(keep_in_memory=True)
-        figures |= metric.compute(predictions=predictions, references=list(dataset["answer_text"]))
-    return figures
+        figures |= metric.compute(predictions=answers, references=list(dataset["answer_text"]))
+    return Evaluation(figures, answers)
+
+
+def evaluate_model(*args: Any, **kwargs: Any) -> dict[str, float | None]:
+    """The `figures` of `evaluate_with_answers`, with its arguments."""
+    return evaluate_with_answers(*args, **kwargs).figures
+
+
+def first_problems(tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, count: int) -> list[dict[str, str]]:
+    """`prompt` and `reference` of the first examples of a data set, as text."""
+    return [
+        {
+            "prompt": tokenizer.decode(row["input_ids"][: row["prompt_length"]], skip_special_tokens=True),
+            "reference": row["answer_text"],
+        }
+        for row in dataset.select(range(min(count, len(dataset))))
+    ]
 
 
 def longest_answer(dataset: datasets.Dataset) -> int:

@@ -20,10 +20,11 @@ from .environment import (
     describe_environment,
     peak_memory_bytes,
     quieten,
+    run_command,
     use_all_cores,
 )
 from .errors import BadRequest, RunFailed, reason_of
-from .evaluation import evaluate_model, longest_answer
+from .evaluation import evaluate_with_answers, first_problems, is_exact_match, longest_answer
 from .fidelity import TeacherFidelity
 from .hub import FINAL_STUDENT
 from .identity import check_output_dir, check_resumable, data_digest, run_identity
@@ -44,7 +45,7 @@ from .preparation import (
 from .ranks import from_main_process
 from .showing import WHO, show_configuration, show_environment, tell_alignment
 from .signals import WATCH, Interrupted, exit_code
-from .summary import RunSummary
+from .summary import MOST_SAMPLES, RunSummary
 from .trainer import KavaTrainer
 from .verdict import CONTROL_FAILED
 
@@ -80,7 +81,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     console = Console(training.plain_output)
     quieten(training.plain_output or not console.emoji)
     use_all_cores(training)
-    summary = RunSummary(arguments.to_dict(), describe_environment(training.device))
+    summary = RunSummary(arguments.to_dict(), describe_environment(training.device), run_command(argv))
     _prepare_folders(arguments)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
     show_environment(console, training.device)
@@ -204,7 +205,7 @@ def _evaluate(
     new_tokens = min([new_tokens, *(limit - max(data.evaluation["prompt_length"]) for limit in limits)])
     for name in names:
         with needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
-            figures = evaluate_model(
+            measured = evaluate_with_answers(
                 models.teacher if name == "teacher" else models.student,
                 models.tokenizer,
                 data.evaluation,
@@ -212,7 +213,9 @@ def _evaluate(
                 training.per_device_eval_batch_size,
                 new_tokens if training.evaluate_generation else None,
             )
+        figures, problems = measured.figures, first_problems(models.tokenizer, data.evaluation, MOST_SAMPLES)
         summary.add_evaluation(name, figures)
+        summary.add_answers(name, problems, measured.answers, is_exact_match)
         match = figures["exact_match"]
         shown = "" if match is None else f", exact match {100 * match:.1f} %"
         console.print(f"{WHO[name]}: perplexity {figures['perplexity']:.4g}{shown}")

@@ -1,5 +1,6 @@
 """How an optimizer step gets its examples: packed rows where both models can read them, else padded micro-batches."""
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .collating import DistillationCollator, JoiningCollator, as_many_rows, pack_step, spread
+from .environment import peak_memory_bytes
 from .errors import RunFailed
 from .fitting import FittingTrainer, Row
 from .fsdp import is_sharded
@@ -83,6 +85,7 @@ class SteppingTrainer(FittingTrainer):
         Trainer's own would count the labels first, with a gather over the ranks that nothing here needs. With packing
         each micro-batch is a list of rows under `rows`, beside their tokens for Trainer's own counting.
         """
+        self._line_began = self._line_began or time.monotonic()
         batches = list(islice(epoch_iterator, num_batches))
         if isinstance(self.train_dataset, ExampleStream):
             self._note_places(batches)
@@ -151,7 +154,25 @@ class SteppingTrainer(FittingTrainer):
     def forget_throughput(self) -> None:
         """Begin to count anew."""
         self._seen = torch.zeros(2, dtype=torch.int64)
+        self._seen_before_line, self._line_began = 0, None
         self.stopwatch = Stopwatch(self.args.device)
+
+    def line_throughput(self) -> dict[str, float]:
+        """What a training log line tells of speed and memory. Read it where the device was waited for already.
+
+        Returns:
+            `tokens_per_second`: real tokens of all ranks since the last such line, over the time since then, with
+            evaluations and saves in between; `peak_memory_bytes`: of this rank since its start, where it can be told.
+        """
+        now, tokens = time.monotonic(), int(self._seen[0])
+        self.stopwatch.seconds()  # so that events do not pile up
+        figures: dict[str, float] = {}
+        if self._line_began is not None and now > self._line_began:
+            figures["tokens_per_second"] = (tokens - self._seen_before_line) / (now - self._line_began)
+        if (peak := peak_memory_bytes(self.args.device)) is not None:
+            figures["peak_memory_bytes"] = peak
+        self._seen_before_line, self._line_began = tokens, now
+        return figures
 
     def throughput(self) -> dict[str, float | None]:
         """What the last `train()` came to; empty before it.

@@ -1,7 +1,12 @@
-"""`run_summary.json`: what a run was, what it measured, how it ended. A figure that was not measured is null."""
+"""What a run was, what it measured and how it ended: `run_summary.json`, and its log lines in `log_history.json`.
+
+A figure that was not measured is null.
+"""
 
 import json
 import math
+from collections.abc import Callable
+from copy import deepcopy
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,12 @@ from .checkpoint_io import write_atomically
 from .redaction import without_secrets
 
 SUMMARY_FILE = "run_summary.json"
+HISTORY_FILE = "log_history.json"
+"""The list of all log lines of the training, as in `TrainerState.log_history`."""
+
+MOST_SAMPLES = 10
+"""Held-out problems whose answers the summary shows."""
+
 _FINAL = (
     "loss", "mercator_loss", "cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka",
     "student_effective_rank", "target_effective_rank", "teacher_effective_rank",
@@ -27,12 +38,12 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with every number that is not finite replaced by None: JSON has no word for those."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -42,10 +53,12 @@ class RunSummary:
     Args:
         arguments: every argument with its value, secrets masked.
         environment: see `describe_environment`.
+        command: what started the run, tokens masked; None where that is not known.
     """
 
-    def __init__(self, arguments: dict[str, Any], environment: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any], environment: dict[str, Any], command: str | None = None) -> None:
         self._started = now()
+        self.log_history: list[dict[str, float]] = []
         self.content: dict[str, Any] = {
             "schema_version": 1,
             "status": "failed",
@@ -54,10 +67,12 @@ class RunSummary:
             "duration_seconds": None,
             "environment": environment,
             "arguments": arguments,
+            "command": command,
             "global_step": 0,
             "cos_sim_at": {str(step): None for step in ALWAYS_LOGGED_STEPS},
             "final": dict.fromkeys(_FINAL),
             "evaluation": dict.fromkeys(_EVALUATED),
+            "samples": [],
             "teacher_fidelity": None,
             "verdict": {"success": None, "collapsed": None, "reasons": []},
             "throughput": dict.fromkeys(_THROUGHPUT),
@@ -70,6 +85,7 @@ class RunSummary:
 
         The last loss and CosSim of the training stand in for final figures where no evaluation has set those.
         """
+        self.log_history = log_history
         self.content["global_step"] = global_step
         lines = [line for line in log_history if "loss" in line]
         for line in lines:
@@ -86,8 +102,26 @@ class RunSummary:
         """Set the figures of `teacher`, `student_before`, `student_after` or `control_sft`."""
         self.content["evaluation"][who] = figures
 
+    def add_answers(
+        self, who: str, problems: list[dict[str, str]], answers: list[str], is_right: Callable[[str, str], bool]
+    ) -> None:
+        """Set what a model, named as in `add_evaluation`, answered to the first held-out problems.
+
+        Args:
+            who: see `add_evaluation`.
+            problems: `prompt` and `reference` of at most `MOST_SAMPLES` problems, the same at every call.
+            answers: one for each problem, or more; none where nothing was generated.
+            is_right: takes an answer and its reference.
+        """
+        samples = self.content["samples"]
+        if answers and not samples:
+            nothing = {"answers": dict.fromkeys(_EVALUATED), "matches": dict.fromkeys(_EVALUATED)}
+            samples += [{**problem, **deepcopy(nothing)} for problem in problems]
+        for sample, answer in zip(samples, answers, strict=False):
+            sample["answers"][who], sample["matches"][who] = answer, is_right(answer, sample["reference"])
+
     def write(self, output_dir: str | Path, status: str) -> Path:
-        """Finish the summary with `completed`, `interrupted` or `failed` and write it."""
+        """Finish the summary with `completed`, `interrupted` or `failed` and write it, and the log lines beside it."""
         finished = now()
         self.content |= {
             "status": status,
@@ -95,9 +129,19 @@ class RunSummary:
             "duration_seconds": round((finished - self._started).total_seconds(), 1),
         }
         path = Path(output_dir) / SUMMARY_FILE
-        write_atomically(path, lambda temporary: temporary.write_text(self.to_json(), encoding="utf-8"))
+        _write(path, self.to_json())
+        _write(Path(output_dir) / HISTORY_FILE, self.history_to_json())
         return path
 
     def to_json(self) -> str:
         """The summary as JSON text, without secrets."""
-        return without_secrets(json.dumps(_finite(self.content), indent=2, ensure_ascii=False, default=str)) + "\n"
+        return without_secrets(json.dumps(finite(self.content), indent=2, ensure_ascii=False, default=str)) + "\n"
+
+    def history_to_json(self) -> str:
+        """The log lines as JSON text, one a line, without secrets."""
+        lines = [json.dumps(finite(line), ensure_ascii=False, default=str) for line in self.log_history]
+        return without_secrets("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

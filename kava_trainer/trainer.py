@@ -289,7 +289,7 @@ class KavaTrainer(ProbingTrainer):
             logs["loss"] *= steps / (steps - lost) if steps > lost else math.nan
             means = self.train_means.drain(self._sum_over_ranks)
             logs |= means
-            self.stopwatch.seconds()  # the line has waited for the device anyway, and events need not pile up
+            logs |= self.line_throughput()  # the line has waited for the device anyway
             logs["projector_learning_rate"] = self._projector_learning_rate()
             logs["collapsed"] = float(self.collapse is not None)
         super().log(logs, start_time)

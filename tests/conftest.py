@@ -49,6 +49,13 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(STUDENT_FOLDER)
 
 
+@pytest.fixture(autouse=True)
+def _no_report(request, monkeypatch):
+    """Runs in this process leave their report out, which takes over a second, unless the test is marked `report`."""
+    if hasattr(request.module, "run_kava") and request.node.get_closest_marker("report") is None:
+        monkeypatch.setattr("kava_trainer.closing.report_on", lambda *_: None)
+
+
 def tiny_sizes(hidden_size: int, layers: int) -> dict:
     return {
         "vocab_size": 512,

@@ -45,7 +45,7 @@ def train(folder, data, output, resume, settings):
     trainer.train(resume_from_checkpoint=resume)
     assert torch.distributed.is_initialized() == (int(os.environ.get("WORLD_SIZE", "1")) > 1)
     lines = [
-        {name: value for name, value in line.items() if not name.endswith(("_runtime", "_per_second"))}
+        {name: value for name, value in line.items() if not name.endswith(("_runtime", "_per_second", "_memory_bytes"))}
         for line in trainer.state.log_history
         if "train_runtime" not in line
     ]

@@ -190,7 +190,8 @@ def test_sweeping_leaves_what_is_not_ours(tmp_path):
     names = (".git", ".my.previous", ".notes.12.tmp", ".checkpoint-x.staging", "checkpoint-1.staging")
     for name in names:
         (tmp_path / name).mkdir()
-    (tmp_path / ".run_summary.json.77.tmp").write_text("half")
+    for name in ("run_summary.json", "log_history.json", "report.html", "report.png"):
+        (tmp_path / f".{name}.77.tmp").write_text("half")
     sweep(tmp_path)
     assert {entry.name for entry in tmp_path.iterdir()} == set(names)
 

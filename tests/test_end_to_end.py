@@ -5,11 +5,13 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, shared_path
 from datasets import load_dataset
+from test_report import check_page
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import run_kava
@@ -72,7 +74,12 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
     assert result.stdout.isascii()
     out, final = tmp_path / "out", tmp_path / "final"
     names = {path.name for path in out.iterdir()}
-    assert names == {"checkpoint-2", "checkpoint-4", "proj_step_2.pth", "proj_step_4.pth", "run_summary.json"}
+    assert names == {
+        *("checkpoint-2", "checkpoint-4", "proj_step_2.pth", "proj_step_4.pth", "run_summary.json"),
+        *("log_history.json", "report.html", "report.png"),
+    }
+    assert f"Report: {Path('out') / 'report.html'}" in result.stdout
+    check_page((out / "report.html").read_text(encoding="utf-8"), summary_of(out))
     assert {path.name for path in final.iterdir()} == {"final_student", "final_projector.pth"}
     student = AutoModelForCausalLM.from_pretrained(final / "final_student")
     tokenizer = AutoTokenizer.from_pretrained(final / "final_student")
@@ -92,8 +99,8 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     summary = summary_of(tmp_path)
     assert list(summary) == [
         *("schema_version", "status", "started_at", "finished_at", "duration_seconds", "environment", "arguments"),
-        *("global_step", "cos_sim_at", "final", "evaluation", "teacher_fidelity", "verdict", "throughput", "problems"),
-        "checkpoints",
+        *("command", "global_step", "cos_sim_at", "final", "evaluation", "samples", "teacher_fidelity", "verdict"),
+        *("throughput", "problems", "checkpoints"),
     ]
     assert (summary["schema_version"], summary["status"], summary["global_step"]) == (1, "completed", 51)
     assert summary["cos_sim_at"]["50"] is not None
@@ -116,6 +123,32 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     assert summary["throughput"]["tokens_per_second"] > 0
     assert summary["arguments"]["max_steps"] == 51
     assert summary["checkpoints"] == [str(tmp_path / "checkpoint-51")]
+    check_samples(summary)
+    check_log_lines(json.loads((tmp_path / "log_history.json").read_text()), summary)
+    assert summary["command"].startswith("python ")
+    assert re.search(r"quickstart.json --max_train_samples 64 .*--run_control false$", summary["command"])
+
+
+def check_samples(summary):
+    """As many as there are held-out examples, at most ten, with an answer of each model that was measured."""
+    assert len(summary["samples"]) == 8
+    for sample in summary["samples"]:
+        assert sample["prompt"].startswith("Question: ")
+        assert "#### " in sample["reference"]
+        for known in (sample["answers"], sample["matches"]):
+            assert list(known) == ["teacher", "student_before", "student_after", "control_sft"]
+            assert [who for who, value in known.items() if value is None] == ["control_sft"]
+        assert sample["answers"]["teacher"][:3] == sample["reference"][:3]
+    share = sum(sample["matches"]["teacher"] for sample in summary["samples"]) / 8
+    assert share == summary["evaluation"]["teacher"]["exact_match"]
+
+
+def check_log_lines(lines, summary):
+    losses = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in losses] == [30, 50, 51]
+    assert losses[1]["cos_sim"] == summary["cos_sim_at"]["50"]
+    assert all(line["tokens_per_second"] > 0 for line in losses)
+    assert losses[-1]["peak_memory_bytes"] <= summary["throughput"]["peak_memory_bytes"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

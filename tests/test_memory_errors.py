@@ -86,7 +86,7 @@ def test_in_an_evaluation(tmp_path, tokenizer, monkeypatch, name, stage):
             "(now 100) or generation_max_new_tokens.",
         ),
         (
-            "evaluate_model",
+            "evaluate_with_answers",
             "Out of memory in the evaluation (tried to allocate 2 GiB). Lower per_device_eval_batch_size (now 100) or "
             "generation_max_new_tokens.",
         ),

@@ -1,0 +1,154 @@
+"""What a run has left on disk, read back: also of a run that was cut off and wrote no summary."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint_io import TRAINER_STATE_FILE, find_newest_checkpoint, list_checkpoints, read_manifest
+from .errors import BadRequest, reason_of
+from .progress import read_progress
+from .summary import HISTORY_FILE, SUMMARY_FILE, RunSummary, finite
+
+CUT_OFF = "cut_off"
+"""Status of a run that wrote no summary when it ended, beside those that a summary can have."""
+
+_NO_ARGUMENTS = {"data", "teacher", "student", "sharded", "world_size", "datasets_version"}
+"""What `identity.run_identity` adds to the arguments."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, as a report needs it."""
+
+    folder: Path
+    """Its `output_dir`."""
+    summary: dict[str, Any]
+    """The content of `run_summary.json`; for a run that was cut off one of the same shape, with status `cut_off`."""
+    log_history: list[dict[str, Any]]
+    """The log lines of its training."""
+    note: str | None = None
+    """Sentences on where these come from, where that is not a summary and its log lines."""
+
+
+def record_of(output_dir: str | Path, summary: RunSummary) -> RunRecord:
+    """The record of a run that has just written its summary."""
+    return RunRecord(Path(output_dir), json.loads(summary.to_json()), json.loads(summary.history_to_json()))
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read the output folder of a run.
+
+    A run that was killed has no summary, or an old one from before it was resumed. Then the log lines and the
+    arguments are those of its newest sound checkpoint.
+
+    Raises:
+        BadRequest: if there is no such folder, or no run has left anything in it that can be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadRequest(f"{folder} is not a folder; name the output_dir of a run.")
+    summary = _read_summary(folder)
+    saved = list_checkpoints(folder)
+    last = int(saved[-1].name.rsplit("-", 1)[1]) if saved else -1
+    if summary is None or last > summary["global_step"]:
+        cut_off = _from_checkpoint(folder, summary)
+        if cut_off is not None:
+            return cut_off
+    if summary is None:
+        raise BadRequest(
+            f"{folder} holds neither {SUMMARY_FILE} nor a checkpoint that is whole, so there is nothing to report; "
+            "name the output_dir of a run."
+        )
+    if (folder / HISTORY_FILE).exists():
+        history = finite(_read_json(folder / HISTORY_FILE))
+        if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
+            raise BadRequest(f"{folder / HISTORY_FILE} is no list of log lines; delete it to go without curves.")
+        return RunRecord(folder, summary, history)
+    return _with_lines_of_checkpoint(folder, summary)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"{path} cannot be read ({reason_of(error)}).") from error
+
+
+def _read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary with every entry there is today, null where an older one lacks it; None where there is none."""
+    path = folder / SUMMARY_FILE
+    if not path.exists():
+        return None
+    found, empty = _read_json(path), RunSummary({}, {}).content
+    if not isinstance(found, dict) or "schema_version" not in found:
+        raise BadRequest(f"{path} is no summary of a run.")
+    if found["schema_version"] != empty["schema_version"]:
+        raise BadRequest(
+            f"{path} has schema_version {found['schema_version']}, but this version of KAVA reads "
+            f"{empty['schema_version']}; use the version that wrote it."
+        )
+    wrong = [name for name, value in empty.items() if not _like(value, found.get(name, value))]
+    if wrong:
+        raise BadRequest(f"{path} is not as it was written: look at {', '.join(wrong)}.")
+    for name, value in empty.items():
+        found[name] = {**value, **found.get(name, {})} if isinstance(value, dict) else found.get(name, value)
+    return finite(found)
+
+
+def _like(empty: Any, found: Any) -> bool:
+    """Whether a value is of the kind that a summary has in its place."""
+    kind = next((kind for kind in (dict, list, int) if isinstance(empty, kind)), None)
+    return kind is None or isinstance(found, kind)
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    return finite(_read_json(checkpoint / TRAINER_STATE_FILE))
+
+
+def _with_lines_of_checkpoint(folder: Path, summary: dict[str, Any]) -> RunRecord:
+    """A run whose summary has no log lines beside it, as those of earlier versions."""
+    newest = find_newest_checkpoint(folder).checkpoint
+    if newest is None:
+        return RunRecord(folder, summary, [], f"There is no {HISTORY_FILE} in the folder, so there are no curves.")
+    note = f"There is no {HISTORY_FILE} in the folder; the curves are those of {newest.name}."
+    return RunRecord(folder, summary, _trainer_state(newest)["log_history"], note)
+
+
+def _from_checkpoint(folder: Path, before: dict[str, Any] | None) -> RunRecord | None:
+    """What is known of a run that was cut off.
+
+    Args:
+        folder: of the run.
+        before: the summary of its earlier part, if it was interrupted and resumed.
+
+    Returns:
+        None where no checkpoint is sound, or none is newer than the summary.
+    """
+    newest = find_newest_checkpoint(folder).checkpoint
+    if newest is None:
+        return None
+    state = _trainer_state(newest)
+    step, history = state["global_step"], state["log_history"]
+    if before is not None and step <= before["global_step"]:
+        return None
+    asked = read_manifest(newest)["run"] or {}
+    arguments = {name: value for name, value in asked.items() if name not in _NO_ARGUMENTS}
+    summary = RunSummary(arguments or (before or {}).get("arguments", {}), {})
+    summary.add_training(history, step)
+    content = summary.content | {"status": CUT_OFF, "started_at": None}
+    content["problems"] = read_progress(newest, 0, 1).get("problems", [])
+    content["checkpoints"] = [str(path) for path in list_checkpoints(folder)]
+    peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
+    content["throughput"]["peak_memory_bytes"] = max(peaks, default=None)
+    note = (
+        f"The run was cut off, or is still running: there is no {SUMMARY_FILE} of its end. What is shown is what "
+        f"{newest.name} holds; whatever came after step {step} is lost or not yet there."
+    )
+    if before is not None:
+        for name in ("environment", "command", "teacher_fidelity", "samples", "started_at"):
+            content[name] = before[name]
+        for who in ("teacher", "student_before"):
+            content["evaluation"][who] = before["evaluation"][who]
+        note += f" It had been resumed after step {before['global_step']}."
+    return RunRecord(folder, content, history, note)
