@@ -36,6 +36,8 @@ class Chart:
     note: str = ""
     """What to look for, as one sentence."""
     logarithmic: bool = False
+    from_zero: bool = False
+    """Whether the axis of the values begins at 0."""
     guide: tuple[float, str] | None = None
     """A value that matters and what it is."""
 
@@ -126,9 +128,9 @@ KINDS = (
         "speed",
         "Tokens a second",
         {"all processes": ("tokens_per_second",)},
-        {"note": "Between log lines, with evaluations and saves."},
+        {"note": "Between log lines, with evaluations and saves.", "from_zero": True},
     ),
-    _Kind("memory", "Peak memory so far", {"this process": ("peak_memory_bytes",)}, {"unit": "GB"}),
+    _Kind("memory", "Peak memory so far", {"this process": ("peak_memory_bytes",)}, {"unit": "GB", "from_zero": True}),
 )
 _SCALES = {"memory": 1e-9}
 
@@ -205,6 +207,7 @@ def compared_charts(histories: dict[str, list[dict[str, Any]]]) -> list[Chart]:
                     curves,
                     unit="GB" if name == "memory" else "",
                     logarithmic=name in ("mercator", "lm", "kd"),
+                    from_zero=name in ("speed", "memory"),
                 )
             )
     return made

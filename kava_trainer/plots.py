@@ -46,7 +46,7 @@ def _frame(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(INKS["grid"])
     axes.set_facecolor("none")
-    axes.tick_params(colors=INKS["quiet"], length=0, labelsize=10)
+    axes.tick_params(colors=INKS["quiet"], length=0, labelsize=11)
     axes.set_axisbelow(True)
 
 
@@ -65,7 +65,9 @@ def _scale(axes: Axes, chart: Chart) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     largest = max(map(abs, values), default=0)
     axes.yaxis.set_major_formatter(EngFormatter(sep="") if largest >= 10_000 else FuncFormatter(_number))
-    if max(values) - min(values) < 1e-6 * largest:  # a flat line stands in the middle, with a plain scale
+    if chart.from_zero:
+        axes.set_ylim(0, 1.1 * largest or 1)
+    elif max(values) - min(values) < 1e-6 * largest:  # a flat line stands in the middle, with a plain scale
         axes.set_ylim(*((0, 2 * largest) if min(values) >= 0 else (-2 * largest, 0)))
 
 
@@ -88,8 +90,10 @@ def _draw(axes: Axes, chart: Chart) -> None:
     if chart.guide is not None:
         value, word = chart.guide
         axes.axhline(value, color=INKS["quiet"], linewidth=1, linestyle=(0, (2, 2)))
+        starts = [curve.points[0][1] for curve in chart.curves if curve.points]
+        x, side = (0.005, "left") if value > 2 * max(starts) else (1, "right")  # where the curves are not
         place = axes.get_yaxis_transform()
-        axes.text(1, value, word, color=INKS["quiet"], size=9, ha="right", va="bottom", transform=place)
+        axes.text(x, value, word, color=INKS["quiet"], size=10, ha=side, va="bottom", transform=place)
 
 
 def _draw_bars(axes: Axes, bars: Bars) -> None:
@@ -106,7 +110,7 @@ def _draw_bars(axes: Axes, bars: Bars) -> None:
     axes.invert_yaxis()
     for place, (_, value, text) in enumerate(bars):
         colour = INKS["quiet"] if value is None else INKS["ink"]
-        axes.text((value or 0) + 0.015 * axes.get_xlim()[1], place, text, va="center", color=colour, size=10)
+        axes.text((value or 0) + 0.015 * axes.get_xlim()[1], place, text, va="center", color=colour, size=11)
 
 
 def _svg(figure: Figure, name: str) -> str:
@@ -133,7 +137,7 @@ def _font(found: re.Match[str]) -> str:
 def chart_svg(chart: Chart) -> str:
     """A chart as SVG, about 330 wide, without title and legend: those are the page's, in text that wraps."""
     figure = Figure(figsize=(4.6, 2.7))
-    figure.subplots_adjust(left=0.13, right=0.985, top=0.95, bottom=0.1)
+    figure.subplots_adjust(left=0.14, right=0.985, top=0.95, bottom=0.11)
     _draw(figure.subplots(), chart)
     return _svg(figure, chart.name)
 
@@ -141,7 +145,7 @@ def chart_svg(chart: Chart) -> str:
 def bars_svg(name: str, bars: Bars) -> str:
     """Bars from the top as SVG, about 330 wide; the name must be unique on the page."""
     figure = Figure(figsize=(4.6, 0.34 * len(bars) + 0.2))
-    figure.subplots_adjust(left=0.31, right=0.99, top=0.97, bottom=0.03)
+    figure.subplots_adjust(left=0.33, right=0.99, top=0.97, bottom=0.03)
     _draw_bars(figure.subplots(), bars)
     return _svg(figure, name)
 

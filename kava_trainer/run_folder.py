@@ -16,6 +16,9 @@ CUT_OFF = "cut_off"
 _NO_ARGUMENTS = {"data", "teacher", "student", "sharded", "world_size", "datasets_version"}
 """What `identity.run_identity` adds to the arguments."""
 
+_UNTRAINED = ("teacher", "student_before")
+"""The models that are measured before the training."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -115,6 +118,15 @@ def _with_lines_of_checkpoint(folder: Path, summary: dict[str, Any]) -> RunRecor
     return RunRecord(folder, summary, _trainer_state(newest)["log_history"], note)
 
 
+def _of_untrained(sample: dict[str, Any]) -> dict[str, Any]:
+    """A held-out problem without the answers that training changes."""
+    known = {name: sample.get(name, {}) for name in ("answers", "matches")}
+    return sample | {
+        name: {who: value if who in _UNTRAINED else None for who, value in values.items()}
+        for name, values in known.items()
+    }
+
+
 def _from_checkpoint(folder: Path, before: dict[str, Any] | None) -> RunRecord | None:
     """What is known of a run that was cut off.
 
@@ -146,9 +158,10 @@ def _from_checkpoint(folder: Path, before: dict[str, Any] | None) -> RunRecord |
         f"{newest.name} holds; whatever came after step {step} is lost or not yet there."
     )
     if before is not None:
-        for name in ("environment", "command", "teacher_fidelity", "samples", "started_at"):
+        for name in ("environment", "command", "teacher_fidelity", "started_at"):
             content[name] = before[name]
-        for who in ("teacher", "student_before"):
+        for who in _UNTRAINED:
             content["evaluation"][who] = before["evaluation"][who]
+        content["samples"] = [_of_untrained(sample) for sample in before["samples"]]
         note += f" It had been resumed after step {before['global_step']}."
     return RunRecord(folder, content, history, note)
