@@ -87,13 +87,14 @@ class RunSummary:
         self.content["evaluation"][who] = figures
 
     def write(self, output_dir: str | Path, status: str) -> Path:
-        """Finish the summary with `completed`, `interrupted` or `failed` and write it."""
-        finished = now()
-        self.content |= {
-            "status": status,
-            "finished_at": finished.isoformat(timespec="seconds"),
-            "duration_seconds": round((finished - self._started).total_seconds(), 1),
-        }
+        """Finish the summary with `completed`, `interrupted` or `failed`, unless it is finished so, and write it."""
+        if self.content["finished_at"] is None or self.content["status"] != status:
+            finished = now()
+            self.content |= {
+                "status": status,
+                "finished_at": finished.isoformat(timespec="seconds"),
+                "duration_seconds": round((finished - self._started).total_seconds(), 1),
+            }
         path = Path(output_dir) / SUMMARY_FILE
         write_atomically(path, lambda temporary: temporary.write_text(self.to_json(), encoding="utf-8"))
         return path

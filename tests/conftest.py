@@ -6,10 +6,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import logging
 import random
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -99,3 +102,24 @@ def whole_batch(tmp_path_factory):
     from test_invariants import one_step
 
     return one_step(tmp_path_factory.mktemp("whole"), 8, 1, 1)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A `FakeHub` that the hub's client asks, without the pauses between its attempts."""
+    from fake_hub import fake_hub
+    from huggingface_hub import constants
+
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
+    with fake_hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # transformers keeps its client, and the first test that needed one may have made it for another address.
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda: HfApi(endpoint=hub.address), raising=False)
+        yield hub
