@@ -182,8 +182,8 @@ def test_the_recipe_asks_for_the_same_run_again(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr("kava_trainer.arguments.missing_package", lambda optim: None)
     more = {
         "use_cpu": True, "bf16": False, "hub_token": "hf_planted", "push_to_hub": True, "hub_strategy": "end",
-        "hub_model_id": "me/x", "resume_from_checkpoint": "true", "layer_mapping": "[[1, 2]]", "report_to": "tensorboard",
-        "accelerator_config": '{"non_blocking": true}', "layer_weights": 1.5,
+        "hub_model_id": "me/x", "resume_from_checkpoint": "true", "layer_mapping": "[[1, 2]]",
+        "report_to": "tensorboard", "accelerator_config": '{"non_blocking": true}', "layer_weights": 1.5,
     }  # fmt: skip
     asked = parse_arguments([str(recipe), *words(more)]).to_dict()
     summary = {"arguments": json.loads(json.dumps(asked, default=str)), "environment": {"device": "cpu"}}
