@@ -1,6 +1,8 @@
 """What a repository on the hub receives of a finished run, and sending it in one commit."""
 
 import json
+import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -219,8 +221,22 @@ def _bars(shown: bool) -> Iterator[None]:
     (enable_progress_bars if shown else disable_progress_bars)()
     try:
         yield
+    except BaseException:
+        if shown:
+            print(file=sys.stderr)  # whatever is said next would stand behind a bar that was broken off
+        raise
     finally:
         (disable_progress_bars if were_disabled else enable_progress_bars)()
+
+
+def _check_card(path: Path) -> None:
+    """Let the hub look at a card's metadata before anything is uploaded. Raises `ValueError` for what it refuses."""
+    card = ModelCard.load(path)
+    try:
+        card.validate()
+    except ValueError as error:
+        said = "; ".join(re.findall(r'"message": ?"([^"]+)"', str(error))) or reason_of(error)
+        raise ValueError(f"it does not take the metadata of {path.name}: {said}") from error
 
 
 def _commit(files: dict[str, Path], size: int, place: Place) -> None:
@@ -230,7 +246,7 @@ def _commit(files: dict[str, Path], size: int, place: Place) -> None:
     answers from ending.
     """
     api = HfApi(token=place.token)
-    ModelCard.load(files[CARD_FILE]).validate()  # before anything is uploaded
+    _check_card(files[CARD_FILE])
     make_branch(place)
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     there = api.list_repo_files(place.repo_id, revision=place.revision)

@@ -119,6 +119,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
         template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.address)  # which peft asks
         # transformers keeps its client, and the first test that needed one may have made it for another address.
         monkeypatch.setattr("transformers.trainer.hf_api", lambda: HfApi(endpoint=hub.address), raising=False)
         yield hub

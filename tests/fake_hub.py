@@ -257,11 +257,12 @@ class _Handler(BaseHTTPRequestHandler):
         hub.tokens.add((self.headers.get("Authorization") or "").removeprefix("Bearer ") or None)
         failure = hub.failures.get(name)
         if failure == "hang":
-            hub.released.wait(60)
+            hub.released.wait(600)
             self.close_connection = True
             return
         if failure is not None or match is None:
-            self._send(failure or 404, {"error": "As asked." if failure else f"No endpoint {method} {path}"}, {})
+            said = "As asked" if failure else f"No endpoint {method} {path}"
+            self._send(failure or 404, {"error": said, "errors": [{"message": said}]}, {})
             return
         status, content, *headers = getattr(hub, name)(self, match.groupdict() or {})
         self._send(status, content, headers[0] if headers else {})

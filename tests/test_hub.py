@@ -174,32 +174,29 @@ def test_an_adapter_arrives_as_one_and_its_finals_are_found_elsewhere(tmp_path, 
 
 STAGES = [
     ("create", 401, "the token is missing or not accepted, HTTP 401"),
-    ("create", 500, "the hub itself failed, HTTP 500"),
     ("create", "hang", "the hub has not answered within 0.5 seconds"),
-    ("validate", 400, "As asked"),
+    ("validate", 400, "it does not take the metadata of README.md: As asked"),
     ("branch", 403, "the token may not write there, HTTP 403"),
     ("tree", 500, "the hub itself failed, HTTP 500"),
     ("preupload", 401, "the token is missing or not accepted, HTTP 401"),
     ("preupload", "hang", "the hub has not answered within 0.5 seconds"),
     ("batch", 403, "the token may not write there, HTTP 403"),
-    ("batch", "hang", "the hub has not answered within 0.5 seconds"),
     ("upload", 500, "the hub itself failed, HTTP 500"),
-    ("upload", 507, "no space is left there, HTTP 507"),
     ("upload", "hang", "the hub has not answered within 0.5 seconds"),
-    ("commit", 401, "the token is missing or not accepted, HTTP 401"),
     ("commit", 409, "something else was changing there at the same time, HTTP 409"),
     ("commit", 500, "the hub itself failed, HTTP 500"),
     ("commit", "hang", "the hub has not answered within 0.5 seconds"),
 ]
 
 
+def patience(monkeypatch, seconds):
+    monkeypatch.setattr(publishing, "STUDENT_SECONDS", seconds)
+    monkeypatch.setattr(publishing, "ANSWER_SECONDS", seconds)
+
+
 @pytest.mark.parametrize(("stage", "failure", "reason"), STAGES, ids=lambda value: str(value).replace(" ", "-")[:12])
 def test_a_push_that_fails_says_why_and_how_to_try_again(unharmed, hub, capsys, monkeypatch, stage, failure, reason):
-    monkeypatch.setattr(publishing, "STUDENT_SECONDS", 0.5)
-    monkeypatch.setattr(publishing, "ANSWER_SECONDS", 0.5)
-    if failure != "hang":
-        monkeypatch.setattr(publishing, "STUDENT_SECONDS", 60)
-        monkeypatch.setattr(publishing, "ANSWER_SECONDS", 60)
+    patience(monkeypatch, 0.5 if failure == "hang" else 600)
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     hub.failures[stage] = failure
     assert push(unharmed, "me/fails", "--revision", "v1") == 1
@@ -212,8 +209,7 @@ def test_a_push_that_fails_says_why_and_how_to_try_again(unharmed, hub, capsys, 
         assert set(hub.repositories["me/fails"].files()) == {".gitattributes"}
     hub.failures.clear()
     hub.released.set()
-    monkeypatch.setattr(publishing, "STUDENT_SECONDS", 60)
-    monkeypatch.setattr(publishing, "ANSWER_SECONDS", 60)
+    patience(monkeypatch, 600)
     assert push(*again.split()[4:]) == 0
     check_arrived(hub.repositories["me/fails"].files("v1"), unharmed)
 
@@ -242,7 +238,7 @@ def test_a_process_ends_though_the_hub_holds_its_upload(unharmed, hub):
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     result = subprocess.run(
         [sys.executable, "-c", code, "push", unharmed, "me/held"],
-        capture_output=True, text=True, timeout=55, env=environment, cwd=ROOT,
+        capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 1
     assert "(the hub has not answered within 1 seconds)" in result.stderr
@@ -295,7 +291,7 @@ def test_what_cannot_be_pushed_is_a_bad_request(finished, tmp_path, hub, capsys,
     assert hub.asked == []
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "me/my model", "-x-/y"])
+@pytest.mark.parametrize("name", ["a/b/c", "me/my model", "x--y/z"])
 def test_a_wrong_name_is_a_bad_request(unharmed, hub, capsys, name):
     assert push(unharmed, name) == 2
     assert f"{name!r} cannot be the name of a repository; write owner/name" in capsys.readouterr().err
