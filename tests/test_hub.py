@@ -1,16 +1,18 @@
 """A finished run and the hub: what arrives there, and that nothing local is harmed when it fails."""
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, asked_hub
 from fake_hub import OWNER
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from peft import PeftModel
@@ -28,11 +30,14 @@ RUN = {**QUICKSTART, **SHORT, "max_steps": 1, "hub_token": "hf_planted", "projec
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The output folder of a run that was not sent anywhere, with a report."""
-    folder = tmp_path_factory.mktemp("finished") / "out"
-    with pytest.MonkeyPatch.context() as patch:
+    """The output folder of a run whose commit the hub refused, with a report; what was shown is beside it."""
+    folder, shown = tmp_path_factory.mktemp("finished") / "out", io.StringIO()
+    options = {"push_to_hub": True, "hub_model_id": "me/run", "hub_private_repo": True, "hub_strategy": "end"}
+    with pytest.MonkeyPatch.context() as patch, asked_hub(patch, folder.parent) as hub, redirect_stdout(shown):
+        hub.failures["commit"] = 409
         patch.setenv("SECRET_KEY", "planted-secret")
-        assert run_kava.main(words({**RUN, "run_name": "planted-secret", "output_dir": folder})) == 0
+        assert run_kava.main(words({**RUN, **options, "run_name": "planted-secret", "output_dir": folder})) == 0
+    (folder.parent / "shown.txt").write_text(shown.getvalue())
     (folder / "report.html").write_text("<title>Report</title>")
     (folder / "report.png").write_bytes(b"\x89PNG picture")
     return folder
@@ -214,19 +219,16 @@ def test_a_push_that_fails_says_why_and_how_to_try_again(unharmed, hub, capsys, 
     check_arrived(hub.repositories["me/fails"].files("v1"), unharmed)
 
 
-def test_a_run_whose_commit_conflicts_is_complete_and_names_the_command(tmp_path, hub, capsys):
-    hub.failures["commit"] = 409
-    options = {**RUN, "output_dir": tmp_path, "push_to_hub": True, "hub_model_id": "me/run", "hub_private_repo": True}
-    assert run_kava.main(words({**options, "hub_strategy": "end"})) == 0
-    shown = capsys.readouterr().out
-    command = f"python -m kava_trainer push {tmp_path} me/run --private"
+def test_a_run_whose_commit_conflicts_is_complete_and_names_the_command(unharmed, hub):
+    shown = (unharmed.parent / "shown.txt").read_text()
+    command = f"python -m kava_trainer push {unharmed} me/run --private"
     assert re.search(r"^Warning: The student could not be sent to me/run \(something else .* HTTP 409\)\.", shown, re.M)
     assert command in shown
-    summary = json.loads((tmp_path / "run_summary.json").read_text())
+    assert "planted" not in shown
+    summary = json.loads((unharmed / "run_summary.json").read_text())
     assert (summary["status"], [problem["kind"] for problem in summary["problems"]]) == ("completed", ["hub"])
-    hub.failures.clear()
     assert push(*command.split()[4:]) == 0
-    check_arrived(hub.repositories["me/run"].files(), tmp_path)
+    assert hub.repositories["me/run"].private
 
 
 def test_a_process_ends_though_the_hub_holds_its_upload(unharmed, hub):
