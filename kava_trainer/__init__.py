@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .losses import mercator_loss as mercator_loss
     from .projector import ElasticBottleneck as ElasticBottleneck
     from .projector import ProjectorConfig as ProjectorConfig
+    from .projector import export_projectors as export_projectors
     from .projector import load_projectors as load_projectors
     from .targets import HiddenStateTarget as HiddenStateTarget
     from .targets import build_target as build_target
@@ -28,7 +29,7 @@ _HOMES = {
     "capture": ["HiddenStateCapture"],
     "collating": ["DistillationCollator"],
     "losses": ["generalized_jsd_loss", "mercator_loss"],
-    "projector": ["ElasticBottleneck", "ProjectorConfig", "load_projectors"],
+    "projector": ["ElasticBottleneck", "ProjectorConfig", "export_projectors", "load_projectors"],
     "targets": ["HiddenStateTarget", "build_target"],
     "teacher": ["OnlineTeacher"],
     "trainer": ["KavaTrainer"],

@@ -1,12 +1,15 @@
 """The end of a run: its verdict, and the files that tell of it."""
 
+import json
 from pathlib import Path
 
-from .arguments import KavaArguments
-from .checkpoint_io import broken_reason, list_checkpoints, write_atomically
+from .arguments import KavaArguments, KavaTrainingArguments
+from .checkpoint_io import broken_reason, list_checkpoints
 from .console import Console
-from .hub import FINAL_STUDENT, push_student, render_model_card
+from .errors import reason_of
+from .hub import Place
 from .preparation import Data
+from .publishing import FINAL_STUDENT, publish, write_card
 from .run_folder import record_of
 from .showing import show_verdict
 from .summary import RunSummary
@@ -18,14 +21,20 @@ def write_summary(console: Console, output_dir: str, summary: RunSummary, status
     """Write `run_summary.json` of a run that ended, however it did, and the report made of it."""
     if status == "failed":
         summary.content["verdict"] |= {"success": False, "reasons": ["The run did not complete."]}
-    summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(output_dir)]
-    try:
-        console.print(f"Summary: {summary.write(output_dir, status)}")
-    except OSError as error:
-        console.warn(f"The summary could not be written to {output_dir}: {error.strerror}.")
+    if (path := _try_to_write(console, output_dir, summary, status)) is None:
         return
+    console.print(f"Summary: {path}")
     if (page := report_on(console, output_dir, summary)) is not None:
         console.print(f"Report: {page}")
+
+
+def _try_to_write(console: Console, output_dir: str, summary: RunSummary, status: str) -> Path | None:
+    summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(output_dir)]
+    try:
+        return summary.write(output_dir, status)
+    except OSError as error:
+        console.warn(f"The summary could not be written to {output_dir}: {error.strerror}.")
+        return None
 
 
 def report_on(console: Console, output_dir: str, summary: RunSummary) -> Path | None:
@@ -56,18 +65,26 @@ def conclude(
     show_verdict(console, summary)
     if not training.should_save:
         return
-    student_folder = Path(training.final_dir) / FINAL_STUDENT
-    card = render_model_card(trainer.hub_model_id or FINAL_STUDENT, arguments, summary.content)
+    _try_to_write(console, training.output_dir, summary, "completed")  # all that is local comes before the network
+    student = Path(training.final_dir) / FINAL_STUDENT
+    revision = training.hub_revision if training.push_to_hub else None
     try:
-        write_atomically(student_folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
-    except OSError as error:
-        console.warn(f"The model card could not be written to {student_folder}: {error.strerror}.")
+        write_card(student, trainer.hub_model_id or FINAL_STUDENT, json.loads(summary.to_json()), revision)
+    except (OSError, UnicodeDecodeError) as error:
+        console.warn(f"The model card could not be written to {student}: {reason_of(error)}.")
     if training.push_to_hub:
-        summary.write(training.output_dir, "completed")  # all that is local comes before the network
         report_on(console, training.output_dir, summary)
-        problem = push_student(student_folder, trainer.hub_model_id, arguments)
-        if problem is None:
-            console.print(f"Pushed to {trainer.hub_model_id}")
-        else:
-            console.warn(problem)
-            summary.content["problems"].append({"step": None, "kind": "hub", "action": problem})
+        _push(console, training, trainer.hub_model_id, student, summary)
+
+
+def _push(console: Console, training: KavaTrainingArguments, repo_id: str, student: Path, summary: RunSummary) -> None:
+    """Send the run to the hub; what fails is told and noted."""
+    place = Place(repo_id, training.hub_token, training.hub_private_repo, training.hub_revision)
+    bars = not (training.plain_output or training.disable_tqdm)
+    console.stage("Hub")
+    problem = publish(console, training.output_dir, student, json.loads(summary.to_json()), place, bars)
+    if problem is None:
+        console.print(f"Pushed to {repo_id}")
+    else:
+        console.warn(problem)
+        summary.content["problems"].append({"step": None, "kind": "hub", "action": problem})

@@ -1,146 +1,39 @@
-"""The model card of a finished student, and sending the student to the hub."""
+"""Talking to the hub: in time, without harm to a run, and with a reason where it fails; sending checkpoints."""
 
+import json
 import logging
 import shlex
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import HfApi
+from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HFValidationError
 from transformers.trainer_utils import HubStrategy
 
-from .arguments import KavaArguments, KavaTrainingArguments
+from .arguments import KavaTrainingArguments
 from .console import Console
 from .errors import reason_of
-from .redaction import without_secrets
-from .source_arguments import QUICKSTART, ModelArguments
+from .signals import WATCH
 
-ANSWER_SECONDS, CHECKPOINT_SECONDS, STUDENT_SECONDS = 60, 600, 3600
-"""How long the hub may take: to answer a question, to take the last checkpoints at the end of the training, and to
-take the finished student. Its client waits for ever."""
+ANSWER_SECONDS, CHECKPOINT_SECONDS = 60, 600
+"""How long the hub may take: to answer a question, and to take the last checkpoints at the end of the training. Its
+client waits for ever."""
 
-FINAL_STUDENT = "final_student"
-"""Folder of the finished student in `final_dir`."""
-
-_CARD = """---
-{metadata}
----
-
-# {name}
-
-Distilled with KAVA from `{teacher}` on `{dataset}`: a frozen teacher's hidden states are aligned with the student's
-through a projector that is not part of this model.{trained}
-
-```python
-{loading}
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-| model | answer perplexity | exact match |
-|---|---|---|
-{rows}
-
-Steps: {steps}. On held-out examples: CosSim {cos_sim}, centred {centred}, margin over other tokens' targets {margin},
-CKA to the teacher {cka}.
-
-Verdict of the run: {verdict}
-"""
-
-_PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")"""
-
-_ADAPTER = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "{name}")"""
-
-
-_VERDICTS = {True: "success.", False: "**no success.**", None: "none."}
-
-
-def _figure(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
-
-
-def _public_name(name: str | None) -> str | None:
-    """A hub id as it is; a local path or the quickstart has no page on the hub."""
-    return None if name is None or name == QUICKSTART or Path(name).exists() else name
-
-
-def _training_of(model: ModelArguments) -> str:
-    """What of the student was trained, where that is not all of it; a sentence with a space before it."""
-    if not model.use_peft:
-        return ""
-    base = "" if model.student_quantization == "none" else f" in {model.student_quantization.replace('bit', ' bit')}"
-    now = "this is the adapter alone" if model.exports_adapter else "it is merged into this model"
-    return f" A LoRA adapter of rank {model.lora_r} was trained on the frozen student{base}; {now}."
-
-
-def _loading(name: str, model: ModelArguments) -> str:
-    """The code that loads the student."""
-    if not model.exports_adapter:
-        return _PLAIN.format(name=name)
-    revision = f', revision="{model.student_revision}"' if model.student_revision else ""
-    return _ADAPTER.format(name=name, base=f'"{model.student_model_name_or_path}"{revision}')
-
-
-def render_model_card(name: str, arguments: KavaArguments, summary: dict[str, Any]) -> str:
-    """The text of `README.md` for a finished student.
-
-    Args:
-        name: repository or folder of the student.
-        arguments: what the run was asked for.
-        summary: the content of `run_summary.json`.
-    """
-    measured = summary["evaluation"]["student_after"] or {}
-    model, dataset = arguments.model, arguments.data.dataset_name
-    results = [
-        EvalResult("text-generation", dataset, Path(dataset).name, metric, value)
-        for metric, value in measured.items()
-        if value is not None
-    ]
-    student = _public_name(model.student_model_name_or_path)
-    metadata = ModelCardData(
-        model_name=name,
-        base_model=student,
-        base_model_relation=("adapter" if model.exports_adapter else "finetune") if student else None,
-        datasets=[dataset] if _public_name(dataset) else None,
-        library_name="peft" if model.exports_adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["kava", "knowledge-distillation", *(["lora"] if model.use_peft else [])],
-        eval_results=results or None,
-    )
-    rows = [
-        f"| {who.replace('_', ' ')} | {_figure(figures['perplexity'])} | {_figure(figures['exact_match'])} |"
-        for who, figures in summary["evaluation"].items()
-        if figures is not None
-    ]
-    card = _CARD.format(
-        metadata=metadata.to_yaml(),
-        name=name,
-        teacher=model.teacher_model_name_or_path,
-        trained=_training_of(model),
-        loading=_loading(name, model),
-        dataset=dataset,
-        rows="\n".join(rows) or "| none | not measured | not measured |",
-        steps=summary["global_step"],
-        cos_sim=_figure(summary["final"]["cos_sim"]),
-        centred=_figure(summary["final"]["centred_cos_sim"]),
-        margin=_figure(summary["final"]["margin"]),
-        cka=_figure(summary["final"]["cka"]),
-        verdict=" ".join([_VERDICTS[summary["verdict"]["success"]], *summary["verdict"]["reasons"]]),
-    )
-    return without_secrets(card)
-
-
-_STATE_FILES = ["optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "projector.pth"]
-
+_STATE_FILES = [
+    "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "projector.pth",
+    "progress_*.pth", "manifest.json",
+]  # fmt: skip
+"""What of a checkpoint only resuming needs."""
 
 _THREAD = "kava-hub"
+_LOOK_SECONDS = 0.2
+"""So often is looked whether a signal wants the process to end."""
 
 
 class _Quiet(logging.Filter):
@@ -155,7 +48,9 @@ logging.getLogger("huggingface_hub.utils._http").addFilter(_Quiet())
 _STATUS_WORDS = {
     401: "the token is missing or not accepted",
     403: "the token may not write there",
-    404: "there is no such repository",
+    404: "there is no such repository or branch",
+    409: "something else was changing there at the same time",
+    412: "something else was changing there at the same time",
     413: "it is too large",
     429: "there were too many requests",
     507: "no space is left there",
@@ -164,9 +59,12 @@ _STATUS_WORDS = {
 
 def hub_reason(error: BaseException) -> str:
     """Why the hub did not do what it was asked, in one line without secrets."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # its client's, around what went wrong
+        return hub_reason(error.__cause__)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is None:
-        return reason_of(error).rstrip(".")
+        unreadable = isinstance(error, json.JSONDecodeError)
+        return "its answer was not what a hub answers" if unreadable else reason_of(error).rstrip(".")
     words = _STATUS_WORDS.get(status, "the hub itself failed" if status >= 500 else "the hub refused it")
     return f"{words}, HTTP {status}"
 
@@ -183,11 +81,36 @@ def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> str
     answered = getattr(error, "response", None) is not None
     what = "did not make the run's repository" if answered else "cannot be reached"
     login = " Log in with hf auth login, or set HF_TOKEN." if answered else ""
-    folder = shlex.quote(str(Path(arguments.final_dir) / FINAL_STUDENT))
+    place = Place(arguments.hub_model_id or "NAME", None, arguments.hub_private_repo, arguments.hub_revision)
     return (
         f"push_to_hub true needs the hub, which {what} ({hub_reason(error)}).{login} Or write push_to_hub false, and "
-        f"send the student afterwards: hf upload {arguments.hub_model_id or 'NAME'} {folder}"
+        f"send the student afterwards: {push_command(arguments.output_dir, place)}"
     )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where on the hub a student goes."""
+
+    repo_id: str
+    token: str | None = None
+    """None for that of `HF_TOKEN` or `hf auth login`."""
+    private: bool | None = None
+    revision: str | None = None
+    """A branch; the main one by default."""
+
+
+def push_command(output_dir: str | Path, place: Place) -> str:
+    """The command that sends the student of a finished run; the token has to come from the environment or a login."""
+    words = ["python", "-m", "kava_trainer", "push", str(output_dir), place.repo_id]
+    words += ["--private"] if place.private else []
+    return shlex.join([*words, *(["--revision", place.revision] if place.revision else [])])
+
+
+def make_branch(place: Place) -> None:
+    """Make the branch that is asked for, from the main one, where it is missing; `refs/...` are never made."""
+    if place.revision and place.revision != DEFAULT_REVISION and not place.revision.startswith("refs/"):
+        HfApi(token=place.token).create_branch(place.repo_id, branch=place.revision, exist_ok=True)
 
 
 def in_background(work: Callable[[], Any], after: Iterable[Future] = ()) -> Future:
@@ -209,10 +132,19 @@ def in_background(work: Callable[[], Any], after: Iterable[Future] = ()) -> Futu
 
 
 def in_time(work: Callable[[], Any], seconds: float) -> Any:
-    """The result of work that asks the hub. Raises `TimeoutError` where it takes longer, and whatever `work` raises."""
-    job = in_background(work)
-    if not wait([job], timeout=seconds).done:
-        raise TimeoutError(f"the hub has not answered within {seconds:g} seconds")
+    """The result of work that asks the hub.
+
+    Raises:
+        TimeoutError: where it takes longer.
+        InterruptedError: where a signal wants the process to end meanwhile.
+        Exception: whatever `work` raises.
+    """
+    job, end = in_background(work), time.monotonic() + seconds
+    while not wait([job], timeout=max(0.0, min(_LOOK_SECONDS, end - time.monotonic()))).done:
+        if WATCH.pending is not None:
+            raise InterruptedError("a signal ended it")
+        if time.monotonic() >= end:
+            raise TimeoutError(f"the hub has not answered within {seconds:g} seconds")
     return job.result()
 
 
@@ -275,30 +207,3 @@ class CheckpointPusher:
             kept = f" It is whole in {folder}." if folder.is_dir() else ""  # save_total_limit may have deleted it
             self._console.warn(f"{folder.name} was not sent to the hub ({reason}).{kept}")
         self._told.add(reason)
-
-
-def push_student(folder: Path, repo_id: str, arguments: KavaArguments) -> str | None:
-    """Send a finished student to its hub repository.
-
-    A failure never harms the run: everything is on disk by now.
-
-    Returns:
-        None if it worked, else one sentence with the reason and the command that tries again.
-    """
-    training = arguments.training
-    try:
-        in_time(
-            lambda: HfApi(token=training.hub_token).upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=training.hub_revision,
-                commit_message="Distilled student",
-            ),
-            STUDENT_SECONDS,
-        )
-    except Exception as error:  # the network fails in many ways; all of them are told, none may harm the run
-        return (
-            f"The student could not be sent to {repo_id} ({hub_reason(error)}). It is whole in {folder}; try again "
-            f"with: hf upload {shlex.quote(repo_id)} {shlex.quote(str(folder))}"
-        )
-    return None

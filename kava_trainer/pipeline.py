@@ -7,6 +7,7 @@ import torch
 
 from .arguments import KavaArguments
 from .capture import context_length
+from .card import local_sources
 from .checkpoint_io import (
     Resumption,
     resolve_checkpoint,
@@ -26,7 +27,6 @@ from .environment import (
 from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import evaluate_with_answers, first_problems, is_exact_match, longest_answer
 from .fidelity import TeacherFidelity
-from .hub import FINAL_STUDENT
 from .identity import check_output_dir, check_resumable, data_digest, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models, smaller_rows
@@ -42,14 +42,13 @@ from .preparation import (
     open_cache,
     tell_memory,
 )
+from .publishing import FINAL_PROJECTOR, FINAL_STUDENT
 from .ranks import from_main_process
 from .showing import WHO, show_configuration, show_environment, tell_alignment
 from .signals import WATCH, Interrupted, exit_code
 from .summary import MOST_SAMPLES, RunSummary
 from .trainer import KavaTrainer
 from .verdict import CONTROL_FAILED
-
-FINAL_PROJECTOR = "final_projector.pth"
 
 
 def run(arguments: KavaArguments, argv: list[str]) -> int:
@@ -81,7 +80,9 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     console = Console(training.plain_output)
     quieten(training.plain_output or not console.emoji)
     use_all_cores(training)
-    summary = RunSummary(arguments.to_dict(), describe_environment(training.device), run_command(argv))
+    asked = arguments.to_dict()
+    environment = {**describe_environment(training.device), "local_sources": local_sources(asked)}
+    summary = RunSummary(asked, environment, run_command(argv))
     _prepare_folders(arguments)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
     show_environment(console, training.device)

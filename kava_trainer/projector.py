@@ -1,11 +1,13 @@
 """The projectors that map hidden states of one model into the other's space, what holds them, and their files."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .checkpoint_io import write_atomically
@@ -13,6 +15,9 @@ from .errors import BadRequest, reason_of
 from .fsdp import whole
 
 Anchor = Literal["none", "pca", "reconstruction"]
+
+FOLDER_CONFIG, FOLDER_WEIGHTS = "config.json", "projector.safetensors"
+"""The two files of a folder that `export_projectors` writes."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +139,53 @@ def save_projectors(
     write_projectors(projector_content(projectors, use, decoders), path)
 
 
+def export_projectors(projectors: nn.ModuleList, folder: str | Path, use: dict[str, Any] | None = None) -> None:
+    """Write projectors as a folder to share: `config.json` and `projector.safetensors`, which holds no code.
+
+    Args:
+        projectors: one for each aligned pair of layers.
+        folder: it is made where it is missing; `load_projectors` reads it.
+        use: what they map, as for `save_projectors`.
+    """
+    _write_folder(projector_content(projectors, use), Path(folder))
+
+
+def export_projector_file(path: str | Path, folder: str | Path) -> bool:
+    """Write what a file of `save_projectors` holds as `export_projectors` does.
+
+    Returns:
+        Whether there was a projector in it; without one nothing is written.
+
+    Raises:
+        BadRequest: as `load_projectors`.
+    """
+    projectors, payload = _read(path)
+    if projectors:
+        export_projectors(projectors, folder, payload["use"])
+    return len(projectors) > 0
+
+
+def _write_folder(content: dict[str, Any], folder: Path) -> None:
+    config = json.dumps({"use": content["use"], "config": content["config"]}, indent=2) + "\n"
+    weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
+    write_atomically(folder / FOLDER_WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
+    write_atomically(folder / FOLDER_CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / FOLDER_CONFIG).read_text(encoding="utf-8"))
+    return {**content, "state_dict": load_file(folder / FOLDER_WEIGHTS), "decoders": {}}
+
+
 def _on_cpu(modules: nn.ModuleList) -> dict[str, torch.Tensor]:
     return {name: whole(tensor.detach()).cpu() for name, tensor in modules.state_dict().items()}
 
 
 def _read(path: str | Path) -> tuple[nn.ModuleList, dict[str, Any]]:
-    """The projectors of a file and all that it holds. Raises as `load_projectors` does."""
+    """The projectors of a file or folder and all that it holds. Raises as `load_projectors` does."""
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        folder = Path(path)
+        payload = _read_folder(folder) if folder.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
         projectors = nn.ModuleList(build_projector(ProjectorConfig(**config)) for config in payload["config"])
         projectors.load_state_dict(payload["state_dict"])
         return projectors, payload
@@ -152,10 +196,13 @@ def _read(path: str | Path) -> tuple[nn.ModuleList, dict[str, Any]]:
 
 
 def load_projectors(path: str | Path) -> nn.ModuleList:
-    """Read projectors written by `save_projectors`.
+    """Read projectors written by `save_projectors` or `export_projectors`.
+
+    Args:
+        path: a `.pth` file, or a folder such as `projector/` of a repository on the hub.
 
     Raises:
-        BadRequest: if the file is missing, is not such a file, or holds weights that do not fit its own shapes.
+        BadRequest: if it is missing, was not written by them, or holds weights that do not fit its own shapes.
     """
     return _read(path)[0]
 

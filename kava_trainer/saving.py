@@ -30,7 +30,7 @@ from .checkpoint_io import (
 from .console import Console
 from .errors import BadRequest, RunFailed, reason_of
 from .fsdp import own_part
-from .hub import ANSWER_SECONDS, CheckpointPusher, in_time, no_repository
+from .hub import ANSWER_SECONDS, CheckpointPusher, Place, in_time, make_branch, no_repository
 from .progress import read_progress, save_progress
 from .projector import write_projectors
 from .ranks import any_rank
@@ -71,9 +71,15 @@ class SavingTrainer(WeightsTrainer):
         return f"Resume from {newest}, which is sound." if newest else "There is no checkpoint yet; start afresh."
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the hub repository, as `Trainer` does. Raises `BadRequest` if that does not work."""
+        """Make the hub repository, as `Trainer` does, and its branch. Raises `BadRequest` if that does not work."""
+
+        def make() -> None:
+            super(SavingTrainer, self).init_hf_repo(token, private)
+            if self.is_world_process_zero():
+                make_branch(Place(self.hub_model_id, token or self.args.hub_token, revision=self.args.hub_revision))
+
         try:
-            in_time(lambda: super(SavingTrainer, self).init_hf_repo(token, private), ANSWER_SECONDS)
+            in_time(make, ANSWER_SECONDS)
         except Exception as error:  # the network fails in many ways
             raise BadRequest(no_repository(error, self.args)) from error
 

@@ -92,6 +92,11 @@ class SignalWatch:
         else:
             os._exit(exit_code(number))
 
+    @property
+    def pending(self) -> int | None:
+        """The signal that this process has got and not yet ended for, or None."""
+        return self.received if self._entered else None
+
     def agree(self) -> int | None:
         """The signal that any rank has got, or None. Every rank must call it; a launcher that is gone is a SIGTERM."""
         if self._entered == 0:

@@ -121,13 +121,18 @@ class RunSummary:
             sample["answers"][who], sample["matches"][who] = answer, is_right(answer, sample["reference"])
 
     def write(self, output_dir: str | Path, status: str) -> Path:
-        """Finish the summary with `completed`, `interrupted` or `failed` and write it, and the log lines beside it."""
-        finished = now()
-        self.content |= {
-            "status": status,
-            "finished_at": finished.isoformat(timespec="seconds"),
-            "duration_seconds": round((finished - self._started).total_seconds(), 1),
-        }
+        """Finish the summary with `completed`, `interrupted` or `failed`, unless it is finished so.
+
+        Returns:
+            Where it was written, with the log lines beside it.
+        """
+        if self.content["finished_at"] is None or self.content["status"] != status:
+            finished = now()
+            self.content |= {
+                "status": status,
+                "finished_at": finished.isoformat(timespec="seconds"),
+                "duration_seconds": round((finished - self._started).total_seconds(), 1),
+            }
         path = Path(output_dir) / SUMMARY_FILE
         _write(path, self.to_json())
         _write(Path(output_dir) / HISTORY_FILE, self.history_to_json())

@@ -6,10 +6,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import logging
 import random
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -106,3 +110,35 @@ def whole_batch(tmp_path_factory):
     from test_invariants import one_step
 
     return one_step(tmp_path_factory.mktemp("whole"), 8, 1, 1)
+
+
+@contextmanager
+def asked_hub(patch, folder):
+    """A `FakeHub` that the hub's client asks, without the pauses between its attempts.
+
+    Args:
+        patch: a monkeypatch.
+        folder: where what is loaded from it is kept.
+    """
+    from fake_hub import fake_hub
+
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    patch.setattr("huggingface_hub.utils._http.time", impatient)
+    with fake_hub() as hub:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        patch.setattr(constants, "ENDPOINT", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr("huggingface_hub.hf_api.api.endpoint", hub.address)  # which peft asks
+        # transformers keeps its client, and the first test that needed one may have made it for another address.
+        patch.setattr("transformers.trainer.hf_api", lambda: HfApi(endpoint=hub.address), raising=False)
+        yield hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """See `asked_hub`."""
+    with asked_hub(monkeypatch, tmp_path) as hub:
+        yield hub

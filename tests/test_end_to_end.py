@@ -86,7 +86,7 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
     prompt = tokenizer("Question: What is 2+3?\nAnswer:", return_tensors="pt")
     assert student.generate(**prompt, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
     assert (final / "final_student" / "generation_config.json").exists()
-    assert "Steps: 4." in (final / "final_student" / "README.md").read_text()
+    assert "| Steps | 4 |" in (final / "final_student" / "README.md").read_text()
     assert re.search(r"^Alignment: CosSim 0\.\d{4} \w+ \(centred -?\d", result.stdout, re.M)
     assert "base_model" not in (final / "final_student" / "README.md").read_text()
     assert load_projectors(final / "final_projector.pth")[0].config.input_size == 64

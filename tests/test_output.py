@@ -1,16 +1,15 @@
-"""What is shown and written about a run: statuses, status lines, summary, model card, hub."""
+"""What is shown and written about a run: statuses, status lines, summary, commands."""
 
 import io
 import json
+from datetime import timedelta
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
 
 from kava_trainer.callbacks.status import StatusCallback
 from kava_trainer.console import can_show_emoji, status_text
 from kava_trainer.environment import describe_environment, device_name, resume_command
-from kava_trainer.hub import push_student, render_model_card
 from kava_trainer.metrics import TokenMeans
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.summary import RunSummary
@@ -108,53 +107,17 @@ def test_the_summary_reads_the_log_and_keeps_what_was_not_measured_null(summary,
     assert "hf_planted" not in json.dumps(content)
 
 
-def test_a_collapse_is_in_the_summary_and_in_the_card(summary):
+def test_a_collapse_is_in_the_summary(summary):
     summary.add_final({"eval_loss": 1.0, "eval_cos_sim": 0.99, "eval_margin": 0.01})
     assert summary.content["final"]["margin"] == 0.01
     assert summary.content["final"]["cka"] is None
-    summary.content["verdict"] = {"success": False, "collapsed": True, "reasons": ["Because.", "Why not."]}
-    card = render_model_card("me/student", parse_arguments(ARGUMENTS), summary.content)
-    assert "Steps: 60." in card
-    assert "Verdict of the run: **no success.** Because. Why not." in card
 
 
-def test_the_model_card_is_valid_and_tells_the_measured_results(summary):
-    card = ModelCard(render_model_card("me/student", parse_arguments(ARGUMENTS), summary.content))
-    assert card.data.base_model == "Qwen/Qwen2.5-0.5B"
-    assert card.data.datasets == ["openai/gsm8k"]
-    assert card.data.library_name == "transformers"
-    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("perplexity", 3.25)]
-    assert "| student after | 3.25 | not measured |" in card.text
-    assert "hf_planted" not in str(card)
-
-
-def test_the_card_of_an_adapter_names_its_base_and_how_both_are_loaded(summary):
-    argv = [*ARGUMENTS, "--use_peft", "--student_quantization", "4bit", "--student_revision", "v2"]
-    merged = ModelCard(render_model_card("me/student", parse_arguments(argv), summary.content))
-    assert (merged.data.library_name, merged.data.base_model_relation) == ("transformers", "finetune")
-    assert "rank 16 was trained on the frozen student in 4 bit; it is merged into this model." in merged.text
-    card = ModelCard(render_model_card("me/student", parse_arguments([*argv, "--no_merge_adapter"]), summary.content))
-    assert (card.data.library_name, card.data.base_model_relation) == ("peft", "adapter")
-    assert card.data.base_model == "Qwen/Qwen2.5-0.5B"
-    assert "lora" in card.data.tags
-    base = 'AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", revision="v2")'
-    assert f'model = PeftModel.from_pretrained({base}, "me/student")' in card.text
-
-
-def test_a_failed_push_names_the_command_to_push_again(tmp_path, monkeypatch):
-    arguments, calls = parse_arguments(ARGUMENTS), []
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: calls.append((self.token, kwargs)))
-    assert push_student(tmp_path, "me/student", arguments) is None
-    assert calls[0][0] == "hf_planted"
-    assert calls[0][1]["repo_id"] == "me/student"
-
-    def refuse(self, **kwargs):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(HfApi, "upload_folder", refuse)
-    assert f"(no network). It is whole in {tmp_path}; try again with: hf upload me/student" in push_student(
-        tmp_path, "me/student", arguments
-    )
+def test_a_summary_that_is_written_again_is_the_same(summary, tmp_path):
+    first = summary.write(tmp_path, "completed").read_text()
+    summary._started -= timedelta(hours=1)
+    assert summary.write(tmp_path, "completed").read_text() == first
+    assert summary.write(tmp_path, "failed").read_text() != first
 
 
 @pytest.mark.parametrize(

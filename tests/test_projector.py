@@ -8,6 +8,8 @@ from kava_trainer.projector import (
     ProjectorConfig,
     build_decoder,
     build_projector,
+    export_projector_file,
+    export_projectors,
     load_projectors,
     restore_projectors,
     save_projectors,
@@ -48,6 +50,49 @@ def test_saved_projectors_come_back_equal(tmp_path):
         assert torch.equal(ours, theirs)
     assert [f.name for f in tmp_path.iterdir()] == ["p.pth"]
     assert set(torch.load(tmp_path / "p.pth", weights_only=True)) == {"config", "state_dict", "decoders", "use"}
+
+
+@pytest.mark.parametrize("anchor", ["none", "pca"])
+def test_an_exported_projector_gives_the_same_outputs_bit_for_bit(tmp_path, anchor):
+    projectors = nn.ModuleList(build_projector(ProjectorConfig(6, 4, 0.5, 0.0, anchor)) for _ in range(2))
+    for tensor in projectors.state_dict().values():
+        nn.init.normal_(tensor)
+    use = {"direction": "teacher_to_student", "pairs": [[1, 2], [2, 4]]}
+    export_projectors(projectors, tmp_path / "own", use)
+    save_projectors(projectors, tmp_path / "p.pth", use)
+    assert export_projector_file(tmp_path / "p.pth", tmp_path / "converted")
+    states = torch.randn(3, 6)
+    for folder in (tmp_path / "own", tmp_path / "converted"):
+        assert {path.name for path in folder.iterdir()} == {"config.json", "projector.safetensors"}
+        loaded = load_projectors(folder)
+        assert [projector.config for projector in loaded] == [projector.config for projector in projectors]
+        assert all(torch.equal(ours(states), theirs(states)) for ours, theirs in zip(projectors, loaded, strict=True))
+        restore_projectors(projectors, folder, use)
+    assert (tmp_path / "own" / "config.json").read_text() == (tmp_path / "converted" / "config.json").read_text()
+
+
+def test_a_file_without_a_projector_is_not_exported(tmp_path):
+    save_projectors(nn.ModuleList(), tmp_path / "p.pth")
+    assert not export_projector_file(tmp_path / "p.pth", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "projector.safetensors").unlink(), "no projector file at"),
+        (lambda folder: (folder / "projector.safetensors").write_bytes(b"no"), "not a projector file"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a projector file"),
+        (lambda folder: export_projectors(make(input_size=8), folder.parent / "other"), None),
+    ],
+)
+def test_a_broken_folder_of_a_projector_is_refused(tmp_path, spoil, said):
+    export_projectors(make(), tmp_path / "own")
+    spoil(tmp_path / "own")
+    if said is None:
+        (tmp_path / "other" / "config.json").replace(tmp_path / "own" / "config.json")
+    with pytest.raises(BadRequest, match=said or "size mismatch|not a projector file"):
+        load_projectors(tmp_path / "own")
 
 
 def test_a_projector_of_other_widths_is_refused(tmp_path):

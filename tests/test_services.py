@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 import run_kava
-from kava_trainer import hub
+from kava_trainer import hub, publishing
 from kava_trainer.checkpoint_io import broken_reason
 from kava_trainer.trainer import KavaTrainer
 
@@ -249,7 +249,7 @@ def test_a_hub_that_makes_no_repository_is_named_before_the_training(tmp_path, c
         assert run_kava.main(words({**options, "hub_model_id": "me/kava", "hub_token": "hf_planted"})) == 2
     error = capsys.readouterr().err
     assert re.search(rf"^Error: push_to_hub true needs the hub, which {said}, and send the student afterwards: ", error)
-    assert error.rstrip().endswith(f"hf upload me/kava {tmp_path / 'out' / 'final_student'}")
+    assert error.rstrip().endswith(f"python -m kava_trainer push {tmp_path / 'out'} me/kava")
     assert not (tmp_path / "out").exists()
 
 
@@ -275,14 +275,14 @@ def test_checkpoints_are_whole_and_pushed_in_order_before_anything_is_sent(tmp_p
 
 def test_a_run_whose_hub_fails_at_the_end_is_complete_on_disk(tmp_path, capsys, monkeypatch):
     seen = []
-    push_student = hub.push_student
+    publish = publishing.publish
 
-    def pushed(folder, *args):
+    def pushed(*args):
         seen.append(json.loads((tmp_path / "run_summary.json").read_text())["status"])
-        return push_student(folder, *args)
+        return publish(*args)
 
-    monkeypatch.setattr("kava_trainer.closing.push_student", pushed)
-    monkeypatch.setattr(hub, "STUDENT_SECONDS", 0.3)
+    monkeypatch.setattr("kava_trainer.closing.publish", pushed)
+    monkeypatch.setattr(publishing, "STUDENT_SECONDS", 0.3)
     with server(None) as (address, _):
         online(monkeypatch, address)
         options = {**QUICKSTART, **SHORT, "output_dir": tmp_path, "push_to_hub": "true", "hub_strategy": "end"}
@@ -290,6 +290,7 @@ def test_a_run_whose_hub_fails_at_the_end_is_complete_on_disk(tmp_path, capsys, 
     assert seen == ["completed"]
     shown = capsys.readouterr().out
     assert "could not be sent to me/student (the hub has not answered within 0.3 seconds). It is whole in" in shown
+    assert f"push it again with: python -m kava_trainer push {tmp_path} me/student" in shown
     problems = json.loads((tmp_path / "run_summary.json").read_text())["problems"]
     assert [problem["kind"] for problem in problems] == ["hub"]
     assert (tmp_path / "final_student" / "model.safetensors").exists()

@@ -229,7 +229,8 @@ def test_checkpoints_go_to_the_hub_without_any_secret(tmp_path, tokenizer, monke
     assert [path for path, *_ in sent] == ([] if strategy == "end" else [expected])
     for _, names, content in sent:
         assert "model.safetensors" in names
-        assert ("optimizer.pt" in names) == (expected is not None)
+        for name in ("optimizer.pt", "progress_0.pth", "manifest.json"):
+            assert (name in names) == (expected is not None)
         assert b"hf_planted" not in content
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_planted" in path.read_bytes()]
 

@@ -1,0 +1,264 @@
+"""What a repository on the hub receives of a finished run, and sending it in one commit."""
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    tqdm,
+    validate_repo_id,
+)
+
+from .card import PROJECTOR_FOLDER, REPORT_PICTURE, is_untouched, render_model_card
+from .checkpoint_io import write_atomically
+from .console import Console, size_text
+from .errors import BadRequest, RunFailed, reason_of
+from .hub import ANSWER_SECONDS, Place, hub_reason, in_time, make_branch, push_command
+from .projector import export_projector_file
+from .recipe import RECIPE_FILE, recipe_text
+from .redaction import without_secrets
+from .summary import SUMMARY_FILE
+
+FINAL_STUDENT, FINAL_PROJECTOR = "final_student", "final_projector.pth"
+"""The finished student's folder and its projector, in `final_dir`."""
+
+CARD_FILE, REPORT_PAGE = "README.md", "report.html"
+
+STUDENT_SECONDS, SLOWEST_BYTES = 3600, 10**6
+"""How long the hub may take for a finished student: an hour, and as long as it takes at so many bytes a second."""
+
+_NOT_SENT = {".git", ".cache"}
+"""Folders that the hub refuses."""
+
+_REPLACED = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_config.json", f"{PROJECTOR_FOLDER}/*",
+    REPORT_PAGE, REPORT_PICTURE,
+)  # fmt: skip
+"""What an earlier push has left is deleted where this one does not bring it: transformers would load a student's old
+weights, or put an old adapter on it."""
+
+
+def read_summary(output_dir: str | Path) -> dict[str, Any]:
+    """The summary of a run that was completed.
+
+    Raises:
+        BadRequest: if there is none, it cannot be read, or the run is not complete.
+    """
+    folder = Path(output_dir)
+    path = folder / SUMMARY_FILE
+    if not folder.is_dir():
+        raise BadRequest(f"There is no folder {folder}; name the output_dir of a run.")
+    if not path.is_file():
+        raise BadRequest(f"{folder} has no {SUMMARY_FILE}; name the output_dir of a run that has ended.")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        status, step = summary["status"], summary["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadRequest(f"{path} is not the summary of a run: {reason_of(error)}.") from error
+    if status != "completed":
+        ended = {"interrupted": "was interrupted", "failed": "failed"}.get(status, f"ended as {status!r}")
+        raise BadRequest(
+            f"The run in {folder} {ended} at step {step}, so it has no finished student. Go on with its own command "
+            "and --resume_from_checkpoint true, then push."
+        )
+    return summary
+
+
+def find_student(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
+    """The folder of a run's finished student: in its output folder, else in the `final_dir` that its summary names.
+
+    Raises:
+        BadRequest: if it is in neither.
+    """
+    folders = [Path(output_dir) / FINAL_STUDENT, Path(summary["arguments"]["final_dir"]) / FINAL_STUDENT]
+    for folder in folders:
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            return folder
+    raise BadRequest(
+        f"There is no finished student in {' or '.join(dict.fromkeys(map(str, folders)))}. If it was moved, put the "
+        f"folder {FINAL_STUDENT} into {output_dir}."
+    )
+
+
+def make_repository(place: Place, student: Path, output_dir: str | Path) -> Place:
+    """Make the repository where it is missing.
+
+    Returns:
+        The place with the repository's full name.
+
+    Raises:
+        BadRequest: if the name cannot be that of a repository, or a public one is there and a private one is wanted.
+        RunFailed: if the hub does not make it.
+    """
+
+    def make() -> tuple[str, bool | None]:
+        api = HfApi(token=place.token)
+        repo_id = api.create_repo(place.repo_id, private=place.private, exist_ok=True).repo_id
+        return repo_id, api.model_info(repo_id).private if place.private else None
+
+    try:
+        validate_repo_id(place.repo_id)
+        repo_id, is_private = in_time(make, ANSWER_SECONDS)
+    except HFValidationError as error:
+        raise BadRequest(
+            f"{place.repo_id!r} cannot be the name of a repository; write owner/name, of letters, digits, '-', '_' and "
+            "'.'."
+        ) from error
+    except Exception as error:  # the network fails in many ways
+        raise RunFailed(not_sent(place, student, output_dir, error)) from error
+    if is_private is False:
+        raise BadRequest(f"{repo_id} is there already and public. Make it private in its settings, or choose another.")
+    return replace(place, repo_id=repo_id)
+
+
+def write_card(student: Path, name: str, summary: dict[str, Any], revision: str | None = None) -> None:
+    """Write the model card into the student's folder."""
+    card = render_model_card(name, summary, revision)
+    write_atomically(student / CARD_FILE, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def gather(
+    output_dir: str | Path, student: Path, summary: dict[str, Any], place: Place, staging: Path
+) -> dict[str, Path]:
+    """The files that a repository receives, by their paths in it. Nothing local is changed.
+
+    Args:
+        output_dir: of the run.
+        student: the folder of the finished student; its `final_projector.pth` is beside it.
+        summary: the content of `run_summary.json`.
+        place: where they go.
+        staging: an empty folder for what is made for the hub alone.
+    """
+    files = {
+        path.relative_to(student).as_posix(): path
+        for path in sorted(student.rglob("*"))
+        if path.is_file() and not _NOT_SENT & set(path.relative_to(student).parts)
+    }
+    for name in (SUMMARY_FILE, REPORT_PAGE):
+        if (path := Path(output_dir) / name).is_file():
+            files[name] = _clean(path, staging)
+    if (picture := Path(output_dir) / REPORT_PICTURE).is_file():
+        files[REPORT_PICTURE] = picture
+    projector, folder = student.parent / FINAL_PROJECTOR, staging / PROJECTOR_FOLDER
+    has_projector = projector.is_file() and export_projector_file(projector, folder)
+    if has_projector:
+        files |= {f"{PROJECTOR_FOLDER}/{path.name}": path for path in sorted(folder.iterdir())}
+    files[RECIPE_FILE] = _staged(staging / RECIPE_FILE, without_secrets(recipe_text(summary)))
+    own = files.get(CARD_FILE)
+    if own is None or is_untouched(own.read_text(encoding="utf-8")):
+        card = render_model_card(place.repo_id, summary, place.revision, REPORT_PICTURE in files, has_projector)
+        files[CARD_FILE] = _staged(staging / CARD_FILE, card)
+    return files
+
+
+def _staged(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _clean(path: Path, staging: Path) -> Path:
+    """A text file as it is; a copy of it where it holds what is a secret here."""
+    text = path.read_text(encoding="utf-8")
+    clean = without_secrets(text)
+    return path if clean == text else _staged(staging / path.name, clean)
+
+
+def publish(
+    console: Console, output_dir: str | Path, student: Path, summary: dict[str, Any], place: Place, bars: bool = True
+) -> str | None:
+    """Send a finished run to its repository, which must be there, in one commit.
+
+    A failure harms nothing: all of it is on disk, and the repository is as it was.
+
+    Args:
+        console: says what is sent.
+        output_dir: of the run.
+        student: the folder of the finished student.
+        summary: the content of `run_summary.json`.
+        place: where to.
+        bars: show progress bars.
+
+    Returns:
+        None if it worked, else sentences with the reason and the command that tries again.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="kava-push-") as staging, _bars(bars):
+            files = gather(output_dir, student, summary, place, Path(staging))
+            size = sum(path.stat().st_size for path in files.values())
+            console.print(f"Sending {len(files)} files, {size_text(size)}, to {place.repo_id}")
+            if files[CARD_FILE].parent == student:
+                console.print(f"{student / CARD_FILE} was changed by hand, so it is sent as it is.")
+            in_time(lambda: _commit(files, size, place), STUDENT_SECONDS + size // SLOWEST_BYTES)
+    except Exception as error:  # the network fails in many ways; all of them are told, none may harm the run
+        return not_sent(place, student, output_dir, error)
+    return None
+
+
+def not_sent(place: Place, student: Path, output_dir: str | Path, error: Exception) -> str:
+    """The sentences for a student that the hub did not take."""
+    return (
+        f"The student could not be sent to {place.repo_id} ({hub_reason(error)}). It is whole in {student}; push it "
+        f"again with: {push_command(output_dir, place)}"
+    )
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Show the bars of the hub's client within the `with` block, or do not."""
+    were_disabled = are_progress_bars_disabled()
+    (enable_progress_bars if shown else disable_progress_bars)()
+    try:
+        yield
+    except BaseException:
+        if shown:
+            print(file=sys.stderr)  # whatever is said next would stand behind a bar that was broken off
+        raise
+    finally:
+        (disable_progress_bars if were_disabled else enable_progress_bars)()
+
+
+def _check_card(path: Path) -> None:
+    """Let the hub look at a card's metadata before anything is uploaded. Raises `ValueError` for what it refuses."""
+    card = ModelCard.load(path)
+    try:
+        card.validate()
+    except ValueError as error:
+        said = "; ".join(re.findall(r'"message": ?"([^"]+)"', str(error))) or reason_of(error)
+        raise ValueError(f"it does not take the metadata of {path.name}: {said}") from error
+
+
+def _commit(files: dict[str, Path], size: int, place: Place) -> None:
+    """Upload the large files one by one, then bring everything into the repository at once.
+
+    `upload_folder` would make several commits of a large folder, and its threads would keep a process whose hub never
+    answers from ending.
+    """
+    api = HfApi(token=place.token)
+    _check_card(files[CARD_FILE])
+    make_branch(place)
+    additions = [CommitOperationAdd(name, path) for name, path in files.items()]
+    there = api.list_repo_files(place.repo_id, revision=place.revision)
+    deletions = [CommitOperationDelete(name) for name in there if name not in files and _is_replaced(name)]
+    with tqdm(total=size, unit="B", unit_scale=True, desc="Sent") as bar:
+        for addition in additions:
+            api.preupload_lfs_files(place.repo_id, [addition], revision=place.revision, free_memory=False)
+            bar.update(addition.upload_info.size)
+        api.create_commit(
+            place.repo_id, [*deletions, *additions], commit_message="Distilled student", revision=place.revision
+        )
+
+
+def _is_replaced(name: str) -> bool:
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in _REPLACED)
