@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 
@@ -66,10 +67,22 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def quieten(plain: bool) -> None:
-    """Leave the screen to KAVA's own stages; warnings of the libraries still come through."""
-    transformers.utils.logging.disable_progress_bar()
-    if plain:
+def shows_bars(training: KavaTrainingArguments) -> bool:
+    """Whether this process may show progress bars: the main one, on a terminal, where nobody has asked for none."""
+    wanted = not training.plain_output and not training.disable_tqdm
+    return wanted and training.process_index == 0 and sys.stderr.isatty()
+
+
+def quieten(bars: bool) -> None:
+    """Leave the screen to KAVA's own stages; warnings of the libraries still come through.
+
+    Args:
+        bars: whether the bars for reading, tokenising and downloading stay.
+    """
+    transformers.utils.logging.disable_progress_bar()  # of loading weights, and of the hub as well
+    if bars:
+        huggingface_hub.utils.enable_progress_bars()
+    else:
         datasets.disable_progress_bars()
 
 

@@ -15,6 +15,7 @@ from .checkpoint_io import list_checkpoints, read_manifest
 from .engines import is_fsdp_asked
 from .errors import BadRequest
 from .loading import model_folder
+from .sharing import progress_bar
 from .streaming import ExampleStream
 from .teacher_cache import weights_digest
 
@@ -62,11 +63,14 @@ def data_digest(dataset: Dataset | ExampleStream) -> str:
     if isinstance(dataset, ExampleStream):
         return dataset.digest
     digest = hashlib.sha256()
-    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096):
-        for column in table.columns:
-            for part in column.chunks:
-                digest.update(part.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-                digest.update(part.flatten().to_numpy(zero_copy_only=False).tobytes())
+    tables = dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096)
+    with progress_bar(len(dataset), "Hashing the training data", "example") as bar:
+        for table in tables:
+            for column in table.columns:
+                for part in column.chunks:
+                    digest.update(part.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                    digest.update(part.flatten().to_numpy(zero_copy_only=False).tobytes())
+            bar.update(len(table))
     return digest.hexdigest()
 
 

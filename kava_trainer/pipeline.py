@@ -20,6 +20,7 @@ from .environment import (
     describe_environment,
     peak_memory_bytes,
     quieten,
+    shows_bars,
     use_all_cores,
 )
 from .errors import BadRequest, RunFailed, reason_of
@@ -42,6 +43,7 @@ from .preparation import (
     tell_memory,
 )
 from .ranks import from_main_process
+from .sharing import show_progress_bars
 from .showing import WHO, show_configuration, show_environment, tell_alignment
 from .signals import WATCH, Interrupted, exit_code
 from .summary import RunSummary
@@ -78,7 +80,8 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
 def _run(arguments: KavaArguments, argv: list[str]) -> int:
     training = arguments.training
     console = Console(training.plain_output)
-    quieten(training.plain_output or not console.emoji)
+    quieten(shows_bars(training))
+    show_progress_bars(shows_bars(training))
     use_all_cores(training)
     summary = RunSummary(arguments.to_dict(), describe_environment(training.device))
     _prepare_folders(arguments)
