@@ -9,19 +9,35 @@ from .hub import FINAL_STUDENT, push_student, render_model_card
 from .preparation import Data
 from .showing import show_verdict
 from .summary import RunSummary
+from .tracking import RunTracking
 from .trainer import KavaTrainer
 from .verdict import judge
 
 
-def write_summary(console: Console, output_dir: str, summary: RunSummary, status: str) -> None:
-    """Write `run_summary.json` of a run that ended, however it did."""
+def write_summary(console: Console, output_dir: str, summary: RunSummary, status: str, tracking: RunTracking) -> None:
+    """Write `run_summary.json` of a run that ended, however it did, and tell its trackers of the end.
+
+    All that is local comes before the network. A tracker that fails here is a problem that the summary tells of too.
+    """
     if status == "failed":
         summary.content["verdict"] |= {"success": False, "reasons": ["The run did not complete."]}
     summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(output_dir)]
+    if (path := _try_to_write(console, output_dir, summary, status)) is not None:
+        console.print(f"Summary: {path}")
+    known = len(summary.content["problems"])
+    tracking.tell()
+    tracking.attach_report(output_dir)
+    tracking.close(status == "completed")
+    if path is not None and len(summary.content["problems"]) > known:
+        _try_to_write(console, output_dir, summary, status)
+
+
+def _try_to_write(console: Console, output_dir: str, summary: RunSummary, status: str) -> Path | None:
     try:
-        console.print(f"Summary: {summary.write(output_dir, status)}")
+        return summary.write(output_dir, status)
     except OSError as error:
         console.warn(f"The summary could not be written to {output_dir}: {error.strerror}.")
+        return None
 
 
 def conclude(

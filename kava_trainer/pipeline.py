@@ -27,7 +27,7 @@ from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import evaluate_model, longest_answer
 from .fidelity import TeacherFidelity
 from .hub import FINAL_STUDENT
-from .identity import check_output_dir, check_resumable, data_digest, run_identity
+from .identity import check_output_dir, check_resumable, data_digest, name_run, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models, smaller_rows
 from .preparation import (
@@ -47,6 +47,7 @@ from .sharing import show_progress_bars
 from .showing import WHO, show_configuration, show_environment, tell_alignment
 from .signals import WATCH, Interrupted, exit_code
 from .summary import RunSummary
+from .tracking import RunTracking
 from .trainer import KavaTrainer
 from .verdict import CONTROL_FAILED
 
@@ -83,9 +84,10 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     quieten(shows_bars(training))
     show_progress_bars(shows_bars(training))
     use_all_cores(training)
-    summary = RunSummary(arguments.to_dict(), describe_environment(training.device))
     _prepare_folders(arguments)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
+    training.run_name = from_main_process(lambda: name_run(training, resumption.checkpoint))
+    summary = RunSummary(arguments.to_dict(), describe_environment(training.device))
     show_environment(console, training.device)
     show_configuration(console, arguments, resumption)
     tokenizer = load_tokenizers(arguments)
@@ -101,6 +103,8 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
         summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
         trainer = build_trainer(console, arguments, models, data)
     trainer.identity, summary.content["problems"] = identity, trainer.problems
+    tracking = RunTracking(trainer, summary.content)
+    trainer.add_callback(tracking)
     cache = open_cache(arguments, models, trainer)
     with needs_memory("while the teacher was tried out", lambda: smaller_batches(arguments)):
         check_teacher(console, models, data, training.per_device_eval_batch_size, trainer.problems)
@@ -125,7 +129,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
         return exit_code(interruption.number)
     finally:
         if training.should_save and status is not None:
-            write_summary(console, training.output_dir, summary, status)
+            write_summary(console, training.output_dir, summary, status, tracking)
 
 
 def _find_checkpoint(arguments: KavaArguments) -> Resumption:

@@ -88,7 +88,7 @@ class KavaTrainer(ProbingTrainer):
         self.forget_throughput()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        guard_trackers(self.callback_handler.callbacks, args.report_to, self.console, self.problems)
+        self.trackers = guard_trackers(self.callback_handler.callbacks, args, self.console, self.problems)
         self._choose_packing()
         if isinstance(teacher, CachedTeacher):
             self.read_cache(teacher)

@@ -84,6 +84,7 @@ ORDER = [
         "verdict",
         "showing",
         "preparation",
+        "tracking",
         "control",
         "closing",
         "pipeline",
