@@ -109,6 +109,11 @@ def _without_tokens(argv: list[str]) -> list[str]:
     return shown
 
 
+def hide_tokens() -> None:
+    """Put the placeholders into `sys.argv` itself: some trackers record it as it stands and send it away."""
+    sys.argv[1:] = _without_tokens(sys.argv[1:])
+
+
 def resume_command(argv: list[str], checkpoint: Path | None) -> str:
     """The command that goes on from a checkpoint, or starts again, in the way this process was started.
 

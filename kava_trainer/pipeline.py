@@ -18,6 +18,7 @@ from .control import build_control, forget_control, train_control
 from .disk import make_folder, no_empty_folders_if_refused
 from .environment import (
     describe_environment,
+    hide_tokens,
     peak_memory_bytes,
     quieten,
     shows_bars,
@@ -83,6 +84,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     console = Console(training.plain_output)
     quieten(shows_bars(training))
     show_progress_bars(shows_bars(training))
+    hide_tokens()
     use_all_cores(training)
     _prepare_folders(arguments)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
