@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,13 @@ def quieten(bars: bool) -> None:
         bars: whether the bars for reading, tokenising and downloading stay.
     """
     transformers.utils.logging.disable_progress_bar()  # of loading weights, and of the hub as well
-    if bars:
-        huggingface_hub.utils.enable_progress_bars()
-    else:
+    if not bars:
         datasets.disable_progress_bars()
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a variable of the environment that wants none, and is obeyed
+        datasets.enable_progress_bars()
+        huggingface_hub.utils.enable_progress_bars()
 
 
 def use_all_cores(training: KavaTrainingArguments) -> None:

@@ -133,7 +133,7 @@ def _to_trackio(callback: Any, outcome: _Outcome) -> None:
 
     trainer = outcome.trainer
     if trackio.context_vars.current_run.get() is None:
-        callback.setup(trainer.args, trainer.state, trainer.model)
+        callback.setup(trainer.args, trainer.state, trainer.student)
     trackio.log({"verdict": trackio.Markdown(outcome.verdict), "train/global_step": outcome.step})
     if outcome.files:
         name = re.sub(r"[^A-Za-z0-9._-]", "-", f"report-{trainer.args.run_name}")

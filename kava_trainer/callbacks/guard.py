@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import default_logdir
 
 from ..console import Console
 from ..errors import reason_of
+from ..student import DistillationModel
 
 _EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
@@ -61,6 +62,8 @@ class GuardedTracker:
         def call(
             args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
         ) -> TrainerControl | None:
+            if isinstance(model := kwargs.get("model"), DistillationModel):
+                kwargs["model"] = model.student  # trackers look into it, and Weights & Biases may save it
             return self.attempt(state.global_step, lambda: event(args, state, control, **kwargs))
 
         return call
