@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from .engines import device_problem, engine_problems, is_fsdp_asked, sharding_problems
 from .optimizers import missing_package
-from .redaction import is_secret_name, keep_secret
+from .redaction import is_secret_name, keep_secret, without_secrets
 from .source_arguments import DataArguments, ModelArguments, help_text
 
 LayerMapping = Literal["last", "all"] | int | list[tuple[int, int]]
@@ -216,6 +216,8 @@ class KavaTrainingArguments(TrainingArguments):
             new, old = f"activation_checkpointing{name}", f"gradient_checkpointing{name}"
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
+        if isinstance(self.report_to, str) and "," in self.report_to:  # a command line has no lists
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
         found = self.problems()
         try:
             super().__post_init__()
@@ -228,6 +230,19 @@ class KavaTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.final_dir is None:
             self.final_dir = self.output_dir
+
+    def stand_beside(self, *others: ModelArguments | DataArguments) -> None:
+        """From now on `to_dict` also gives these arguments of the same run."""
+        self._beside = others
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every argument with its value, secrets masked, ready for JSON; in a run those of models and data too.
+
+        It is what trackers take for the configuration of a run.
+        """
+        found = {f.name: getattr(part, f.name) for part in getattr(self, "_beside", ()) for f in fields(part)}
+        found |= super().to_dict()
+        return {name: without_secrets(value) if isinstance(value, str) else value for name, value in found.items()}
 
     @property
     def aligns(self) -> bool:
@@ -316,6 +331,7 @@ class KavaArguments:
     def __post_init__(self) -> None:
         if self.training.max_tokens_per_batch is None:
             self.training.max_tokens_per_batch = self.training.per_device_train_batch_size * self.data.max_length
+        self.training.stand_beside(self.model, self.data)
 
     def problems(self) -> list[str]:
         """One sentence for each mistake that only several arguments together make; empty when there is none."""
@@ -333,5 +349,4 @@ class KavaArguments:
 
     def to_dict(self) -> dict[str, Any]:
         """Every argument with its value, secrets masked, ready for JSON."""
-        own = {f.name: getattr(part, f.name) for part in (self.model, self.data) for f in fields(part)}
-        return {**own, **self.training.to_dict()}
+        return self.training.to_dict()

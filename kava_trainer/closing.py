@@ -13,19 +13,29 @@ from .publishing import FINAL_STUDENT, publish, write_card
 from .run_folder import record_of
 from .showing import show_verdict
 from .summary import RunSummary
+from .tracking import RunTracking
 from .trainer import KavaTrainer
 from .verdict import judge
 
 
-def write_summary(console: Console, output_dir: str, summary: RunSummary, status: str) -> None:
-    """Write `run_summary.json` of a run that ended, however it did, and the report made of it."""
+def write_summary(console: Console, output_dir: str, summary: RunSummary, status: str, tracking: RunTracking) -> None:
+    """Write `run_summary.json` of a run that ended, however it did, the report made of it, and tell its trackers.
+
+    All that is local comes before the network. A tracker that fails here is a problem that the summary tells of too.
+    """
     if status == "failed":
         summary.content["verdict"] |= {"success": False, "reasons": ["The run did not complete."]}
-    if (path := _try_to_write(console, output_dir, summary, status)) is None:
-        return
-    console.print(f"Summary: {path}")
-    if (page := report_on(console, output_dir, summary)) is not None:
-        console.print(f"Report: {page}")
+    if (path := _try_to_write(console, output_dir, summary, status)) is not None:
+        console.print(f"Summary: {path}")
+        if (page := report_on(console, output_dir, summary)) is not None:
+            console.print(f"Report: {page}")
+    known = len(summary.content["problems"])
+    tracking.tell()
+    tracking.attach_report(output_dir)
+    tracking.close(status == "completed")
+    if path is not None and len(summary.content["problems"]) > known:
+        _try_to_write(console, output_dir, summary, status)
+        report_on(console, output_dir, summary)
 
 
 def _try_to_write(console: Console, output_dir: str, summary: RunSummary, status: str) -> Path | None:

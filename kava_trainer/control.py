@@ -1,6 +1,7 @@
 """The control: a second student with the same start, data, steps and learning rates, and no teacher."""
 
 import copy
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from .preparation import Data, Models, make_trainer
 from .student import load_student
 from .teacher import load_teacher
 from .teacher_cache import is_released
+from .tracking import keep_apart
 from .trainer import KavaTrainer
+
+TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
+"""Variable of the environment that gives TensorBoard one folder for all runs."""
 
 CONTROL_FOLDER = "control"
 """Folder under `output_dir` that takes the control's checkpoints."""
@@ -62,7 +67,10 @@ def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaT
     training = control_arguments(arguments.training)
     set_seed(training.seed)
     student = load_student(arguments.model, teacher, training.device)
-    return make_trainer(training, Models(models.teacher, student, models.tokenizer), data)
+    trainer = make_trainer(training, Models(models.teacher, student, models.tokenizer), data)
+    if TENSORBOARD_FOLDER in os.environ:
+        keep_apart(trainer.trackers, CONTROL_FOLDER)
+    return trainer
 
 
 def train_control(trainer: KavaTrainer, resume: bool) -> None:

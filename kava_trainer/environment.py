@@ -4,12 +4,14 @@ import os
 import platform
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 
@@ -67,11 +69,26 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def quieten(plain: bool) -> None:
-    """Leave the screen to KAVA's own stages; warnings of the libraries still come through."""
-    transformers.utils.logging.disable_progress_bar()
-    if plain:
+def shows_bars(training: KavaTrainingArguments) -> bool:
+    """Whether this process may show progress bars: the main one, on a terminal, where nobody has asked for none."""
+    wanted = not training.plain_output and not training.disable_tqdm
+    return wanted and training.process_index == 0 and sys.stderr.isatty()
+
+
+def quieten(bars: bool) -> None:
+    """Leave the screen to KAVA's own stages; warnings of the libraries still come through.
+
+    Args:
+        bars: whether the bars for reading, tokenising and downloading stay.
+    """
+    transformers.utils.logging.disable_progress_bar()  # of loading weights, and of the hub as well
+    if not bars:
         datasets.disable_progress_bars()
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a variable of the environment that wants none, and is obeyed
+        datasets.enable_progress_bars()
+        huggingface_hub.utils.enable_progress_bars()
 
 
 def use_all_cores(training: KavaTrainingArguments) -> None:
@@ -104,6 +121,11 @@ def run_command(argv: list[str]) -> str:
         argv: the command line without the program.
     """
     return _command(_without_tokens(argv))
+
+
+def hide_tokens() -> None:
+    """Put the placeholders into `sys.argv` itself: some trackers record it as it stands and send it away."""
+    sys.argv[1:] = _without_tokens(sys.argv[1:])
 
 
 def resume_command(argv: list[str], checkpoint: Path | None) -> str:

@@ -26,6 +26,7 @@ from .memory import model_bytes
 from .metrics import perplexity
 from .probe import choose_examples
 from .ranks import from_main_process
+from .sharing import progress_bar
 from .student import student_config
 from .teacher import OnlineTeacher, load_teacher, quantization_config
 
@@ -70,6 +71,7 @@ def read_examples(
     layers: list[int],
     examples: list[dict[str, Any]],
     collator: Callable[[list], dict[str, torch.Tensor]],
+    description: str = "Reading the probe",
 ) -> Reading:
     """Let a teacher read examples one by one, which takes the least memory.
 
@@ -78,18 +80,21 @@ def read_examples(
         layers: whose states are kept, in the convention of `capture`.
         examples: with `input_ids` and `labels`.
         collator: a `collating.DistillationCollator`.
+        description: of the progress bar.
     """
     depth = number_of_layers(model)
     teacher = OnlineTeacher(model, sorted({*layers, depth}))
     kept: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     total, count = 0.0, 0
-    for example in examples:
-        batch = send_to_device(collator([example]), model.device)
-        states = teacher.features(batch)
-        total += answer_loss_sum(model, states[depth], batch)
-        count += len(batch["next_tokens"])
-        for layer, parts in kept.items():
-            parts.append(states[layer][0].cpu())
+    with progress_bar(len(examples), description, "example") as bar:
+        for example in examples:
+            batch = send_to_device(collator([example]), model.device)
+            states = teacher.features(batch)
+            total += answer_loss_sum(model, states[depth], batch)
+            count += len(batch["next_tokens"])
+            for layer, parts in kept.items():
+                parts.append(states[layer][0].cpu())
+            bar.update()
     states = {layer: torch.cat(parts) for layer, parts in kept.items()}
     return Reading(states, total / max(count, 1), str(model.dtype).removeprefix("torch."))
 
@@ -242,7 +247,9 @@ class TeacherFidelity:
         check_reads(model, "teacher", self._tokenizer, arguments.data.max_length)
         depths = config_layers(student_config(arguments.model)), number_of_layers(model)
         pairs = resolve_layer_pairs(arguments.training.layer_mapping, *depths)
-        return read_examples(model, sorted({layer for _, layer in pairs}), self._examples, self._collator)
+        return read_examples(
+            model, sorted({layer for _, layer in pairs}), self._examples, self._collator, "Unquantised teacher"
+        )
 
     def _compare(self, teacher: PreTrainedModel) -> dict[str, Any]:
         reference, self._reference = self._reference, None
@@ -251,7 +258,8 @@ class TeacherFidelity:
             self._console.print(f"What quantising costs the teacher was not measured. {self._where}")
             return figures | {"reason": self._where}
         figures |= compare_readings(
-            reference, read_examples(teacher, list(reference.states), self._examples, self._collator)
+            reference,
+            read_examples(teacher, list(reference.states), self._examples, self._collator, self._name.capitalize()),
         )
         figures |= {"reference_device": str(self._where), "examples": "held-out" if self._held_out else "training"}
         self._tell(figures)

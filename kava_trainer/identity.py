@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from .arguments import KavaArguments
+from .arguments import KavaArguments, KavaTrainingArguments
 from .checkpoint_io import list_checkpoints, read_manifest
 from .engines import is_fsdp_asked
 from .errors import BadRequest
 from .loading import model_folder
+from .sharing import progress_bar
 from .streaming import ExampleStream
 from .teacher_cache import weights_digest
 
@@ -62,11 +64,14 @@ def data_digest(dataset: Dataset | ExampleStream) -> str:
     if isinstance(dataset, ExampleStream):
         return dataset.digest
     digest = hashlib.sha256()
-    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096):
-        for column in table.columns:
-            for part in column.chunks:
-                digest.update(part.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-                digest.update(part.flatten().to_numpy(zero_copy_only=False).tobytes())
+    tables = dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096)
+    with progress_bar(len(dataset), "Hashing the training data", "example") as bar:
+        for table in tables:
+            for column in table.columns:
+                for part in column.chunks:
+                    digest.update(part.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                    digest.update(part.flatten().to_numpy(zero_copy_only=False).tobytes())
+            bar.update(len(table))
     return digest.hexdigest()
 
 
@@ -101,6 +106,16 @@ def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
         "world_size": arguments.training.world_size,
         "sharded": is_fsdp_asked(),
     }
+
+
+def name_run(training: KavaTrainingArguments, checkpoint: Path | None) -> str:
+    """What trackers call a run: `run_name`, else as it was called when it wrote the checkpoint, else a new name.
+
+    A new name holds the output folder's and the time, so that no two runs have one name and go into one curve.
+    """
+    there = read_manifest(checkpoint)["run"] if checkpoint is not None else None
+    kept = training.run_name or (there or {}).get("run_name")
+    return kept or f"{Path(training.output_dir).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,17 @@ from .control import build_control, forget_control, train_control
 from .disk import make_folder, no_empty_folders_if_refused
 from .environment import (
     describe_environment,
+    hide_tokens,
     peak_memory_bytes,
     quieten,
     run_command,
+    shows_bars,
     use_all_cores,
 )
 from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import evaluate_with_answers, first_problems, is_exact_match, longest_answer
 from .fidelity import TeacherFidelity
-from .identity import check_output_dir, check_resumable, data_digest, run_identity
+from .identity import check_output_dir, check_resumable, data_digest, name_run, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models, smaller_rows
 from .preparation import (
@@ -44,9 +46,11 @@ from .preparation import (
 )
 from .publishing import FINAL_PROJECTOR, FINAL_STUDENT
 from .ranks import from_main_process
+from .sharing import show_progress_bars
 from .showing import WHO, show_configuration, show_environment, tell_alignment
 from .signals import WATCH, Interrupted, exit_code
 from .summary import MOST_SAMPLES, RunSummary
+from .tracking import RunTracking
 from .trainer import KavaTrainer
 from .verdict import CONTROL_FAILED
 
@@ -78,13 +82,16 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
 def _run(arguments: KavaArguments, argv: list[str]) -> int:
     training = arguments.training
     console = Console(training.plain_output)
-    quieten(training.plain_output or not console.emoji)
+    quieten(shows_bars(training))
+    show_progress_bars(shows_bars(training))
+    hide_tokens()
     use_all_cores(training)
+    _prepare_folders(arguments)
+    resumption = from_main_process(lambda: _find_checkpoint(arguments))
+    training.run_name = from_main_process(lambda: name_run(training, resumption.checkpoint))
     asked = arguments.to_dict()
     environment = {**describe_environment(training.device), "local_sources": local_sources(asked)}
     summary = RunSummary(asked, environment, run_command(argv))
-    _prepare_folders(arguments)
-    resumption = from_main_process(lambda: _find_checkpoint(arguments))
     show_environment(console, training.device)
     show_configuration(console, arguments, resumption)
     tokenizer = load_tokenizers(arguments)
@@ -100,6 +107,8 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
         summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
         trainer = build_trainer(console, arguments, models, data)
     trainer.identity, summary.content["problems"] = identity, trainer.problems
+    tracking = RunTracking(trainer, summary.content)
+    trainer.add_callback(tracking)
     cache = open_cache(arguments, models, trainer)
     with needs_memory("while the teacher was tried out", lambda: smaller_batches(arguments)):
         check_teacher(console, models, data, training.per_device_eval_batch_size, trainer.problems)
@@ -124,7 +133,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
         return exit_code(interruption.number)
     finally:
         if training.should_save and status is not None:
-            write_summary(console, training.output_dir, summary, status)
+            write_summary(console, training.output_dir, summary, status, tracking)
 
 
 def _find_checkpoint(arguments: KavaArguments) -> Resumption:

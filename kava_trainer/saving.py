@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .callbacks.emergency import EmergencyCheckpointCallback
+from .callbacks.status import StatusCallback
 from .checkpoint_io import (
     PROJECTOR_FILE,
     TRAINER_STATE_FILE,
@@ -34,6 +35,7 @@ from .hub import ANSWER_SECONDS, CheckpointPusher, Place, in_time, make_branch, 
 from .progress import read_progress, save_progress
 from .projector import write_projectors
 from .ranks import any_rank
+from .sharing import show_progress_bars
 from .signals import WATCH, Interrupted
 from .student import DistillationModel
 from .weights import UNREADABLE, WeightsTrainer
@@ -54,6 +56,8 @@ class SavingTrainer(WeightsTrainer):
         self._pusher: CheckpointPusher | None = None
         super().__init__(model=model, **kwargs)
         self.console = Console(self.args.plain_output)
+        show_progress_bars(not (self.args.plain_output or self.args.disable_tqdm))
+        self.status = StatusCallback(self.args.plain_output)
         self.emergency = EmergencyCheckpointCallback(self.try_to_save_projector)
         self.identity: dict[str, Any] | None = None
         """What the run was asked for; it goes into every checkpoint, see `identity.run_identity`."""

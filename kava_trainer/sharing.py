@@ -1,4 +1,4 @@
-"""Work that the ranks share out, in batches, under one progress bar."""
+"""Progress bars, and work that the ranks share out in batches under one of them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,38 @@ from tqdm.auto import tqdm
 
 from .signals import WATCH
 
+_switch = {"shown": True}
 
-def progress_bar(total: int | None, description: str, unit: str = "it", scaled: bool = False) -> tqdm:
-    """A bar on the main process's terminal that is gone when it is full."""
-    hidden = None if PartialState().is_main_process else True
-    return tqdm(total=total, desc=description, unit=unit, unit_scale=scaled, leave=False, disable=hidden)
+
+def show_progress_bars(shown: bool) -> None:
+    """Whether bars are shown from now on, where standard error is a terminal or a notebook."""
+    _switch["shown"] = shown
+
+
+def progress_bar(
+    total: int | None, description: str, unit: str = "it", scaled: bool = False, initial: int = 0, leave: bool = False
+) -> tqdm:
+    """A bar on the main process's terminal.
+
+    Args:
+        total: how much there is to do on this rank; None where nobody knows.
+        description: what is done.
+        unit: what is counted.
+        scaled: count in thousands and millions.
+        initial: how much of it is done already.
+        leave: keep the full bar on the screen.
+    """
+    wanted = _switch["shown"] and total != 0 and PartialState().is_main_process
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        unit_scale=scaled,
+        leave=leave,
+        disable=None if wanted else True,  # None: hidden but on a terminal and in a notebook
+        dynamic_ncols=True,
+    )
 
 
 def own_batches(items: Sequence[Any], size: int, description: str) -> Iterator[Any]:
@@ -29,7 +56,7 @@ def own_batches(items: Sequence[Any], size: int, description: str) -> Iterator[A
     """
     state = PartialState()
     rounds = math.ceil(math.ceil(len(items) / state.num_processes) / size)
-    with state.split_between_processes(items) as share, progress_bar(rounds, description) as bar:
+    with state.split_between_processes(items) as share, progress_bar(rounds, description, "batch") as bar:
         for start in range(0, rounds * size, size):
             WATCH.check()
             if start < len(share):

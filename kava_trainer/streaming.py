@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import KavaTrainingArguments
 from .data import NO_ANSWERS, encode_row, encoding_fingerprint
 from .errors import BadRequest
+from .sharing import progress_bar
 from .stream_sources import Rows
 
 
@@ -95,10 +96,12 @@ class ExampleStream(IterableDataset):
     def count_rows(self, limit: int) -> int:
         """Rows of one pass, read and not tokenised, up to a limit."""
         counted = 0
-        for table in self._rows.tables(0, [0]):
-            counted += len(table)
-            if counted >= limit:
-                return limit
+        with progress_bar(None, "Counting the rows of the stream", "row", True) as bar:
+            for table in self._rows.tables(0, [0]):
+                counted += len(table)
+                bar.update(len(table))
+                if counted >= limit:
+                    return limit
         return counted
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

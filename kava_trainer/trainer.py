@@ -1,7 +1,7 @@
 """`KavaTrainer`: a `transformers.Trainer` whose loss aligns the student's hidden states with a frozen teacher's."""
 
 import math
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from .callbacks.guard import guard_trackers
 from .callbacks.probe import ProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.resume import ResumeCallback
-from .callbacks.status import StatusCallback
 from .checkpoint_io import TRAINER_STATE_FILE, find_newest_checkpoint
 from .collating import DistillationCollator
 from .engines import is_fsdp_asked
@@ -89,7 +88,7 @@ class KavaTrainer(ProbingTrainer):
         self.forget_throughput()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        guard_trackers(self.callback_handler.callbacks, args.report_to, self.console, self.problems)
+        self.trackers = guard_trackers(self.callback_handler.callbacks, args, self.console, self.problems)
         self._choose_packing()
         if isinstance(teacher, CachedTeacher):
             self.read_cache(teacher)
@@ -97,7 +96,7 @@ class KavaTrainer(ProbingTrainer):
             self.probe = self.make_probe()
         self.add_callback(ResumeCallback(self._restore))
         self.add_callback(self.emergency)
-        self.add_callback(StatusCallback(args.plain_output))
+        self.add_callback(self.status)
         if args.aligns:
             self.add_callback(ProbeCallback(self.log_first_probe, self.log_probe))
             self.add_callback(ProjectorSaveCallback(self.try_to_save_projector))
@@ -217,7 +216,7 @@ class KavaTrainer(ProbingTrainer):
             newest = find_newest_checkpoint(self.args.output_dir).checkpoint
             resume_from_checkpoint = str(newest) if newest else None
         self.resumed_from = resume_from_checkpoint or None
-        with WATCH, WATCH.deferred():
+        with WATCH, WATCH.deferred(), closing(self.status):
             return self._train(self.resumed_from, *args, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -93,6 +93,7 @@ ORDER = [
         "card",
         "publishing",
         "preparation",
+        "tracking",
         "control",
         "closing",
         "pipeline",

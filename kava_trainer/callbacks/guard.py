@@ -1,13 +1,16 @@
 """Trackers that fail: told once, left out from then on, and never the end of a run."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import default_logdir
 
 from ..console import Console
 from ..errors import reason_of
+from ..student import DistillationModel
 
 _EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
@@ -27,24 +30,69 @@ def tracker_problem(names: list[str]) -> str | None:
     return None
 
 
+class GuardedTracker:
+    """One tracker, made harmless: the first exception of any event is the last that it is called for.
+
+    Args:
+        name: as `report_to` has it.
+        callback: what Trainer calls; it stays the object and the class that it was.
+        failed: is told.
+    """
+
+    def __init__(self, name: str, callback: TrainerCallback, failed: Failed) -> None:
+        self.name, self.callback = name, callback
+        self._failed, self._alive = failed, True
+        for event in _EVENTS:
+            setattr(callback, event, self._guarded(getattr(callback, event)))
+
+    def attempt(self, step: int, work: Callable[[], Any]) -> Any:
+        """What `work` gives, which talks to the tracker; None where the tracker fails, or has failed before."""
+        if not self._alive:
+            return None
+        try:
+            return work()
+        except Exception as error:  # networks, disks and services fail in many ways; none may end the training
+            self._alive = False
+            self._failed(step, error)
+            return None
+
+    def _guarded(
+        self, event: Callable[..., TrainerControl | None]
+    ) -> Callable[[TrainingArguments, TrainerState, TrainerControl], TrainerControl | None]:
+        def call(
+            args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> TrainerControl | None:
+            if isinstance(model := kwargs.get("model"), DistillationModel):
+                kwargs["model"] = model.student  # trackers look into it, and Weights & Biases may save it
+            return self.attempt(state.global_step, lambda: event(args, state, control, **kwargs))
+
+        return call
+
+
 def guard_trackers(
-    callbacks: list[TrainerCallback], names: list[str], console: Console, problems: list[dict[str, Any]]
-) -> None:
+    callbacks: list[TrainerCallback], args: TrainingArguments, console: Console, problems: list[dict[str, Any]]
+) -> list[GuardedTracker]:
     """Make the trackers among a trainer's callbacks harmless.
 
     They stay the objects and the classes that they were, so `trainer.remove_callback(WandbCallback)` works.
 
     Args:
         callbacks: of the trainer; those that `report_to` brought in come before any that the user supplied.
-        names: the trackers of `report_to`.
+        args: `report_to` names the trackers.
         console: tells of a failure.
         problems: takes a note of it.
     """
-    for name in names:
+    found = []
+    for name in args.report_to:
         for kind in get_reporting_integration_callbacks([name]):
             tracker = next((callback for callback in callbacks if type(callback) is kind), None)
-            if tracker is not None:
-                _guard(tracker, _teller(name, console, problems))
+            if tracker is None:
+                continue
+            found.append(GuardedTracker(name, tracker, _teller(name, console, problems)))
+            if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
+                # It would choose this itself when a training begins; a line before that would go to ./runs.
+                tracker.logging_dir = os.path.join(args.output_dir, default_logdir())
+    return found
 
 
 def _teller(name: str, console: Console, problems: list[dict[str, Any]]) -> Failed:
@@ -54,27 +102,3 @@ def _teller(name: str, console: Console, problems: list[dict[str, Any]]) -> Fail
         problems.append({"step": step, "kind": "tracker", "action": f"left {name} out from here on: {reason}"})
 
     return tell
-
-
-def _guard(tracker: TrainerCallback, failed: Failed) -> None:
-    """Wrap every event of one tracker: the first exception is its last event."""
-    alive = True
-
-    def guarded(event: Callable[..., TrainerControl | None]) -> Callable[..., TrainerControl | None]:
-        def call(
-            args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-        ) -> TrainerControl | None:
-            nonlocal alive
-            if not alive:
-                return None
-            try:
-                return event(args, state, control, **kwargs)
-            except Exception as error:  # networks, disks and services fail in many ways; none may end the training
-                alive = False
-                failed(state.global_step, error)
-                return None
-
-        return call
-
-    for name in _EVENTS:
-        setattr(tracker, name, guarded(getattr(tracker, name)))
