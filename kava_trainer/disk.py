@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,15 +39,34 @@ def make_folder(name: str, path: str | Path) -> Path:
 @contextmanager
 def no_empty_folders_if_refused(*paths: str | Path) -> Iterator[None]:
     """Where the request is refused, delete the folders that were not there before and are empty, and those above."""
-    folders = {folder for path in paths for folder in (Path(path), *Path(path).parents) if not folder.exists()}
+    folders = _missing(paths)
     try:
         yield
     except BadRequest:
-        for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
-                with suppress(OSError):  # another process was quicker
-                    folder.rmdir()
+        _delete_empty(folders)
         raise
+
+
+@contextmanager
+def no_empty_folders(*paths: str | Path) -> Iterator[None]:
+    """In the end delete the folders that were not there before and are empty, and those above, in any case."""
+    folders = _missing(paths)
+    try:
+        yield
+    finally:
+        _delete_empty(folders)
+
+
+def _missing(paths: Iterable[str | Path]) -> set[Path]:
+    """Folders that are not there yet, among these and those above them."""
+    return {folder for path in paths for folder in (Path(path), *Path(path).parents) if not folder.exists()}
+
+
+def _delete_empty(folders: Iterable[Path]) -> None:
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            with suppress(OSError):  # another process was quicker
+                folder.rmdir()
 
 
 def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:

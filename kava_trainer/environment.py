@@ -14,6 +14,7 @@ import transformers
 
 from .arguments import KavaTrainingArguments
 from .engines import FSDP_CONFIG, is_fsdp_asked
+from .invocation import started_as
 from .redaction import is_secret_name
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "torchao", "safetensors")
@@ -114,9 +115,8 @@ def resume_command(argv: list[str], checkpoint: Path | None) -> str:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16") and f"--{precision}" not in kept:
         kept += [f"--{precision}", "true"]
-    script = os.path.relpath(sys.argv[0])
     kept += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
-    return f"{_launcher()} {shlex.join([script, *kept])}"
+    return f"{_launcher()} {shlex.join([*started_as(), *kept])}"
 
 
 def _launcher() -> str:

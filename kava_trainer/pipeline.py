@@ -1,11 +1,15 @@
 """One run from arguments to files, stage by stage, with what the user sees of each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
-from .arguments import KavaArguments
+from .arguments import KavaArguments, KavaTrainingArguments
+from .caching import open_cache, read_from_cache, write_cache
 from .capture import context_length
 from .checkpoint_io import (
     Resumption,
@@ -13,6 +17,7 @@ from .checkpoint_io import (
     sweep,
 )
 from .closing import conclude, write_summary
+from .collating import DistillationCollator
 from .console import Console
 from .control import build_control, forget_control, train_control
 from .disk import make_folder, no_empty_folders_if_refused
@@ -28,17 +33,15 @@ from .fidelity import TeacherFidelity
 from .hub import FINAL_STUDENT
 from .identity import check_output_dir, check_resumable, data_digest, run_identity
 from .interruption import tell_interruption, was_interrupted
-from .memory_errors import needs_memory, smaller_batches, smaller_models, smaller_rows
+from .memory_errors import needs_memory, smaller_batches, smaller_models
 from .preparation import (
     Data,
     Models,
     build_trainer,
     check_teacher,
-    fill_cache,
     load_data,
     load_models,
     load_tokenizers,
-    open_cache,
     tell_memory,
 )
 from .ranks import from_main_process
@@ -66,20 +69,33 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         RunFailed: if the training broke.
         Interrupted: if a signal came before the training; there was nothing to save.
     """
+    with attended(), no_empty_folders_if_refused(arguments.training.output_dir, arguments.training.final_dir):
+        return _run(arguments, argv)
+
+
+@contextmanager
+def attended() -> Iterator[None]:
+    """Within the `with` block signals are taken, and memory that runs out is a `RunFailed`."""
     try:
-        with WATCH, no_empty_folders_if_refused(arguments.training.output_dir, arguments.training.final_dir):
-            return _run(arguments, argv)
+        with WATCH:
+            yield
     except torch.OutOfMemoryError as error:  # most stages have a message of their own
         raise RunFailed(
             f"Out of memory ({reason_of(error)}). Let nothing else use the device, or choose smaller models."
         ) from error
 
 
-def _run(arguments: KavaArguments, argv: list[str]) -> int:
-    training = arguments.training
+def open_console(training: KavaTrainingArguments) -> Console:
+    """Where a command prints; the libraries are kept from printing beside it, and all cores are used."""
     console = Console(training.plain_output)
     quieten(training.plain_output or not console.emoji)
     use_all_cores(training)
+    return console
+
+
+def _run(arguments: KavaArguments, argv: list[str]) -> int:
+    training = arguments.training
+    console = open_console(training)
     summary = RunSummary(arguments.to_dict(), describe_environment(training.device))
     _prepare_folders(arguments)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
@@ -104,8 +120,8 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     console.stage("Evaluation")
     _evaluate(console, arguments, models, data, summary, ("teacher", "student_before"))
     if cache is not None:
-        with WATCH.deferred(), needs_memory("while the cache was written", lambda: smaller_rows(arguments)):
-            fill_cache(console, arguments, cache, models, data, trainer)
+        write_cache(console, arguments, cache, models, data, trainer)
+        read_from_cache(console, arguments, cache, models, trainer)
     status = "failed"  # from here on the output folder is this run's, and its summary is written however it ends
     try:
         with WATCH.deferred():
@@ -195,27 +211,51 @@ def _evaluate(
     names: tuple[str, ...],
 ) -> None:
     """Measure the teacher or the student on the held-out examples, and print and note the figures."""
-    if data.evaluation is None:
-        return
+    if data.evaluation is not None:
+        for name, figures in measure(console, arguments, models, data.evaluation, data.collator, names):
+            summary.add_evaluation(name, figures)
+
+
+def measure(
+    console: Console,
+    arguments: KavaArguments,
+    models: Models,
+    held_out: Dataset,
+    collator: DistillationCollator,
+    names: tuple[str, ...],
+) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Measure the teacher or the student on held-out examples, and print the figures.
+
+    Args:
+        console: prints.
+        arguments: of the run; they say how much is evaluated at once, and whether answers are generated.
+        models: the pair.
+        held_out: tokenised examples.
+        collator: pads them.
+        names: `teacher` for the teacher, any other name of `WHO` for the student.
+
+    Yields:
+        Each name with the figures of `evaluate_model`.
+    """
     training = arguments.training
     models.student.to(training.device)
-    new_tokens = training.generation_max_new_tokens or 2 * longest_answer(data.evaluation)
+    new_tokens = training.generation_max_new_tokens or 2 * longest_answer(held_out)
     limits = [limit for model in (models.teacher, models.student) if (limit := context_length(model)) is not None]
-    new_tokens = min([new_tokens, *(limit - max(data.evaluation["prompt_length"]) for limit in limits)])
+    new_tokens = min([new_tokens, *(limit - max(held_out["prompt_length"]) for limit in limits)])
     for name in names:
         with needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
             figures = evaluate_model(
                 models.teacher if name == "teacher" else models.student,
                 models.tokenizer,
-                data.evaluation,
-                data.collator,
+                held_out,
+                collator,
                 training.per_device_eval_batch_size,
                 new_tokens if training.evaluate_generation else None,
             )
-        summary.add_evaluation(name, figures)
         match = figures["exact_match"]
         shown = "" if match is None else f", exact match {100 * match:.1f} %"
         console.print(f"{WHO[name]}: perplexity {figures['perplexity']:.4g}{shown}")
+        yield name, figures
 
 
 def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summary: RunSummary) -> None:

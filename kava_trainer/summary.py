@@ -27,12 +27,12 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with every number that is not finite replaced by None: JSON has no word for those."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -100,4 +100,4 @@ class RunSummary:
 
     def to_json(self) -> str:
         """The summary as JSON text, without secrets."""
-        return without_secrets(json.dumps(_finite(self.content), indent=2, ensure_ascii=False, default=str)) + "\n"
+        return without_secrets(json.dumps(finite(self.content), indent=2, ensure_ascii=False, default=str)) + "\n"
