@@ -13,7 +13,7 @@ from .redaction import without_secrets
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of an optional kernel package
 
-COMMANDS = ("train", "cache", "evaluate", "explain")
+COMMANDS = ("doctor", "train", "cache", "evaluate", "explain")
 """In the order of `--help`; each is a module of `commands`."""
 
 NOTHING_TO_SAVE = "Interrupted before the first step, so there was nothing to save. Start again with the same command."

@@ -119,6 +119,18 @@ def resume_command(argv: list[str], checkpoint: Path | None) -> str:
     return f"{_launcher()} {shlex.join([*started_as(), *kept])}"
 
 
+def start_command(argv: list[str], processes: int = 1) -> str:
+    """The command that starts a run with so many processes, where this process has not been started as one of them.
+
+    Args:
+        argv: KAVA's own arguments.
+        processes: more than one where this process sees as many GPUs.
+    """
+    alone = "WORLD_SIZE" not in os.environ and processes > 1
+    launcher = f"accelerate launch --num_processes {processes}" if alone else _launcher()
+    return f"{launcher} {shlex.join(['-m', __package__, 'train', *_without_tokens(argv)])}"
+
+
 def _launcher() -> str:
     """What starts as many processes as there are; of several machines the user has to fill in which is which."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -197,7 +197,12 @@ def _train_and_judge(
 def _prepare_folders(arguments: KavaArguments) -> None:
     for name in ("output_dir", "final_dir"):
         make_folder(name, getattr(arguments.training, name))
-    student = Path(arguments.training.final_dir) / FINAL_STUDENT
+    check_place_of_student(arguments.training)
+
+
+def check_place_of_student(training: KavaTrainingArguments) -> None:
+    """Make sure that nothing is in the place of the finished student. Raises `BadRequest` if a file is."""
+    student = Path(training.final_dir) / FINAL_STUDENT
     if student.exists() and not student.is_dir():
         raise BadRequest(f"{student} is a file, but the student's folder goes there; move it or set final_dir.")
 

@@ -261,11 +261,22 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
     console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
     if training.mercator_weight > 0:
         console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
-    if training.projector_direction == "teacher_to_student" and config.anchor == "none":
-        console.warn(
-            "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing. Write "
-            "projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out."
-        )
+    if problem := loose_projector(training):
+        console.warn(problem)
+
+
+def loose_projector(training: KavaTrainingArguments) -> str | None:
+    """What to write where nothing holds the projector of the teacher's states; None where something does."""
+    if (
+        not training.aligns
+        or training.projector_direction != "teacher_to_student"
+        or training.projector_anchor != "none"
+    ):
+        return None
+    return (
+        "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing. Write "
+        "projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out."
+    )
 
 
 def check_teacher(
