@@ -67,12 +67,18 @@ class KavaTrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(default="checkpoints", metadata=help_text("Where checkpoints and projectors go."))
     per_device_train_batch_size: int = field(
-        default=2, metadata=help_text("Examples in one micro-batch on one device.")
+        default=2, metadata=help_text("Examples in one micro-batch on one device.", unit="examples")
     )
-    gradient_accumulation_steps: int = field(default=16, metadata=help_text("Micro-batches in one optimizer step."))
-    num_train_epochs: float = field(default=1.0, metadata=help_text("Passes over the training data."))
-    save_steps: float = field(default=200, metadata=help_text("Optimizer steps between two saves."))
-    logging_steps: float = field(default=50, metadata=help_text("Optimizer steps between two status lines."))
+    gradient_accumulation_steps: int = field(
+        default=16, metadata=help_text("Micro-batches in one optimizer step.", unit="micro-batches")
+    )
+    num_train_epochs: float = field(default=1.0, metadata=help_text("Passes over the training data.", unit="epochs"))
+    save_steps: float = field(
+        default=200, metadata=help_text("Optimizer steps between two saves.", unit="optimizer steps")
+    )
+    logging_steps: float = field(
+        default=50, metadata=help_text("Optimizer steps between two status lines.", unit="optimizer steps")
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata=help_text("A checkpoint folder, or true for the newest one in output_dir.")
     )
@@ -93,7 +99,8 @@ class KavaTrainingArguments(TrainingArguments):
     kd_beta: float = field(
         default=0.0,
         metadata=help_text(
-            "Kind of that divergence: 0 forward KL, 1 reverse KL, between them generalised Jensen-Shannon."
+            "Kind of that divergence: 0 forward KL, 1 reverse KL, between them generalised Jensen-Shannon.",
+            unit="share from 0 to 1",
         ),
     )
     mse_weight: float = field(
@@ -140,26 +147,34 @@ class KavaTrainingArguments(TrainingArguments):
     )
     calibration_tokens: int = field(
         default=32_768,
-        metadata=help_text("Training tokens that the pca anchor and the least_squares start are computed from."),
+        metadata=help_text(
+            "Training tokens that the pca anchor and the least_squares start are computed from.", unit="tokens"
+        ),
     )
     projector_mlp_ratio: float = field(
-        default=1.0, metadata=help_text("Width of the projector's hidden layer as a multiple of its input's width.")
+        default=1.0,
+        metadata=help_text(
+            "Width of the projector's hidden layer as a multiple of its input's width.", unit="widths of the input"
+        ),
     )
     projector_dropout: float = field(
-        default=0.1, metadata=help_text("Dropout inside the projector, from 0 to below 1.")
+        default=0.1,
+        metadata=help_text("Dropout inside the projector, from 0 to below 1.", unit="share from 0 to below 1"),
     )
     projector_learning_rate: float = field(default=1e-3, metadata=help_text("Learning rate of the projector alone."))
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata=help_text(
             "Tokens in one micro-batch, packed without padding; by default per_device_train_batch_size x max_length. "
-            "0 pads each micro-batch to its longest example instead."
+            "0 pads each micro-batch to its longest example instead.",
+            unit="tokens",
         ),
     )
     max_nonfinite_steps: int = field(
         default=10,
         metadata=help_text(
-            "A step whose loss or gradient is no finite number is skipped; so many of them in a row end the run."
+            "A step whose loss or gradient is no finite number is skipped; so many of them in a row end the run.",
+            unit="optimizer steps",
         ),
     )
     ddp_broadcast_buffers: bool | None = field(
@@ -193,7 +208,8 @@ class KavaTrainingArguments(TrainingArguments):
         metadata=help_text("Also let teacher and student answer the evaluation problems and count exact matches."),
     )
     generation_max_new_tokens: int | None = field(
-        default=None, metadata=help_text("Longest generated answer; by default twice the longest reference answer.")
+        default=None,
+        metadata=help_text("Longest generated answer; by default twice the longest reference answer.", unit="tokens"),
     )
     final_dir: str | None = field(
         default=None, metadata=help_text("Where final_student and final_projector.pth go; output_dir by default.")

@@ -8,15 +8,18 @@ from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType, TracebackType
 
-from .errors import BadRequest, RunFailed
+from .errors import BadRequest, Interrupted, RunFailed, exit_code
 from .redaction import without_secrets
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of an optional kernel package
 
-COMMANDS = ("train", "report", "push")
+COMMANDS = ("doctor", "train", "cache", "evaluate", "report", "push", "explain")
 """In the order of `--help`; each is a module of `commands`."""
 
 NOTHING_TO_SAVE = "Interrupted before the first step, so there was nothing to save. Start again with the same command."
+
+
+_ALL_ARGUMENTS = "The arguments are those of a run: see python -m kava_trainer train --help."
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
@@ -26,8 +29,6 @@ def exit_code_of(work: Callable[[], int]) -> int:
         What `work` returns, 1 where a run failed, 2 for a bad request, and 130, 143 or 138 when Ctrl-C, SIGTERM or
         SIGUSR1 ended it before there was anything to save.
     """
-    from .signals import Interrupted, exit_code
-
     try:
         return work()
     except (BadRequest, RunFailed) as error:
@@ -49,10 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the command line without the program; `sys.argv[1:]` by default.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
     commands = {name: import_module(f".commands.{name}", __package__) for name in COMMANDS}
-    if argv and argv[0] in commands and getattr(commands[argv[0]], "PASSES_ON", False):
-        return exit_code_of(lambda: commands[argv[0]].run(argv[1:]))
+    command = commands.get(argv[0])
+    if getattr(command, "PASSES_ON", False) and not (hasattr(command, "USAGE") and {"-h", "--help"} & {*argv}):
+        return exit_code_of(lambda: command.run(argv[1:]))
     options = _parser(commands).parse_args(argv)
     return exit_code_of(lambda: commands[options.command].run(options))
 
@@ -62,6 +64,8 @@ def _parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parts = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in commands.items():
         part = parts.add_parser(name, help=command.HELP, description=command.__doc__)
+        if hasattr(command, "USAGE"):
+            part.usage, part.epilog = f"{parser.prog} {name} {command.USAGE}", _ALL_ARGUMENTS
         if hasattr(command, "add_arguments"):
             command.add_arguments(part)
     return parser

@@ -269,6 +269,27 @@ def encoding_fingerprint(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def _encode_numbered(
+    row: Mapping[str, Any], index: int, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Any]:
+    """`encode_row` of a row that is named where it cannot be used."""
+    try:
+        return encode_row(row, names, tokenizer, max_length)
+    except ValueError as error:
+        raise BadRequest(f"Row {index + 1} of the data cannot be used: {error}.") from error
+
+
+def encode_first(
+    dataset: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, Any]]:
+    """What `encode_row` makes of the first rows; nothing is written. Raises `BadRequest` as `encode_dataset`."""
+    names, rows = find_format(dataset.column_names), range(min(count, len(dataset)))
+    encoded = [_encode_numbered(dataset[row], row, names, tokenizer, max_length) for row in rows]
+    if len(encoded) == len(dataset) and not any(example["answered"] for example in encoded):
+        raise BadRequest(NO_ANSWERS.format(max_length=max_length))
+    return encoded
+
+
 def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, description: str) -> Encoded:
     """Tokenise a data set, drop the examples without an answer, and count what was cut and dropped.
 
@@ -287,10 +308,7 @@ def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     names = find_format(dataset.column_names)
 
     def encode(example: dict[str, Any], index: int) -> dict[str, Any]:
-        try:
-            return encode_row(example, names, tokenizer, max_length)
-        except ValueError as error:
-            raise BadRequest(f"Row {index + 1} of the data cannot be used: {error}.") from error
+        return _encode_numbered(example, index, names, tokenizer, max_length)
 
     encoded = dataset.map(
         encode,

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,27 +27,69 @@ def make_folder(name: str, path: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadRequest(f"{name} {folder} cannot be made: {error.strerror}. Choose another folder.") from error
+    _try_to_write(folder, f"{name} {folder} cannot be written to")
+    return folder
+
+
+def _try_to_write(folder: Path, problem: str) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"KAVA")
             file.flush()
     except OSError as error:
-        raise BadRequest(f"{name} {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
-    return folder
+        raise BadRequest(f"{problem}: {error.strerror}. Choose another folder.") from error
+
+
+def existing_folder(path: str | Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    absolute = Path(path).absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+
+
+def check_folder(name: str, path: str | Path) -> None:
+    """Find out what `make_folder` would, without making the folder.
+
+    Raises:
+        BadRequest: if it cannot be made or written to.
+    """
+    there, folder = existing_folder(path), Path(path)
+    what = "be written to" if there == folder.absolute() else "be made"
+    if not there.is_dir():
+        raise BadRequest(f"{name} {folder} cannot be made: {there} is a file. Choose another folder.")
+    _try_to_write(there, f"{name} {folder} cannot {what}")
 
 
 @contextmanager
 def no_empty_folders_if_refused(*paths: str | Path) -> Iterator[None]:
     """Where the request is refused, delete the folders that were not there before and are empty, and those above."""
-    folders = {folder for path in paths for folder in (Path(path), *Path(path).parents) if not folder.exists()}
+    folders = _missing(paths)
     try:
         yield
     except BadRequest:
-        for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
-                with suppress(OSError):  # another process was quicker
-                    folder.rmdir()
+        _delete_empty(folders)
         raise
+
+
+@contextmanager
+def no_empty_folders(*paths: str | Path) -> Iterator[None]:
+    """In the end delete the folders that were not there before and are empty, and those above, in any case."""
+    folders = _missing(paths)
+    try:
+        yield
+    finally:
+        _delete_empty(folders)
+
+
+def _missing(paths: Iterable[str | Path]) -> set[Path]:
+    """Folders that are not there yet, among these and those above them."""
+    return {folder for path in paths for folder in (Path(path), *Path(path).parents) if not folder.exists()}
+
+
+def _delete_empty(folders: Iterable[Path]) -> None:
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            with suppress(OSError):  # another process was quicker
+                folder.rmdir()
 
 
 def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:
@@ -69,14 +111,14 @@ def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> No
 
     Args:
         parts: of `estimate_memory`.
-        training: `output_dir` must exist.
+        training: names `output_dir`, which need not exist yet.
 
     Raises:
         BadRequest: with both sizes, if it does not.
     """
     if training.save_strategy == SaveStrategy.NO:
         return
-    needed, free = checkpoint_bytes(parts, training), shutil.disk_usage(training.output_dir).free
+    needed, free = checkpoint_bytes(parts, training), shutil.disk_usage(existing_folder(training.output_dir)).free
     if needed <= free:
         return
     alone = needed - parts["optimizer"]
@@ -87,3 +129,13 @@ def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> No
         f"{size_text(free)} free. Make room there, name an output_dir on a larger disk{smaller}, or write "
         "save_strategy no."
     )
+
+
+def check_cache_space(folder: Path, needed: int) -> None:
+    """Make sure that the disk of a cache, which need not exist yet, holds so many bytes. Raises `BadRequest` if not."""
+    free = shutil.disk_usage(existing_folder(folder)).free
+    if needed > free:
+        raise BadRequest(
+            f"The teacher cache would take {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free. Name "
+            "a folder on a larger disk, write teacher_cache_dtype int8, or map fewer layers."
+        )

@@ -17,6 +17,7 @@ import transformers
 
 from .arguments import KavaTrainingArguments
 from .engines import FSDP_CONFIG, is_fsdp_asked
+from .invocation import started_as
 from .redaction import is_secret_name
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "torchao", "safetensors")
@@ -150,14 +151,19 @@ def _command(words: list[str], more: Sequence[str] = ()) -> str:
     """How this process was started, with these words; the precision of `accelerate launch` is one of them."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     asked = [f"--{precision}", "true"] if precision in ("bf16", "fp16") and f"--{precision}" not in words else []
-    return f"{_launcher()} {shlex.join([_script(), *words, *asked, *more])}"
+    return f"{_launcher()} {shlex.join([*started_as(), *words, *asked, *more])}"
 
 
-def _script() -> str:
-    try:
-        return os.path.relpath(sys.argv[0])
-    except ValueError:  # on Windows, from another drive
-        return sys.argv[0]
+def start_command(argv: list[str], processes: int = 1) -> str:
+    """The command that starts a run with so many processes, where this process has not been started as one of them.
+
+    Args:
+        argv: KAVA's own arguments.
+        processes: more than one where this process sees as many GPUs.
+    """
+    alone = "WORLD_SIZE" not in os.environ and processes > 1
+    launcher = f"accelerate launch --num_processes {processes}" if alone else _launcher()
+    return f"{launcher} {shlex.join(['-m', __package__, 'train', *_without_tokens(argv)])}"
 
 
 def _launcher() -> str:

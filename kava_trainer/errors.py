@@ -1,5 +1,6 @@
-"""The two ways a run ends badly, each with its exit code."""
+"""The ways a run ends badly, each with its exit code."""
 
+import signal
 from pickle import UnpicklingError
 
 from .redaction import without_secrets
@@ -31,3 +32,20 @@ class RunFailed(Exception):
     """The request was fine and the run went wrong. The message says what happened and what is left on disk."""
 
     exit_code = 1
+
+
+def exit_code(number: int) -> int:
+    """The exit code a shell expects of a program that a signal ended: 130, 143, 138 for SIGINT, SIGTERM, SIGUSR1."""
+    return 128 + number
+
+
+class Interrupted(BaseException):
+    """A signal has ended what was going on. No `except Exception` holds it up, as with `KeyboardInterrupt`.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number

@@ -4,9 +4,10 @@ import argparse
 import difflib
 import json
 import math
+import shlex
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -19,13 +20,14 @@ from transformers.training_args import OptimizerNames
 
 from .arguments import KavaArguments, KavaTrainingArguments
 from .errors import BadRequest
+from .explaining import short_help
+from .invocation import started_as
 from .redaction import is_secret_name
 from .source_arguments import DataArguments, ModelArguments
 
 LARGEST_WHOLE_NUMBER, LARGEST_NUMBER = 2**32 - 1, 1e30
 """The first is the highest seed there is. Nothing that is counted or weighed here comes near either."""
 
-USAGE = "run_kava.py ARGS.json [--name value ...]"
 _GROUPS = (ModelArguments, DataArguments, KavaTrainingArguments)
 _HINTS = {name: hint for group in _GROUPS for name, hint in get_type_hints(group).items()}
 _NAMES = [f.name for group in _GROUPS for f in fields(group) if f.init]
@@ -52,12 +54,20 @@ _TYPE_WORDS = {
 class _Parser(HfArgumentParser):
     """The command line alone: only what was given, and mistakes raised instead of printed."""
 
+    def add_argument(self, *names: Any, unit: str | None = None, **options: Any) -> argparse.Action:
+        """As any parser's. HfArgumentParser hands over all that a field tells of itself, also its unit."""
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> typing.NoReturn:
         raise BadRequest(f"On the command line: {message}.")
 
+    def format_help(self) -> str:
+        """KAVA's own arguments by group; the default would be hundreds of lines."""
+        return short_help(self.prog)
+
 
 def _build_parser() -> _Parser:
-    parser = _Parser(_GROUPS, prog="run_kava.py", usage=USAGE, allow_abbrev=False)
+    parser = _Parser(_GROUPS, prog=f"python {shlex.join(started_as())}", allow_abbrev=False)
     parser.add_argument("json_file", nargs="?", metavar="ARGS.json", help="Arguments as one JSON object.")
     return parser
 
@@ -69,8 +79,6 @@ def _explicit_arguments(argv: list[str], found: list[str]) -> dict[str, Any]:
     for action in parser._actions:  # argparse has no public way to learn which options were really given
         if action.dest != "help":
             converters.setdefault(action.dest, action.type)  # `--no_x` shares the name of `--x`
-            if action.default not in (None, argparse.SUPPRESS):
-                action.help = f"{action.help or ''} (default: {action.default})".replace("%", "%%")
             action.default, action.required, action.type, action.choices = argparse.SUPPRESS, False, None, None
     namespace, unknown = parser.parse_known_args(argv)
     names = [name.lstrip("-").split("=")[0] for name in unknown if name.startswith("--")]
@@ -210,11 +218,12 @@ def _construct(build: Callable[[], Any], found: list[str]) -> Any:
         return None
 
 
-def parse_arguments(argv: list[str]) -> KavaArguments:
+def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) -> KavaArguments:
     """Read a JSON file of arguments and command-line overrides.
 
     Args:
         argv: the command line without the program: at most one JSON file, then `--name value` pairs, which win.
+        defaults: values of what neither names, as JSON has them.
 
     Returns:
         The checked arguments.
@@ -225,7 +234,7 @@ def parse_arguments(argv: list[str]) -> KavaArguments:
     """
     found: list[str] = []
     given = _explicit_arguments(argv, found)
-    values = {**_read_json(given.pop("json_file", None)), **given}
+    values = {**(defaults or {}), **_read_json(given.pop("json_file", None)), **given}
     found += [_unknown_problem(name) for name in values if name not in _NAMES]
     values = {name: value for name, value in values.items() if name in _NAMES}
     wrong = {name: problem for name, value in values.items() if (problem := _type_problem(name, value))}

@@ -1,11 +1,15 @@
 """One run from arguments to files, stage by stage, with what the user sees of each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
-from .arguments import KavaArguments
+from .arguments import KavaArguments, KavaTrainingArguments
+from .caching import open_cache, read_from_cache, write_cache
 from .capture import context_length
 from .card import local_sources
 from .checkpoint_io import (
@@ -14,6 +18,7 @@ from .checkpoint_io import (
     sweep,
 )
 from .closing import conclude, write_summary
+from .collating import DistillationCollator
 from .console import Console
 from .control import build_control, forget_control, train_control
 from .disk import make_folder, no_empty_folders_if_refused
@@ -27,21 +32,19 @@ from .environment import (
     use_all_cores,
 )
 from .errors import BadRequest, RunFailed, reason_of
-from .evaluation import evaluate_with_answers, first_problems, is_exact_match, longest_answer
+from .evaluation import Evaluation, evaluate_with_answers, first_problems, is_exact_match, longest_answer
 from .fidelity import TeacherFidelity
 from .identity import check_output_dir, check_resumable, data_digest, name_run, run_identity
 from .interruption import tell_interruption, was_interrupted
-from .memory_errors import needs_memory, smaller_batches, smaller_models, smaller_rows
+from .memory_errors import needs_memory, smaller_batches, smaller_models
 from .preparation import (
     Data,
     Models,
     build_trainer,
     check_teacher,
-    fill_cache,
     load_data,
     load_models,
     load_tokenizers,
-    open_cache,
     tell_memory,
 )
 from .publishing import FINAL_PROJECTOR, FINAL_STUDENT
@@ -70,22 +73,35 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         RunFailed: if the training broke.
         Interrupted: if a signal came before the training; there was nothing to save.
     """
+    with attended(), no_empty_folders_if_refused(arguments.training.output_dir, arguments.training.final_dir):
+        return _run(arguments, argv)
+
+
+@contextmanager
+def attended() -> Iterator[None]:
+    """Within the `with` block signals are taken, and memory that runs out is a `RunFailed`."""
     try:
-        with WATCH, no_empty_folders_if_refused(arguments.training.output_dir, arguments.training.final_dir):
-            return _run(arguments, argv)
+        with WATCH:
+            yield
     except torch.OutOfMemoryError as error:  # most stages have a message of their own
         raise RunFailed(
             f"Out of memory ({reason_of(error)}). Let nothing else use the device, or choose smaller models."
         ) from error
 
 
-def _run(arguments: KavaArguments, argv: list[str]) -> int:
-    training = arguments.training
+def open_console(training: KavaTrainingArguments) -> Console:
+    """Where a command prints; the libraries are kept from printing beside it, and all cores are used."""
     console = Console(training.plain_output)
     quieten(shows_bars(training))
     show_progress_bars(shows_bars(training))
     hide_tokens()
     use_all_cores(training)
+    return console
+
+
+def _run(arguments: KavaArguments, argv: list[str]) -> int:
+    training = arguments.training
+    console = open_console(training)
     _prepare_folders(arguments)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
     training.run_name = from_main_process(lambda: name_run(training, resumption.checkpoint))
@@ -115,8 +131,8 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     console.stage("Evaluation")
     _evaluate(console, arguments, models, data, summary, ("teacher", "student_before"))
     if cache is not None:
-        with WATCH.deferred(), needs_memory("while the cache was written", lambda: smaller_rows(arguments)):
-            fill_cache(console, arguments, cache, models, data, trainer)
+        write_cache(console, arguments, cache, models, data, trainer)
+        read_from_cache(console, arguments, cache, models, trainer)
     status = "failed"  # from here on the output folder is this run's, and its summary is written however it ends
     try:
         with WATCH.deferred():
@@ -192,7 +208,12 @@ def _train_and_judge(
 def _prepare_folders(arguments: KavaArguments) -> None:
     for name in ("output_dir", "final_dir"):
         make_folder(name, getattr(arguments.training, name))
-    student = Path(arguments.training.final_dir) / FINAL_STUDENT
+    check_place_of_student(arguments.training)
+
+
+def check_place_of_student(training: KavaTrainingArguments) -> None:
+    """Make sure that nothing is in the place of the finished student. Raises `BadRequest` if a file is."""
+    student = Path(training.final_dir) / FINAL_STUDENT
     if student.exists() and not student.is_dir():
         raise BadRequest(f"{student} is a file, but the student's folder goes there; move it or set final_dir.")
 
@@ -206,29 +227,54 @@ def _evaluate(
     names: tuple[str, ...],
 ) -> None:
     """Measure the teacher or the student on the held-out examples, and print and note the figures."""
-    if data.evaluation is None:
-        return
+    if data.evaluation is not None:
+        problems = first_problems(models.tokenizer, data.evaluation, MOST_SAMPLES)
+        for name, measured in measure(console, arguments, models, data.evaluation, data.collator, names):
+            summary.add_evaluation(name, measured.figures)
+            summary.add_answers(name, problems, measured.answers, is_exact_match)
+
+
+def measure(
+    console: Console,
+    arguments: KavaArguments,
+    models: Models,
+    held_out: Dataset,
+    collator: DistillationCollator,
+    names: tuple[str, ...],
+) -> Iterator[tuple[str, Evaluation]]:
+    """Measure the teacher or the student on held-out examples, and print the figures.
+
+    Args:
+        console: prints.
+        arguments: of the run; they say how much is evaluated at once, and whether answers are generated.
+        models: the pair.
+        held_out: tokenised examples.
+        collator: pads them.
+        names: `teacher` for the teacher, any other name of `WHO` for the student.
+
+    Yields:
+        Each name with its figures and answers.
+    """
     training = arguments.training
     models.student.to(training.device)
-    new_tokens = training.generation_max_new_tokens or 2 * longest_answer(data.evaluation)
+    new_tokens = training.generation_max_new_tokens or 2 * longest_answer(held_out)
     limits = [limit for model in (models.teacher, models.student) if (limit := context_length(model)) is not None]
-    new_tokens = min([new_tokens, *(limit - max(data.evaluation["prompt_length"]) for limit in limits)])
+    new_tokens = min([new_tokens, *(limit - max(held_out["prompt_length"]) for limit in limits)])
     for name in names:
         with needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
             measured = evaluate_with_answers(
                 models.teacher if name == "teacher" else models.student,
                 models.tokenizer,
-                data.evaluation,
-                data.collator,
+                held_out,
+                collator,
                 training.per_device_eval_batch_size,
                 new_tokens if training.evaluate_generation else None,
             )
-        figures, problems = measured.figures, first_problems(models.tokenizer, data.evaluation, MOST_SAMPLES)
-        summary.add_evaluation(name, figures)
-        summary.add_answers(name, problems, measured.answers, is_exact_match)
+        figures = measured.figures
         match = figures["exact_match"]
         shown = "" if match is None else f", exact match {100 * match:.1f} %"
         console.print(f"{WHO[name]}: perplexity {figures['perplexity']:.4g}{shown}")
+        yield name, measured
 
 
 def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summary: RunSummary) -> None:

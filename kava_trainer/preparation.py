@@ -1,13 +1,11 @@
 """What a run needs before its first step: tokenizer, data, models and trainer, and what the user sees of them."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import release_memory
 from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -21,18 +19,17 @@ from .data import Encoded, encode_dataset, load_splits
 from .disk import check_space
 from .errors import BadRequest, reason_of
 from .evaluation import answer_cross_entropy
+from .free_memory import free_memory_bytes
 from .heads import check_head
 from .hub import hub_reason
 from .loading import check_reads, check_tokenizers_agree, load_tokenizer
 from .memory import estimate_memory
 from .optimizers import rounding_problem
 from .pairing import pair_up
-from .stream_cache import announce, fill_from_stream
 from .stream_sources import open_rows
 from .streaming import ExampleStream, first_examples, open_stream
 from .student import load_student
 from .teacher import load_teacher
-from .teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
 from .trainer import KavaTrainer
 from .verdict import TEACHER_AT_CHANCE, few_examples
 
@@ -78,7 +75,7 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
         train, test, total = load_splits(arguments.data)
         console.print(f"Dataset loaded: {total} samples")
         encoded = encode_dataset(train, tokenizer, arguments.data.max_length, "Tokenizing the training data")
-        held_out = test and encode_dataset(test, tokenizer, arguments.data.max_length, "Tokenizing the held-out data")
+        held_out = test and _encode_held_out(arguments, tokenizer, test)
     _tell_encoding(console, "training", encoded, len(train), arguments.data.max_length)
     if held_out:
         _tell_encoding(console, "held-out", held_out, len(test), arguments.data.max_length)
@@ -99,9 +96,31 @@ def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed)
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
-    encoded = encode_dataset(held_out, tokenizer, asked.max_length, "Tokenizing the held-out data")
+    encoded = _encode_held_out(arguments, tokenizer, held_out)
     _tell_encoding(console, "held-out", encoded, len(held_out), asked.max_length)
     return Data(stream, encoded.dataset, DistillationCollator(tokenizer))
+
+
+def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    """The held-out examples alone, as `load_data` has them. Raises `BadRequest` where there are none."""
+    console.stage("Data")
+    asked = arguments.data
+    with arguments.training.main_process_first(desc="loading the data"):
+        test = open_rows(asked)[1] if asked.streaming else load_splits(asked)[1]
+        if not test:
+            raise BadRequest(
+                f"The data set {asked.dataset_name!r} has no held-out examples to measure on; name a "
+                "dataset_test_split, or a data set of more than one example."
+            )
+        held_out = _encode_held_out(arguments, tokenizer, test)
+    _tell_encoding(console, "held-out", held_out, len(test), asked.max_length)
+    if few := few_examples(len(held_out.dataset)):
+        console.warn(few)
+    return held_out.dataset
+
+
+def _encode_held_out(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, test: datasets.Dataset) -> Encoded:
+    return encode_dataset(test, tokenizer, arguments.data.max_length, "Tokenizing the held-out data")
 
 
 def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, max_length: int) -> None:
@@ -125,15 +144,22 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
     total, device = sum(parts.values()), arguments.training.device
     shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
     console.print(f"Memory estimate for training: {size_text(total)} ({shown})")
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    if free is not None and total > free:
-        console.warn(
-            f"That is more than the {size_text(free)} that are free. Lower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps), set gradient_checkpointing, choose teacher_quantization 4bit or a "
-            "teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit."
-        )
+    if device.type == "cuda" and (problem := memory_shortage(total, device)):
+        console.warn(problem)
     check_space(parts, arguments.training)
     return total
+
+
+def memory_shortage(needed: int, device: torch.device) -> str | None:
+    """What to write where a device has not so many bytes free; None where it has."""
+    free = free_memory_bytes(device)
+    if needed <= free:
+        return None
+    return (
+        f"That is more than the {size_text(free)} that are free. Lower per_device_train_batch_size (and raise "
+        "gradient_accumulation_steps), set gradient_checkpointing, choose teacher_quantization 4bit or a "
+        "teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit."
+    )
 
 
 def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Models:
@@ -187,6 +213,23 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     return trainer
 
 
+def check_processes(training: KavaTrainingArguments) -> None:
+    """Make sure that there is a process for each GPU. Raises `BadRequest` if not."""
+    if training.n_gpu > 1:
+        raise BadRequest(
+            f"One process sees {training.n_gpu} GPUs. Start one process for each with "
+            f"accelerate launch --num_processes {training.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_evaluation(training: KavaTrainingArguments, held_out: bool) -> None:
+    """Make sure that there are held-out examples for what was asked for. Raises `BadRequest` if not."""
+    if not held_out and training.eval_strategy != "no":
+        raise BadRequest("eval_strategy asks for evaluation, but there are no held-out examples; write no.")
+    if not held_out and training.run_control:
+        raise BadRequest("run_control compares two students on held-out examples, and there are none; write false.")
+
+
 def build_trainer(console: Console, arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:
     """The trainer of the run, and what the user sees of its loss.
 
@@ -194,15 +237,8 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
         BadRequest: as `make_trainer`, and where the devices or the evaluation do not fit the arguments.
     """
     training = arguments.training
-    if training.n_gpu > 1:
-        raise BadRequest(
-            f"One process sees {training.n_gpu} GPUs. Start one process for each with "
-            f"accelerate launch --num_processes {training.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0."
-        )
-    if data.evaluation is None and training.eval_strategy != "no":
-        raise BadRequest("eval_strategy asks for evaluation, but there are no held-out examples; write no.")
-    if data.evaluation is None and training.run_control:
-        raise BadRequest("run_control compares two students on held-out examples, and there are none; write false.")
+    check_processes(training)
+    check_evaluation(training, data.evaluation is not None)
     trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
     if problem := rounding_problem(training.optim, training.optim_args, trained):
@@ -225,11 +261,22 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
     console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
     if training.mercator_weight > 0:
         console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
-    if training.projector_direction == "teacher_to_student" and config.anchor == "none":
-        console.warn(
-            "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing. Write "
-            "projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out."
-        )
+    if problem := loose_projector(training):
+        console.warn(problem)
+
+
+def loose_projector(training: KavaTrainingArguments) -> str | None:
+    """What to write where nothing holds the projector of the teacher's states; None where something does."""
+    if (
+        not training.aligns
+        or training.projector_direction != "teacher_to_student"
+        or training.projector_anchor != "none"
+    ):
+        return None
+    return (
+        "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing. Write "
+        "projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out."
+    )
 
 
 def check_teacher(
@@ -246,61 +293,3 @@ def check_teacher(
         )
         action = f"went on with a teacher of {loss:.2f} nats on the answers, where chance has {chance:.2f}"
         problems.append({"step": None, "kind": TEACHER_AT_CHANCE, "action": action})
-
-
-def open_cache(arguments: KavaArguments, models: Models, trainer: KavaTrainer) -> TeacherCache | None:
-    """The folder of teacher states, where one is asked for and some term reads the teacher.
-
-    Raises:
-        BadRequest: if it holds something else.
-    """
-    training = arguments.training
-    if training.teacher_cache_dir is None or trainer.teacher is None:
-        return None
-    identity = teacher_identity(arguments.model, models.teacher, trainer.accelerator.mixed_precision)
-    return TeacherCache(training.teacher_cache_dir, identity, trainer.teacher.layers, training.teacher_cache_dtype)
-
-
-def _examples_at_hand(data: Data, trainer: KavaTrainer) -> Sequence[list[int]]:
-    """Token ids of all examples whose states will be read, but for those of a stream."""
-    if not isinstance(data.train, ExampleStream):
-        parts = [data.train] if data.evaluation is None else [data.train, data.evaluation]
-        return datasets.concatenate_datasets([part.select_columns("input_ids") for part in parts])["input_ids"]
-    calibration = trainer.calibration_examples() if trainer.args.calibrates else []
-    return [example["input_ids"] for example in [*calibration, *(data.evaluation or [])]]
-
-
-def fill_cache(
-    console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, data: Data, trainer: KavaTrainer
-) -> None:
-    """Write the states that are missing, let the trainer read them from the cache, and free the teacher's weights.
-
-    Raises:
-        BadRequest: if the cache is broken, or the disk too small for it.
-    """
-    console.stage("Teacher cache")
-    cache.verify()
-    streamed = isinstance(data.train, ExampleStream)
-    examples = _examples_at_hand(data, trainer)
-    missing = cache.missing(examples)
-    tokens = sum(len(examples[i]) for i in missing)
-    size = cache.bytes_for(tokens, hidden_size(models.teacher))
-    layers = ", ".join(map(str, cache.layers))
-    which = "examples beside the stream" if streamed else "examples"
-    console.print(
-        f"{len(missing)} of {len(examples)} {which} are to be written to {cache.folder}: {tokens} tokens, layers "
-        f"{layers}, {cache.dtype}, {size / 1e6:.1f} MB"
-    )
-    training = arguments.training
-    budget = training.max_tokens_per_batch or training.per_device_eval_batch_size * arguments.data.max_length
-    if missing:
-        cache.check_space(size)
-        cache.build(models.teacher, examples, missing, budget, trainer.accelerator.autocast)
-    if streamed:
-        announce(console, cache, data.train, training, hidden_size(models.teacher))
-        written = fill_from_stream(cache, models.teacher, data.train, training, budget, trainer.accelerator.autocast)
-        console.print(f"{written} examples of the stream were missing and have been written.")
-    trainer.read_cache(CachedTeacher(models.teacher, cache.read))
-    release_weights(models.teacher, keep_head=arguments.training.kd_weight > 0)
-    release_memory()
-    console.print("The teacher's states come from there from now on; its weights are freed.")

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Mapping
 
 import torch
 import transformers
@@ -16,11 +17,12 @@ from .summary import RunSummary
 
 WHO = {
     "teacher": "Teacher",
+    "student": "Student",
     "student_before": "Student before",
     "student_after": "Student after",
     "control_sft": "Control (next-token loss alone)",
 }
-"""How the models are called that a run evaluates, by their names in the summary."""
+"""How the models are called that are evaluated: by their names in the summary, and `student` outside of a run."""
 
 
 def show_environment(console: Console, device: torch.device) -> None:
@@ -62,16 +64,25 @@ def tell_alignment(console: Console, metrics: dict[str, float], collapse: str | 
     console.print(f"Alignment: CosSim {metrics['eval_cos_sim']:.4f} {status} ({figures})")
 
 
-def show_verdict(console: Console, summary: RunSummary) -> None:
-    """The measured models side by side, then the verdict in sentences."""
-    console.stage("Verdict")
-    measured = {name: figures for name, figures in summary.content["evaluation"].items() if figures is not None}
-    for name, figures in measured.items():
+def show_figures(console: Console, evaluation: Mapping[str, dict[str, float | None] | None]) -> None:
+    """A line for each model that was measured.
+
+    Args:
+        console: prints.
+        evaluation: figures of `evaluate_model` by the names in `WHO`; None for what was not measured.
+    """
+    for name, figures in ((name, figures) for name, figures in evaluation.items() if figures is not None):
         match = "" if figures["exact_match"] is None else f"   exact match {100 * figures['exact_match']:5.1f} %"
         console.print(
             f"{WHO[name]:<32} perplexity {figures['perplexity']:<9.4g} cross-entropy {figures['cross_entropy']:7.4f}"
             f"{match}"
         )
+
+
+def show_verdict(console: Console, summary: RunSummary) -> None:
+    """The measured models side by side, then the verdict in sentences."""
+    console.stage("Verdict")
+    show_figures(console, summary.content["evaluation"])
     verdict = summary.content["verdict"]
     console.print({True: "Success.", False: "No success.", None: "No verdict."}[verdict["success"]])
     for reason in verdict["reasons"]:

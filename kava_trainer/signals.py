@@ -12,29 +12,13 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from .errors import Interrupted, exit_code
 from .ranks import largest_over_ranks
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 _LAUNCHER_VARIABLES = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
 """Set by `accelerate launch` and `torch.distributed.run`, which do not pass a SIGTERM of their own on."""
-
-
-def exit_code(number: int) -> int:
-    """The exit code a shell expects of a program that a signal ended: 130, 143, 138 for SIGINT, SIGTERM, SIGUSR1."""
-    return 128 + number
-
-
-class Interrupted(BaseException):
-    """A signal has ended what was going on. No `except Exception` holds it up, as with `KeyboardInterrupt`.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class SignalWatch:

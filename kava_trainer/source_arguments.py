@@ -17,9 +17,14 @@ LARGEST_RANK = 2**14
 _STARTS = {"random": "random weights", "teacher_layers": "layers of the teacher"}
 
 
-def help_text(text: str) -> dict[str, str]:
-    """Metadata of an argument: what `--help` says of it."""
-    return {"help": text}
+def help_text(text: str, unit: str | None = None) -> dict[str, str]:
+    """Metadata of an argument: its effect, as `--help` and `explain` tell it.
+
+    Args:
+        text: one or more sentences.
+        unit: what the value counts or is a share of, such as `tokens`; None for a plain number and for no number.
+    """
+    return {"help": text} if unit is None else {"help": text, "unit": unit}
 
 
 @dataclass
@@ -77,7 +82,10 @@ class ModelArguments:
         default=32,
         metadata=help_text("What adapters add is multiplied by lora_alpha / lora_r; twice the rank is usual."),
     )
-    lora_dropout: float = field(default=0.05, metadata=help_text("Dropout before the adapters, from 0 to below 1."))
+    lora_dropout: float = field(
+        default=0.05,
+        metadata=help_text("Dropout before the adapters, from 0 to below 1.", unit="share from 0 to below 1"),
+    )
     lora_target_modules: list[str] | str = field(
         default=ALL_LINEAR,
         metadata=help_text(
@@ -202,11 +210,13 @@ class DataArguments:
         ),
     )
     max_length: int = field(
-        default=512, metadata=help_text("Longest example in tokens; longer ones are cut and counted.")
+        default=512, metadata=help_text("Longest example in tokens; longer ones are cut and counted.", unit="tokens")
     )
-    max_train_samples: int | None = field(default=None, metadata=help_text("Use only the first so many examples."))
+    max_train_samples: int | None = field(
+        default=None, metadata=help_text("Use only the first so many examples.", unit="examples")
+    )
     max_eval_samples: int | None = field(
-        default=None, metadata=help_text("Evaluate on only the first so many examples.")
+        default=None, metadata=help_text("Evaluate on only the first so many examples.", unit="examples")
     )
     streaming: bool = field(
         default=False,
@@ -218,7 +228,8 @@ class DataArguments:
         default=10_000,
         metadata=help_text(
             "Rows of a stream that are mixed with each other, and so many that every process and data worker keeps in "
-            "memory; 0 leaves their order as it is."
+            "memory; 0 leaves their order as it is.",
+            unit="rows",
         ),
     )
 

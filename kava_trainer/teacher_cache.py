@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from .capture import find_decoder, hidden_size, number_of_layers
 from .checkpoint_io import write_atomically
 from .collating import pack_step
+from .disk import check_cache_space
 from .errors import BadRequest, reason_of
 from .heads import vocabulary_logits
 from .loading import model_folder
@@ -134,12 +134,7 @@ class TeacherCache:
 
     def check_space(self, needed: int) -> None:
         """Make sure that the disk holds so many more bytes. Raises `BadRequest` if not."""
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise BadRequest(
-                f"The teacher cache would take {needed / 1e9:.2f} GB in {self.folder}, where {free / 1e9:.2f} GB are "
-                "free. Name a folder on a larger disk, write teacher_cache_dtype int8, or map fewer layers."
-            )
+        check_cache_space(self.folder, needed)
 
     def verify(self) -> None:
         """Compare the checksums of all shards, shared out over the ranks. Raises `BadRequest` for a broken one."""

@@ -1,0 +1,116 @@
+"""Checks of the data: the rows, what becomes of the first of them, what is held out."""
+
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..arguments import KavaArguments
+from ..data import encode_dataset, encode_first, find_format, load_splits
+from ..identity import data_digest
+from ..losses import IGNORED
+from ..preparation import check_evaluation
+from ..stream_sources import open_rows
+from ..streaming import ExampleStream, open_stream
+from ..verdict import few_examples
+from .findings import Checkup
+
+SAMPLE = 1000
+"""Rows of each split that are tokenised; where there are no more, doctor sees exactly what the run will."""
+
+MANY = 0.1
+"""Share of cut or dropped examples from which on it is worth a warning."""
+
+
+@dataclass
+class Examples:
+    """What is known of the data without tokenising all of it."""
+
+    train: Dataset | ExampleStream
+    """Rows as they are, or the stream of examples."""
+    sample: list[dict[str, Any]]
+    """The first training rows as examples that are `answered`."""
+    count: int
+    """Training examples; of a stream those that the run will take."""
+    held_out: int
+
+    def tokens(self) -> int:
+        """About how many tokens all training examples hold, by the mean of the sample."""
+        lengths = [len(example["input_ids"]) for example in self.sample]
+        return round(self.count * sum(lengths) / len(lengths)) if lengths else 0
+
+    def digest(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+        """What tells the examples of the run from others; all of them are tokenised for it, as the run does."""
+        if isinstance(self.train, ExampleStream):
+            return self.train.digest
+        return data_digest(encode_dataset(self.train, tokenizer, max_length, "Tokenizing the training data").dataset)
+
+
+def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Load the data, tokenise the first rows of both splits, and show one of them."""
+    examples, train, held_out = _open(arguments, tokenizer)
+    columns = " + ".join(find_format(train.column_names))
+    streamed = isinstance(examples.train, ExampleStream)
+    rows = "a stream of rows" if streamed else f"{examples.count} rows"
+    checkup.ok(f"{rows} with {columns}; held out: {examples.held_out}.")
+    answered = _check_sample(checkup, train, "training", arguments, tokenizer)
+    if not streamed:
+        examples.count = round(examples.count * len(answered) / min(len(train), SAMPLE))
+    if answered:
+        _show(checkup, answered[0], tokenizer)
+    if held_out:
+        _check_sample(checkup, held_out, "held-out", arguments, tokenizer)
+    check_evaluation(arguments.training, examples.held_out > 0)
+    if not held_out:
+        checkup.warn(
+            "There are no held-out examples, so nothing will be evaluated.",
+            "Name a dataset_test_split, or a data set of more than one example.",
+        )
+    if few := few_examples(examples.held_out):
+        checkup.warn(few, "Hold out 50 examples or more: raise max_eval_samples, or name a larger dataset_test_split.")
+    examples.sample = answered
+    return examples
+
+
+def _open(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Dataset, Dataset | None]:
+    """What is known so far, the rows to train on (of a stream the first ones), and those held out."""
+    asked, training = arguments.data, arguments.training
+    if not asked.streaming:
+        train, held_out, _ = load_splits(asked)
+        return Examples(train, [], len(train), len(held_out or [])), train, held_out
+    rows, held_out = open_rows(asked)
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed)
+    steps = training.max_steps * training.gradient_accumulation_steps * training.world_size
+    count = stream.count_rows(steps * training.per_device_train_batch_size)
+    return Examples(stream, [], count, len(held_out)), rows.first(SAMPLE), held_out
+
+
+def _check_sample(
+    checkup: Checkup, rows: Dataset, which: str, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The first rows that have an answer, tokenised; how many were cut and dropped."""
+    length = arguments.data.max_length
+    sample = encode_first(rows, SAMPLE, tokenizer, length)
+    answered = [example for example in sample if example["answered"]]
+    cut, dropped = sum(example["truncated"] for example in sample), len(sample) - len(answered)
+    text = f"of {len(sample)} {which} examples {cut} are cut to {length} tokens, {dropped} dropped without an answer."
+    if not answered:
+        checkup.warn(f"none of the first {len(sample)} {which} examples has an answer.", "Look at the data's columns.")
+    elif cut > MANY * len(sample):
+        checkup.warn(text, "Raise max_length (and lower per_device_train_batch_size), if whole answers matter.")
+    elif dropped > MANY * len(sample):
+        checkup.warn(text, "Look at the rows without an answer, or raise max_length.")
+    else:
+        checkup.ok(text)
+    return answered
+
+
+def _show(checkup: Checkup, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """One example as the models will see it."""
+    ids, labels = example["input_ids"], example["labels"]
+    answer = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    prompt = ids[: len(ids) - len(answer)]
+    texts = [textwrap.shorten(tokenizer.decode(part), 100, placeholder=" ...") for part in (prompt, answer)]
+    checkup.ok(f"first prompt {texts[0]!r} ({len(prompt)} tokens), answer {texts[1]!r} ({len(answer)} tokens).")
