@@ -16,11 +16,10 @@ from .recipe import recipe_text
 from .redaction import without_secrets
 from .showing import WHO
 from .source_arguments import QUICKSTART
+from .summary import REPORT_PICTURE
 
 PROJECTOR_FOLDER = "projector"
 """Where the projector is in a repository."""
-
-REPORT_PICTURE = "report.png"
 
 _MEASURED = {"perplexity": "Answer perplexity", "exact_match": "Exact match"}
 _SEAL = re.compile(r"\n<!-- written by KAVA, sha256 ([0-9a-f]{64}) -->\n\Z")

@@ -14,4 +14,7 @@ def started_as() -> list[str]:
     """The script and what follows it before KAVA's own arguments: `run_kava.py`, or `-m kava_trainer train`."""
     if is_module(sys.argv[0]):
         return ["-m", __package__, "train"]
-    return [os.path.relpath(sys.argv[0])]
+    try:
+        return [os.path.relpath(sys.argv[0])]
+    except ValueError:  # on Windows, from another drive
+        return [sys.argv[0]]

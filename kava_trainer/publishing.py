@@ -21,7 +21,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from .card import PROJECTOR_FOLDER, REPORT_PICTURE, is_untouched, render_model_card
+from .card import PROJECTOR_FOLDER, is_untouched, render_model_card
 from .checkpoint_io import write_atomically
 from .console import Console, size_text
 from .errors import BadRequest, RunFailed, reason_of
@@ -29,12 +29,12 @@ from .hub import ANSWER_SECONDS, Place, hub_reason, in_time, make_branch, push_c
 from .projector import export_projector_file
 from .recipe import RECIPE_FILE, recipe_text
 from .redaction import without_secrets
-from .summary import SUMMARY_FILE
+from .summary import REPORT_PAGE, REPORT_PICTURE, SUMMARY_FILE
 
 FINAL_STUDENT, FINAL_PROJECTOR = "final_student", "final_projector.pth"
 """The finished student's folder and its projector, in `final_dir`."""
 
-CARD_FILE, REPORT_PAGE = "README.md", "report.html"
+CARD_FILE = "README.md"
 
 STUDENT_SECONDS, SLOWEST_BYTES = 3600, 10**6
 """How long the hub may take for a finished student: an hour, and as long as it takes at so many bytes a second."""

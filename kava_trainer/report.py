@@ -23,8 +23,8 @@ from .figures import (
 from .plots import COLOURS, DASHES, Bars, bars_svg, chart_svg, write_png
 from .redaction import without_secrets
 from .run_folder import RunRecord
+from .summary import REPORT_PAGE, REPORT_PICTURE
 
-REPORT_FILE, PICTURE_FILE = "report.html", "report.png"
 TEMPLATES = Path(__file__).parent / "templates"
 _IN_PICTURE = ("cos_sim", "terms", "margin", "ranks")
 _VERDICT_COLOURS = {"good": "#177245", "bad": "#b42318", "open": "#7a5b00"}
@@ -151,6 +151,6 @@ def write_report(record: RunRecord) -> Path:
     Raises:
         OSError: if they cannot be written.
     """
-    write_text(record.folder / REPORT_FILE, report_page(record))
-    write_atomically(record.folder / PICTURE_FILE, lambda temporary: _write_picture(record, temporary))
-    return record.folder / REPORT_FILE
+    write_text(record.folder / REPORT_PAGE, report_page(record))
+    write_atomically(record.folder / REPORT_PICTURE, lambda temporary: _write_picture(record, temporary))
+    return record.folder / REPORT_PAGE

@@ -19,6 +19,9 @@ SUMMARY_FILE = "run_summary.json"
 HISTORY_FILE = "log_history.json"
 """The list of all log lines of the training, as in `TrainerState.log_history`."""
 
+REPORT_PAGE, REPORT_PICTURE = "report.html", "report.png"
+"""What `report.write_report` makes of the two."""
+
 MOST_SAMPLES = 10
 """Held-out problems whose answers the summary shows."""
 

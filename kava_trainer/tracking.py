@@ -14,10 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .callbacks.guard import GuardedTracker
+from .summary import REPORT_PAGE, REPORT_PICTURE
 from .trainer import KavaTrainer
-
-REPORT_PAGE, REPORT_PICTURE = "report.html", "report.png"
-"""Files of an output folder that trackers are given, where they are there."""
 
 
 @dataclass(frozen=True)
