@@ -10,39 +10,10 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from .engines import device_problem, engine_problems, is_fsdp_asked, sharding_problems
+from .layer_mapping import parse_layer_mapping
 from .optimizers import missing_package
 from .redaction import is_secret_name, keep_secret, without_secrets
 from .source_arguments import DataArguments, ModelArguments, help_text
-
-LayerMapping = Literal["last", "all"] | int | list[tuple[int, int]]
-"""A parsed `layer_mapping`: a whole number k stands for `uniform:k`, a list holds (student, teacher) pairs."""
-
-
-def parse_layer_mapping(text: str) -> LayerMapping:
-    """Read `layer_mapping` without knowing the models.
-
-    Args:
-        text: `last`, `all`, `uniform:k`, or a JSON list of [student layer, teacher layer] pairs, counted from 1.
-
-    Raises:
-        ValueError: if the text is none of these. Layer 0, the embeddings, is never accepted.
-    """
-    if text in ("last", "all"):
-        return text
-    kind, _, count = text.partition(":")
-    if kind == "uniform" and count.isdigit() and int(count) > 0:
-        return int(count)
-    try:
-        pairs = json.loads(text)
-        if pairs and all(len(pair) == 2 and all(type(n) is int and n >= 1 for n in pair) for pair in pairs):
-            return [tuple(pair) for pair in pairs]
-    except (json.JSONDecodeError, TypeError):
-        pass
-    raise ValueError(
-        f"layer_mapping is {text!r}; write last, all, uniform:2 (any number of pairs), or pairs of a student and a "
-        "teacher layer counted from 1, such as [[12, 14], [24, 28]]."
-    )
-
 
 LARGEST_MICRO_BATCH, LARGEST_MLP_RATIO = 2**24, 1024
 """Beyond these no device has the memory, and working out how much is missing would take all of this machine's."""

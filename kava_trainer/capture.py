@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .arguments import parse_layer_mapping
 from .errors import BadRequest
+from .layer_mapping import parse_layer_mapping
 from .packing import packed_arguments
 
 
@@ -30,7 +30,7 @@ def resolve_layer_pairs(mapping: str, student_layers: int, teacher_layers: int) 
     """Turn `layer_mapping` into (student layer, teacher layer) pairs for two models of known depth.
 
     Args:
-        mapping: the argument as the user wrote it, see `arguments.parse_layer_mapping`.
+        mapping: the argument as the user wrote it, see `layer_mapping.parse_layer_mapping`.
         student_layers: number of blocks of the student.
         teacher_layers: number of blocks of the teacher.
 

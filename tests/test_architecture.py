@@ -13,6 +13,7 @@ ORDER = [
         "file_errors",
         "optimizers",
         "engines",
+        "layer_mapping",
         "source_arguments",
         "arguments",
         "explaining",

@@ -27,10 +27,13 @@ SCRIPT = Path(__file__).parent / "signal_run.py"
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "program"),
+    [(signal.SIGINT, 130, ["-m", "kava_trainer", "train"]), (signal.SIGTERM, 143, ["run_kava.py"])],
+)
+def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code, program):
     options = {**SHORT, "max_train_samples": 640, "max_steps": 60, "logging_steps": 2, "output_dir": tmp_path / "out"}
-    command = [sys.executable, "run_kava.py", "training_args/quickstart.json", *words(options)]
+    command = [sys.executable, *program, "training_args/quickstart.json", *words(options)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
     lines = []
     for line in process.stdout:
@@ -46,7 +49,7 @@ def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code):
     assert (summary["status"], summary["global_step"]) == ("interrupted", step)
     assert not (tmp_path / "out" / "final_student").exists()
     argv = shlex.split(resume)
-    assert argv[:2] == ["python", "run_kava.py"]
+    assert argv[: 1 + len(program)] == ["python", *program]
     again = subprocess.run([sys.executable, *argv[1:]], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert again.returncode == 0, again.stderr
     assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{step}'}" in again.stdout
