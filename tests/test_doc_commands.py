@@ -26,7 +26,10 @@ FEWER = [
 ]
 SAME_ELSEWHERE = (README, CHINESE)
 """Documents with no block that quickstart.md has not: a test below holds that."""
-WALKS = [path for path in DOCUMENTS if path not in SAME_ELSEWHERE and any(not b.marks for b in blocks(path))]
+RUN = ("bash", "python", "json")
+WALKS = [
+    path for path in DOCUMENTS if path not in SAME_ELSEWHERE and any(not block.marks for block in blocks(path, *RUN))
+]
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def run_block(block: Block) -> None:
 def test_the_blocks_of_a_document_run_one_after_the_other(desk, capfd, path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*gradient_checkpointing", category=FutureWarning)
-        for block in blocks(path, "bash", "python", "json"):
+        for block in blocks(path, *RUN):
             if not block.marks - {"quickstart"}:
                 run_block(block)
     assert "rounds away" not in capfd.readouterr().out
@@ -131,7 +134,7 @@ def test_both_languages_have_the_same_blocks_in_the_same_order():
 
 
 def test_the_readme_has_no_code_that_the_quickstart_has_not():
-    code = blocks(README, "bash", "python", "json")
+    code = blocks(README, *RUN)
     assert code[0] in blocks(QUICKSTART)
     assert set(code) <= {block for path in DOCUMENTS if path != README for block in blocks(path)}
 
