@@ -22,7 +22,7 @@ README, QUICKSTART, CHINESE, TROUBLESHOOTING = (
 )
 FEWER = [
     *("--max_steps", "1", "--max_train_samples", "64", "--max_eval_samples", "4"),
-    *("--generation_max_new_tokens", "8", "--use_cpu", "true"),
+    *("--evaluate_generation", "false", "--run_control", "false", "--use_cpu", "true"),
 ]
 SAME_ELSEWHERE = (README, CHINESE)
 """Documents with no block that quickstart.md has not: a test below holds that."""
@@ -42,6 +42,10 @@ def desk(tmp_path, monkeypatch):
     return tmp_path
 
 
+PROCESSES = "python -m torch.distributed.run"
+"""Only parsed by default: to start processes takes as long as all the rest. A slow test runs them."""
+
+
 def runner(words: list[str]):
     """What runs a command within the tests, shortened; None for a program that the tests do not have."""
     commands = {
@@ -50,21 +54,13 @@ def runner(words: list[str]):
         "python -m kava_trainer train": lambda rest: cli.main(["train", *rest, *FEWER]),
         "python -m kava_trainer cache": lambda rest: cli.main(["cache", *rest, *FEWER]),
         "python -m kava_trainer": cli.main,
-        "python -m torch.distributed.run": run_processes,
+        PROCESSES: lambda rest: 0 if parse_arguments(rest[rest.index("run_kava.py") + 1 :]) else 1,
     }
     for start, run in commands.items():
         length = len(start.split())
         if words[:length] == start.split():
             return lambda: run(words[length:])
     return None
-
-
-def run_processes(words: list[str]) -> int:
-    command = [sys.executable, "-m", "torch.distributed.run", *words, *FEWER, "--run_control", "false"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    print(result.stdout, result.stderr, file=sys.stderr)
-    return result.returncode
 
 
 def run_block(block: Block) -> None:
@@ -83,7 +79,11 @@ def run_block(block: Block) -> None:
             assert run() == 0, " ".join(words)
 
 
-@pytest.mark.parametrize("path", WALKS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.name == "numbers.md" else path for path in WALKS],
+    ids=lambda path: path.name,
+)
 def test_the_blocks_of_a_document_run_one_after_the_other(desk, capfd, path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*gradient_checkpointing", category=FutureWarning)
@@ -93,11 +93,26 @@ def test_the_blocks_of_a_document_run_one_after_the_other(desk, capfd, path):
     assert "rounds away" not in capfd.readouterr().out
 
 
+def commands_with(part: str) -> list[list[str]]:
+    """The commands that no mark keeps from being run, with a word in them."""
+    found = [words for path in WALKS for block in blocks(path, "bash") if not block.marks for words in block.commands]
+    return [words for words in found if part in words]
+
+
+@pytest.mark.slow
+def test_the_commands_for_several_processes_run(desk):
+    (command,) = commands_with("torch.distributed.run")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, *command[1:], *FEWER]
+    result = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "processes: 2, each with the whole student (DDP)" in result.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["seed_mercator_only", "gsm8k_qwen2.5_8gb"])
 def test_the_recipes_run_whole_as_they_stand_without_torchao(desk, capsys, recipe):
-    commands = [words for path in WALKS for block in blocks(path, "bash") for words in block.commands]
-    (command,) = (words for words in commands if f"training_args/{recipe}.json" in words)
+    (command,) = commands_with(f"training_args/{recipe}.json")
     assert run_kava.main(command[command.index("run_kava.py") + 1 :]) == 0
     shown = capsys.readouterr().out
     assert "rounds away" not in shown
