@@ -11,14 +11,18 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, random_examples, tiny_llama
+from processes import write_problems
+from stream_child import stream_of
 from test_end_to_end import SHORT, words
 from test_trainer import make_trainer
 
 import run_kava
 from kava_trainer import sharing
+from kava_trainer.collating import DistillationCollator
 from kava_trainer.environment import shows_bars
 from kava_trainer.errors import RunFailed
+from kava_trainer.fidelity import read_examples
 from kava_trainer.sharing import own_batches, progress_bar, show_progress_bars
 
 BAR = re.compile(r"([A-Z][\w' -]+): +\d+%\|[^|]*\| *[\d.k]+/([\d.k]+) \[")
@@ -163,3 +167,14 @@ def test_a_training_that_breaks_closes_its_bars(tmp_path, tokenizer, monkeypatch
     with pytest.raises(RunFailed):
         trainer.train()
     assert sys.stderr.getvalue().endswith("\n")
+
+
+def test_reading_a_teacher_and_counting_a_stream_show_bars(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    show_progress_bars(True)
+    examples = random_examples(3)
+    read_examples(tiny_llama(32, 2), [1], examples, DistillationCollator(tokenizer), "Unquantised teacher")
+    assert ("Unquantised teacher", "3") in BAR.findall(sys.stderr.getvalue())
+    stream = stream_of(str(write_problems(tmp_path / "problems.jsonl", 12)), tokenizer, 0)
+    assert stream.count_rows(5) == 5
+    assert re.search(r"Counting the rows of the stream: \d", sys.stderr.getvalue())
