@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from .engines import device_problem, engine_problems, is_fsdp_asked, sharding_problems
 from .optimizers import missing_package
+from .recipes import accelerate_config
 from .redaction import is_secret_name, keep_secret
 from .source_arguments import DataArguments, ModelArguments, help_text
 
@@ -323,7 +324,7 @@ class KavaArguments:
         tokens = max(batch * length, self.training.max_tokens_per_batch)
         found = self.data.stream_problems(self.training)
         if self.model.use_peft and is_fsdp_asked():
-            found.append("use_peft is not supported under FSDP2; start with DDP (training_args/accelerate/ddp.yaml).")
+            found.append(f"use_peft is not supported under FSDP2; start with DDP ({accelerate_config('ddp.yaml')}).")
         if tokens > LARGEST_MICRO_BATCH:
             found.append(
                 f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "

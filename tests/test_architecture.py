@@ -11,6 +11,7 @@ ORDER = [
         "redaction",
         "errors",
         "file_errors",
+        "recipes",
         "optimizers",
         "engines",
         "source_arguments",
