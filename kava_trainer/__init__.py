@@ -7,7 +7,7 @@ command line does not wait for torch and transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from .arguments import KavaTrainingArguments as KavaTrainingArguments

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from .engines import device_problem, engine_problems, is_fsdp_asked, sharding_problems
 from .layer_mapping import parse_layer_mapping
 from .optimizers import missing_package
+from .recipes import accelerate_config
 from .redaction import is_secret_name, keep_secret, without_secrets
 from .source_arguments import DataArguments, ModelArguments, help_text
 
@@ -326,7 +327,7 @@ class KavaArguments:
         tokens = max(batch * length, self.training.max_tokens_per_batch)
         found = self.data.stream_problems(self.training)
         if self.model.use_peft and is_fsdp_asked():
-            found.append("use_peft is not supported under FSDP2; start with DDP (training_args/accelerate/ddp.yaml).")
+            found.append(f"use_peft is not supported under FSDP2; start with DDP ({accelerate_config('ddp.yaml')}).")
         if tokens > LARGEST_MICRO_BATCH:
             found.append(
                 f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType, TracebackType
 
+from . import __version__
 from .errors import BadRequest, Interrupted, RunFailed, exit_code
 from .redaction import without_secrets
 
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kava_trainer", description="Distil a language model.")
+    parser.add_argument("--version", action="version", version=f"kava-trainer {__version__}")
     parts = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in commands.items():
         part = parts.add_parser(name, help=command.HELP, description=command.__doc__)

@@ -7,11 +7,12 @@ import os
 from typing import Any
 
 from .optimizers import TORCHAO_OPTIMIZERS, optimizer_name
+from .recipes import accelerate_config
 
 SHARDING_DEVICES = {"cuda"}
 """Kinds of devices on which KAVA shards where it is asked to."""
 
-FSDP_CONFIG = "training_args/accelerate/fsdp2.yaml"
+FSDP_CONFIG = accelerate_config("fsdp2.yaml")
 
 
 def _is_set(name: str) -> bool:

@@ -15,6 +15,7 @@ import huggingface_hub
 import torch
 import transformers
 
+from . import __version__
 from .arguments import KavaTrainingArguments
 from .engines import FSDP_CONFIG, is_fsdp_asked
 from .invocation import started_as
@@ -44,6 +45,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device_name(device),
+        "kava_trainer": __version__,
         **{package: _version(package) for package in _PACKAGES},
     }
 

@@ -22,6 +22,7 @@ from .arguments import KavaArguments, KavaTrainingArguments
 from .errors import BadRequest
 from .explaining import short_help
 from .invocation import started_as
+from .recipes import find_recipe, recipe_names
 from .redaction import is_secret_name
 from .source_arguments import DataArguments, ModelArguments
 
@@ -109,8 +110,14 @@ def _read_json(path: str | None) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin UTF-8 with a mark
+        file = path if Path(path).is_file() else find_recipe(path) or path
+        text = Path(file).read_text(encoding="utf-8-sig")  # some editors begin UTF-8 with a mark
         content = json.loads(text, object_pairs_hook=members)
+    except FileNotFoundError as error:
+        recipes = ", ".join(recipe_names())
+        raise BadRequest(
+            f"There is no arguments file {path}; write the path of yours, or the name of a recipe: {recipes}."
+        ) from error
     except OSError as error:
         raise BadRequest(f"The arguments file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -222,7 +229,8 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
     """Read a JSON file of arguments and command-line overrides.
 
     Args:
-        argv: the command line without the program: at most one JSON file, then `--name value` pairs, which win.
+        argv: the command line without the program: at most one JSON file, or the name of a recipe, then `--name value`
+            pairs, which win.
         defaults: values of what neither names, as JSON has them.
 
     Returns:

@@ -11,6 +11,7 @@ ORDER = [
         "redaction",
         "errors",
         "file_errors",
+        "recipes",
         "optimizers",
         "engines",
         "layer_mapping",
@@ -139,6 +140,8 @@ def imported(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1]
             module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
             names = [f"{module}.{alias.name}".strip(".") for alias in node.names]
+            if names == ["__version__"]:  # the package defines it before all else
+                continue
             found |= {name for name in names if name in ORDER} or {module}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kava_trainer"):
             raise AssertionError(f"{path} imports its own package by its absolute name")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -160,8 +161,24 @@ def test_wrong_values_are_refused(tmp_path, changes, part):
     assert part in refused(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.json", "training_args/quickstart.json"])
+def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # a folder of the user's hides no recipe
+    assert parse_arguments([name, "--use_cpu"]).training.output_dir == "checkpoints/quickstart"
+
+
+def test_a_file_of_the_users_goes_before_a_recipe_and_a_mistaken_path_starts_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(write(tmp_path, output_dir="mine")).rename("quickstart.json")
+    assert parse_arguments(["quickstart.json"]).training.output_dir == "mine"
+    for path in ("runs/quickstart.json", "../training_args/quickstart.json", "training_args/quick.json"):
+        with pytest.raises(BadRequest, match="There is no arguments file"):
+            parse_arguments([path, "--use_cpu"])
+
+
 def test_a_missing_file_and_broken_json_are_named(tmp_path):
-    with pytest.raises(BadRequest, match=r"gone\.json cannot be read"):
+    with pytest.raises(BadRequest, match=r"There is no arguments file .*gone\.json; .* recipe: gsm8k_.*, quickstart,"):
         parse_arguments([str(tmp_path / "gone.json")])
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(BadRequest, match="not valid JSON"):
