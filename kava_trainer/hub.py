@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.constants import DEFAULT_REVISION
+from huggingface_hub.constants import DEFAULT_REVISION, HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.trainer_utils import HubStrategy
 
 from .arguments import KavaTrainingArguments
@@ -148,6 +149,14 @@ def in_time(work: Callable[[], Any], seconds: float) -> Any:
     return job.result()
 
 
+def show_bars(shown: bool) -> bool:
+    """Turn the bars of the hub's client on or off, where the environment leaves that open; whether they were on."""
+    were_on = not are_progress_bars_disabled()
+    if HF_HUB_DISABLE_PROGRESS_BARS is None and were_on != shown:
+        (enable_progress_bars if shown else disable_progress_bars)()
+    return were_on
+
+
 class CheckpointPusher:
     """Sends checkpoints to the hub in the background. What fails is told and noted, and harms nothing.
 
@@ -164,6 +173,7 @@ class CheckpointPusher:
         self._console = Console(arguments.plain_output)
         self._running: dict[Future, tuple[Path, int]] = {}
         self._told: set[str] = set()
+        self._bars_were_on = show_bars(False)  # a bar of the background would stand among the status lines
 
     def push(self, folder: Path, step: int) -> None:
         """Begin to send a checkpoint, which must be complete."""
@@ -181,6 +191,7 @@ class CheckpointPusher:
         for folder, step in self._running.values():
             self._tell(folder, step, f"the hub has not taken it within {CHECKPOINT_SECONDS:g} seconds")
         self._running.clear()
+        show_bars(self._bars_were_on)
 
     def _note_done(self) -> None:
         """Tell of the failures since the last time, from the thread that trains."""

@@ -13,19 +13,13 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    tqdm,
-    validate_repo_id,
-)
+from huggingface_hub.utils import are_progress_bars_disabled, tqdm, validate_repo_id
 
 from .card import PROJECTOR_FOLDER, is_untouched, render_model_card
 from .checkpoint_io import write_atomically
 from .console import Console, size_text
 from .errors import BadRequest, RunFailed, reason_of
-from .hub import ANSWER_SECONDS, Place, hub_reason, in_time, make_branch, push_command
+from .hub import ANSWER_SECONDS, Place, hub_reason, in_time, make_branch, push_command, show_bars
 from .projector import export_projector_file
 from .recipe import RECIPE_FILE, recipe_text
 from .redaction import without_secrets
@@ -217,16 +211,15 @@ def not_sent(place: Place, student: Path, output_dir: str | Path, error: Excepti
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
     """Show the bars of the hub's client within the `with` block, or do not."""
-    were_disabled = are_progress_bars_disabled()
-    (enable_progress_bars if shown else disable_progress_bars)()
+    were_on = show_bars(shown)
     try:
         yield
     except BaseException:
-        if shown:
+        if not are_progress_bars_disabled():
             print(file=sys.stderr)  # whatever is said next would stand behind a bar that was broken off
         raise
     finally:
-        (disable_progress_bars if were_disabled else enable_progress_bars)()
+        show_bars(were_on)
 
 
 def _check_card(path: Path) -> None:

@@ -17,11 +17,12 @@ from fake_hub import OWNER
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from peft import PeftModel
 from test_end_to_end import QUICKSTART, SHORT, words
+from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_kava
 from kava_trainer import cli, load_projectors, publishing
-from kava_trainer.hub import hub_reason
+from kava_trainer.hub import hub_reason, show_bars
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.quickstart import TEACHER_FOLDER
 
@@ -315,11 +316,22 @@ def test_offline_is_said_in_one_line(unharmed, hub, capsys, monkeypatch):
 
 def test_the_bars_of_the_hub_are_as_they_were(monkeypatch):
     for disabled in (True, False):
-        (publishing.disable_progress_bars if disabled else publishing.enable_progress_bars)()
+        show_bars(not disabled)
         for shown in (True, False):
             with publishing._bars(shown):
                 assert publishing.are_progress_bars_disabled() is not shown
             assert publishing.are_progress_bars_disabled() is disabled
+
+
+def test_checkpoints_are_sent_without_bars_among_the_status_lines(tmp_path, tokenizer, hub, capsys):
+    show_bars(True)
+    settings = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "checkpoint", "hub_model_id": "me/steps"}
+    trainer = make_trainer(tmp_path, tokenizer, push_to_hub=True, hub_token="hf_planted", max_steps=1, **settings)
+    trainer.train()
+    assert trainer.problems == []
+    assert "last-checkpoint/optimizer.pt" in hub.repositories["me/steps"].files()
+    assert "%" not in capsys.readouterr().err
+    assert show_bars(False)
 
 
 def test_reasons_are_those_of_the_cause():
