@@ -17,6 +17,7 @@ MARKS = {
     "needs-hub": "a hub to write to; a fake one is in the hub's own tests",
     "needs-network": "something that is downloaded",
     "needs-model": "a model that is not in the repository",
+    "needs-harness": "lm-evaluation-harness, which the tests do not install",
     "message": "what KAVA says; `...` stands for what differs",
     "output": "what something else prints or writes",
 }
