@@ -85,6 +85,7 @@ def test_the_module_names_itself_in_commands(monkeypatch):
 def test_the_printed_command_resumes_a_launched_run_of_the_module(tmp_path):  # without launcher: test_requests
     options = {**SHORT, "max_train_samples": 640, "max_steps": 40, "logging_steps": 2, "output_dir": tmp_path / "out"}
     options |= {"run_control": "false", "max_length": 128, "evaluate_generation": "false"}
+    options |= {"per_device_train_batch_size": 8}
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     command = [*launcher, "-m", "kava_trainer", "train", RECIPE, *words(options)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
@@ -94,10 +95,10 @@ def test_the_printed_command_resumes_a_launched_run_of_the_module(tmp_path):  # 
         if line.startswith("[Step 0002]"):
             (trainer,) = psutil.Process(process.pid).children()
             trainer.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 1  # that of accelerate for any code but 0
+    assert process.wait(timeout=300) == 1  # that of accelerate for any code but 0
     argv = shlex.split(re.search(r"^Resume with: (.*)$", "".join(lines), re.M).group(1))
     assert argv[:5] == ["accelerate", "launch", "-m", "kava_trainer", "train"]
-    result = subprocess.run([*launcher, *argv[2:]], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    result = subprocess.run([*launcher, *argv[2:]], capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert result.returncode == 0, result.stderr
     assert "Resuming from" in result.stdout
     assert summary_of(tmp_path / "out")["global_step"] == 40

@@ -277,7 +277,12 @@ HUB = {"push_to_hub": True, "hub_model_id": "me/kava", "hub_token": "hf_planted_
             0,
             "Write a hub_model_id that begins with you/ or us/",
         ),
-        (lambda self: time.sleep(30), {}, 2, "push_to_hub false, and send the student afterwards: hf upload me/kava"),
+        (
+            lambda self: time.sleep(30),
+            {},
+            2,
+            "Hub: Write push_to_hub false, and send the student afterwards: python -m",
+        ),
         (None, {"hub_model_id": "a b/c"}, 2, "Write it as owner/name"),
     ],
 )

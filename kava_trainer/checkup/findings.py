@@ -14,7 +14,7 @@ OK, WARNING, PROBLEM, NOT_CHECKED = "OK", "Warning", "Problem", "Not checked"
 _SYMBOLS = {OK: "✅", WARNING: "⚠️", PROBLEM: "❌", NOT_CHECKED: "➖"}
 
 _ADVICE = re.compile(
-    r"(?:; |\. )((?:or )?(?:write|set|name|choose|lower|raise|rename|run|install|start|delete|leave|keep|make|add|use"
+    r"(?:; |\. )(?:or )?((?:write|set|name|choose|lower|raise|rename|run|install|start|delete|leave|keep|make|add|use"
     r"|look|log in|resume|give|divide|shard|let|map|move|download|copy|do one|did you mean)\b.*)$",
     re.IGNORECASE | re.DOTALL,
 )
