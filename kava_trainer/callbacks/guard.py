@@ -1,18 +1,22 @@
 """Trackers that fail: told once, left out from then on, and never the end of a run."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
-from transformers.integrations.integration_utils import default_logdir
+from transformers.integrations import TensorBoardCallback, WandbCallback, get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import default_logdir, rewrite_logs
 
 from ..console import Console
 from ..errors import reason_of
 from ..student import DistillationModel
 
 _EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+
+_OF_A_PAIR = re.compile(r"pair\d+_")
+"""In names of figures of one pair of layers, see `probe.ProbeResult.metrics`."""
 
 Failed = Callable[[int, Exception], None]
 """Is told the step and the error, once."""
@@ -88,11 +92,41 @@ def guard_trackers(
             tracker = next((callback for callback in callbacks if type(callback) is kind), None)
             if tracker is None:
                 continue
+            if isinstance(tracker, WandbCallback):
+                tracker.on_log = _without_summary_of_pairs(tracker.on_log)
             found.append(GuardedTracker(name, tracker, _teller(name, console, problems)))
             if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
                 # It would choose this itself when a training begins; a line before that would go to ./runs.
                 tracker.logging_dir = os.path.join(args.output_dir, default_logdir())
     return found
+
+
+def _without_summary_of_pairs(on_log: Callable[..., None]) -> Callable[..., None]:
+    """Let the figures of single pairs of layers be curves alone.
+
+    With `WANDB_LOG_MODEL` the whole summary becomes a model's metadata, which holds 100 names at most; and where many
+    layers are aligned it would show little else. A pattern would not do: Trainer's own `*` matches as well, and which
+    of the two counts is chance (seen in wandb 0.31.0).
+    """
+    defined: set[tuple[str, str]] = set()
+
+    def call(
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        import wandb
+
+        if wandb.run is not None:
+            for name in filter(_OF_A_PAIR.search, rewrite_logs(logs or {})):
+                if (wandb.run.id, name) not in defined:
+                    wandb.define_metric(name, step_metric="train/global_step", step_sync=True, summary="none")
+                    defined.add((wandb.run.id, name))
+        on_log(args, state, control, logs=logs, **kwargs)
+
+    return call
 
 
 def _teller(name: str, console: Console, problems: list[dict[str, Any]]) -> Failed:
