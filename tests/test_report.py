@@ -72,7 +72,7 @@ def check_page(text, summary):
         read = float(number.replace(",", "")) * {"%": 0.01, "GB": 1e9, "MB": 1e6}.get(unit, 1)
         if re.search(r"min|h", unit):
             continue
-        assert read == pytest.approx(value, rel=0.005, abs=0.00051), place
+        assert read == pytest.approx(value, rel=0.01, abs=0.00051), place
     wanted = {f"final.{name}" for name in summary["final"]} | {f"throughput.{name}" for name in summary["throughput"]}
     wanted |= {f"cos_sim_at.{step}" for step in summary["cos_sim_at"]} | {"global_step", "duration_seconds"}
     wanted |= {
