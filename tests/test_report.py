@@ -73,7 +73,8 @@ def check_page(text, summary):
         read = float(number.replace(",", "")) * scale
         if re.search(r"min|h", unit):
             continue
-        assert read == pytest.approx(value, rel=0.005, abs=0.0051 * scale if scale > 1 else 0.00051), place
+        decimals = len(number.partition(".")[2]) if "e" not in number else 4
+        assert read == pytest.approx(value, rel=0.0005, abs=0.51 * 10**-decimals * scale), place
     wanted = {f"final.{name}" for name in summary["final"]} | {f"throughput.{name}" for name in summary["throughput"]}
     wanted |= {f"cos_sim_at.{step}" for step in summary["cos_sim_at"]} | {"global_step", "duration_seconds"}
     wanted |= {
