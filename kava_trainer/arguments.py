@@ -159,6 +159,13 @@ class KavaTrainingArguments(TrainingArguments):
     enable_jit_checkpoint: bool = field(
         default=False, metadata=help_text("Without effect: KAVA saves on SIGTERM, SIGUSR1 and Ctrl-C in any case.")
     )
+    auto_find_batch_size: bool = field(
+        default=False,
+        metadata=help_text(
+            "Without effect: KAVA does a step that does not fit into memory again in smaller forward passes in any "
+            "case, and the effective batch stays what it is."
+        ),
+    )
     teacher_cache_dir: str | None = field(
         default=None,
         metadata=help_text(
@@ -214,6 +221,8 @@ class KavaTrainingArguments(TrainingArguments):
             found.append(str(error))
         if found:
             raise ValueError("\n".join(found))
+        self.accelerator_config.dispatch_batches = False  # it cuts all tensors to the batch size, answers too
+        self.auto_find_batch_size = False  # it would begin again from the weights reached, with another batch
         self.enable_jit_checkpoint = False  # its handler would take SIGTERM away from KAVA's
         self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.final_dir is None:
@@ -267,6 +276,11 @@ class KavaTrainingArguments(TrainingArguments):
             found.append(f"kd_temperature is {self.kd_temperature}; write a number above 0, such as 1.0.")
         if not 0 <= self.kd_beta <= 1:
             found.append(f"kd_beta is {self.kd_beta}; write a number from 0 to 1.")
+        if self.label_names not in (None, ["labels"]):
+            found.append(
+                f"label_names is {self.label_names}; KAVA reads the column labels alone. Rename the column, and leave "
+                "label_names out."
+            )
         found += [*self._projector_problems(), *self._control_problems()]
         if self.generation_max_new_tokens is not None and self.generation_max_new_tokens < 1:
             found.append(f"generation_max_new_tokens is {self.generation_max_new_tokens}; write 1 or more.")

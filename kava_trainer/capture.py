@@ -169,10 +169,14 @@ class HiddenStateCapture:
         depth = number_of_layers(model)
         inner = [layer for layer in self.layers if layer < depth]
         blocks = find_blocks(model) if inner else []
-        for layer in inner:
-            blocks[layer - 1].register_forward_hook(self._recorder(layer))
+        self._hooks = [blocks[layer - 1].register_forward_hook(self._recorder(layer)) for layer in inner]
         if depth in self.layers:
-            find_decoder(model).register_forward_hook(self._recorder(depth))
+            self._hooks.append(find_decoder(model).register_forward_hook(self._recorder(depth)))
+
+    def remove(self) -> None:
+        """Take the hooks off the model; nothing is captured any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _recorder(self, layer: int):
         def record(module: nn.Module, args: tuple, output: Any) -> None:

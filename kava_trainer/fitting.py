@@ -60,6 +60,11 @@ class FittingTrainer(SavingTrainer):
         self._largest_fitting = 0
         self._done: list[Row] = []
 
+    def forget(self) -> None:
+        """Begin a training without what an earlier one left, such as the means of its last, unfinished steps."""
+        self.train_means = TokenMeans()
+        self.nonfinite = NonfiniteSteps(self.args.device)
+
     def begin_step(self, rows: list[Row]) -> None:
         """Prepare for an optimizer step of these rows on this rank."""
         self._done = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import is_torchao_available
 
 from .errors import BadRequest, reason_of
@@ -78,6 +79,22 @@ def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.
         f"The student's weights are bfloat16, and optim {name} rounds away most updates at a low learning rate. Write "
         f"{REMEDY}, or student_dtype float32 with bf16 true."
     )
+
+
+def check_holds_projectors(optimizer: torch.optim.Optimizer, projectors: nn.Module) -> None:
+    """Make sure that an optimizer that the user made trains the projectors.
+
+    Raises:
+        ValueError: if it holds none of their parameters although they need gradients.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [parameter for parameter in projectors.parameters() if parameter.requires_grad]
+    if trained and not any(id(parameter) in held for parameter in trained):
+        raise ValueError(
+            "The optimizer leaves the projectors out. Make target = build_target(args, student, teacher), pass "
+            'target=target, and add {"params": target.parameters(), "lr": args.projector_learning_rate} to the '
+            "optimizer's groups; or call target.requires_grad_(False), so that they stay as they are."
+        )
 
 
 def settle_torchao(optimizer: torch.optim.Optimizer, device: torch.device, seed: Callable[[], int]) -> None:

@@ -1,12 +1,23 @@
 """A teacher and a student that a trainer is given as plain models: where the states come from, and what is aligned."""
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .adapters import has_adapter
 from .arguments import KavaTrainingArguments
 from .capture import number_of_layers
+from .engines import is_fsdp_asked
 from .targets import HiddenStateTarget, build_target
 from .teacher import OnlineTeacher, TeacherSource
 from .terms import needed_teacher_layers
+
+
+def check_student(student: PreTrainedModel) -> None:
+    """Raise `ValueError` for a student that cannot be trained as it is."""
+    if isinstance(student, PeftModel):
+        raise ValueError("The student is a PeftModel. Give the model itself, with adapters from adapters.add_adapter.")
+    if is_fsdp_asked() and has_adapter(student):
+        raise ValueError("Adapters are not supported under FSDP2; start without it.")
 
 
 def pair_up(

@@ -21,6 +21,11 @@ class ProbingTrainer(SteppingTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.probe: AlignmentProbe | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Also what the probe has shown."""
+        super().forget()
         self.last_probe: ProbeResult | None = None
         self._probed_at = -1
         fading = {"mercator", "mse"} if self.args.alignment_schedule != "constant" else set()

@@ -44,6 +44,7 @@ class SteppingTrainer(FittingTrainer):
         Returns:
             Why there is none although it is wanted, else None.
         """
+        self.packs = False
         if self.args.max_tokens_per_batch == 0:
             return None
         if type(self.data_collator) is not DistillationCollator:
@@ -114,7 +115,7 @@ class SteppingTrainer(FittingTrainer):
             self.train_dataset.note(batch.pop("place"))
 
     def _row_budget(self, batches: list[dict[str, Any]]) -> int:
-        """Tokens of one row; `auto_find_batch_size` and memory that ran out lower it."""
+        """Tokens of one row; memory that ran out lowers it."""
         wanted = self.args.per_device_train_batch_size
         if self.args.max_tokens_per_batch is None:
             budget = self._train_batch_size * max(length for batch in batches for length in batch["lengths"])

@@ -121,6 +121,10 @@ class OnlineTeacher:
         self._depth = max(layers, default=0)
         self._capture = HiddenStateCapture(model, layers)
 
+    def close(self) -> None:
+        """Take the hooks off the model, which stays frozen."""
+        self._capture.remove()
+
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
         """Run the teacher on a batch of `data` and return the wanted states [B, T, d_t] by layer index."""

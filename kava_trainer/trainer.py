@@ -1,20 +1,24 @@
 """`KavaTrainer`: a `transformers.Trainer` whose loss aligns the student's hidden states with a frozen teacher's."""
 
 import math
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
-from .adapters import has_adapter
 from .arguments import KavaTrainingArguments
 from .calibration import calibrate, check_enough_tokens
 from .callbacks.guard import guard_trackers
@@ -22,18 +26,16 @@ from .callbacks.probe import ProbeCallback
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.resume import ResumeCallback
 from .checkpoint_io import TRAINER_STATE_FILE, find_newest_checkpoint
-from .collating import DistillationCollator
+from .collating import DistillationCollator, choose_collator
 from .engines import is_fsdp_asked
-from .errors import RunFailed
-from .fsdp import give_up_whole_weights, is_sharded, whole_state
+from .errors import BadRequest, RunFailed
+from .evaluating import EvaluatingTrainer
+from .fsdp import is_sharded
 from .heads import vocabulary_size
-from .losses import IGNORED
 from .memory_errors import needs_memory
-from .metrics import TokenMeans, perplexity
-from .optimizers import settle_torchao
-from .pairing import pair_up
+from .optimizers import check_holds_projectors, settle_torchao
+from .pairing import check_student, pair_up
 from .probe import choose_examples
-from .probing import ProbingTrainer
 from .signals import WATCH
 from .streaming import ExampleStream
 from .student import DistillationModel
@@ -43,7 +45,7 @@ from .teacher_cache import CachedTeacher
 from .terms import LossTerms
 
 
-class KavaTrainer(ProbingTrainer):
+class KavaTrainer(EvaluatingTrainer):
     """Distils a frozen teacher into a student.
 
     The model that Trainer sees is a `DistillationModel`: student and projectors in one module, so that wrappers,
@@ -52,10 +54,14 @@ class KavaTrainer(ProbingTrainer):
     Args:
         student: the `PreTrainedModel` to train, or its adapters alone where `adapters.add_adapter` gave it any.
         teacher: a model, or another source of the teacher's states; None where no term needs them.
-        target: what is aligned, with its projectors; made as `args` ask where the teacher is a model.
+        target: what is aligned, with its projectors; made as `args` ask where the teacher is a model. Projectors that
+            need no gradient stay as they are.
         args: `KavaTrainingArguments`; their defaults by default.
+        model_init: in place of `student`, a function of nothing or of a trial that makes one. Every `train()` begins
+            with a new student and new projectors then, as `hyperparameter_search` needs.
         kwargs: as for `Trainer`: `train_dataset` and `eval_dataset` with `input_ids` and `labels`, `processing_class`,
-            `data_collator` (a `DistillationCollator` by default), `callbacks`, `optimizers`, `compute_metrics`, ...
+            `data_collator` (a `DistillationCollator` by default), `callbacks`, `compute_metrics`, `optimizers` (which
+            hold the target's parameters too), ...
 
     Raises:
         BadRequest, ValueError: as `pairing.pair_up`, and for a student that cannot be trained as it is.
@@ -63,35 +69,37 @@ class KavaTrainer(ProbingTrainer):
 
     def __init__(
         self,
-        student: PreTrainedModel,
+        student: PreTrainedModel | None = None,
         teacher: PreTrainedModel | TeacherSource | None = None,
         target: HiddenStateTarget | None = None,
         args: KavaTrainingArguments | None = None,
+        *,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
-        if isinstance(student, PeftModel):
-            raise ValueError(
-                "The student is a PeftModel. Give the model itself, with adapters from adapters.add_adapter."
-            )
-        if is_fsdp_asked() and has_adapter(student):
-            raise ValueError("Adapters are not supported under FSDP2; start without it.")
-        teacher, target = pair_up(args, student, teacher, target)
-        if kwargs.get("data_collator") is None and kwargs.get("processing_class") is not None:
-            kwargs["data_collator"] = DistillationCollator(kwargs["processing_class"])
-        target.requires_grad_(args.aligns)
-        if getattr(student, "is_quantized", False):
-            target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
-        super().__init__(model=DistillationModel(student, target), args=args, **kwargs)
-        self.terms = LossTerms(args, target, teacher, vocabulary_size(student), self.accelerator.autocast)
-        self.eval_means = TokenMeans()
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("The loss is the sum of KAVA's terms; leave compute_loss_func out and set their weights.")
+        if model_init is not None and kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError("model_init makes a new student for every training; give optimizer_cls_and_kwargs.")
+        if student is None:
+            student = self._first_student(args, model_init)
+        elif model_init is not None:
+            raise ValueError("Give either a student or model_init, not both.")
+        check_student(student)
+        self._given = (teacher, target if model_init is None else deepcopy(target))
+        source, target = pair_up(args, student, teacher, target)
+        kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
+        super().__init__(model=self._together(args, student, target), args=args, **kwargs)
+        self.model_init = model_init
+        self._set_terms(source)
         self.forget_throughput()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.trackers = guard_trackers(self.callback_handler.callbacks, args, self.console, self.problems)
         self._choose_packing()
-        if isinstance(teacher, CachedTeacher):
-            self.read_cache(teacher)
+        if isinstance(source, CachedTeacher):
+            self.read_cache(source)
         else:
             self.probe = self.make_probe()
         self.add_callback(ResumeCallback(self._restore))
@@ -99,7 +107,54 @@ class KavaTrainer(ProbingTrainer):
         self.add_callback(self.status)
         if args.aligns:
             self.add_callback(ProbeCallback(self.log_first_probe, self.log_probe))
-            self.add_callback(ProjectorSaveCallback(self.try_to_save_projector))
+            self.add_callback(ProjectorSaveCallback(self._save_projector_of_trial))
+
+    def _first_student(
+        self, args: KavaTrainingArguments, model_init: Callable[..., PreTrainedModel] | None
+    ) -> PreTrainedModel:
+        if model_init is None:
+            raise ValueError("Give a student, or model_init, a function that makes one.")
+        self.model_init = model_init
+        set_seed(args.seed)
+        return super().call_model_init()
+
+    @staticmethod
+    def _together(
+        args: KavaTrainingArguments, student: PreTrainedModel, target: HiddenStateTarget
+    ) -> DistillationModel:
+        if not args.aligns:
+            target.requires_grad_(False)
+        if getattr(student, "is_quantized", False):
+            target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
+        return DistillationModel(student, target)
+
+    def _set_terms(self, source: TeacherSource | None) -> None:
+        size = vocabulary_size(self.student)
+        self.terms = LossTerms(self.args, self.target, source, size, lambda: self.accelerator.autocast())
+
+    def call_model_init(self, trial: Any = None) -> DistillationModel:
+        """A new student of `model_init`, beside new projectors, as the trial's arguments ask.
+
+        Trainer calls it when a training begins.
+
+        Raises:
+            BadRequest: if the trial's arguments are not sound, or do not fit the models.
+        """
+        self._hp_search_setup(trial)  # Trainer does so too, but only afterwards
+        if found := self.args.problems():
+            raise BadRequest("\n".join(found))
+        student = super().call_model_init(trial)
+        check_student(student)
+        if isinstance(self.teacher, OnlineTeacher):
+            self.teacher.close()
+        teacher, target = self._given
+        source, target = pair_up(self.args, student, teacher, deepcopy(target))
+        self.model = self.model_wrapped = self._together(self.args, student, target)
+        self._set_terms(source)
+        self._choose_packing()
+        self.probe = self.make_probe()
+        self._make_ready()
+        return self.model
 
     @property
     def teacher(self) -> TeacherSource | None:
@@ -147,28 +202,11 @@ class KavaTrainer(ProbingTrainer):
         Raises:
             BadRequest: as `calibration_examples`.
         """
-        if self.is_fsdp_enabled:  # Trainer leaves the model where it is until it is sharded
+        if not getattr(self.student, "is_quantized", False):  # Trainer has not moved it yet, if it is new or for FSDP
             self.model.to(self.args.device)
         size, fit = self.args.per_device_eval_batch_size, self.args.projector_init == "least_squares"
         examples = self.calibration_examples()
         calibrate(self.model, self.teacher, examples, self.data_collator, size, self._sum_over_ranks, fit)
-
-    def whole_student(self) -> PreTrainedModel:
-        """The student with all its weights on this rank; a copy where they are sharded. Every rank must ask."""
-        if not is_sharded(self.model):
-            return self.student
-        with torch.random.fork_rng([]):  # its first weights are drawn, and overwritten
-            copy = type(self.student)(self.student.config).to(self.student.dtype)
-        copy.load_state_dict(whole_state(self.student, everywhere=True))
-        copy.generation_config = deepcopy(self.student.generation_config)
-        return copy.to(self.args.device)
-
-    def release(self) -> None:
-        """Give the memory of the optimizer and of the wrapped model back; the trainer cannot train any more."""
-        self.optimizer = self.lr_scheduler = None
-        self.model_wrapped = self.model
-        self.accelerator.free_memory()
-        self.model.to("cpu")
 
     def compute_loss(
         self,
@@ -196,7 +234,12 @@ class KavaTrainer(ProbingTrainer):
             loss = loss * self.accelerator.num_processes  # the ranks' gradients will be averaged
         return (loss, {"last_hidden_state": outputs.last_hidden_state}) if return_outputs else loss
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train as `Trainer.train` does, until a signal ends it: then `emergency.received` names it.
 
         The signal handlers in force before are back however the training ends. A checkpoint that is already at the
@@ -204,8 +247,8 @@ class KavaTrainer(ProbingTrainer):
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or True for the newest sound one in `output_dir`, if any.
-            args: as for `Trainer.train`.
-            kwargs: as for `Trainer.train`.
+            trial: of a hyperparameter search.
+            ignore_keys_for_eval: without effect; evaluations give logits alone.
 
         Raises:
             BadRequest: if the checkpoint cannot be loaded or does not fit.
@@ -217,12 +260,11 @@ class KavaTrainer(ProbingTrainer):
             resume_from_checkpoint = str(newest) if newest else None
         self.resumed_from = resume_from_checkpoint or None
         with WATCH, WATCH.deferred(), closing(self.status):
-            return self._train(self.resumed_from, *args, **kwargs)
+            return self._train(self.resumed_from, trial, ignore_keys_for_eval)
 
-    def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def _train(self, resume_from_checkpoint: str | None, *args: Any) -> TrainOutput:
         self.forget_throughput()
-        if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
-            apply_liger_kernel(self.student, self.args.liger_kernel_config)
+        self.forget()
         if resume_from_checkpoint and (state := self.finished_state(resume_from_checkpoint)):
             self._load_from_checkpoint(resume_from_checkpoint)
             self.state = state
@@ -231,13 +273,20 @@ class KavaTrainer(ProbingTrainer):
             if self.args.load_best_model_at_end and best and Path(best).is_dir():
                 self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
-        if self.args.calibrates and not resume_from_checkpoint:
-            with needs_memory("while the projectors were calibrated", self.smaller_evaluation):
-                self.calibrate()
+        if self.model_init is None:  # else there will be another model
+            self._make_ready()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args)
         except torch.OutOfMemoryError as error:  # passes and evaluations have messages of their own
             raise self.out_of_memory_between_passes() from error
+
+    def _make_ready(self) -> None:
+        """What a new model needs before it is trained."""
+        if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
+            apply_liger_kernel(self.student, self.args.liger_kernel_config)
+        if self.args.calibrates and not self.resumed_from:
+            with needs_memory("while the projectors were calibrated", self.smaller_evaluation):
+                self.calibrate()
 
     def _restore(self) -> None:
         if is_fsdp_asked() and not is_sharded(self.model):
@@ -261,8 +310,10 @@ class KavaTrainer(ProbingTrainer):
 
         Raises:
             BadRequest: if the optimizer cannot take a step on this machine.
+            ValueError: if one that was passed in leaves projectors out that are to be trained.
         """
         if self.optimizer is not None:
+            check_holds_projectors(self.optimizer, self.target)
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
         settle_torchao(optimizer, self.args.device, lambda: self.args.seed + self.state.global_step)
@@ -298,62 +349,6 @@ class KavaTrainer(ProbingTrainer):
         rates = [g["lr"] for g in self.optimizer.param_groups if any(id(p) in own for p in g["params"])]
         return float(rates[0]) if rates else 0.0
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Loss on one evaluation batch; also logits at every position and labels where they are asked for.
-
-        Raises:
-            Interrupted: on all ranks, if any has got a signal.
-        """
-        WATCH.check()
-        inputs = self._without_repeated(self._prepare_inputs(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            if prediction_loss_only:
-                return loss, None, None
-            return loss, self.model.head(outputs["last_hidden_state"]), inputs["labels"]
-
-    def _without_repeated(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Take the examples out of every mean that accelerate repeats to give all ranks equally many."""
-        state, rows = self.accelerator.gradient_state, len(inputs["input_ids"])
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        first = self.args.process_index * self.args.eval_batch_size
-        repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
-        counted = inputs["attention_mask"].bool() & ~repeated.unsqueeze(1)
-        ignored = ~counted.flatten()[inputs["answer_index"]]
-        return {
-            **inputs,
-            "counted": counted,
-            "labels": inputs["labels"].masked_fill(~counted, IGNORED),
-            "next_tokens": inputs["next_tokens"].masked_fill(ignored, IGNORED),
-        }
-
-    def evaluation_loop(
-        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
-
-        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it. An
-        evaluation also runs the probe; its figures have the same prefix.
-        """
-        prefix = metric_key_prefix
-        # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.smaller_evaluation):
-            output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
-        means = self.eval_means.drain(self._sum_over_ranks)
-        give_up_whole_weights(self.model)
-        output.metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        if "lm_loss" in means:
-            output.metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
-        if description == "Evaluation" and (probed := self.run_probe()) is not None:
-            self.note_probe(probed)
-            output.metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in output.metrics})
-        return output
+    def _save_projector_of_trial(self, path: Path) -> None:
+        """In a hyperparameter search each trial has a folder of its own, as its checkpoints do."""
+        self.try_to_save_projector(Path(self._get_output_dir(self._trial)) / path.name)

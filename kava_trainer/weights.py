@@ -1,5 +1,6 @@
 """What a trainer of a student beside projectors writes and reads as weights: each of the two by itself."""
 
+from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -83,6 +84,23 @@ class WeightsTrainer(Trainer):
             return None
         tied = getattr(self.student, "all_tied_weights_keys", {})
         return {name: tensor for name, tensor in whole_state(self.student).items() if name not in tied}
+
+    def whole_student(self) -> PreTrainedModel:
+        """The student with all its weights on this rank; a copy where they are sharded. Every rank must ask."""
+        if not is_sharded(self.model):
+            return self.student
+        with torch.random.fork_rng([]):  # its first weights are drawn, and overwritten
+            copy = type(self.student)(self.student.config).to(self.student.dtype)
+        copy.load_state_dict(whole_state(self.student, everywhere=True))
+        copy.generation_config = deepcopy(self.student.generation_config)
+        return copy.to(self.args.device)
+
+    def release(self) -> None:
+        """Give the memory of the optimizer and of the wrapped model back; the trainer cannot train any more."""
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.model.to("cpu")
 
     # The private methods of Trainer that are overridden here were read in transformers 5.23.0 and 5.17.0.
 

@@ -79,6 +79,7 @@ ORDER = [
         "fitting",
         "stepping",
         "probing",
+        "evaluating",
         "memory",
         "fidelity",
         "trainer",
