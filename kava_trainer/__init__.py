@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .arguments import KavaTrainingArguments as KavaTrainingArguments
     from .capture import HiddenStateCapture as HiddenStateCapture
     from .collating import DistillationCollator as DistillationCollator
+    from .final_answer_match import metric_path as metric_path
     from .losses import generalized_jsd_loss as generalized_jsd_loss
     from .losses import mercator_loss as mercator_loss
     from .projector import ElasticBottleneck as ElasticBottleneck
@@ -28,6 +29,7 @@ _HOMES = {
     "arguments": ["KavaTrainingArguments"],
     "capture": ["HiddenStateCapture"],
     "collating": ["DistillationCollator"],
+    "final_answer_match": ["metric_path"],
     "losses": ["generalized_jsd_loss", "mercator_loss"],
     "projector": ["ElasticBottleneck", "ProjectorConfig", "export_projectors", "load_projectors"],
     "targets": ["HiddenStateTarget", "build_target"],

@@ -41,6 +41,7 @@ ORDER = [
     *(
         "quickstart.problems",
         "quickstart",
+        "quickstart.export",
         "data_files",
         "projector",
         "loading",
@@ -58,6 +59,8 @@ ORDER = [
         "stream_sources",
         "streaming",
         "stream_cache",
+        "final_answer_match",
+        "final_answer_match.final_answer_match",
         "evaluation",
         "probe",
     ),

@@ -7,12 +7,11 @@ from datasets import Dataset
 
 from kava_trainer.collating import DistillationCollator
 from kava_trainer.evaluation import (
-    FinalAnswerMatch,
     answer_cross_entropy,
     evaluate_model,
     generate_answers,
-    is_exact_match,
 )
+from kava_trainer.final_answer_match.final_answer_match import FinalAnswerMatch, is_exact_match
 
 
 @pytest.mark.parametrize(
