@@ -5,9 +5,10 @@
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .engines import device_problem, engine_problems, is_fsdp_asked, sharding_problems
 from .layer_mapping import parse_layer_mapping
@@ -37,7 +38,7 @@ class KavaTrainingArguments(TrainingArguments):
     the alignment are what did best without harm to a student trained before, see `docs/effectiveness.md`.
     """
 
-    output_dir: str | None = field(default="checkpoints", metadata=help_text("Where checkpoints and projectors go."))
+    output_dir: str = field(default="checkpoints", metadata=help_text("Where checkpoints and projectors go."))
     per_device_train_batch_size: int = field(
         default=2, metadata=help_text("Examples in one micro-batch on one device.", unit="examples")
     )
@@ -162,8 +163,8 @@ class KavaTrainingArguments(TrainingArguments):
     auto_find_batch_size: bool = field(
         default=False,
         metadata=help_text(
-            "Without effect: KAVA does a step that does not fit into memory again in smaller forward passes in any "
-            "case, and the effective batch stays what it is."
+            "Without effect: a step that does not fit into memory is done again in smaller forward passes, and the "
+            "effective batch stays what it is."
         ),
     )
     teacher_cache_dir: str | None = field(
@@ -215,13 +216,14 @@ class KavaTrainingArguments(TrainingArguments):
             self.report_to = [name.strip() for name in self.report_to.split(",")]
         found = self.problems()
         try:
-            super().__post_init__()
+            super().__post_init__()  # type: ignore[no-untyped-call]
             found += [*filter(None, [device_problem(self.device.type)]), *sharding_problems(self)]
         except (ValueError, ImportError) as error:
             found.append(str(error))
         if found:
             raise ValueError("\n".join(found))
-        self.accelerator_config.dispatch_batches = False  # it cuts all tensors to the batch size, answers too
+        # Else every tensor of an iterable data set's batches is cut to the batch size, the answers too.
+        cast(AcceleratorConfig, self.accelerator_config).dispatch_batches = False
         self.auto_find_batch_size = False  # it would begin again from the weights reached, with another batch
         self.enable_jit_checkpoint = False  # its handler would take SIGTERM away from KAVA's
         self.dataloader_pin_memory &= self.device.type != "cpu"
@@ -238,7 +240,7 @@ class KavaTrainingArguments(TrainingArguments):
         It is what trackers take for the configuration of a run.
         """
         found = {f.name: getattr(part, f.name) for part in getattr(self, "_beside", ()) for f in fields(part)}
-        found |= super().to_dict()
+        found |= super().to_dict()  # type: ignore[no-untyped-call]
         return {name: without_secrets(value) if isinstance(value, str) else value for name, value in found.items()}
 
     @property
@@ -338,7 +340,7 @@ class KavaArguments:
     def problems(self) -> list[str]:
         """One sentence for each mistake that only several arguments together make; empty when there is none."""
         batch, length = self.training.per_device_train_batch_size, self.data.max_length
-        tokens = max(batch * length, self.training.max_tokens_per_batch)
+        tokens = max(batch * length, self.training.max_tokens_per_batch or 0)
         found = self.data.stream_problems(self.training)
         if self.model.use_peft and is_fsdp_asked():
             found.append(f"use_peft is not supported under FSDP2; start with DDP ({accelerate_config('ddp.yaml')}).")

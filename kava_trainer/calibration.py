@@ -5,7 +5,7 @@ and the sums of several ranks add up to those of one.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -35,7 +35,7 @@ class Moments:
 
     def __init__(self, input_size: int, output_size: int, device: torch.device | str = "cpu") -> None:
         self.sizes = (input_size, output_size)
-        self._where = {"dtype": torch.float64, "device": device}
+        self._where: Any = {"dtype": torch.float64, "device": device}
         self._inputs = torch.zeros(input_size + 1, input_size + output_size + 1, **self._where)
         self._squares = torch.zeros(output_size, **self._where)
 
@@ -108,7 +108,7 @@ def calibrate(
     model: DistillationModel,
     teacher: TeacherSource,
     examples: list[dict[str, Any]],
-    collator: Callable[[list], dict],
+    collator: Callable[[list[Any]], dict[str, Any]],
     batch_size: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     least_squares: bool,
@@ -146,7 +146,8 @@ def _sizes(projector: nn.Module) -> tuple[int, int]:
     """Widths in and out of the linear map that is fitted."""
     if isinstance(projector, PrincipalProjection):
         return projector.config.input_size, projector.config.output_size
-    return projector.down.in_features, projector.down.out_features
+    down = cast(ElasticBottleneck, projector).down
+    return down.in_features, down.out_features
 
 
 def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
@@ -180,5 +181,6 @@ def _set(projector: nn.Module, moments: Moments, least_squares: bool) -> None:
         projector.bias.copy_(bias)
     else:
         weight, bias = moments.ridge()
-        projector.down.weight.copy_(weight)
-        projector.down.bias.copy_(bias)
+        down = cast(ElasticBottleneck, projector).down
+        down.weight.copy_(weight)
+        down.bias.copy_(bias)

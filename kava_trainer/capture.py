@@ -5,7 +5,7 @@ the last one is taken *after* the final norm. A hook on the last block would giv
 last layer is read from the output of the decoder itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -168,7 +168,7 @@ class HiddenStateCapture:
         self._states: dict[int, torch.Tensor] | None = None
         depth = number_of_layers(model)
         inner = [layer for layer in self.layers if layer < depth]
-        blocks = find_blocks(model) if inner else []
+        blocks: Sequence[nn.Module] = list(find_blocks(model)) if inner else []
         self._hooks = [blocks[layer - 1].register_forward_hook(self._recorder(layer)) for layer in inner]
         if depth in self.layers:
             self._hooks.append(find_decoder(model).register_forward_hook(self._recorder(depth)))
@@ -178,8 +178,8 @@ class HiddenStateCapture:
         for hook in self._hooks:
             hook.remove()
 
-    def _recorder(self, layer: int):
-        def record(module: nn.Module, args: tuple, output: Any) -> None:
+    def _recorder(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._states is not None:
                 self._states[layer] = _first_tensor(output)
 

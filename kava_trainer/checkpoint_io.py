@@ -57,7 +57,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def discard(path: str | Path) -> None:
     shutil.rmtree(staging_folder(path), ignore_errors=True)
 
 
-def write_folder_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_folder_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder beside `path`, flush it to disk, and swap it into place."""
     try:
         write(stage(path))
@@ -202,7 +202,7 @@ def broken_reason(folder: Path) -> str | None:
     return f"it was saved without {' and '.join(missing)}" if missing else None
 
 
-def unreadable_checkpoint(folder: str | Path | None, error: Exception) -> BadRequest:
+def unreadable_checkpoint(folder: str | Path | None, error: BaseException) -> BadRequest:
     """The error for a checkpoint that is there and cannot be loaded."""
     reason = reason_of(error)
     return BadRequest(
@@ -213,8 +213,8 @@ def unreadable_checkpoint(folder: str | Path | None, error: Exception) -> BadReq
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The `checkpoint-<N>` folders by rising N."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    folders = {path: pattern.fullmatch(path.name) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    return sorted((path for path, match in folders.items() if match), key=lambda path: int(folders[path].group(1)))
+    found = ((pattern.fullmatch(path.name), path) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def rotate(output_dir: str | Path, limit: int | None, keep: Iterable[Path]) -> None:
@@ -246,7 +246,7 @@ class Resumption:
 
 def find_newest_checkpoint(output_dir: str | Path) -> Resumption:
     """The checkpoint with the highest step that is as it was written."""
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for folder in reversed(list_checkpoints(output_dir)):
         reason = broken_reason(folder)
         if reason is None:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -195,11 +195,11 @@ class _Example:
 def _examples(batch: dict[str, Any]) -> list[_Example]:
     """The examples that a batch of `JoiningCollator` holds end to end."""
     tokens = batch["input_ids"].split(batch["lengths"])
-    answers = [batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens")]
+    index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
     states = {layer: part.split(batch["lengths"]) for layer, part in batch.get("teacher_states", {}).items()}
     return [
-        _Example(*parts, {layer: own[i] for layer, own in states.items()})
-        for i, parts in enumerate(zip(tokens, *answers, strict=True))
+        _Example(*parts, teacher_states={layer: own[i] for layer, own in states.items()})
+        for i, parts in enumerate(zip(tokens, index, following, strict=True))
     ]
 
 
@@ -232,7 +232,7 @@ def as_many_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]
     rows = list(rows)
     while len(rows) < count:
         _, place = max((row["input_ids"].numel(), i) for i, row in enumerate(rows) if len(row["packed_lengths"]) > 1)
-        rows[place : place + 1] = halve(rows[place])
+        rows[place : place + 1] = cast(list[dict[str, Any]], halve(rows[place]))
     return rows
 
 

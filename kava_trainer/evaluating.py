@@ -1,6 +1,6 @@
 """Evaluating and predicting: exact token means, logits where they are asked for, and the probe."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,12 @@ class EvaluatingTrainer(ProbingTrainer):
         }
 
     def evaluation_loop(
-        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
 
@@ -70,14 +75,15 @@ class EvaluatingTrainer(ProbingTrainer):
         # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.smaller_evaluation):
-            output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=prefix, **kwargs)
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, prefix)
+        metrics = cast(dict[str, float], output.metrics)
         means = self.eval_means.drain(self._sum_over_ranks)
         give_up_whole_weights(self.model)
-        output.metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
+        metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
-            output.metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
+            metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
         if description == "Evaluation" and (probed := self.run_probe()) is not None:
             self.note_probe(probed)
-            output.metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in output.metrics})
+            metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in metrics})
         return output

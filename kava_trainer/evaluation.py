@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -39,7 +39,7 @@ def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[st
 
 @torch.no_grad()
 def answer_cross_entropy(
-    model: PreTrainedModel, dataset: datasets.Dataset, collator: Callable[[list], dict], batch_size: int
+    model: PreTrainedModel, dataset: datasets.Dataset, collator: Callable[[list[Any]], dict[str, Any]], batch_size: int
 ) -> float:
     """Mean cross-entropy in nats over the answer tokens of a data set, shared out over the ranks.
 
@@ -92,11 +92,11 @@ def generate_answers(
     answers: list[tuple[int, str]] = []
     for rows in own_batches(order, batch_size, "Generating answers"):
         prompts = [torch.tensor(_prompt(dataset[row], tokenizer)) for row in rows]
-        width = {"batch_first": True, "padding_side": "left"}
+        width: Any = {"batch_first": True, "padding_side": "left"}
         input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
         with _own_defaults_off(model):
-            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
+            output = cast(Any, model).generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
         texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
         answers += zip(rows, texts, strict=True)
     model.train(training)
@@ -139,7 +139,7 @@ def evaluate_with_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: datasets.Dataset,
-    collator: Callable[[list], dict],
+    collator: Callable[[list[Any]], dict[str, Any]],
     batch_size: int,
     max_new_tokens: int | None = None,
 ) -> Evaluation:
@@ -176,7 +176,7 @@ def first_problems(tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset
     """`prompt` and `reference` of the first examples of a data set, as text."""
     return [
         {
-            "prompt": tokenizer.decode(row["input_ids"][: row["prompt_length"]], skip_special_tokens=True),
+            "prompt": str(tokenizer.decode(row["input_ids"][: row["prompt_length"]], skip_special_tokens=True)),
             "reference": row["answer_text"],
         }
         for row in dataset.select(range(min(count, len(dataset))))

@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import release_memory
@@ -200,7 +200,10 @@ class FittingTrainer(SavingTrainer):
             RunFailed: after `max_nonfinite_steps` of them in a row.
         """
         finite = torch.stack(
-            [torch.as_tensor(whole(grad_norm), device=self.args.device).isfinite(), self._returned.isfinite()]
+            [
+                torch.as_tensor(whole(torch.as_tensor(grad_norm)), device=self.args.device).isfinite(),
+                self._returned.isfinite(),
+            ]
         )
         flags = torch.stack([~finite.all(), ~finite[1]])
         if self.args.world_size > 1:
@@ -210,7 +213,7 @@ class FittingTrainer(SavingTrainer):
         # A lost step does not count with its other micro-batches or on other ranks either.
         self._tr_loss -= torch.where(flags[1], self._counted, 0)
         if self.accelerator.scaler is None:
-            skip_if(self.optimizer.optimizer, flags[0], list(self.model.parameters()))
+            skip_if(cast(Any, self.optimizer).optimizer, flags[0], list(self.model.parameters()))
         else:  # it looks for itself, and overflows now and then by design
             flags = flags[[1, 1]]
         self.nonfinite.note(self.state.global_step + 1, flags)

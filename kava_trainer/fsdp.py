@@ -5,6 +5,8 @@ by block; those of the root and of the vocabulary head stay whole from a forward
 Read in torch 2.13.0 and accelerate 1.15.0.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -45,4 +47,4 @@ def whole_state(module: nn.Module, everywhere: bool = False) -> dict[str, torch.
         Tensors by name; nothing on the other ranks where they are not asked for.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
-    return get_model_state_dict(module, options=options)
+    return cast(dict[str, torch.Tensor], get_model_state_dict(module, options=options))

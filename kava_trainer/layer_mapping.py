@@ -6,6 +6,8 @@ from typing import Literal
 LayerMapping = Literal["last", "all"] | int | list[tuple[int, int]]
 """A parsed `layer_mapping`: a whole number k stands for `uniform:k`, a list holds (student, teacher) pairs."""
 
+_NAMED: dict[str, LayerMapping] = {"last": "last", "all": "all"}
+
 
 def parse_layer_mapping(text: str) -> LayerMapping:
     """Read `layer_mapping` without knowing the models.
@@ -16,8 +18,8 @@ def parse_layer_mapping(text: str) -> LayerMapping:
     Raises:
         ValueError: if the text is none of these. Layer 0, the embeddings, is never accepted.
     """
-    if text in ("last", "all"):
-        return text
+    if text in _NAMED:
+        return _NAMED[text]
     kind, _, count = text.partition(":")
     if kind == "uniform" and count.isdigit() and int(count) > 0:
         return int(count)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import (
@@ -39,6 +39,11 @@ def model_folder(name: str, role: str) -> Path | None:
     """The local folder that a name means, also `quickstart`; None for a hub id."""
     folder = Path(_locate(name, role))
     return folder if folder.is_dir() else None
+
+
+def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """The same model, moved to a device."""
+    return cast(PreTrainedModel, cast(Any, model).to(device))  # transformers gives `to` a type that fits no device
 
 
 def _load(what: str, name: str, load: Callable[[], T]) -> T:
@@ -160,7 +165,7 @@ def check_tokenizers_agree(teacher: PreTrainedTokenizerBase, student: PreTrained
 
 def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make sure that a model has an embedding for every id of the tokenizer. Raises `BadRequest` if not."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise BadRequest(

@@ -8,7 +8,7 @@ without any unmasked token gives 0 with zero gradients.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +201,7 @@ def sum_in_chunks(
     """
     size = max(1, chunk_bytes // (4 * vocabulary))
     if torch.is_grad_enabled():
-        return _ChunkedSum.apply(function, weights, size, len(rows), *rows, *parameters)
+        return cast(Any, _ChunkedSum).apply(function, weights, size, len(rows), *rows, *parameters)
     sums = torch.stack([function(*chunk) for chunk in _chunks(rows, size)]).sum(dim=0)
     return sums @ weights, sums
 

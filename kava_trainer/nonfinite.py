@@ -21,7 +21,8 @@ def skip_if(optimizer: torch.optim.Optimizer, bad: torch.Tensor, parameters: lis
     """
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
     if getattr(optimizer, "_step_supports_amp_scaling", False) and not sharded:
-        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        flagged: Any = optimizer
+        flagged.grad_scale, flagged.found_inf = None, bad.float()
     elif bad:
         for parameter in parameters:
             parameter.grad = None

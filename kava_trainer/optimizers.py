@@ -118,7 +118,8 @@ def settle_torchao(optimizer: torch.optim.Optimizer, device: torch.device, seed:
     if not kind.__module__.startswith("torchao."):
         return
 
-    optimizer.block_size = int(optimizer.block_size)  # Trainer hands over the text of optim_args (transformers 5.23.0)
+    changed: Any = optimizer
+    changed.block_size = int(changed.block_size)  # Trainer hands over the text of optim_args (transformers 5.23.0)
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
         stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
@@ -126,7 +127,7 @@ def settle_torchao(optimizer: torch.optim.Optimizer, device: torch.device, seed:
             torch.manual_seed(seed())
             return kind.step(self, closure)
 
-    optimizer.step = types.MethodType(step, optimizer)  # a bound method, which schedulers wrap
+    changed.step = types.MethodType(step, optimizer)  # a bound method, which schedulers wrap
     _try_out(optimizer, device, step)
 
 

@@ -5,10 +5,10 @@ whole row under a dense mask would grow with the square of T; here it runs examp
 the examples alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -80,10 +80,11 @@ def packed_attention(
     """
     if packed_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = zip(*(states.split(list(packed_lengths), dim=2) for states in (query, key, value)), strict=True)
+    split = (states.split(list(packed_lengths), dim=2) for states in (query, key, value))
+    parts: Iterable[tuple[torch.Tensor, ...]] = zip(*split, strict=True)
     window = kwargs.get("sliding_window")
     outputs = [
-        sdpa_attention_forward(module, *part, _band(part[0], window), is_causal=True, **kwargs)[0] for part in parts
+        sdpa_attention_forward(module, q, k, v, _band(q, window), is_causal=True, **kwargs)[0] for q, k, v in parts
     ]
     return torch.cat(outputs, dim=1), None
 
@@ -146,7 +147,7 @@ def packing_problem(model: PreTrainedModel) -> str | None:
     """
     training, decoder = model.training, model.get_decoder()
     model.eval()
-    size, device = model.get_input_embeddings().weight.shape[0], model.device
+    size, device = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0], model.device
     first, other, second = (torch.arange(start, start + count) % size for start, count in ((2, 9), (31, 9), (57, 12)))
 
     def states(*examples: torch.Tensor) -> torch.Tensor:
@@ -154,7 +155,7 @@ def packing_problem(model: PreTrainedModel) -> str | None:
         row = torch.cat(examples).unsqueeze(0).to(device)
         return decoder(input_ids=row, **arguments)[0][0, -len(second) :].float()
 
-    problem = "its forward pass does not take what keeps packed examples apart"
+    problem: str | None = "its forward pass does not take what keeps packed examples apart"
     with suppress(TypeError):
         packed, beside_other = states(first, second), states(other, second)
         alone = decoder(input_ids=second.unsqueeze(0).to(device), use_cache=False)[0][0].float()

@@ -7,6 +7,7 @@ from .adapters import has_adapter
 from .arguments import KavaTrainingArguments
 from .capture import number_of_layers
 from .engines import is_fsdp_asked
+from .loading import on_device
 from .targets import HiddenStateTarget, build_target
 from .teacher import OnlineTeacher, TeacherSource
 from .terms import needed_teacher_layers
@@ -49,5 +50,6 @@ def pair_up(
     layers = needed_teacher_layers(args, target, number_of_layers(teacher))
     if not layers:
         return None, target
-    on_device = teacher if getattr(teacher, "is_quantized", False) else teacher.to(args.device)
-    return OnlineTeacher(on_device, layers), target
+    if not getattr(teacher, "is_quantized", False):
+        on_device(teacher, args.device)
+    return OnlineTeacher(teacher, layers), target

@@ -32,8 +32,9 @@ from .environment import (
     use_all_cores,
 )
 from .errors import BadRequest, RunFailed, reason_of
-from .evaluation import Evaluation, evaluate_with_answers, first_problems, is_exact_match, longest_answer
+from .evaluation import Evaluation, evaluate_with_answers, first_problems, longest_answer
 from .fidelity import TeacherFidelity
+from .final_answer_match.final_answer_match import is_exact_match
 from .identity import check_output_dir, check_resumable, data_digest, name_run, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models

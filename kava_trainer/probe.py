@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -102,7 +102,7 @@ class AlignmentProbe:
     def __init__(
         self,
         examples: list[dict[str, Any]],
-        collator: Callable[[list], dict],
+        collator: Callable[[list[Any]], dict[str, Any]],
         batch_size: int,
         gradient_batch_size: int,
     ) -> None:
@@ -134,7 +134,7 @@ class AlignmentProbe:
         for batch in self._batches:
             batch = send_to_device(batch, model.student.device)
             mask = batch["attention_mask"].bool()
-            states = terms.teacher_states(batch)
+            states = cast(dict[int, torch.Tensor], terms.teacher_states(batch))
             output = terms.student_outputs(model, batch, states, None)
             for row, (student, teacher), pair in zip(rows, model.target.pairs, output.pairs, strict=True):
                 compared = (pair.student, pair.target, output.hidden_states[student], states[teacher])

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,9 @@ class PrincipalProjection(nn.Module):
         config: `input_size` and `output_size` of the map.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config = config
@@ -111,7 +114,7 @@ def projector_content(
     """What a projector file holds, see `save_projectors`. Where the weights are sharded every rank has to ask."""
     return {
         "use": use or {},
-        "config": [asdict(projector.config) for projector in projectors],
+        "config": [asdict(_config(projector)) for projector in projectors],
         "state_dict": _on_cpu(projectors),
         "decoders": _on_cpu(decoders) if decoders else {},
     }
@@ -238,7 +241,11 @@ def restore_projectors(
         decoders.load_state_dict(payload["decoders"])
 
 
+def _config(projector: nn.Module) -> ProjectorConfig:
+    return cast(ProjectorConfig, projector.config)
+
+
 def _shape(projector: nn.Module) -> tuple[int, int | None, int, str]:
-    config = projector.config
+    config = _config(projector)
     hidden = projector.up.out_features if isinstance(projector, ElasticBottleneck) else None
     return config.input_size, hidden, config.output_size, config.anchor

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -29,14 +29,14 @@ from .checkpoint_io import (
     write_manifest,
 )
 from .console import Console
-from .errors import BadRequest, RunFailed, reason_of
+from .errors import BadRequest, Interrupted, RunFailed, reason_of
 from .fsdp import own_part
 from .hub import ANSWER_SECONDS, CheckpointPusher, Place, in_time, make_branch, no_repository
 from .progress import read_progress, save_progress
 from .projector import write_projectors
 from .ranks import any_rank
 from .sharing import show_progress_bars
-from .signals import WATCH, Interrupted
+from .signals import WATCH
 from .student import DistillationModel
 from .weights import UNREADABLE, WeightsTrainer
 
@@ -80,7 +80,9 @@ class SavingTrainer(WeightsTrainer):
         def make() -> None:
             super(SavingTrainer, self).init_hf_repo(token, private)
             if self.is_world_process_zero():
-                make_branch(Place(self.hub_model_id, token or self.args.hub_token, revision=self.args.hub_revision))
+                make_branch(
+                    Place(cast(str, self.hub_model_id), token or self.args.hub_token, revision=self.args.hub_revision)
+                )
 
         try:
             in_time(make, ANSWER_SECONDS)
@@ -184,8 +186,9 @@ class SavingTrainer(WeightsTrainer):
             self._save_rng_state(str(folder))
             save_progress(folder, self.args.process_index, self.args.world_size, self.progress_state())
         if self.args.should_save:
-            callbacks = [*self.callback_handler.callbacks, self.control]
-            exported = TrainerState(stateful_callbacks=[c for c in callbacks if isinstance(c, ExportableState)])
+            callbacks: list[Any] = [*self.callback_handler.callbacks, self.control]
+            stateful: list[Any] = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+            exported = TrainerState(stateful_callbacks=stateful)
             self.state.stateful_callbacks = exported.stateful_callbacks
             self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
 
@@ -248,7 +251,7 @@ class SavingTrainer(WeightsTrainer):
 
     # The private methods of Trainer that KAVA overrides are below; all were read in transformers 5.23.0 and 5.17.0.
     # What it calls or reads beside them: the parts of a checkpoint, the best metric and the loss sums above, and
-    # `_prepare_inputs` in `trainer.py`.
+    # `_prepare_inputs` in `evaluating.py`; `_hp_search_setup`, `_trial` and `_get_output_dir` in `trainer.py`.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that is whole or absent, then rotate and send. Trainer would write it in place."""
@@ -265,14 +268,14 @@ class SavingTrainer(WeightsTrainer):
             return
         self._failed_saves = 0
         if self.args.should_save:
-            kept = [folder, *([Path(best)] if (best := self.state.best_model_checkpoint) else [])]
+            kept = [folder, *([Path(found)] if (found := self.state.best_model_checkpoint) else [])]
             self._rotate(run_dir, kept)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As Trainer's; it is the last thing known before the optimizer's step."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         self.before_optimizer_step(grad_norm)
         return grad_norm
 
@@ -307,7 +310,7 @@ class SavingTrainer(WeightsTrainer):
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self._pusher is None:
-            self._pusher = CheckpointPusher(self.hub_model_id, self.args, self.problems)
+            self._pusher = CheckpointPusher(cast(str, self.hub_model_id), self.args, self.problems)
         self._pusher.push(Path(checkpoint_folder), self.state.global_step)
 
     def _finish_current_push(self) -> None:
@@ -321,6 +324,6 @@ class SavingTrainer(WeightsTrainer):
         if self.emergency.received is not None:
             self.state.best_model_checkpoint = None
         try:
-            return super()._finalize_training(*args, **kwargs)
+            return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             self.state.best_model_checkpoint = best

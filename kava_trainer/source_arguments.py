@@ -1,7 +1,7 @@
 """Which teacher, which student, which examples: what a user can ask for, and every check on it that needs no model."""
 
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from .file_errors import missing_path
 
@@ -187,8 +187,8 @@ def _names(value: list[str] | str) -> list[str]:
     return [name.strip() for part in parts for name in part.split(",") if name.strip()]
 
 
-def _default(argument: Field) -> Any:
-    return argument.default_factory() if argument.default is MISSING else argument.default
+def _default(argument: Field[Any]) -> Any:
+    return cast(Any, argument.default_factory)() if argument.default is MISSING else argument.default
 
 
 @dataclass

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ def bytes_per_token(hidden_size: int, layers: int, dtype: str) -> int:
 
 
 def _checksum(tensor: torch.Tensor) -> str:
-    return f"{zlib.crc32(tensor.contiguous().view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(cast(Any, tensor.contiguous().view(torch.uint8).numpy())):08x}"
 
 
 def write_shard(
@@ -192,7 +192,10 @@ class Shards:
         def part(name: str) -> torch.Tensor | None:
             return shard.get_slice(name)[start:end] if name in names else None
 
-        return {layer: decode(part(f"layer_{layer}.values"), part(f"layer_{layer}.scales")) for layer in layers}
+        return {
+            layer: decode(cast(torch.Tensor, part(f"layer_{layer}.values")), part(f"layer_{layer}.scales"))
+            for layer in layers
+        }
 
 
 class ShardWriter:

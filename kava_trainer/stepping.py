@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ class SteppingTrainer(FittingTrainer):
     and the effective batch are what the arguments say. All examples of a step are then dealt out anew, in rows of
     `max_tokens_per_batch` tokens.
     """
+
+    _seen: torch.Tensor
+    _line_began: float | None
 
     packs = False
     """Whether rows are packed."""
@@ -60,9 +63,9 @@ class SteppingTrainer(FittingTrainer):
         self.packs = True
         return None
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's loader of the training examples, which pads or, for packing, only joins them."""
-        padding = self.data_collator
+        padding: Any = self.data_collator
         collator = JoiningCollator(padding.read_states) if self.packs else padding
         if isinstance(self.train_dataset, ExampleStream):
             self.args.ignore_data_skip = True  # the stream itself goes on where it stood
@@ -74,12 +77,12 @@ class SteppingTrainer(FittingTrainer):
         finally:
             self.data_collator = padding
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Trainer's loader, whose workers leave signals to the trainer."""
         return _with_spared_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """Fetch the micro-batches of one optimizer step and count real tokens and answer tokens over all ranks.
 
@@ -112,7 +115,7 @@ class SteppingTrainer(FittingTrainer):
             told = problem or "Another process could not read on in its data."
             raise RunFailed(f"{told} If a file is broken, repair it without changing its size. {self.advice()}")
         for batch in batches:
-            self.train_dataset.note(batch.pop("place"))
+            cast(ExampleStream, self.train_dataset).note(batch.pop("place"))
 
     def _row_budget(self, batches: list[dict[str, Any]]) -> int:
         """Tokens of one row; memory that ran out lowers it."""
@@ -123,9 +126,7 @@ class SteppingTrainer(FittingTrainer):
             budget = self.args.max_tokens_per_batch * self._train_batch_size // wanted
         return min(budget, self.row_limit or budget)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; with packing, of each of its rows.
 
         Args:
@@ -199,7 +200,7 @@ class SteppingTrainer(FittingTrainer):
         return self.accelerator.reduce(sums, reduction="sum")
 
 
-def _with_spared_workers(loader: DataLoader) -> DataLoader:
+def _with_spared_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The loader, with workers that no signal to the process group ends before the trainer has saved."""
     if loader.num_workers > 0:
         loader.worker_init_fn = partial(spare_worker, loader.worker_init_fn)

@@ -76,7 +76,7 @@ def fill_from_stream(
     stream: ExampleStream,
     args: KavaTrainingArguments,
     budget: int,
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> int:
     """Let the teacher read what the training will read and the cache lacks, each rank its own share.
 

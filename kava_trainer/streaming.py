@@ -22,7 +22,7 @@ from .sharing import progress_bar
 from .stream_sources import Rows
 
 
-class ExampleStream(IterableDataset):
+class ExampleStream(IterableDataset[dict[str, Any]]):
     """Tokenised examples without an end: pass after pass over some rows, each in another order.
 
     Iterated by a data loader, it gives the share of this rank and of the loader's worker, from where `place` says.
@@ -48,7 +48,8 @@ class ExampleStream(IterableDataset):
 
     def rewind(self) -> None:
         """Begin with the first example again."""
-        self._turn, self._places = 0, {}
+        self._turn = 0
+        self._places: dict[int, tuple[int, int]] = {}
 
     def state(self) -> dict[str, Any]:
         """Where this rank is: the worker whose batch is next, and of each worker the pass and the rows behind it."""
@@ -169,7 +170,7 @@ def stream_loader(
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
     args: KavaTrainingArguments,
     batch_size: int,
-) -> DataLoader:
+) -> DataLoader[Any]:
     """A loader of a stream's examples for this rank.
 
     accelerate's own would have every rank tokenise the examples of all of them. Its batches never end, so ranks never

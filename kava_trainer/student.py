@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ def student_config(arguments: ModelArguments) -> PreTrainedConfig:
     Raises:
         BadRequest: if it cannot be had, or its weights cannot be quantised as asked, or trained as they are quantised.
     """
-    name = arguments.student_model_name_or_path or arguments.student_config_name
+    name = cast(str, arguments.student_model_name_or_path or arguments.student_config_name)
     config = load_config(name, "student", arguments.student_revision, arguments)
     quantization_config(arguments.student_quantization, "student")  # refused before anything is loaded
     if (method := quantized_by(config)) is None:
@@ -92,7 +92,8 @@ def _load_pretrained(
     arguments: ModelArguments, config: PreTrainedConfig, device: torch.device | str
 ) -> PreTrainedModel:
     """The student with its own weights, quantised as they are or as asked."""
-    name, revision, dtype = arguments.student_model_name_or_path, arguments.student_revision, arguments.student_dtype
+    name = cast(str, arguments.student_model_name_or_path)
+    revision, dtype = arguments.student_revision, arguments.student_dtype
     placement: dict[str, Any] = {}
     if (quantization := quantization_config(arguments.student_quantization, "student")) is not None:
         placement["quantization_config"] = quantization

@@ -125,7 +125,7 @@ class HiddenStateTarget(nn.Module):
         terms = {"mercator": mercator} if "mercator" in names else {}
         if "mse" in names:
             terms["mse"] = mse_per_token(pair.student, pair.target, mask)
-        if "anchor" in names:
+        if "anchor" in names and pair.reconstruction is not None:
             terms["anchor"] = mse_per_token(*pair.reconstruction, mask)
         return Alignment(terms, cosine)
 

@@ -1,7 +1,7 @@
 """The frozen teacher: loading, quantising, and the one interface through which its states are had."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from .capture import HiddenStateCapture, hidden_size, number_of_layers, run_decoder, truncated
 from .errors import BadRequest
 from .heads import vocabulary_logits
-from .loading import load_causal_lm
+from .loading import load_causal_lm, on_device
 from .source_arguments import ModelArguments
 
 _PACKED_OUTPUTS = 32
@@ -75,7 +75,7 @@ def load_teacher(arguments: ModelArguments, device: torch.device) -> PreTrainedM
     if quantization is not None:
         placement = {"quantization_config": quantization, "device_map": {"": str(device)}}
     model = load_causal_lm(
-        arguments.teacher_model_name_or_path,
+        cast(str, arguments.teacher_model_name_or_path),
         "teacher",
         arguments.teacher_revision,
         arguments.teacher_dtype,
@@ -84,7 +84,7 @@ def load_teacher(arguments: ModelArguments, device: torch.device) -> PreTrainedM
     )
     if getattr(model, "is_loaded_in_4bit", False):
         _keep_odd_layers_unpacked(model)
-    return freeze(model if quantization is not None else model.to(device))
+    return freeze(model if quantization is not None else on_device(model, device))
 
 
 def _keep_odd_layers_unpacked(model: PreTrainedModel) -> None:
@@ -98,7 +98,7 @@ def _keep_odd_layers_unpacked(model: PreTrainedModel) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            block = module.weight.quant_state.blocksize
+            block = cast(Any, module.weight).quant_state.blocksize
             if module.out_features % _PACKED_OUTPUTS or module.in_features % block:
                 module.support_avx512bf16_for_cpu = False
 

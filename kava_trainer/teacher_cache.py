@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -61,7 +61,7 @@ def teacher_identity(arguments: ModelArguments, model: PreTrainedModel, mixed_pr
         model: the loaded teacher. A model from the hub knows the commit that it was loaded from.
         mixed_precision: `no`, `bf16` or `fp16`: what autocast computes in.
     """
-    folder = model_folder(arguments.teacher_model_name_or_path, "teacher")
+    folder = model_folder(cast(str, arguments.teacher_model_name_or_path), "teacher")
     return {
         "teacher": arguments.teacher_model_name_or_path,
         "version": weights_digest(folder) if folder else getattr(model.config, "_commit_hash", None),
@@ -147,7 +147,7 @@ class TeacherCache:
         examples: Sequence[Sequence[int]],
         missing: Sequence[int],
         budget: int,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Let the teacher read what is missing, shared out over the ranks, and write its states.
 
@@ -179,7 +179,7 @@ class TeacherCache:
         model: PreTrainedModel,
         examples: Iterable[Sequence[int]],
         budget: int,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> int:
         """Let the teacher read those of this rank's examples that are not there yet, however many come.
 
@@ -218,7 +218,7 @@ class TeacherCache:
         examples: Iterator[Sequence[int]],
         tokens: int | None,
         budget: int,
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         """Write this rank's examples, then read again what all ranks have written.
 
@@ -263,7 +263,7 @@ def _shown(paths: Sequence[Path], description: str, unit: str) -> Iterator[Path]
             bar.update()
 
 
-def _rows(examples: list[list[int]], budget: int, packed: bool) -> Iterator[dict[str, Any]]:
+def _rows(examples: list[Sequence[int]], budget: int, packed: bool) -> Iterator[dict[str, Any]]:
     """What the teacher reads at once: packed rows, or batches of examples of like lengths, padded."""
     if packed:
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -289,7 +289,8 @@ def _examples(
     """Token ids and states [T, d_t] by layer of each example that the teacher read at once."""
     if "packed_lengths" in row:
         tokens = row["input_ids"][0].split(row["packed_lengths"])
-        parts = zip(*(part[0].split(row["packed_lengths"]) for part in states.values()), strict=True)
+        split = (part[0].split(row["packed_lengths"]) for part in states.values())
+        parts: Iterable[Sequence[torch.Tensor]] = zip(*split, strict=True)
     else:
         lengths = row["attention_mask"].sum(dim=1).tolist()
         tokens = [ids[:length] for ids, length in zip(row["input_ids"], lengths, strict=True)]

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from .arguments import KavaTrainingArguments
 from .losses import (
@@ -17,7 +18,7 @@ from .losses import (
     token_sum,
 )
 from .metrics import TokenMeans
-from .student import DistillationModel, Head, LogitsTerms, StudentOutput
+from .student import Head, LogitsTerms, StudentOutput
 from .targets import HiddenStateTarget
 from .teacher import TeacherSource
 
@@ -66,7 +67,7 @@ class LossTerms:
         target: HiddenStateTarget,
         teacher: TeacherSource | None,
         vocabulary: int,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.args, self.target, self.teacher, self.autocast = args, target, teacher, autocast
         self._vocabulary = vocabulary
@@ -83,6 +84,11 @@ class LossTerms:
     def names(self) -> list[str]:
         """The terms that are computed."""
         return list(self._weights)
+
+    @property
+    def _source(self) -> TeacherSource:
+        """The teacher, where a term is known to need it."""
+        return cast(TeacherSource, self.teacher)
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term when the share `progress` of the training is done.
@@ -101,7 +107,7 @@ class LossTerms:
 
     def student_outputs(
         self,
-        model: DistillationModel,
+        model: nn.Module,
         inputs: Mapping[str, Any],
         teacher_states: dict[int, torch.Tensor] | None,
         weights: dict[str, float] | None,
@@ -146,14 +152,15 @@ class LossTerms:
                 logits = head(states)
                 found = {"lm": next_token_sum(logits, targets, smoothing)} if "lm" in names else {}
                 if "kd" in names:
-                    size, reference = self._teacher_logits(*teacher, logits.shape[-1])
+                    size, reference = self._teacher_logits(teacher[0], logits.shape[-1])
                     divergence = generalized_jsd_per_token(logits[:, :size], reference, temperature, beta)
                     found["kd"] = token_sum(divergence, targets != IGNORED)
                 return torch.stack([found[name] for name in names])
 
             rows = [last_state.flatten(0, 1)[index], targets]
             if "kd" in names:
-                rows.append(teacher_states[self.teacher.num_layers].flatten(0, 1)[index])
+                states = cast(dict[int, torch.Tensor], teacher_states)[self._source.num_layers]
+                rows.append(states.flatten(0, 1)[index])
             mixture = torch.tensor([weights.get(name, 0.0) for name in names]).to(last_state.device, non_blocking=True)
             total, sums = sum_in_chunks(chunk, tuple(rows), mixture, parameters, self._vocabulary)
             return total, dict(zip(names, sums, strict=True))
@@ -164,7 +171,7 @@ class LossTerms:
     def _teacher_logits(self, states: torch.Tensor, size: int) -> tuple[int, torch.Tensor]:
         """The teacher's logits [n, s] and s: embeddings padded to a round number have a common first part."""
         with self.autocast():
-            logits = self.teacher.head(states)
+            logits = self._source.head(states)
         size = min(size, logits.shape[-1])
         return size, logits[:, :size]
 

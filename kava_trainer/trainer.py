@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ class KavaTrainer(EvaluatingTrainer):
         source, target = pair_up(args, student, teacher, target)
         kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
         super().__init__(model=self._together(args, student, target), args=args, **kwargs)
-        self.model_init = model_init
+        self.model_init = cast(Any, model_init)
         self._set_terms(source)
         self.forget_throughput()
         for callback in (ProgressCallback, PrinterCallback):
@@ -116,7 +116,7 @@ class KavaTrainer(EvaluatingTrainer):
             raise ValueError("Give a student, or model_init, a function that makes one.")
         self.model_init = model_init
         set_seed(args.seed)
-        return super().call_model_init()
+        return cast(PreTrainedModel, super().call_model_init())
 
     @staticmethod
     def _together(
@@ -143,7 +143,7 @@ class KavaTrainer(EvaluatingTrainer):
         self._hp_search_setup(trial)  # Trainer does so too, but only afterwards
         if found := self.args.problems():
             raise BadRequest("\n".join(found))
-        student = super().call_model_init(trial)
+        student = cast(PreTrainedModel, super().call_model_init(trial))
         check_student(student)
         if isinstance(self.teacher, OnlineTeacher):
             self.teacher.close()
@@ -187,7 +187,7 @@ class KavaTrainer(EvaluatingTrainer):
         Raises:
             BadRequest: if they hold too few tokens for a fit.
         """
-        data = self.train_dataset
+        data: Any = self.train_dataset
         if isinstance(data, ExampleStream):
             data = data.one_pass()
         elif hasattr(data, "shuffle"):
@@ -206,14 +206,16 @@ class KavaTrainer(EvaluatingTrainer):
             self.model.to(self.args.device)
         size, fit = self.args.per_device_eval_batch_size, self.args.projector_init == "least_squares"
         examples = self.calibration_examples()
-        calibrate(self.model, self.teacher, examples, self.data_collator, size, self._sum_over_ranks, fit)
+        calibrate(
+            self.model, cast(TeacherSource, self.teacher), examples, self.data_collator, size, self._sum_over_ranks, fit
+        )
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: Any = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum of the loss terms on one micro-batch.
 
@@ -346,7 +348,8 @@ class KavaTrainer(EvaluatingTrainer):
 
     def _projector_learning_rate(self) -> float:
         own = {id(parameter) for parameter in self.target.parameters()}
-        rates = [g["lr"] for g in self.optimizer.param_groups if any(id(p) in own for p in g["params"])]
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        rates = [g["lr"] for g in groups if any(id(p) in own for p in g["params"])]
         return float(rates[0]) if rates else 0.0
 
     def _save_projector_of_trial(self, path: Path) -> None:

@@ -3,7 +3,7 @@
 from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,7 @@ from .adapters import has_adapter
 from .arguments import KavaTrainingArguments
 from .checkpoint_io import PROJECTOR_FILE, unreadable_checkpoint
 from .fsdp import is_sharded, whole_state
+from .loading import on_device
 from .projector import projector_content, restore_projectors, write_projectors
 from .student import DistillationModel
 from .targets import HiddenStateTarget
@@ -90,10 +91,11 @@ class WeightsTrainer(Trainer):
         if not is_sharded(self.model):
             return self.student
         with torch.random.fork_rng([]):  # its first weights are drawn, and overwritten
-            copy = type(self.student)(self.student.config).to(self.student.dtype)
+            copy: Any = type(self.student)(self.student.config)
+            copy = copy.to(self.student.dtype)
         copy.load_state_dict(whole_state(self.student, everywhere=True))
         copy.generation_config = deepcopy(self.student.generation_config)
-        return copy.to(self.args.device)
+        return on_device(copy, self.args.device)
 
     def release(self) -> None:
         """Give the memory of the optimizer and of the wrapped model back; the trainer cannot train any more."""
@@ -122,7 +124,7 @@ class WeightsTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = load_adapter if has_adapter(self.student) else super()._load_from_checkpoint
         try:
-            load(resume_from_checkpoint, self.model if self.is_fsdp_enabled else self.student)
+            load(resume_from_checkpoint, cast(PreTrainedModel, self.model if self.is_fsdp_enabled else self.student))
         except UNREADABLE as error:
             raise unreadable_checkpoint(resume_from_checkpoint, error) from error
         if not self.is_fsdp_enabled:  # there the projectors are in the weights that have just been loaded
@@ -130,4 +132,4 @@ class WeightsTrainer(Trainer):
             restore_projectors(self.target.projectors, file, self.target.use, self.target.decoders)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))

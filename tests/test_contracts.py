@@ -299,6 +299,7 @@ def test_data_may_come_one_example_after_another(tmp_path, tokenizer, kind, budg
     assert trainer.evaluate()["eval_lm_loss"] == pytest.approx(usual.evaluate()["eval_lm_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same(tmp_path, tokenizer):
     usual, compiled = (
         trained(make(tmp_path, tokenizer, {"eval_dataset": None}, layer_mapping="uniform:2", **settings))

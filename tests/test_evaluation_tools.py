@@ -47,8 +47,8 @@ def test_the_held_out_problems_are_written_as_they_are_evaluated(capsys):
 
 def test_the_tasks_read_what_the_export_writes():
     task = yaml.safe_load((TASKS / "kava_quickstart.yaml").read_text())
-    assert f"> {task['dataset_kwargs']['data_files']['test']}\n" in block("bash harness")
-    assert f"--tasks {task['task']} " in block("bash harness")
+    assert f"> {task['dataset_kwargs']['data_files']['test']}\n" in block("bash needs-harness")
+    assert f"--tasks {task['task']} " in block("bash needs-harness")
     problem = generate_problems(1, "test")[0]
     found = re.search(task["filter_list"][0]["filter"][0]["regex_pattern"], problem["answer"])
     assert found[1] == problem["answer"].split("####")[1].strip()
@@ -69,7 +69,7 @@ def test_the_harness_runs_the_documented_command(tmp_path):
         "lm_eval --model": f"{sys.executable} -m lm_eval --output_path results --model",
         "python -m kava": f"{sys.executable} -m kava",
     }
-    command = block("bash harness")
+    command = block("bash needs-harness")
     for old, new in changes.items():
         assert old in command
         command = command.replace(old, new)

@@ -1,7 +1,13 @@
 """KAVA as a library: what it offers by name, and a `KavaTrainer` made of plain models."""
 
+import logging
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import warnings
 
 import pytest
 import torch
@@ -10,7 +16,18 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import kava_trainer
-from kava_trainer import DistillationCollator, KavaTrainer, KavaTrainingArguments, OnlineTeacher, build_target
+from kava_trainer import (
+    DistillationCollator,
+    ElasticBottleneck,
+    HiddenStateCapture,
+    KavaTrainer,
+    KavaTrainingArguments,
+    OnlineTeacher,
+    ProjectorConfig,
+    build_target,
+    generalized_jsd_loss,
+    mercator_loss,
+)
 
 
 @pytest.mark.parametrize("name", kava_trainer.__all__)
@@ -100,3 +117,69 @@ def test_the_users_own_collator_callback_and_optimizer_are_used(tmp_path, tokeni
     assert trainer.optimizer.optimizer is optimizer
     assert calls
     assert order.events == ["begin", "step", "log", "step", "log", "end"]
+
+
+def test_losses_and_capture_do_without_the_trainer():
+    teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1).eval()
+    student = tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2)
+    projector = ElasticBottleneck(ProjectorConfig(STUDENT_SIZE, TEACHER_SIZE))
+    optimizer = torch.optim.Adam([*student.parameters(), *projector.parameters()], lr=1e-2)
+    of_teacher, of_student = HiddenStateCapture(teacher, [TEACHER_LAYERS]), HiddenStateCapture(student, [1, 2])
+    batch = {"input_ids": torch.randint(1, 512, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    batch["attention_mask"][1, 5:] = 0
+    mask, losses = batch["attention_mask"].bool(), []
+    for _ in range(20):
+        with of_student as states:
+            logits = student(**batch).logits
+        with torch.no_grad(), of_teacher as targets:
+            reference = teacher(**batch).logits
+        aligned = mercator_loss(projector(states[STUDENT_LAYERS]), targets[TEACHER_LAYERS], mask)
+        loss = aligned + generalized_jsd_loss(logits, reference, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(aligned.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    of_student.remove()
+    with of_student as states:
+        student(**batch)
+    assert states == {}
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+def state_of_the_process():
+    """What a cell of a notebook must leave as it was for the cells after it."""
+    loggers = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
+    return {
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "threads": (torch.get_num_threads(), threading.active_count()),
+        "loggers": {
+            name: level for name, level in loggers.items() if name.split(".")[0] in ("transformers", "datasets")
+        },
+        "root": (logging.root.level, list(logging.root.handlers)),
+        "filters": len(warnings.filters),
+        "streams": (sys.stdout, sys.stderr, sys.excepthook),
+        "folder": os.getcwd(),
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "environment": dict(os.environ),
+    }
+
+
+def test_a_cell_of_a_notebook_runs_twice_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kava_trainer").symlink_to(ROOT / "kava_trainer")
+    (cell,) = re.findall(
+        r"^```python\n([^`]*KavaTrainer\([^`]*)^```", (ROOT / "docs" / "quickstart.md").read_text(), re.M
+    )
+    cell = cell.replace("max_steps=20", "max_steps=2")
+    notebook, losses, states = {}, [], []
+    for _ in range(3):  # the first time much is imported
+        exec(compile(cell, "cell", "exec"), notebook)
+        losses.append([line["loss"] for line in notebook["trainer"].state.log_history if "loss" in line])
+        states.append(state_of_the_process())
+    assert losses[0]
+    assert states[1] == states[2]
+    assert states[0]["signals"] == states[1]["signals"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -60,4 +60,4 @@ class EmergencyCheckpointCallback(TrainerCallback):
         if self.received is None and (number := WATCH.agree()) is not None:
             self.received, control.should_training_stop = number, True
         if self.received is not None:
-            self._save_projector(Path(args.output_dir) / EMERGENCY_PROJECTOR)
+            self._save_projector(Path(cast(str, args.output_dir)) / EMERGENCY_PROJECTOR)

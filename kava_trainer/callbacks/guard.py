@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback, get_reporting_integration_callbacks
@@ -87,17 +87,17 @@ def guard_trackers(
         problems: takes a note of it.
     """
     found = []
-    for name in args.report_to:
+    for name in args.report_to or []:
         for kind in get_reporting_integration_callbacks([name]):
             tracker = next((callback for callback in callbacks if type(callback) is kind), None)
             if tracker is None:
                 continue
             if isinstance(tracker, WandbCallback):
-                tracker.on_log = _without_summary_of_pairs(tracker.on_log)
+                cast(Any, tracker).on_log = _without_summary_of_pairs(tracker.on_log)
             found.append(GuardedTracker(name, tracker, _teller(name, console, problems)))
             if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
                 # It would choose this itself when a training begins; a line before that would go to ./runs.
-                tracker.logging_dir = os.path.join(args.output_dir, default_logdir())
+                tracker.logging_dir = os.path.join(cast(str, args.output_dir), default_logdir())
     return found
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,4 +19,4 @@ class ProjectorSaveCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the projectors as they are after this step."""
-        self._save_projector(Path(args.output_dir) / f"proj_step_{state.global_step}.pth")
+        self._save_projector(Path(cast(str, args.output_dir)) / f"proj_step_{state.global_step}.pth")
