@@ -90,8 +90,8 @@ def _draw(axes: Axes, chart: Chart) -> None:
     if chart.guide is not None:
         value, word = chart.guide
         axes.axhline(value, color=INKS["quiet"], linewidth=1, linestyle=(0, (2, 2)))
-        starts = [curve.points[0][1] for curve in chart.curves if curve.points]
-        x, side = (0.005, "left") if value > 2 * max(starts) else (1, "right")  # where the curves are not
+        low, high = axes.get_ylim()
+        x, side = (0.005, "left") if 2 * value > low + high else (1, "right")  # away from curves that rise
         place = axes.get_yaxis_transform()
         axes.text(x, value, word, color=INKS["quiet"], size=10, ha=side, va="bottom", transform=place)
 
