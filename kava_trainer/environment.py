@@ -118,12 +118,14 @@ def _without_tokens(argv: list[str]) -> list[str]:
 
 
 def run_command(argv: list[str]) -> str:
-    """The command that this process was started with, in one line, with a placeholder in place of each token.
+    """The command that starts this run, in one line, with a placeholder in place of each token.
+
+    Of a run that was resumed it is the command without the checkpoint: nobody else has that.
 
     Args:
         argv: the command line without the program.
     """
-    return _command(_without_tokens(argv))
+    return _command(_words_of_run(argv))
 
 
 def hide_tokens() -> None:
@@ -136,6 +138,11 @@ def resume_command(argv: list[str], checkpoint: Path | None) -> str:
 
     It is printed and may end up in a log, so the user has to fill tokens in again.
     """
+    return _command(_words_of_run(argv), ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else [])
+
+
+def _words_of_run(argv: list[str]) -> list[str]:
+    """A command line without tokens and without a checkpoint to resume."""
     kept, skip = [], False
     for word in _without_tokens(argv):
         name = word.split("=")[0].replace("-", "_")
@@ -146,7 +153,7 @@ def resume_command(argv: list[str], checkpoint: Path | None) -> str:
         else:
             kept.append(word)
             skip = False
-    return _command(kept, ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else [])
+    return kept
 
 
 def _command(words: list[str], more: Sequence[str] = ()) -> str:

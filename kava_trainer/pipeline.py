@@ -48,6 +48,7 @@ from .preparation import (
     load_tokenizers,
     tell_memory,
 )
+from .progress import read_progress
 from .publishing import FINAL_PROJECTOR, FINAL_STUDENT
 from .ranks import from_main_process
 from .sharing import show_progress_bars
@@ -123,7 +124,10 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
         models = load_models(console, arguments, tokenizer)
         summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
         trainer = build_trainer(console, arguments, models, data)
-    trainer.identity, summary.content["problems"] = identity, trainer.problems
+    if resumption.checkpoint is not None and training.should_save:
+        _go_on_from(resumption.checkpoint, summary)
+    trainer.identity, trainer.run_time = identity, summary.run_time
+    summary.content["problems"] = trainer.problems
     tracking = RunTracking(trainer, summary.content)
     trainer.add_callback(tracking)
     cache = open_cache(arguments, models, trainer)
@@ -158,6 +162,12 @@ def _find_checkpoint(arguments: KavaArguments) -> Resumption:
     for folder in {arguments.training.output_dir, arguments.training.final_dir}:
         sweep(folder)
     return resolve_checkpoint(arguments.training.resume_from_checkpoint, arguments.training.output_dir)
+
+
+def _go_on_from(checkpoint: Path, summary: RunSummary) -> None:
+    """Let the summary tell of the run's earlier sessions too, where the checkpoint knows of them."""
+    if (earlier := read_progress(checkpoint, 0, 1).get("run_time")) is not None:
+        summary.go_on_from(earlier)
 
 
 def _identify(console: Console, arguments: KavaArguments, data: Data, checkpoint: Path | None) -> dict[str, Any]:
@@ -288,7 +298,9 @@ def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summ
             console.print(f"Peak memory so far, {whose}: {peak / 1e9:.2f} GB")
     finally:
         summary.add_training(trainer.state.log_history, trainer.state.global_step)
-        summary.content["throughput"] |= {"peak_memory_bytes": peak_memory_bytes(trainer.args.device)}
+        earlier = [line.get("peak_memory_bytes") for line in trainer.state.log_history]
+        peaks = filter(None, [peak_memory_bytes(trainer.args.device), *earlier])
+        summary.content["throughput"]["peak_memory_bytes"] = max(peaks, default=None)
         summary.content["throughput"] |= trainer.throughput()
 
 

@@ -149,7 +149,10 @@ def _from_checkpoint(folder: Path, before: dict[str, Any] | None) -> RunRecord |
     summary = RunSummary(arguments or (before or {}).get("arguments", {}), {})
     summary.add_training(history, step)
     content = summary.content | {"status": CUT_OFF, "started_at": None}
-    content["problems"] = read_progress(newest, 0, 1).get("problems", [])
+    progress = read_progress(newest, 0, 1)
+    content["problems"] = progress.get("problems", [])
+    if (run_time := progress.get("run_time")) is not None:
+        content |= {"started_at": run_time["started_at"], "duration_seconds": round(run_time["seconds"], 1)}
     content["checkpoints"] = [str(path) for path in list_checkpoints(folder)]
     peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
     content["throughput"]["peak_memory_bytes"] = max(peaks, default=None)
@@ -158,10 +161,11 @@ def _from_checkpoint(folder: Path, before: dict[str, Any] | None) -> RunRecord |
         f"{newest.name} holds; whatever came after step {step} is lost or not yet there."
     )
     if before is not None:
-        for name in ("environment", "command", "teacher_fidelity", "started_at"):
+        for name in ("environment", "command", "teacher_fidelity"):
             content[name] = before[name]
         for who in _UNTRAINED:
             content["evaluation"][who] = before["evaluation"][who]
         content["samples"] = [_of_untrained(sample) for sample in before["samples"]]
+        content["started_at"] = content["started_at"] or before["started_at"]
         note += f" It had been resumed after step {before['global_step']}."
     return RunRecord(folder, content, history, note)

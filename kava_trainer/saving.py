@@ -60,6 +60,7 @@ class SavingTrainer(WeightsTrainer):
         self.status = StatusCallback(self.args.plain_output)
         self.emergency = EmergencyCheckpointCallback(self.try_to_save_projector)
         self.identity: dict[str, Any] | None = None
+        self.run_time: Callable[[], dict[str, Any]] | None = None
         """What the run was asked for; it goes into every checkpoint, see `identity.run_identity`."""
         self.problems: list[dict[str, Any]] = []
         """What went wrong and was survived: the step, the kind, and what was done."""
@@ -150,6 +151,7 @@ class SavingTrainer(WeightsTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "problems": self.problems,
+            "run_time": self.run_time and self.run_time(),
             "evaluation_pending": self.emergency.evaluation_pending,
         }
 

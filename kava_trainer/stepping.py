@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any, cast
@@ -33,7 +34,11 @@ class SteppingTrainer(FittingTrainer):
     """
 
     _seen: torch.Tensor
+    """Real tokens, positions and examples of all ranks."""
     _line_began: float | None
+    _began: float | None
+    _ended: float | None
+    _earlier: dict[str, float]
 
     packs = False
     """Whether rows are packed."""
@@ -105,7 +110,7 @@ class SteppingTrainer(FittingTrainer):
             counts, rows = torch.stack(_count_padded(batches)), batches
         self.begin_step(rows)
         counts = self._sum_over_ranks(counts.to(device))
-        self._seen = self._seen.to(device) + counts[[0, 2]]
+        self._seen = self._seen.to(device) + counts[[0, 2, 3]]
         return batches, counts[:2]
 
     def _note_places(self, batches: list[dict[str, Any]]) -> None:
@@ -145,17 +150,23 @@ class SteppingTrainer(FittingTrainer):
     def progress_state(self) -> dict[str, Any]:
         """Also where in a stream this rank is."""
         stream = self.train_dataset.state() if isinstance(self.train_dataset, ExampleStream) else None
-        return super().progress_state() | {"stream": stream}
+        return super().progress_state() | {"stream": stream, "spent": self.spent()}
 
     def restore_progress(self, state: dict[str, Any]) -> None:
         """Undo `progress_state`."""
         super().restore_progress(state)
+        self.add_earlier(state)
         if isinstance(self.train_dataset, ExampleStream):
             self.train_dataset.restore(state["stream"])
 
+    def add_earlier(self, state: dict[str, Any]) -> None:
+        """Go on counting time and tokens from a `progress_state`."""
+        self._earlier = state.get("spent", {})
+
     def forget_throughput(self) -> None:
         """Begin to count anew."""
-        self._seen = torch.zeros(2, dtype=torch.int64)
+        self._seen = torch.zeros(3, dtype=torch.int64)
+        self._began, self._ended, self._earlier = None, None, {}
         self._seen_before_line, self._line_began = 0, None
         self.stopwatch = Stopwatch(self.args.device)
 
@@ -176,24 +187,50 @@ class SteppingTrainer(FittingTrainer):
         self._seen_before_line, self._line_began = tokens, now
         return figures
 
+    def start_clock(self) -> None:
+        """Begin to count time and tokens, at the first step."""
+        self.forget_throughput()
+        self._began = time.monotonic()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The `with` block is one training; what comes after it counts no more."""
+        self.forget_throughput()
+        try:
+            yield
+        finally:
+            self._ended = time.monotonic()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds and counts of the training so far, with those of the sessions that it goes on from."""
+        tokens, positions, examples = self._seen.tolist()
+        seconds = self.stopwatch.seconds()
+        spent = {
+            "train_seconds": 0.0 if self._began is None else (self._ended or time.monotonic()) - self._began,
+            "teacher_seconds": seconds.get("teacher", 0.0),
+            "step_seconds": seconds.get("step", 0.0),
+            "tokens": tokens,
+            "positions": positions,
+            "examples": examples,
+        }
+        return {name: value + self._earlier.get(name, 0) for name, value in spent.items()}
+
     def throughput(self) -> dict[str, float | None]:
-        """What the last `train()` came to; empty before it.
+        """What the last `train()` came to, with the sessions that it resumed; empty before it.
 
         Returns:
-            Real tokens and examples a second of all ranks, the share of padding, and the seconds that this rank's
-            teacher and student (forward and backward, with projectors and losses) took.
+            Real tokens and examples a second of all ranks, evaluations and saves included, the share of padding, and
+            the seconds that this rank's teacher and student (forward and backward, with projectors and losses) took.
         """
-        runs = [line for line in self.state.log_history if "train_runtime" in line]
-        tokens, positions = self._seen.tolist()
-        if not runs or positions == 0:
+        spent = self.spent()
+        if spent["positions"] == 0:
             return {}
-        seconds = self.stopwatch.seconds()
         return {
-            "tokens_per_second": tokens / runs[-1]["train_runtime"],
-            "samples_per_second": runs[-1]["train_samples_per_second"],
-            "padding_fraction": 1 - tokens / positions,
-            "teacher_seconds": seconds.get("teacher", 0.0),
-            "student_seconds": seconds["step"] - seconds.get("teacher", 0.0),
+            "tokens_per_second": spent["tokens"] / spent["train_seconds"],
+            "samples_per_second": spent["examples"] / spent["train_seconds"],
+            "padding_fraction": 1 - spent["tokens"] / spent["positions"],
+            "teacher_seconds": spent["teacher_seconds"],
+            "student_seconds": spent["step_seconds"] - spent["teacher_seconds"],
         }
 
     def _sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
@@ -215,14 +252,14 @@ def _micro_batch(rows: list[Row], like: Row) -> dict[str, Any]:
 
 
 def _count_packed(batches: list[dict[str, Any]]) -> list[int]:
-    """Real tokens, answer tokens and positions, without asking the device."""
-    tokens = sum(sum(batch["lengths"]) for batch in batches)
-    return [tokens, sum(sum(batch["answers"]) for batch in batches), tokens]
+    """Real tokens, answer tokens, positions and examples, without asking the device."""
+    lengths = [length for batch in batches for length in batch["lengths"]]
+    return [sum(lengths), sum(sum(batch["answers"]) for batch in batches), sum(lengths), len(lengths)]
 
 
 def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
-    """Real tokens, answer tokens and positions."""
+    """Real tokens, answer tokens, positions and examples."""
     tokens = sum(batch["attention_mask"].sum() for batch in batches)
     answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
-    positions = sum(batch["input_ids"].numel() for batch in batches)
-    return [tokens, answers, torch.as_tensor(positions, device=tokens.device)]
+    sizes = (sum(batch["input_ids"].numel() for batch in batches), sum(len(batch["input_ids"]) for batch in batches))
+    return [tokens, answers, *torch.tensor(sizes, device=tokens.device)]

@@ -60,7 +60,7 @@ class RunSummary:
     """
 
     def __init__(self, arguments: dict[str, Any], environment: dict[str, Any], command: str | None = None) -> None:
-        self._started = now()
+        self._started, self._earlier_seconds = now(), 0.0
         self.log_history: list[dict[str, float]] = []
         self.content: dict[str, Any] = {
             "schema_version": 1,
@@ -82,6 +82,15 @@ class RunSummary:
             "problems": [],
             "checkpoints": [],
         }
+
+    def run_time(self) -> dict[str, Any]:
+        """When the run began, and the seconds that it has taken so far, in all of its sessions."""
+        seconds = self._earlier_seconds + (now() - self._started).total_seconds()
+        return {"started_at": self.content["started_at"], "seconds": seconds}
+
+    def go_on_from(self, earlier: dict[str, Any]) -> None:
+        """Add the `run_time` that a checkpoint holds: this session goes on from there."""
+        self.content["started_at"], self._earlier_seconds = earlier["started_at"], earlier["seconds"]
 
     def add_training(self, log_history: list[dict[str, float]], global_step: int) -> None:
         """Read the log lines of the training: CosSim at the named steps.
@@ -130,11 +139,10 @@ class RunSummary:
             Where it was written, with the log lines beside it.
         """
         if self.content["finished_at"] is None or self.content["status"] != status:
-            finished = now()
             self.content |= {
                 "status": status,
-                "finished_at": finished.isoformat(timespec="seconds"),
-                "duration_seconds": round((finished - self._started).total_seconds(), 1),
+                "finished_at": now().isoformat(timespec="seconds"),
+                "duration_seconds": round(self.run_time()["seconds"], 1),
             }
         path = Path(output_dir) / SUMMARY_FILE
         _write(path, self.to_json())

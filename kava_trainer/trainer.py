@@ -261,16 +261,16 @@ class KavaTrainer(EvaluatingTrainer):
             newest = find_newest_checkpoint(self.args.output_dir).checkpoint
             resume_from_checkpoint = str(newest) if newest else None
         self.resumed_from = resume_from_checkpoint or None
-        with WATCH, WATCH.deferred(), closing(self.status):
+        with WATCH, WATCH.deferred(), closing(self.status), self.timed():
             return self._train(self.resumed_from, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: str | None, *args: Any) -> TrainOutput:
-        self.forget_throughput()
         self.forget()
         if resume_from_checkpoint and (state := self.finished_state(resume_from_checkpoint)):
             self._load_from_checkpoint(resume_from_checkpoint)
             self.state = state
-            self.problems[:] = self.read_progress(resume_from_checkpoint)["problems"]
+            self.add_earlier(progress := self.read_progress(resume_from_checkpoint))
+            self.problems[:] = progress["problems"]
             best = state.best_model_checkpoint
             if self.args.load_best_model_at_end and best and Path(best).is_dir():
                 self._load_best_model()
@@ -293,6 +293,7 @@ class KavaTrainer(EvaluatingTrainer):
     def _restore(self) -> None:
         if is_fsdp_asked() and not is_sharded(self.model):
             raise RunFailed("FSDP was asked for, but transformers has not sharded the model; nothing was trained.")
+        self.start_clock()
         self.rewind()
         if self.resumed_from is not None:
             state = self.read_progress(self.resumed_from)

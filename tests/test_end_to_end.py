@@ -288,11 +288,19 @@ def test_resuming_goes_on_and_starting_over_with_true_starts_afresh(tmp_path, ca
     options = {**SHORT, "output_dir": tmp_path, "save_steps": 2, "resume_from_checkpoint": "true"}
     assert run_kava.main([recipe, *words(options)]) == 0
     assert "No checkpoint to resume from yet" in capsys.readouterr().out
+    first = summary_of(tmp_path)
     assert run_kava.main([recipe, *words({**options, "max_steps": 5})]) == 0
     assert f"Resuming from {tmp_path / 'checkpoint-3'}" in capsys.readouterr().out
     assert run_kava.main([recipe, *words({**options, "max_steps": 5})]) == 0
     assert "nothing is left to train" in capsys.readouterr().out
-    assert summary_of(tmp_path)["global_step"] == 5
+    last = summary_of(tmp_path)
+    assert last["global_step"] == 5
+    assert last["started_at"] == first["started_at"]
+    assert last["duration_seconds"] > first["throughput"]["student_seconds"]
+    assert "resume_from_checkpoint" not in last["command"]
+    spent = [summary["throughput"] for summary in (first, last)]
+    for name in ("teacher_seconds", "student_seconds"):
+        assert spent[1][name] > spent[0][name] > 0
 
 
 @pytest.mark.slow

@@ -167,7 +167,9 @@ def make_checkpoint(output_dir, step, history, run=None):
     (folder / "trainer_state.json").write_text(json.dumps(state))
     for name in ("optimizer.pt", "scheduler.pt", "projector.pth"):
         (folder / name).write_bytes(b"0123456789")
-    save_progress(folder, 0, 1, {"problems": [{"step": 2, "kind": "nan", "action": "skipped the optimizer step"}]})
+    problems = [{"step": 2, "kind": "nan", "action": "skipped the optimizer step"}]
+    run_time = {"started_at": "2026-01-02T03:04:05+00:00", "seconds": 75.04}
+    save_progress(folder, 0, 1, {"problems": problems, "run_time": run_time})
     write_manifest(folder, run)
     return folder
 
