@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("TRANSFORMERS_VERBOSITY", None)  # Trainer's progress bars depend on it
 
 import logging
 import random
@@ -15,7 +16,9 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging as transformers_logging
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; see `_threads` for this one
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +47,19 @@ def shared_path(*parts: str) -> Path:
 def _threads(request):
     """Several threads only wait for each other on tiny models, and much longer where the machine has other work."""
     before = torch.get_num_threads()
-    if request.node.get_closest_marker("slow") is None:
+    alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"
+    if request.node.get_closest_marker("slow") is None or not alone:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """What one test logs is no matter of the next one."""
+    before = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,12 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("changes", RESUMED, ids=str)
+def named(changes):
+    """A name that is the same in every process, as one with the address of a function is not."""
+    return str({name: getattr(value, "__name__", value) for name, value in changes.items()})
+
+
+@pytest.mark.parametrize("changes", RESUMED, ids=named)
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_resumed_run_ends_bit_equal_to_one_never_stopped(tmp_path, tokenizer, changes, stop):
     if changes.get("optim") == "adamw_torch_8bit":

@@ -22,7 +22,7 @@ from kava_trainer import __version__
 from kava_trainer.recipes import accelerate_config, recipe_names
 
 VERSION = Version(__version__)
-BUILD_TOOLS = {"build", "ruff", "setuptools"}
+BUILD_TOOLS = {"build", "mypy", "pytest-xdist", "ruff", "setuptools"}
 """These meet no model, so one version of them will do."""
 
 

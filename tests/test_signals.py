@@ -121,6 +121,7 @@ def test_nothing_is_checked_without_a_watch_and_a_thread_takes_no_signals():
 
 def test_a_launcher_that_is_gone_counts_as_a_sigterm(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(os, "getppid", lambda: 4321)
     with SignalWatch() as watch:
         assert watch.agree() is None
         monkeypatch.setattr(os, "getppid", lambda: 1)
