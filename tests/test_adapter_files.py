@@ -136,6 +136,7 @@ def test_an_adapter_names_its_base_and_no_secret_and_loads_without_a_name(tmp_pa
     assert "A LoRA adapter of rank 16 was trained on the frozen student; this is the adapter alone." in card
 
 
+@pytest.mark.slow
 def test_everything_works_together_with_adapters(tmp_path, capsys):
     more = {
         "kd_weight": 0.5, "teacher_cache_dir": tmp_path / "cache", "gradient_checkpointing": True, "run_control": True,

@@ -45,6 +45,7 @@ def test_the_step_benchmark_writes_a_row_for_each_way(tmp_path, monkeypatch):
     assert float(rows[0]["ratio_to_usual"]) == 1
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_updates_tells_the_ways_apart(tmp_path, monkeypatch):
     pytest.importorskip("torchao")
     out = tmp_path / "updates.csv"
@@ -66,6 +67,7 @@ def test_the_benchmark_of_updates_tells_the_ways_apart(tmp_path, monkeypatch):
     assert [figures[way]["bytes_per_parameter"] for way in ways] == pytest.approx([16, 8, 6.36], abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_cell_of_the_support_matrix_is_run_or_refused(tmp_path):
     data = str(write_problems(tmp_path / "data.jsonl"))
     outcomes = {}

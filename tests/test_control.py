@@ -66,6 +66,7 @@ def test_the_control_differs_in_its_loss_alone(tmp_path, steps, capsys):
     assert {path.name for path in (tmp_path / "control").iterdir()} >= {"checkpoint-2", "checkpoint-4"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_control_goes_on_where_it_stopped(tmp_path, steps, monkeypatch, capsys):
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -111,6 +112,7 @@ def test_the_control_of_a_cached_run_starts_from_the_same_teacher_layers(tmp_pat
     assert summary_of(tmp_path / "out")["evaluation"]["control_sft"]["cross_entropy"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_again_gets_a_new_control(tmp_path, steps):
     assert run(tmp_path) == 0
     (tmp_path / "control" / "checkpoint-4").rename(tmp_path / "control" / "checkpoint-999")
@@ -159,6 +161,7 @@ def test_the_verdict_stands_in_the_summary_of_a_run_that_failed(tmp_path, monkey
     assert verdict["reasons"] == ["The run did not complete."]
 
 
+@pytest.mark.slow
 def test_the_control_of_a_run_with_adapters_has_the_same_adapters_on_the_same_student(tmp_path, steps):
     changes = {"use_peft": True, "lora_r": 4, "projector_anchor": "none", "student_model_name_or_path": TEACHER_FOLDER}
     assert run(tmp_path, **changes) == 0

@@ -174,7 +174,7 @@ def test_the_seed_recipe_names_its_files_as_ever(tmp_path, monkeypatch):
         assert (tmp_path / name).exists()
 
 
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+@pytest.mark.parametrize("quantization", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_the_quickstart_runs_with_a_quantised_teacher_and_tells_what_that_costs(tmp_path, quantization, capsys):
     pytest.importorskip("bitsandbytes")
     recipe = str(ROOT / "training_args" / "quickstart.json")

@@ -213,6 +213,7 @@ def test_the_two_teachers_are_never_in_memory_together(tmp_path, monkeypatch):
     assert measured["reason"] is None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out_with_the_reason_and_trains_the_same(tmp_path, monkeypatch, capsys):
     measured = run(tmp_path / "measured")
     monkeypatch.setattr(fidelity, "free_memory_bytes", lambda device: 5 * 10**6)
@@ -235,6 +236,7 @@ def test_memory_that_runs_out_on_the_way_ends_no_run(tmp_path, monkeypatch):
     assert measured["layers"] is None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_one_with_a_cache_measure_the_same_again(tmp_path):
     cached = {"teacher_cache_dir": tmp_path / "cache", "save_steps": 1, "resume_from_checkpoint": "true"}
     first = run(tmp_path / "out", **cached)
@@ -265,6 +267,7 @@ def start(*argv):
     return run_kava.main(list(argv))
 
 
+@pytest.mark.slow
 def test_only_the_main_process_measures_and_no_other_waits_for_ever(tmp_path):
     options = {**FEW, "teacher_quantization": "4bit", "output_dir": tmp_path / "out"}
     options |= {"per_device_train_batch_size": 4}

@@ -44,7 +44,12 @@ def assert_same_step(split, whole_batch):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "ranks"), [(1, 8, 1), (3, 3, 1), (4, 1, 2), (1, 4, 2), (2, 1, 4)]
+    ("batch_size", "accumulation", "ranks"),
+    [
+        (1, 8, 1),
+        (1, 4, 2),
+        *(pytest.param(*split, marks=pytest.mark.slow) for split in [(3, 3, 1), (4, 1, 2), (2, 1, 4)]),
+    ],
 )
 def test_one_step_does_not_depend_on_how_the_batch_is_split(tmp_path, whole_batch, batch_size, accumulation, ranks):
     split = one_step(tmp_path, batch_size, accumulation, ranks)
@@ -195,7 +200,9 @@ def levered_run(folder, tokenizer, cache=None, **levers):
     return loss_lines(trainer)
 
 
-@pytest.mark.parametrize("levers", LEVERS)
+@pytest.mark.parametrize(
+    "levers", [pytest.param(name, marks=[] if name in ("packing", "all") else pytest.mark.slow) for name in LEVERS]
+)
 def test_no_optimisation_changes_the_losses_of_50_steps(tmp_path, tokenizer, plain_run, levers):
     changes = LEVERS[levers]
     lines = levered_run(tmp_path, tokenizer, **changes)

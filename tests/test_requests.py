@@ -29,7 +29,10 @@ ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 @pytest.mark.parametrize(
     ("number", "code", "program"),
-    [(signal.SIGINT, 130, ["-m", "kava_trainer", "train"]), (signal.SIGTERM, 143, ["run_kava.py"])],
+    [
+        (signal.SIGINT, 130, ["-m", "kava_trainer", "train"]),
+        pytest.param(signal.SIGTERM, 143, ["run_kava.py"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code, program):
     options = {**SHORT, "max_train_samples": 640, "max_steps": 60, "logging_steps": 2, "output_dir": tmp_path / "out"}
@@ -79,6 +82,7 @@ def test_all_ranks_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_launcher_that_dies_alone_does_not_leave_an_orphan_training(tmp_path):
     options = {**SHORT, "max_train_samples": 640, "max_steps": 500, "logging_steps": 2, "output_dir": tmp_path / "out"}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "run_kava.py", "training_args/quickstart.json"]

@@ -52,6 +52,7 @@ def losses(text):
     return re.findall(r"^\[Step (\d+)\] Loss: (\S+) \| CosSim: (\S+)", text, re.M)
 
 
+@pytest.mark.slow
 def test_a_stream_is_trained_on_with_a_control_and_a_cache_and_resumed(tmp_path, data, capsys):
     cache = {"teacher_cache_dir": tmp_path / "cache", "run_control": True, "max_steps": 4}
     assert start(tmp_path / "cached", data, **cache) == 0

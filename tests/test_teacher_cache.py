@@ -225,6 +225,7 @@ state.wait_for_everyone()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_build_one_cache(tmp_path):
     script, folder = tmp_path / "build.py", tmp_path / "cache"
     script.write_text(SCRIPT.format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(folder)))

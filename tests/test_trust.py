@@ -189,6 +189,7 @@ runpy.run_path("run_kava.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_traceback_shows_no_secret(tmp_path):
     options = {**QUICKSTART, **SHORT, "hub_token": HUB_TOKEN, "output_dir": tmp_path}
     result = subprocess.run(
