@@ -34,11 +34,12 @@ from .fsdp import own_part
 from .hub import ANSWER_SECONDS, CheckpointPusher, Place, in_time, make_branch, no_repository
 from .progress import read_progress, save_progress
 from .projector import write_projectors
+from .pushing import PushingTrainer
 from .ranks import any_rank
 from .sharing import show_progress_bars
 from .signals import WATCH
 from .student import DistillationModel
-from .weights import UNREADABLE, WeightsTrainer
+from .weights import UNREADABLE
 
 MOST_FAILED_SAVES = 2
 """So many saves may fail one after the other: the disk may have room again at the next one."""
@@ -46,7 +47,7 @@ MOST_FAILED_SAVES = 2
 _SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for a full disk
 
 
-class SavingTrainer(WeightsTrainer):
+class SavingTrainer(PushingTrainer):
     """A `WeightsTrainer` that loses no run."""
 
     problems: list[dict[str, Any]]
@@ -60,8 +61,9 @@ class SavingTrainer(WeightsTrainer):
         self.status = StatusCallback(self.args.plain_output)
         self.emergency = EmergencyCheckpointCallback(self.try_to_save_projector)
         self.identity: dict[str, Any] | None = None
-        self.run_time: Callable[[], dict[str, Any]] | None = None
         """What the run was asked for; it goes into every checkpoint, see `identity.run_identity`."""
+        self.run_time: Callable[[], dict[str, Any]] | None = None
+        """Tells when the run began and how long it has taken; that goes into every checkpoint too."""
         self.problems: list[dict[str, Any]] = []
         """What went wrong and was survived: the step, the kind, and what was done."""
         self._failed_saves = 0

@@ -78,6 +78,7 @@ ORDER = [
         "pairing",
         "progress",
         "weights",
+        "pushing",
         "saving",
         "fitting",
         "stepping",

@@ -339,3 +339,22 @@ def test_reasons_are_those_of_the_cause():
     error.__cause__ = ConnectionError("no network")
     assert hub_reason(error) == "no network"
     assert hub_reason(json.JSONDecodeError("Expecting value", "", 0)) == "its answer was not what a hub answers"
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_trainer_sends_its_student_and_nothing_else(tmp_path, tokenizer, hub, blocking):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "hub_token": "hf_planted"}
+    trainer = make_trainer(tmp_path / "out", tokenizer, hub_model_id="me/sent", hub_private_repo=True, **settings)
+    trainer.train()
+    sent = trainer.push_to_hub("My words", blocking=blocking)
+    commit = sent if blocking else sent.result()
+    repository = hub.repositories["me/sent"]
+    assert commit.commit_message == repository.messages[-1] == "My words"
+    assert repository.private
+    files = repository.files()
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(files)
+    assert not [name for name in files if name.startswith("checkpoint") or name.endswith((".bin", ".pth", ".pt"))]
+    assert ModelCard(files["README.md"].decode()).data.library_name == "transformers"
+    loaded = AutoModelForCausalLM.from_pretrained("me/sent")
+    for name, weight in trainer.student.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
