@@ -46,7 +46,7 @@ def recipe_of(summary: dict[str, Any]) -> dict[str, Any]:
             found[name] = value
     found = {name: value for name, value in found.items() if not _follows(name, value, given, summary["environment"])}
     if "accelerator_config" in found:
-        usual = AcceleratorConfig().to_dict()
+        usual = AcceleratorConfig(dispatch_batches=False).to_dict()  # as the arguments set it
         own = {key: value for key, value in found.pop("accelerator_config").items() if value != usual.get(key)}
         found |= {"accelerator_config": own} if own else {}
     return found
