@@ -1,7 +1,6 @@
 """`python -m kava_trainer COMMAND ...`: the subcommands, and how each of them ends."""
 
 import argparse
-import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,9 +9,10 @@ from types import ModuleType, TracebackType
 
 from . import __version__
 from .errors import BadRequest, Interrupted, RunFailed, exit_code
+from .import_notes import leave_out
 from .redaction import without_secrets
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it warns of an optional kernel package
+leave_out()  # before anything imports the libraries
 
 COMMANDS = ("doctor", "train", "cache", "evaluate", "report", "push", "explain")
 """In the order of `--help`; each is a module of `commands`."""

@@ -11,6 +11,7 @@ ORDER = [
         "redaction",
         "errors",
         "file_errors",
+        "import_notes",
         "recipes",
         "optimizers",
         "engines",

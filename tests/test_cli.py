@@ -1,6 +1,8 @@
 """The subcommands as a user starts them: their help, and those that need no training."""
 
+import enum
 import json
+import logging
 import re
 import shlex
 import signal
@@ -57,6 +59,29 @@ def test_the_help_of_commands_imports_nothing_heavy():
     code += "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
     for name in ("doctor", "evaluate"):
         assert subprocess.run([sys.executable, "-c", code.format(name)], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_a_command_says_nothing_of_what_libraries_log_on_import():
+    command = [sys.executable, "-m", "kava_trainer", "explain", "mercator_weight"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "mercator_weight = 3.0" in result.stdout
+
+
+class Extension(enum.Enum):
+    """Stands for one that torchao registers."""
+
+
+def test_nothing_else_that_the_libraries_log_is_left_out(caplog):
+    Extension.__module__ = "torchao.somewhere"
+    enums = "%s is an Enum subclass and is now natively supported"
+    with caplog.at_level("WARNING"):
+        logging.getLogger("torchao").warning("Failed to load /a/_C.so: it is of another device")
+        logging.getLogger("torchao").warning("The weights are broken")
+        logging.getLogger("torch.utils._pytree").warning(enums, Extension)
+        logging.getLogger("torch.utils._pytree").warning(enums, signal.Signals)
+    shown = [record.getMessage() for record in caplog.records]
+    assert shown == ["The weights are broken", enums % signal.Signals]
 
 
 def test_an_interruption_before_anything_was_saved_is_told(monkeypatch, capsys):
