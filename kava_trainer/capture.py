@@ -57,7 +57,7 @@ def resolve_layer_pairs(mapping: str, student_layers: int, teacher_layers: int) 
         if student > student_layers or teacher > teacher_layers:
             raise BadRequest(
                 f"layer_mapping names the pair [{student}, {teacher}], but the student has layers 1 to "
-                f"{student_layers} and the teacher 1 to {teacher_layers}."
+                f"{student_layers} and the teacher 1 to {teacher_layers}; write pairs of these."
             )
     return parsed
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .data_files import BUILDERS, find_files, loading
 from .errors import BadRequest
 from .losses import IGNORED
+from .places import empty_answers, places, source_rows
 from .quickstart import SPLIT_SIZES, generate_problems
 from .source_arguments import QUICKSTART, DataArguments
 
@@ -28,6 +29,8 @@ PROMPT = "Question: {question}\nAnswer:"
 """How a `question` becomes a prompt; the `answer` follows after one space."""
 
 NO_ANSWERS = "No example has an answer within max_length {max_length}; raise max_length or look at the data's columns."
+
+ALL_EMPTY = "No example has an answer: it is empty in {places}; write one in every row, or look at the data's columns."
 
 
 def _read(arguments: DataArguments) -> Dataset | DatasetDict:
@@ -74,9 +77,20 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
         )
     total, test = len(train), find_test_split(splits, arguments)
     if test is None and total > 1:
-        held_out = max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * total)))
+        held_out = share_held_out(total)
         train, test = train.train_test_split(test_size=held_out, seed=0).values()
     return _first(train, arguments.max_train_samples), _first(test, arguments.max_eval_samples), total
+
+
+def share_held_out(rows: int) -> int:
+    """How many of a training split's rows are held out where the data set has no test split."""
+    return max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * rows)))
+
+
+def has_test_split(arguments: DataArguments) -> bool:
+    """Whether a data set, which is read again, has rows of its own to evaluate on."""
+    loaded = _read(arguments)
+    return isinstance(loaded, DatasetDict) and find_test_split(loaded, arguments) is not None
 
 
 def find_train_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
@@ -246,6 +260,8 @@ class Encoded:
     dataset: Dataset
     truncated: int
     dropped: int
+    empty: list[int]
+    """The rows, from 0 as `places` counts them, that were dropped because their answer is empty."""
 
 
 def encoding_fingerprint(
@@ -269,28 +285,36 @@ def encoding_fingerprint(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _encode_numbered(
-    row: Mapping[str, Any], index: int, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, Any]:
-    """`encode_row` of a row that is named where it cannot be used."""
+def _encode_numbered(row: Mapping[str, Any], place: tuple[str, Dataset, int], *encoding: Any) -> dict[str, Any]:
+    """`encode_row` of a row that is named where it cannot be used: the data set's name, itself, and the row in it."""
+    name, dataset, index = place
     try:
-        return encode_row(row, names, tokenizer, max_length)
+        return encode_row(row, *encoding)
     except ValueError as error:
-        raise BadRequest(f"Row {index + 1} of the data cannot be used: {error}.") from error
+        where = places(name, source_rows(dataset, [index]))
+        raise BadRequest(f"The data cannot be used: in {where}, {error}.") from error
 
 
 def encode_first(
-    dataset: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int
+    dataset: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str = "the data"
 ) -> list[dict[str, Any]]:
     """What `encode_row` makes of the first rows; nothing is written. Raises `BadRequest` as `encode_dataset`."""
     names, rows = find_format(dataset.column_names), range(min(count, len(dataset)))
-    encoded = [_encode_numbered(dataset[row], row, names, tokenizer, max_length) for row in rows]
+    encoded = [_encode_numbered(dataset[row], (name, dataset, row), names, tokenizer, max_length) for row in rows]
     if len(encoded) == len(dataset) and not any(example["answered"] for example in encoded):
-        raise BadRequest(NO_ANSWERS.format(max_length=max_length))
+        raise _no_answers(name, source_rows(dataset, empty_answers(encoded)), len(encoded), max_length)
     return encoded
 
 
-def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, description: str) -> Encoded:
+def _no_answers(name: str, empty: list[int], count: int, max_length: int) -> BadRequest:
+    if len(empty) < count:
+        return BadRequest(NO_ANSWERS.format(max_length=max_length))
+    return BadRequest(ALL_EMPTY.format(places=places(name, empty)))
+
+
+def encode_dataset(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, description: str, name: str = "the data"
+) -> Encoded:
     """Tokenise a data set, drop the examples without an answer, and count what was cut and dropped.
 
     Args:
@@ -298,6 +322,7 @@ def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         tokenizer: the tokenizer of both models.
         max_length: longest example in tokens.
         description: name of the progress bar.
+        name: of the data set, for messages that name rows.
 
     Returns:
         Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`.
@@ -308,7 +333,7 @@ def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     names = find_format(dataset.column_names)
 
     def encode(example: dict[str, Any], index: int) -> dict[str, Any]:
-        return _encode_numbered(example, index, names, tokenizer, max_length)
+        return _encode_numbered(example, (name, dataset, index), names, tokenizer, max_length)
 
     encoded = dataset.map(
         encode,
@@ -318,11 +343,17 @@ def encode_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         new_fingerprint=encoding_fingerprint(dataset._fingerprint, names, tokenizer, max_length),
         desc=description,
     )
-    answered = [row for row, is_answered in enumerate(encoded["answered"]) if is_answered]
+    answered: list[int] = []
+    dropped: list[int] = []
+    for row, is_answered in enumerate(encoded["answered"]):
+        (answered if is_answered else dropped).append(row)
+    texts = encoded.select(dropped)["answer_text"]
+    empty = source_rows(dataset, [row for row, text in zip(dropped, texts, strict=True) if not text.strip()])
     if not answered:
-        raise BadRequest(NO_ANSWERS.format(max_length=max_length))
+        raise _no_answers(name, empty, len(encoded), max_length)
     return Encoded(
         dataset=encoded.select(answered).remove_columns(["truncated", "answered"]),
         truncated=sum(encoded["truncated"]),
-        dropped=len(encoded) - len(answered),
+        dropped=len(dropped),
+        empty=empty,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets.utils import logging
 
 from .errors import BadRequest, reason_of
-from .file_errors import broken_line, data_problem, folder_problem, skipped_line
+from .file_errors import absent, broken_line, data_problem, folder_problem, skipped_line
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 """Which reader of `datasets` takes a file, by its ending."""
@@ -38,7 +38,7 @@ def loading(name: str) -> Iterator[None]:
         raise BadRequest(f"The data set {name!r} cannot be loaded: {_reading_problem(error, name)}") from error
 
 
-def _matching(path: Path) -> list[Path]:
+def matching_files(path: Path) -> list[Path]:
     """The file that a path means, or the files that fit it where it is a pattern."""
     if has_magic(str(path)) and not path.exists():
         return [file for file in map(Path, sorted(glob(str(path), recursive=True))) if file.is_file()]
@@ -56,19 +56,19 @@ def find_files(name: str, checked_lines: int | None = None) -> list[str]:
         BadRequest: if there is none, or a line would be passed over in silence; the message names file and line.
     """
     path = Path(name).expanduser()
-    files = _matching(path)
+    files = matching_files(path)
     if not files:
         raise BadRequest(f"dataset_name is the pattern {path}, which no file fits.")
     for file in files:
         if not file.is_file():
-            raise BadRequest(f"dataset_name names the file {file}, which does not exist.")
+            raise BadRequest(absent("dataset_name", "file", str(file)))
     filled = [file for file in files if file.stat().st_size > 0]
     if not filled:
-        raise BadRequest(f"The data file {path} is empty.")
+        raise BadRequest(f"The data file {path} is empty; name one that holds rows.")
     for file in filled if BUILDERS[path.suffix] == "json" else []:
         if problem := skipped_line(file, checked_lines):
             where = "" if len(files) == 1 else f"in {file}, "
-            raise BadRequest(f"The data set {name!r} cannot be loaded: {where}{problem}.")
+            raise BadRequest(f"The data set {name!r} cannot be loaded: {where}{problem}. Mend the file.")
     return [str(file) for file in filled]
 
 
@@ -82,7 +82,7 @@ def _reading_problem(error: Exception, name: str) -> str:
     path = Path(name).expanduser()
     problem = data_problem(path) if path.is_file() else _folder_problem(path) or _pattern_problem(path)
     if problem:
-        return f"{problem}."
+        return f"{problem}. Mend the file."
     reason = "it holds no examples." if isinstance(error, StopIteration) else reason_of(error.__cause__ or error)
     return re.sub(r" (in|starting at) row \d+$", "", reason)  # of a block, and counted from 0
 
@@ -97,5 +97,5 @@ def _folder_problem(folder: Path) -> str | None:
 
 def _pattern_problem(path: Path) -> str | None:
     """The first broken one of the files that fit a pattern, if that can be told."""
-    broken = ((file, data_problem(file)) for file in _matching(path) if file.is_file())
+    broken = ((file, data_problem(file)) for file in matching_files(path) if file.is_file())
     return next((f"in {file}, {problem}" for file, problem in broken if problem), None)

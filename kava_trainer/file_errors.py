@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,7 +19,15 @@ def missing_path(argument: str, value: str | None) -> str | None:
     if not is_local or os.path.exists(os.path.expanduser(value)):  # pathlib raises on names too long for any file
         return None
     kind = "file" if Path(value).suffix[1:].isalpha() else "folder"
-    return f"{argument} names the {kind} {value}, which does not exist."
+    return absent(argument, kind, value)
+
+
+def absent(argument: str, kind: str, value: str) -> str:
+    """The sentence for an argument that names a file or folder which is not there."""
+    return (
+        f"{argument} names the {kind} {value}, which does not exist; write the path of one that is there, or an id on "
+        "the hub."
+    )
 
 
 def _kind(value: object) -> str:
@@ -70,6 +78,30 @@ def skipped_line(path: Path, checked: int | None = None) -> str | None:
         if (not line.lstrip().startswith(b"{") or not _is_text(line)) and (problem := _line_problem(line)):
             return f"line {number} {problem}"
     return None
+
+
+def lines_of_rows(files: Iterable[Path], rows: Sequence[int]) -> list[tuple[Path, list[int]]] | None:
+    """The lines, counted from 1, that hold rows of some jsonl files laid end to end; None where a row is no line.
+
+    Args:
+        files: in the order they are read in.
+        rows: numbers from 0, rising; empty lines are no rows.
+    """
+    wanted, found = iter(rows), []
+    row, position = next(wanted, None), 0
+    for file in files:
+        lines = []
+        for number, line in _lines(file) if row is not None else ():
+            if not line.strip():
+                continue
+            if position == row:
+                if _line_problem(line) is not None:  # an object is spread over several lines
+                    return None
+                lines.append(number)
+                row = next(wanted, None)
+            position += 1
+        found += [(file, lines)] if lines else []
+    return found if row is None else None
 
 
 def _is_text(line: bytes) -> bool:

@@ -179,4 +179,6 @@ def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenize
     check_vocabulary_fits(model, role, tokenizer)
     limit = context_length(model)
     if limit is not None and max_length > limit:
-        raise BadRequest(f"max_length is {max_length}, but the {role} reads {limit} tokens at most.")
+        raise BadRequest(
+            f"max_length is {max_length}, but the {role} reads {limit} tokens at most; write {limit} or less."
+        )

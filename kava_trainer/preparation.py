@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -26,6 +26,8 @@ from .loading import check_reads, check_tokenizers_agree, load_tokenizer
 from .memory import estimate_memory
 from .optimizers import rounding_problem
 from .pairing import pair_up
+from .places import empty_problem
+from .source_arguments import DataArguments
 from .stream_sources import open_rows
 from .streaming import ExampleStream, first_examples, open_stream
 from .student import load_student
@@ -74,11 +76,14 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
     with arguments.training.main_process_first(desc="loading the data"):
         train, test, total = load_splits(arguments.data)
         console.print(f"Dataset loaded: {total} samples")
-        encoded = encode_dataset(train, tokenizer, arguments.data.max_length, "Tokenizing the training data")
+        asked = arguments.data
+        encoded = encode_dataset(
+            train, tokenizer, asked.max_length, "Tokenizing the training data", cast(str, asked.dataset_name)
+        )
         held_out = test and _encode_held_out(arguments, tokenizer, test)
-    _tell_encoding(console, "training", encoded, len(train), arguments.data.max_length)
+    _tell_encoding(console, "training", encoded, len(train), asked)
     if held_out:
-        _tell_encoding(console, "held-out", held_out, len(test), arguments.data.max_length)
+        _tell_encoding(console, "held-out", held_out, len(test), asked)
     else:
         console.warn("There are no held-out examples, so nothing will be evaluated.")
     if few := few_examples(held_out and len(held_out.dataset)):
@@ -97,7 +102,7 @@ def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
     encoded = _encode_held_out(arguments, tokenizer, held_out)
-    _tell_encoding(console, "held-out", encoded, len(held_out), asked.max_length)
+    _tell_encoding(console, "held-out", encoded, len(held_out), asked)
     return Data(stream, encoded.dataset, DistillationCollator(tokenizer))
 
 
@@ -113,21 +118,26 @@ def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrai
                 "dataset_test_split, or a data set of more than one example."
             )
         held_out = _encode_held_out(arguments, tokenizer, test)
-    _tell_encoding(console, "held-out", held_out, len(test), asked.max_length)
+    _tell_encoding(console, "held-out", held_out, len(test), asked)
     if few := few_examples(len(held_out.dataset)):
         console.warn(few)
     return held_out.dataset
 
 
 def _encode_held_out(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, test: datasets.Dataset) -> Encoded:
-    return encode_dataset(test, tokenizer, arguments.data.max_length, "Tokenizing the held-out data")
+    asked = arguments.data
+    return encode_dataset(
+        test, tokenizer, asked.max_length, "Tokenizing the held-out data", cast(str, asked.dataset_name)
+    )
 
 
-def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, max_length: int) -> None:
+def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, asked: DataArguments) -> None:
     console.print(
-        f"{len(encoded.dataset)} {which} examples of {total}: {encoded.truncated} cut to {max_length} tokens, "
+        f"{len(encoded.dataset)} {which} examples of {total}: {encoded.truncated} cut to {asked.max_length} tokens, "
         f"{encoded.dropped} dropped because no answer was left"
     )
+    if encoded.empty:
+        console.warn(empty_problem(cast(str, asked.dataset_name), which, encoded.empty))
 
 
 def tell_memory(console: Console, arguments: KavaArguments) -> int | None:

@@ -137,8 +137,8 @@ class Rows:
         return (row for table in _tables(self.name, self._whole) for row in self.plain(table))
 
     def bad_row(self) -> int | None:
-        """The first row, counted from 1, whose cells are not what their columns should hold."""
-        for number, row in enumerate(self._plain_rows(), start=1):
+        """The first row, counted from 0, whose cells are not what their columns should hold."""
+        for number, row in enumerate(self._plain_rows()):
             try:
                 prompt_and_answer(row, self.columns)
             except ValueError:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import KavaTrainingArguments
 from .data import NO_ANSWERS, encode_row, encoding_fingerprint
 from .errors import BadRequest
+from .places import places
 from .sharing import progress_bar
 from .stream_sources import Rows
 
@@ -92,7 +93,9 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         try:
             return encode_row(row, self._rows.columns, self._tokenizer, self._max_length)
         except ValueError as error:
-            raise BadRequest(f"Row {self._rows.bad_row()} of the data cannot be used: {error}.") from error
+            name, row = self._rows.name, self._rows.bad_row()
+            where = name if row is None else places(name, [row])
+            raise BadRequest(f"The data cannot be used: in {where}, {error}.") from error
 
     def count_rows(self, limit: int) -> int:
         """Rows of one pass, read and not tokenised, up to a limit."""

@@ -127,7 +127,7 @@ def copy_teacher_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> N
             shape = tuple(weights[source].shape) if source in weights else "missing"
             raise BadRequest(
                 f"student_init teacher_layers: {source} is {shape} in the teacher and {tuple(parameter.shape)} in "
-                "the student. All widths must agree; only the number of layers may differ."
+                "the student. All widths must agree; choose a student that differs in the number of layers alone."
             )
         parameter.copy_(weights[source])
 

@@ -29,10 +29,10 @@ def few_examples(count: int | None) -> str | None:
     """The sentence for too few held-out examples; None where there are enough, or none at all."""
     if not count or count >= FEW_EXAMPLES:
         return None
-    held_out = "There was 1 held-out example" if count == 1 else f"There were {count} held-out examples"
+    held_out = "Only 1 example is held out" if count == 1 else f"Only {count} examples are held out"
     error = 100 * math.sqrt(0.25 / count)
     return (
-        f"{held_out} only, fewer than {FEW_EXAMPLES}: the figures tell little. An exact match near one half has a "
+        f"{held_out}, fewer than {FEW_EXAMPLES}, so the figures tell little: an exact match near one half has a "
         f"standard error of {error:.0f} points."
     )
 

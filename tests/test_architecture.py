@@ -44,6 +44,7 @@ ORDER = [
         "quickstart",
         "quickstart.export",
         "data_files",
+        "places",
         "projector",
         "loading",
         "adapters",

@@ -5,6 +5,7 @@ from datasets import Dataset, DatasetDict
 
 from kava_trainer.data import encode_dataset, encode_example, load_splits
 from kava_trainer.errors import BadRequest
+from kava_trainer.places import places, source_rows
 from kava_trainer.source_arguments import DataArguments
 
 CHAT_TEMPLATE = (
@@ -79,7 +80,7 @@ def test_chat_messages_without_a_template_are_refused(tokenizer):
     ],
 )
 def test_odd_cells_are_refused_with_their_row(tokenizer, example, message):
-    with pytest.raises(BadRequest, match=f"Row 1 of the data cannot be used: .*{message}"):
+    with pytest.raises(BadRequest, match=f"The data cannot be used: in row 1 of the data, .*{message}"):
         encode_one(example, tokenizer)
 
 
@@ -93,10 +94,31 @@ def test_truncation_is_counted_and_a_cut_answer_does_not_learn_to_stop(tokenizer
     assert encoded.dataset[1]["labels"][-1] == tokenizer.eos_token_id
 
 
+def test_rows_are_named_by_file_and_line_where_a_row_is_a_line(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("".join(f'{{"text": "{n}"}}\n\n' for n in range(4)))
+    second.write_text("".join(f'{{"text": "{n}"}}\n' for n in range(9)))
+    assert places(str(first), [0, 2]) == f"lines 1, 5 of {first}"
+    assert places(str(tmp_path / "*.jsonl"), [3, 4, 8]) == f"line 7 of {first}; lines 1, 5 of {second}"
+    assert places(str(second), range(9)) == f"lines 1, 2, 3, 4, 5, ... of {second}"
+    second.write_text('{\n"text": "a"\n}\n{\n"text": "b"\n}\n')
+    assert places(str(second), [1]) == f"row 2 of {second}"
+    assert places("openai/gsm8k", [1, 3]) == "rows 2, 4 of openai/gsm8k"
+
+
+def test_rows_are_told_where_they_stood_before_the_data_was_split():
+    data = Dataset.from_list([{"text": str(n)} for n in range(40)])
+    half = data.train_test_split(test_size=20, seed=0)["test"].select(range(10))
+    assert [int(half[n]["text"]) for n in range(10)] != list(range(10))
+    assert source_rows(half, [0, 3, 7]) == sorted(int(half[n]["text"]) for n in (0, 3, 7))
+    assert source_rows(data, [4, 5]) == [4, 5]
+    assert source_rows(half, []) == []
+
+
 def test_an_example_without_an_answer_is_dropped(tokenizer):
     rows = [PROBLEM, {"question": "why?", "answer": ""}, {"question": "why?", "answer": None}]
     encoded = encode_dataset(Dataset.from_list(rows), tokenizer, 256, "test")
-    assert (len(encoded.dataset), encoded.dropped) == (1, 2)
+    assert (len(encoded.dataset), encoded.dropped, encoded.empty) == (1, 2, [1, 2])
 
 
 def test_no_answers_at_all_is_refused(tokenizer):

@@ -22,6 +22,7 @@ from kava_trainer.checkup.findings import Checkup, split_advice
 from kava_trainer.cli import main
 from kava_trainer.console import Console
 from kava_trainer.environment import start_command
+from kava_trainer.errors import BadRequest
 from kava_trainer.hub import in_time
 
 Usage = namedtuple("Usage", "total used free")
@@ -124,7 +125,7 @@ def test_what_a_run_refuses_is_refused_and_nothing_is_written(doctor, tmp_path, 
 
 
 ADVICE = {
-    "missing teacher": "Arguments: teacher_model_name_or_path names the folder .*/gone, which does not exist.",
+    "missing teacher": "Arguments: Write the path of one that is there, or an id on the hub.",
     "unknown columns": "Data: Rename yours to one of these.",
     "unknown split": "Data: Set dataset_train_split to one of train, test.",
     "other tokenizer": "Tokenizers: Choose a student of the teacher's family.",
@@ -151,7 +152,7 @@ def test_a_problem_ends_with_what_to_change(doctor, tmp_path, case):
     [
         ("max_length is 1; write 2. Or less.", "max_length is 1.", "Write 2. Or less."),
         ("A is wrong. B too; it is so. Name another; or C.", "A is wrong. B too; it is so.", "Name another; or C."),
-        ("It reads 64 tokens at most.", "It reads 64 tokens at most.", "It reads 64 tokens at most."),
+        ("It reads 64 tokens at most.", "It reads 64 tokens at most.", "what is named above."),
     ],
 )
 def test_a_message_is_what_is_wrong_and_what_to_change(message, what, advice):
@@ -205,10 +206,69 @@ def test_a_device_without_bfloat16_is_a_warning(one_check, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     model = SimpleNamespace(teacher_dtype="auto", student_dtype="bfloat16")
     told = one_check(
-        machine.check_device, SimpleNamespace(model=model, training=SimpleNamespace(device=torch.device("cuda")))
+        machine.check_device,
+        SimpleNamespace(model=model, training=SimpleNamespace(device=torch.device("cuda"), mixed_precision="no")),
     )
-    assert told.of("OK") == ["It: Some GPU, memory 8 GiB; does not compute in bfloat16."]
+    assert told.of("OK") == [
+        "It: Some GPU, memory 8 GiB; it does not compute in bfloat16; bf16 is false, so each model computes in the "
+        "type of its weights, named below."
+    ]
     assert told.changes == ["It (not needed to train): Write float32 for student_dtype."]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "bf16 is false, so each model computes in the type of its weights, named below"),
+        ({"bf16": True}, "forward passes compute in bfloat16"),
+    ],
+)
+def test_the_device_is_told_with_what_the_run_computes_in(one_check, changes, said):
+    training = KavaTrainingArguments(output_dir="x", use_cpu=True, **changes)
+    model = SimpleNamespace(teacher_dtype="auto", student_dtype="float32")
+    told = one_check(machine.check_device, SimpleNamespace(model=model, training=training))
+    assert told.of("OK")[0].endswith(f"; {said}.")
+
+
+def test_nothing_is_told_twice(one_check):
+    def refused(checkup):
+        raise BadRequest("It is broken.")
+
+    told = one_check(refused)
+    assert told.of("Problem") == ["It: It is broken."]
+    assert told.changes == ["It: what is named above."]
+
+
+@pytest.mark.usefixtures("quick")
+def test_few_held_out_examples_are_a_warning_with_what_gives_more(doctor, tmp_path):
+    rows = [json.dumps({"question": f"{n} + 1?", "answer": f"{n + 1} #### {n + 1}"}) for n in range(200)]
+    (tmp_path / "split").mkdir()
+    for name, count in (("data", 200), ("split/train", 200), ("split/test", 20)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows[:count]))
+    advice = {
+        "quickstart": "Raise max_eval_samples, which is 8, to 50 or more, or leave it out.",
+        tmp_path / "data.jsonl": "Give 1000 rows or more, for without a test split 5 % of them are held out; or give a "
+        "test file of your own, beside train.jsonl as test.jsonl in a folder that dataset_name names.",
+        tmp_path / "split": "Put 50 examples or more into the split to evaluate on, which has 20.",
+    }
+    for name, change in advice.items():
+        told = doctor(dataset_name=name, max_eval_samples=8 if name == "quickstart" else None)
+        assert any(re.match(r"Data: Only \d+ examples are held out, fewer", line) for line in told.of("Warning"))
+        assert told.changes == [f"Data (not needed to train): {change}"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_without_an_answer_are_named_by_file_and_line(doctor, tmp_path):
+    rows = [{"question": f"{n} + 1?", "answer": "" if n in (3, 5) else f"{n + 1}"} for n in range(30)]
+    data = write_dataset(tmp_path, "\n\n".join(map(json.dumps, rows)))
+    told = doctor(dataset_name=data, max_eval_samples=None)
+    found = re.findall(r"(\d+) (?:training|held-out) examples? ha\w+ an empty answer: (.*) of (\S+)\.", told.text)
+    assert sorted(number for _, places, _ in found for number in re.findall(r"\d+", places)) == ["11", "7"]
+    assert {file for _, _, file in found} == {str(data)}
+    assert "Data (not needed to train): Write an answer there, or leave these rows out." in told.changes
+    told = doctor(dataset_name=write_dataset(tmp_path, '{"question": "a", "answer": ""}\n' * 40))
+    assert told.code == 2
+    assert re.search(r"No example has an answer: it is empty in lines (\d+, ){5}\.\.\. of \S+.jsonl\.", told.text)
 
 
 def test_a_process_that_sees_several_gpus_is_told_how_to_start(one_check, monkeypatch):

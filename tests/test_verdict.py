@@ -100,12 +100,12 @@ def test_a_small_difference_is_named_and_is_no_win(ours, theirs, matches, said):
 
 
 def test_few_held_out_examples_are_named_and_take_no_success_away():
-    for count, said in ((1, "There was 1 held-out example only"), (49, "There were 49 held-out examples only")):
+    for count, said in ((1, "Only 1 example is held out"), (49, "Only 49 examples are held out")):
         result = judge(copy.deepcopy(GOOD), None, True, [], examples=count)
         assert result["success"] is True
-        assert any(reason.startswith(f"{said}, fewer than 50: the figures tell") for reason in result["reasons"])
+        assert any(reason.startswith(f"{said}, fewer than 50, so the figures tell") for reason in result["reasons"])
     for count in (None, 50):
-        assert "held-out example" not in " ".join(judge(copy.deepcopy(GOOD), None, True, [], count)["reasons"][1:])
+        assert "held out" not in " ".join(judge(copy.deepcopy(GOOD), None, True, [], count)["reasons"][1:])
     assert "standard error of 7 points" in few_examples(49)
     assert few_examples(50) is few_examples(0) is None
 

@@ -1,20 +1,23 @@
 """Checks of the data: the rows, what becomes of the first of them, what is held out."""
 
+import math
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import KavaArguments
-from ..data import encode_dataset, encode_first, find_format, load_splits
+from ..data import HELD_OUT_SHARE, encode_dataset, encode_first, find_format, has_test_split, load_splits
 from ..identity import data_digest
 from ..losses import IGNORED
+from ..places import empty_answers, empty_problem, source_rows
 from ..preparation import check_evaluation
+from ..source_arguments import DataArguments
 from ..stream_sources import open_rows
 from ..streaming import ExampleStream, open_stream
-from ..verdict import few_examples
+from ..verdict import FEW_EXAMPLES, few_examples
 from .findings import Checkup
 
 SAMPLE = 1000
@@ -69,9 +72,27 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
             "Name a dataset_test_split, or a data set of more than one example.",
         )
     if few := few_examples(examples.held_out):
-        checkup.warn(few, "Hold out 50 examples or more: raise max_eval_samples, or name a larger dataset_test_split.")
+        checkup.warn(few, _more_held_out(arguments.data, examples.held_out))
     examples.sample = answered
     return examples
+
+
+def _more_held_out(asked: DataArguments, held_out: int) -> str:
+    """What to change where few examples are held out.
+
+    Args:
+        asked: where they come from.
+        held_out: how many there are.
+    """
+    if asked.max_eval_samples is not None and held_out == asked.max_eval_samples:
+        return f"Raise max_eval_samples, which is {held_out}, to {FEW_EXAMPLES} or more, or leave it out."
+    if asked.streaming or has_test_split(asked):
+        return f"Put {FEW_EXAMPLES} examples or more into the split to evaluate on, which has {held_out}."
+    needed = math.ceil(FEW_EXAMPLES / HELD_OUT_SHARE)
+    return (
+        f"Give {needed} rows or more, for without a test split {100 * HELD_OUT_SHARE:.0f} % of them are held out; or "
+        "give a test file of your own, beside train.jsonl as test.jsonl in a folder that dataset_name names."
+    )
 
 
 def _open(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Dataset, Dataset | None]:
@@ -92,18 +113,22 @@ def _check_sample(
 ) -> list[dict[str, Any]]:
     """The first rows that have an answer, tokenised; how many were cut and dropped."""
     length = arguments.data.max_length
-    sample = encode_first(rows, SAMPLE, tokenizer, length)
+    name = cast(str, arguments.data.dataset_name)
+    sample = encode_first(rows, SAMPLE, tokenizer, length, name)
     answered = [example for example in sample if example["answered"]]
+    empty = source_rows(rows, empty_answers(sample))
     cut, dropped = sum(example["truncated"] for example in sample), len(sample) - len(answered)
     text = f"of {len(sample)} {which} examples {cut} are cut to {length} tokens, {dropped} dropped without an answer."
     if not answered:
         checkup.warn(f"none of the first {len(sample)} {which} examples has an answer.", "Look at the data's columns.")
     elif cut > MANY * len(sample):
         checkup.warn(text, "Raise max_length (and lower per_device_train_batch_size), if whole answers matter.")
-    elif dropped > MANY * len(sample):
-        checkup.warn(text, "Look at the rows without an answer, or raise max_length.")
+    elif dropped - len(empty) > MANY * len(sample):
+        checkup.warn(text, "Raise max_length where prompts are as long as that.")
     else:
         checkup.ok(text)
+    if empty:
+        checkup.warn(empty_problem(name, which, empty), "Write an answer there, or leave these rows out.")
     return answered
 
 

@@ -15,17 +15,21 @@ _SYMBOLS = {OK: "✅", WARNING: "⚠️", PROBLEM: "❌", NOT_CHECKED: "➖"}
 
 _ADVICE = re.compile(
     r"(?:; |\. )(?:or )?((?:write|set|name|choose|lower|raise|rename|run|install|start|delete|leave|keep|make|add|use"
-    r"|look|log in|resume|give|divide|shard|let|map|move|download|copy|do one|did you mean)\b.*)$",
+    r"|look|mend|log in|resume|give|divide|shard|let|map|move|download|copy|do one|did you mean)\b.*)$",
     re.IGNORECASE | re.DOTALL,
 )
 """Where a message to the user goes over from what is wrong to what to write instead."""
 
 
+NAMED_ABOVE = "what is named above."
+"""What to change where a message does not say it apart from what is wrong: nothing is told twice."""
+
+
 def split_advice(message: str) -> tuple[str, str]:
-    """What is wrong, and what to change; both are the whole message where it does not say what to change."""
+    """What is wrong, and what to change."""
     found = _ADVICE.search(message)
     if found is None:
-        return message, message
+        return message, NAMED_ABOVE
     advice = found[1]
     return f"{message[: found.start()].rstrip('.')}.", advice[0].upper() + advice[1:]
 

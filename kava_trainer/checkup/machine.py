@@ -28,6 +28,13 @@ DISTRIBUTION = "kava-trainer"
 WHOAMI_SECONDS = 20
 """How long the hub may take to say whose token it is."""
 
+_PRECISIONS = {
+    "no": "bf16 is false, so each model computes in the type of its weights, named below",
+    "bf16": "forward passes compute in bfloat16",
+    "fp16": "forward passes compute in float16",
+}
+"""What a run computes in, by what accelerate is told."""
+
 
 def check_packages(checkup: Checkup) -> None:
     """The versions of Python and of what KAVA requires."""
@@ -57,11 +64,13 @@ def check_packages(checkup: Checkup) -> None:
 
 
 def check_device(checkup: Checkup, arguments: KavaArguments) -> None:
-    """The device, its memory, and whether it computes in bfloat16."""
+    """The device, its memory, what the run computes in on it, and whether it is made for that."""
     device, model = arguments.training.device, arguments.model
     able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    words = "computes in bfloat16" if able else "does not compute in bfloat16"
-    checkup.ok(f"{device_name(device)}, memory {describe_memory(device)}; {words}.")
+    mixed = arguments.training.mixed_precision
+    precision = _PRECISIONS.get(mixed, f"forward passes compute in {mixed}")
+    words = "" if able else "; it does not compute in bfloat16"
+    checkup.ok(f"{device_name(device)}, memory {describe_memory(device)}{words}; {precision}.")
     asked = [name for name in ("teacher_dtype", "student_dtype") if getattr(model, name) == "bfloat16"]
     if asked and not able:
         checkup.warn(
