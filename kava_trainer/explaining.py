@@ -47,7 +47,7 @@ NOTES = {
     "hub_model_id": (None, "The repository that is sent to, as owner/name."),
     "hub_strategy": (None, "What is sent before the end: every_save, checkpoint, all_checkpoints or end."),
     "hub_private_repo": (None, "Make that repository a private one."),
-    "use_cpu": (None, "Train on the CPU although there is a GPU."),
+    "use_cpu": (None, "Train on the CPU, also where there is a GPU; where there is none, recipes with bf16 need it."),
     "dataloader_num_workers": ("processes", "Processes that prepare batches, and with streaming read and tokenise."),
 }
 """Unit and effect of the fields of `TrainingArguments` of which KAVA has something to say."""

@@ -6,7 +6,7 @@ import re
 import sys
 
 from conftest import ROOT
-from documents import DOCUMENTS
+from documents import DOCUMENTS, blocks
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_table
@@ -28,6 +28,20 @@ def test_every_link_to_a_file_leads_somewhere():
             target = path.parent / link if link else path
             assert target.exists(), f"{path.name}: {link}"
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path.name}: {link}#{anchor}"
+
+
+def test_every_example_saves_into_a_folder_of_its_own():
+    folder = re.compile(r"""--output_dir (\S+)|"?output_dir"?[=:] ?"([^"]+)\"""")
+    found: dict[str, list[str]] = {}
+    for path in DOCUMENTS:
+        if path.name in ("README.md", "quickstart.zh-CN.md"):  # what is there is in quickstart.md as well
+            continue
+        for text in (block.text for block in blocks(path) if "resume_from_checkpoint" not in block.text):
+            for names in folder.findall(text.replace("\\\n", " ")):
+                found.setdefault("".join(names), []).append(path.name)
+    assert len(found) >= 8
+    assert not {name: places for name, places in found.items() if len(places) > 1}
+    assert not [name for name in found if not name.startswith("checkpoints/")]
 
 
 def test_the_tables_of_effectiveness_are_those_of_its_measurements():
