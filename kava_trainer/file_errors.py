@@ -36,6 +36,17 @@ def _kind(value: object) -> str:
     return words.get(type(value), "null")
 
 
+def json_mistake(error: json.JSONDecodeError) -> str:
+    """Where a text is no JSON and why, as words that go on; a comma too many is named as such."""
+    text, found = error.doc, error.msg.startswith("Illegal trailing comma")  # which Python 3.13 tells of itself
+    comma = error.pos if found else len(text[: error.pos].rstrip()) - 1
+    after = text[comma + 1 :].lstrip()[:1]
+    if comma < 0 or text[comma] != "," or after not in ("}", "]"):
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
+    line = text.count("\n", 0, comma) + 1
+    return f"in line {line} a comma stands before {after}, with nothing between them; take that comma out"
+
+
 def _line_problem(line: bytes) -> str | None:
     """What is wrong with one line of a jsonl file; None for an object and for an empty line."""
     if not line.strip():

@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 from .arguments import KavaArguments, KavaTrainingArguments
 from .errors import BadRequest
 from .explaining import short_help
+from .file_errors import json_mistake
 from .invocation import started_as
 from .recipes import find_recipe, recipe_names
 from .redaction import is_secret_name
@@ -122,6 +123,8 @@ def _read_json(path: str | None) -> dict[str, Any]:
         raise BadRequest(f"The arguments file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise BadRequest(f"The arguments file {path} is not UTF-8 text; save it as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"{path} is not valid JSON: {json_mistake(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
