@@ -6,10 +6,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
@@ -86,25 +87,37 @@ def find_student(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
     )
 
 
-def make_repository(place: Place, student: Path, output_dir: str | Path) -> Place:
-    """Make the repository where it is missing.
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the hub."""
 
-    Returns:
-        The place with the repository's full name.
+    place: Place
+    """With the repository's full name."""
+    url: str
+    was_there: bool
+    """Whether it was there before."""
+
+
+def make_repository(place: Place, student: Path, output_dir: str | Path) -> Repository:
+    """Make the repository where it is missing. A name without an owner is that of the token's user.
 
     Raises:
         BadRequest: if the name cannot be that of a repository, or a public one is there and a private one is wanted.
         RunFailed: if the hub does not make it.
     """
 
-    def make() -> tuple[str, bool | None]:
+    def make() -> tuple[Repository, bool | None]:
         api = HfApi(token=place.token)
-        repo_id = api.create_repo(place.repo_id, private=place.private, exist_ok=True).repo_id
-        return repo_id, api.model_info(repo_id).private if place.private else None
+        name = place.repo_id if "/" in place.repo_id else f"{api.whoami()['name']}/{place.repo_id}"
+        was_there = api.repo_exists(name)
+        made = api.create_repo(name, private=place.private, exist_ok=True)
+        is_private = api.model_info(made.repo_id).private if place.private else None
+        url = f"{made}/tree/{quote(place.revision, safe='')}" if place.revision else str(made)
+        return Repository(replace(place, repo_id=made.repo_id), url, was_there), is_private
 
     try:
         validate_repo_id(place.repo_id)
-        repo_id, is_private = in_time(make, ANSWER_SECONDS)
+        repository, is_private = in_time(make, ANSWER_SECONDS)
     except HFValidationError as error:
         raise BadRequest(
             f"{place.repo_id!r} cannot be the name of a repository; write owner/name, of letters, digits, '-', '_' and "
@@ -113,8 +126,9 @@ def make_repository(place: Place, student: Path, output_dir: str | Path) -> Plac
     except Exception as error:  # the network fails in many ways
         raise RunFailed(not_sent(place, student, output_dir, error)) from error
     if is_private is False:
-        raise BadRequest(f"{repo_id} is there already and public. Make it private in its settings, or choose another.")
-    return replace(place, repo_id=repo_id)
+        name = repository.place.repo_id
+        raise BadRequest(f"{name} is there already and public. Make it private in its settings, or choose another.")
+    return repository
 
 
 def write_card(student: Path, name: str, summary: dict[str, Any], revision: str | None = None) -> None:

@@ -185,7 +185,7 @@ class FakeHub:
 
     def info(self, request, match):
         if (found := self._found(match)) is None:
-            return 404, {"error": "Repository not found"}
+            return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
         sha, files = found
         siblings = [{"rfilename": path} for path in files]
         return 200, {

@@ -122,10 +122,26 @@ def test_a_run_is_pushed_after_the_fact_and_again(unharmed, hub, capsys):
     assert '.from_pretrained("me/after")' in card
     assert "](report.png)" in card
     assert "from_pretrained" in (unharmed / "final_student" / "README.md").read_text()
-    assert capsys.readouterr().out.endswith("Pushed to me/after\n")
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"Pushed to me/after: {hub.address}/me/after\n")
+    assert "is there already" not in shown
     assert push(unharmed, "me/after", "--revision", "second/try") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "me/after is there already: files of the same names are replaced in it."
+    assert shown[-1] == f"Pushed to me/after: {hub.address}/me/after/tree/second%2Ftry"
     assert 'revision="second/try"' in hub.repositories["me/after"].files("second/try")["README.md"].decode()
     assert [name for name, _ in hub.asked].count("upload") == 3  # the large files of the first push are there already
+
+
+def test_a_name_without_an_owner_is_that_of_the_tokens_user(unharmed, hub, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    for said in (False, True):
+        assert push(unharmed, "kava") == 0
+        check_arrived(hub.repositories[f"{OWNER}/kava"].files(), unharmed)
+        shown = capsys.readouterr().out
+        assert f"to {OWNER}/kava\n" in shown
+        assert shown.endswith(f"Pushed to {OWNER}/kava: {hub.address}/{OWNER}/kava\n")
+        assert (f"{OWNER}/kava is there already" in shown) is said
 
 
 def test_what_an_earlier_push_left_does_not_stay_where_it_would_be_loaded(unharmed, hub):

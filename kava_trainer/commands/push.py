@@ -9,7 +9,12 @@ HELP = "send a finished run to the hub"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run that was completed")
-    parser.add_argument("repo", metavar="REPO", help="owner/name on the hub; it is made where it is missing")
+    parser.add_argument(
+        "repo",
+        metavar="REPO",
+        help="owner/name on the hub, or name for one of your own; it is made where it is missing, else files of "
+        "the same names are replaced in it",
+    )
     parser.add_argument("--private", action="store_true", help="make it private")
     parser.add_argument("--revision", help="branch to send to, made where it is missing; the main one by default")
     parser.epilog = "The token is that of hf auth login or HF_TOKEN."
@@ -40,12 +45,15 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     try:
         with WATCH:
-            place = make_repository(place, student, options.output_dir)
+            repository = make_repository(place, student, options.output_dir)
+            place = repository.place
+            if repository.was_there:
+                console.print(f"{place.repo_id} is there already: files of the same names are replaced in it.")
             problem = publish(console, options.output_dir, student, summary, place)
     except Interrupted as interruption:
         print(f"Interrupted. Push again with: {push_command(options.output_dir, place)}", file=sys.stderr)
         return exit_code(interruption.number)
     if problem is not None:
         raise RunFailed(problem)
-    console.print(f"Pushed to {place.repo_id}")
+    console.print(f"Pushed to {place.repo_id}: {repository.url}")
     return 0
