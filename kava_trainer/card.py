@@ -17,6 +17,7 @@ from .redaction import without_secrets
 from .showing import WHO
 from .source_arguments import QUICKSTART
 from .summary import REPORT_PICTURE
+from .usage import exports_adapter, usage_code
 
 PROJECTOR_FOLDER = "projector"
 """Where the projector is in a repository."""
@@ -31,11 +32,14 @@ _CARD = """---
 # {name}
 {picture}
 Distilled with KAVA from {teacher} on {dataset}: a frozen teacher's hidden states are aligned
-with the student's through a projector that is not part of this model. The student started from {start}.{trained}
+with the student's through a projector that is not part of this model. The student started from {start}.{trained}{size}
 
 ```python
-{loading}
+{usage}
 ```
+
+KAVA itself, the Python package `kava-trainer`, is not needed for that, only for the projector and to run the recipe
+again; `pip install -c constraints.txt -e .` installs it from a checkout.
 
 ## Verdict of the run
 
@@ -67,6 +71,10 @@ On held-out examples{split}; perplexity and cross-entropy (nats) are those of th
 {recipe}```
 
 </details>
+
+## Licence
+
+{licence}
 """
 
 _ALIGNED = {
@@ -147,8 +155,25 @@ def _start(summary: dict[str, Any]) -> str:
     return {"random": "random weights", "teacher_layers": "layers of the teacher"}[arguments["student_init"]]
 
 
-def _exports_adapter(arguments: dict[str, Any]) -> bool:
-    return arguments["use_peft"] and not arguments["merge_adapter"]
+def _size(summary: dict[str, Any]) -> str:
+    """How large the student is, as a sentence with a space before it; nothing where an older run does not tell."""
+    count = summary.get("student_parameters")
+    return "" if count is None else f" The student has {parameters_text(count)} parameters."
+
+
+def parameters_text(count: int) -> str:
+    """A number of parameters for people."""
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+
+
+def _licence(summary: dict[str, Any]) -> str:
+    """Whose licences apply; the hub does not tell a run which they are, so that the metadata name none."""
+    arguments = summary["arguments"]
+    teacher = arguments["teacher_model_name_or_path"]
+    whose = [] if arguments["student_init"] != "pretrained" else [f"the base model's ({_start(summary)})"]
+    whose += [f"the teacher's ({_named(teacher, 'teacher_model_name_or_path', summary)})", "the data set's"]
+    told = f"{', '.join(whose[:-1])} and {whose[-1]}"
+    return f"No licence is named here: {told} apply. Name one as `license` in the metadata once you know that you may."
 
 
 def _training_of(arguments: dict[str, Any]) -> str:
@@ -157,28 +182,8 @@ def _training_of(arguments: dict[str, Any]) -> str:
         return ""
     bits = arguments["student_quantization"]
     base = "" if bits == "none" else f" in {bits.replace('bit', ' bit')}"
-    now = "this is the adapter alone" if _exports_adapter(arguments) else "it is merged into this model"
+    now = "this is the adapter alone" if exports_adapter(arguments) else "it is merged into this model"
     return f" A LoRA adapter of rank {arguments['lora_r']} was trained on the frozen student{base}; {now}."
-
-
-def _call(loader: str, name: str, revision: str | None, trusting: bool = False) -> str:
-    words = [f'"{name}"', *([f'revision="{revision}"'] if revision else [])]
-    words += ["trust_remote_code=True"] if trusting else []
-    return f"{loader}.from_pretrained({', '.join(words)})"
-
-
-def _loading(name: str, revision: str | None, arguments: dict[str, Any]) -> str:
-    """The code that loads the student."""
-    trusting = arguments["trust_remote_code"]
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if _exports_adapter(arguments):
-        base, own = arguments["student_model_name_or_path"], arguments["student_revision"]
-        where = f', "{name}"' + (f', revision="{revision}"' if revision else "")
-        lines.insert(0, "from peft import PeftModel")
-        lines.append(f"model = PeftModel.from_pretrained({_call('AutoModelForCausalLM', base, own, trusting)}{where})")
-    else:
-        lines.append(f"model = {_call('AutoModelForCausalLM', name, revision, trusting)}")
-    return "\n".join([*lines, f"tokenizer = {_call('AutoTokenizer', name, revision, trusting)}"])
 
 
 def _eval_results(summary: dict[str, Any]) -> list[EvalResult]:
@@ -188,8 +193,10 @@ def _eval_results(summary: dict[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             task_name="Text Generation",
-            dataset_type=hub_id(dataset, "dataset_name", summary) or Path(dataset).name,
-            dataset_name=Path(dataset).name,
+            dataset_type=hub_id(dataset, "dataset_name", summary) or "custom",
+            dataset_name="arithmetic word problems of KAVA's quickstart"
+            if dataset == QUICKSTART
+            else Path(dataset).name,
             dataset_config=arguments["dataset_config_name"],
             dataset_split=arguments["dataset_test_split"] or ("test" if dataset == QUICKSTART else "held-out"),
             metric_type=metric,
@@ -210,7 +217,7 @@ def card_metadata(name: str, summary: dict[str, Any]) -> ModelCardData:
         summary: the content of `run_summary.json`.
     """
     arguments = summary["arguments"]
-    ancestor, adapter = _ancestor(summary), _exports_adapter(arguments)
+    ancestor, adapter = _ancestor(summary), exports_adapter(arguments)
     dataset = hub_id(arguments["dataset_name"], "dataset_name", summary)
     return ModelCardData(
         model_name=name,
@@ -321,7 +328,9 @@ def render_model_card(
         dataset=_named(arguments["dataset_name"], "dataset_name", summary, "datasets/"),
         start=_start(summary),
         trained=_training_of(arguments),
-        loading=_loading(name, revision, arguments),
+        usage=usage_code(name, revision, summary),
+        size=_size(summary),
+        licence=_licence(summary),
         verdict=_verdict(summary),
         split=split,
         results=_results(summary),

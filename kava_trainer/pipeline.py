@@ -46,6 +46,7 @@ from .preparation import (
     load_data,
     load_models,
     load_tokenizers,
+    own_parameters,
     tell_memory,
 )
 from .progress import read_progress
@@ -122,6 +123,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     fidelity.read_unquantised()
     with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
         models = load_models(console, arguments, tokenizer)
+        summary.content |= {"prompt_kind": data.prompt_kind, "student_parameters": own_parameters(models.student)}
         summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
         trainer = build_trainer(console, arguments, models, data)
     if resumption.checkpoint is not None and training.should_save:

@@ -15,7 +15,7 @@ from .callbacks.guard import tracker_problem
 from .capture import hidden_size, number_of_layers
 from .collating import DistillationCollator
 from .console import Console, size_text
-from .data import Encoded, encode_dataset, load_splits
+from .data import Encoded, encode_dataset, find_format, load_splits
 from .disk import check_space
 from .errors import BadRequest, reason_of
 from .evaluation import answer_cross_entropy
@@ -33,10 +33,14 @@ from .streaming import ExampleStream, first_examples, open_stream
 from .student import load_student
 from .teacher import load_teacher
 from .trainer import KavaTrainer
+from .usage import prompt_kind
 from .verdict import TEACHER_AT_CHANCE, few_examples
 
 HEAD_CHECK_TOKENS = 64
 """Tokens that the logits of a whole vocabulary are compared on, before training."""
+
+_BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
+"""Parts of the names of parameters that peft adds to a model's own."""
 
 
 @dataclass
@@ -46,6 +50,8 @@ class Data:
     train: datasets.Dataset | ExampleStream
     evaluation: datasets.Dataset | None
     collator: DistillationCollator
+    prompt_kind: str = "prompt"
+    """See `usage.prompt_kind`."""
 
 
 @dataclass
@@ -90,7 +96,8 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
         console.warn(few)
     batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
-    return Data(encoded.dataset, held_out.dataset if held_out else None, DistillationCollator(tokenizer))
+    kind = prompt_kind(train[0], find_format(train.column_names))
+    return Data(encoded.dataset, held_out.dataset if held_out else None, DistillationCollator(tokenizer), kind)
 
 
 def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -103,7 +110,8 @@ def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
     encoded = _encode_held_out(arguments, tokenizer, held_out)
     _tell_encoding(console, "held-out", encoded, len(held_out), asked)
-    return Data(stream, encoded.dataset, DistillationCollator(tokenizer))
+    kind = prompt_kind(rows.first(1)[0], rows.columns)
+    return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind)
 
 
 def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
@@ -122,6 +130,12 @@ def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrai
     if few := few_examples(len(held_out.dataset)):
         console.warn(few)
     return held_out.dataset
+
+
+def own_parameters(student: PreTrainedModel) -> int:
+    """How many parameters a student has without its adapters, which are merged into it or left out in the end."""
+    beside = (parameter for name, parameter in student.named_parameters() if _BESIDE & set(name.split(".")))
+    return student.num_parameters() - sum(parameter.numel() for parameter in beside)
 
 
 def _encode_held_out(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, test: datasets.Dataset) -> Encoded:

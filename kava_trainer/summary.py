@@ -77,6 +77,8 @@ class RunSummary:
             "evaluation": dict.fromkeys(_EVALUATED),
             "samples": [],
             "teacher_fidelity": None,
+            "prompt_kind": None,
+            "student_parameters": None,
             "verdict": {"success": None, "collapsed": None, "reasons": []},
             "throughput": dict.fromkeys(_THROUGHPUT),
             "problems": [],

@@ -101,6 +101,7 @@ ORDER = [
         "comparison",
         "showing",
         "recipe",
+        "usage",
         "card",
         "publishing",
         "preparation",

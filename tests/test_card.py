@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_llama, tiny_lora_llama
 from fake_hub import card_problems
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
@@ -12,8 +12,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from kava_trainer.card import hub_id, is_untouched, local_sources, render_model_card
 from kava_trainer.environment import describe_environment
 from kava_trainer.parsing import parse_arguments
+from kava_trainer.preparation import own_parameters
 from kava_trainer.recipe import recipe_of, recipe_text
 from kava_trainer.summary import RunSummary
+from kava_trainer.usage import prompt_kind
 
 TEACHER, STUDENT, DATA = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B", "openai/gsm8k"
 ARGUMENTS = {
@@ -144,7 +146,67 @@ def test_local_data_is_named_without_its_folder_in_the_metadata(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"text": "a"}\n')
     data = card_of(summary_with(dataset_name=tmp_path / "own.jsonl")).data
     assert data.datasets is None
-    assert data.eval_results[0].dataset_type == "own.jsonl"
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("custom", "own.jsonl")
+
+
+def test_the_embedded_data_are_no_data_set_of_the_hub():
+    (result,) = card_of(summary_with(dataset_name="quickstart")).data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("custom", "arithmetic word problems of KAVA's quickstart")
+
+
+def usage_of(kind, **changes):
+    """The first block of Python in a card."""
+    summary = {**summary_with(**changes), "prompt_kind": kind}
+    code = card_of(summary).text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    return code
+
+
+def test_the_card_asks_the_student_as_it_was_trained():
+    asked = usage_of("question", generation_max_new_tokens=77)
+    assert 'prompt = "Question: Ben has 5 coins' in asked
+    assert '?\\nAnswer:"\ninputs = tokenizer(prompt, return_tensors="pt")\n' in asked
+    assert "model.generate(**inputs, max_new_tokens=77)" in asked
+    chat = usage_of("messages", use_peft=True, merge_adapter=False)
+    assert 'messages = [{"role": "user", "content": "' in chat
+    assert "tokenizer.apply_chat_template(\n    messages, add_generation_prompt=True, " in chat
+    assert "prompt =" not in chat
+    for kind in ("prompt", "text", None):  # None in the summary of an older run
+        assert 'prompt = "..."' in usage_of(kind)
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    [
+        ({"question": "a", "answer": "b"}, "question"),
+        ({"text": "a"}, "text"),
+        ({"prompt": "a", "completion": "b"}, "prompt"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "messages"),
+    ],
+)
+def test_what_a_prompt_is_follows_from_a_row(columns, kind):
+    assert prompt_kind(columns, tuple(columns)) == kind
+
+
+def test_the_card_tells_the_size_and_whose_licences_apply():
+    text = card_of({**summary_with(), "student_parameters": 494_032_768}).text
+    assert " The student has 494.03 million parameters." in text
+    assert f"the base model's ([{STUDENT}](https://huggingface.co/{STUDENT})), the teacher's ([{TEACHER}]" in text
+    assert "and the data set's apply." in text
+    fresh = card_of({**summary_with(student_init="random"), "student_parameters": 1_540_000_000}).text
+    assert " The student has 1.54 billion parameters." in fresh
+    assert "the base model's" not in fresh
+    assert "The student has" not in card_of(summary_with()).text
+
+
+def test_adapters_do_not_count_as_the_student():
+    assert (
+        own_parameters(tiny_lora_llama(32, 1))
+        == own_parameters(tiny_llama(32, 1))
+        == tiny_llama(32, 1).num_parameters()
+    )
 
 
 def test_a_run_that_measured_nothing_has_a_valid_card():

@@ -102,6 +102,9 @@ def test_a_run_arrives_at_its_end_and_loads_from_the_hub_in_three_lines(tmp_path
     assert 'revision="v1"' in code
     loaded = {}
     exec(code, loaded)
+    capsys.readouterr()
+    assert loaded["prompt"].startswith("Question: ")
+    assert "The student has 0.18 million parameters." in card.text
     kept = AutoModelForCausalLM.from_pretrained(out / "final_student")
     for ours, theirs in zip(kept.parameters(), loaded["model"].parameters(), strict=True):
         assert torch.equal(ours, theirs)
