@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .console import size_text
+from .curves import number_text
 from .data_files import BUILDERS
 from .recipe import recipe_text
 from .redaction import without_secrets
@@ -92,7 +93,7 @@ _VERDICTS = {True: "**Success.**", False: "**No success.**", None: "**None**: th
 
 
 def _figure(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
+    return "not measured" if value is None else number_text(value)
 
 
 def _share(value: float | None) -> str:
@@ -284,7 +285,7 @@ def _cost(summary: dict[str, Any]) -> str:
             f"| Steps | {summary['global_step']} |",
             f"| Whole run, with its evaluations | {_duration(summary['duration_seconds'])} |",
             f"| Training speed | {speed} |",
-            f"| Peak memory | {'not measured' if peak is None else size_text(peak)} |",
+            f"| Peak memory, measured | {'not measured' if peak is None else size_text(peak)} |",
             f"| Device | {environment.get('device')} |",
             f"| Software | {versions} |",
         ]

@@ -13,6 +13,17 @@ MOST_POINTS = 1000
 
 TERMS = {"mercator": "Mercator", "mse": "squared difference", "anchor": "anchor", "lm": "next token", "kd": "KD"}
 
+_RAISED = str.maketrans("-0123456789", "\N{SUPERSCRIPT MINUS}⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number_text(value: float) -> str:
+    """A number for people, to four digits; one that is tiny as `5.489 × 10⁻⁶`."""
+    if value == 0 or abs(value) >= 1e-4:
+        return f"{value:.4g}"
+    factor, exponent = f"{value:.3e}".split("e")
+    return f"{float(factor):g} \N{MULTIPLICATION SIGN} 10{str(int(exponent)).translate(_RAISED)}"
+
+
 Points = list[tuple[int, float]]
 
 
@@ -45,8 +56,8 @@ class Chart:
         """The chart in words, for those who do not see it."""
         unit = f" {self.unit}" if self.unit else ""
         parts = [
-            f"{curve.label} from {curve.points[0][1]:.4g} at step {curve.points[0][0]} to {curve.points[-1][1]:.4g} at "
-            f"step {curve.points[-1][0]}"
+            f"{curve.label} from {number_text(curve.points[0][1])} at step {curve.points[0][0]} to "
+            f"{number_text(curve.points[-1][1])} at step {curve.points[-1][0]}"
             for curve in self.curves
             if curve.points
         ]
@@ -130,7 +141,12 @@ KINDS = (
         {"all processes": ("tokens_per_second",)},
         {"note": "Between log lines, with evaluations and saves.", "from_zero": True},
     ),
-    _Kind("memory", "Peak memory so far", {"this process": ("peak_memory_bytes",)}, {"unit": "GB", "from_zero": True}),
+    _Kind(
+        "memory",
+        "Measured peak memory so far",
+        {"this process": ("peak_memory_bytes",)},
+        {"unit": "GB", "from_zero": True},
+    ),
 )
 _SCALES = {"memory": 1e-9}
 
@@ -184,7 +200,7 @@ COMPARED = {
     "kd": ("KD term, raw", ("kd_loss",)),
     "rate": ("Learning rate", ("learning_rate",)),
     "speed": ("Tokens a second", ("tokens_per_second",)),
-    "memory": ("Peak memory so far", ("peak_memory_bytes",)),
+    "memory": ("Measured peak memory so far", ("peak_memory_bytes",)),
 }
 """The charts that lay one curve of each run over the others': title, and names in log lines."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from .alignment import COLLAPSED
 from .console import size_text
+from .curves import number_text
 from .run_folder import CUT_OFF, RunRecord
 
 NOT_MEASURED = "not measured"
@@ -36,8 +37,8 @@ _COST = {
     "tokens_per_second": "Tokens a second",
     "samples_per_second": "Examples a second",
     "padding_fraction": "Padding",
-    "peak_memory_bytes": "Peak memory",
-    "estimated_memory_bytes": "Estimated memory",
+    "peak_memory_bytes": "Peak memory, measured",
+    "estimated_memory_bytes": "Peak memory, estimated before the run",
     "teacher_seconds": "Time in the teacher",
     "student_seconds": "Time in the student",
 }
@@ -72,7 +73,7 @@ def figure_text(name: str, value: Any) -> str:
         return seconds_text(value)
     if name in _FIXED or name.isdigit():  # CosSim at a step
         return f"{value:.4f}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 or isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 or isinstance(value, int) else number_text(value)
 
 
 @dataclass(frozen=True)

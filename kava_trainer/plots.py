@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .curves import Chart
+from .curves import Chart, number_text
 
 INKS = {"ink": "#1c2330", "quiet": "#667085", "mild": "#98a2b3", "grid": "#d9dee7", "paper": "#ffffff"}
 """Colours of a page by the name of their variable; `COLOURS` are those of the curves."""
@@ -38,7 +38,8 @@ _BAR_COLOURS = (INKS["quiet"], INKS["mild"], *COLOURS)
 
 
 def _number(value: float, _: object = None) -> str:
-    return f"{value:g}".replace("-", "\N{MINUS SIGN}", 1) if abs(value) >= 1e-4 or value == 0 else f"{value:.0e}"
+    text = f"{value:g}" if abs(value) >= 1e-4 or value == 0 else number_text(value)
+    return text.replace("-", "\N{MINUS SIGN}", 1)
 
 
 def _frame(axes: Axes) -> None:

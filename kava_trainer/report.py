@@ -104,6 +104,7 @@ def report_page(record: RunRecord) -> str:
     return render(
         "report.html.j2",
         folder=str(record.folder),
+        name=record.folder.resolve().name,
         summary=summary,
         teacher=teacher,
         student=student,

@@ -15,8 +15,8 @@ from kava_trainer import cli, closing, curves, stepping
 from kava_trainer.checkpoint_io import write_manifest
 from kava_trainer.comparison import comparison_page, differing_arguments, run_names
 from kava_trainer.console import Console
-from kava_trainer.curves import charts, thin_out
-from kava_trainer.figures import verdict_of
+from kava_trainer.curves import charts, number_text, thin_out
+from kava_trainer.figures import figure_text, verdict_of
 from kava_trainer.progress import save_progress
 from kava_trainer.report import report_page, write_report
 from kava_trainer.run_folder import read_run, record_of
@@ -236,7 +236,7 @@ def test_a_collapse_is_what_the_page_says_first(summary, tmp_path):
     assert (verdict_of(record).word, verdict_of(record).kind) == ("Collapsed – no success", "bad")
     page = Page(report_page(record))
     assert page.texts["h2"][0] == "Collapsed – no success"
-    assert page.texts["title"] == [f"KAVA: Collapsed – no success, {tmp_path}"]
+    assert page.texts["title"] == [f"{tmp_path.name}: Collapsed – no success - KAVA report"]
 
 
 @pytest.mark.parametrize(
@@ -297,6 +297,15 @@ def test_a_summary_without_log_lines_has_the_curves_of_a_checkpoint_or_none(fold
     assert read_run(folder).note.endswith("the curves are those of checkpoint-60.")
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.02, "0.02"), (518.3456, "518.3"), (5.489e-06, "5.489 × 10⁻⁶"), (-5e-05, "-5 × 10⁻⁵")],
+)
+def test_tiny_numbers_are_written_for_people(value, text):
+    assert number_text(value) == text
+    assert figure_text("cross_entropy", value) == text
+
+
 def test_the_command_builds_reports_and_the_comparison(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, rate in (("a", 1e-3), ("b", 5e-2)):
@@ -305,7 +314,10 @@ def test_the_command_builds_reports_and_the_comparison(tmp_path, capsys, monkeyp
         summary.write(tmp_path / name / "out", "completed")
     assert cli.main(["report", "a/out", str(tmp_path / "b" / "out")]) == 0
     shown = capsys.readouterr().out
-    assert shown == f"Report: a/out/report.html\nReport: {tmp_path}/b/out/report.html\nComparison: comparison.html\n"
+    assert (
+        shown
+        == f"Report: a/out/report.html\nReport: {tmp_path}/b/out/report.html\nComparison: {tmp_path}/comparison.html\n"
+    )
     for name in ("a", "b"):
         page = (tmp_path / name / "out" / "report.html").read_text(encoding="utf-8")
         check_page(page, json.loads((tmp_path / name / "out" / "run_summary.json").read_text()))

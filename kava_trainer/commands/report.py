@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="comparison.html",
         metavar="FILE",
-        help="page that compares several runs (default: %(default)s)",
+        help="where the page that compares several runs is written (default: %(default)s in the current folder)",
     )
 
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         for record in records:
             print(f"Report: {write_report(record)}")
         if len(records) > 1:
-            print(f"Comparison: {write_comparison(records, Path(options.output))}")
+            print(f"Comparison: {write_comparison(records, Path(options.output)).resolve()}")
     except OSError as error:
         raise BadRequest(f"{error.filename or options.output} cannot be written: {error.strerror}.") from error
     return 0
