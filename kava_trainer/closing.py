@@ -49,12 +49,15 @@ def _try_to_write(console: Console, output_dir: str, summary: RunSummary, status
 
 def report_on(console: Console, output_dir: str, summary: RunSummary) -> Path | None:
     """Write `report.html` and `report.png` of a run that has written its summary; the page, or None with a warning."""
-    from .report import write_report  # matplotlib takes a second, which no run should wait for at its start
-
     try:
+        from .report import write_report  # matplotlib takes a second, which no run should wait for at its start
+
         return write_report(record_of(output_dir, summary))
-    except OSError as error:
-        console.warn(f"The report could not be written to {output_dir}: {error.strerror}.")
+    except Exception as error:  # the run is over: whatever keeps a page from being drawn takes nothing else away
+        console.warn(
+            f"The report could not be written to {output_dir}: {reason_of(error).rstrip('.')}. Once that is mended: "
+            f"python -m kava_trainer report {output_dir}"
+        )
         return None
 
 

@@ -10,7 +10,8 @@ from accelerate.utils import release_memory
 from transformers import set_seed
 
 from .arguments import KavaArguments, KavaTrainingArguments
-from .checkpoint_io import find_newest_checkpoint
+from .checkpoint_io import find_newest_checkpoint, list_checkpoints, read_manifest
+from .errors import BadRequest
 from .preparation import Data, Models, make_trainer
 from .student import load_student
 from .teacher import load_teacher
@@ -42,10 +43,28 @@ def control_arguments(training: KavaTrainingArguments) -> KavaTrainingArguments:
 
 
 def forget_control(training: KavaTrainingArguments) -> None:
-    """Delete what an earlier run's control left, so that it is never taken for this run's."""
-    folder = Path(control_arguments(training).output_dir)
-    if training.should_save and folder.exists():
-        shutil.rmtree(folder)
+    """Delete the checkpoints that an earlier run's control left, so that they are never taken for this run's."""
+    if training.should_save and training.run_control:
+        for folder in list_checkpoints(control_arguments(training).output_dir):
+            shutil.rmtree(folder)
+
+
+def check_place_of_control(training: KavaTrainingArguments) -> None:
+    """Make sure that the control would not go into a run of its own. Raises `BadRequest` if it would.
+
+    A control's checkpoints say nothing of what the run was asked for, and those of a run do.
+    """
+    place = Path(training.output_dir) / CONTROL_FOLDER
+    for folder in list_checkpoints(place) if training.run_control else []:
+        try:
+            is_run = read_manifest(folder)["run"] is not None
+        except ValueError:
+            continue
+        if is_run:
+            raise BadRequest(
+                f"{folder} is of another run, but the control's checkpoints go to {place}; name another output_dir, or "
+                "write run_control false."
+            )
 
 
 def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .arguments import KavaTrainingArguments
 from .console import Console
-from .errors import reason_of
+from .errors import BadRequest, reason_of
 from .signals import WATCH
 
 ANSWER_SECONDS, CHECKPOINT_SECONDS = 60, 600
@@ -28,7 +28,7 @@ client waits for ever."""
 
 _STATE_FILES = [
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "projector.pth",
-    "progress_*.pth", "manifest.json",
+    "progress_*.pth", "manifest.json", "optimizer_*/*", "pytorch_model_fsdp_*/*",
 ]  # fmt: skip
 """What of a checkpoint only resuming needs."""
 
@@ -112,6 +112,14 @@ def make_branch(place: Place) -> None:
     """Make the branch that is asked for, from the main one, where it is missing; `refs/...` are never made."""
     if place.revision and place.revision != DEFAULT_REVISION and not place.revision.startswith("refs/"):
         HfApi(token=place.token).create_branch(place.repo_id, branch=place.revision, exist_ok=True)
+
+
+def check_private(place: Place) -> None:
+    """Raise `BadRequest` if a private repository is wanted and a public one was there already."""
+    if place.private and HfApi(token=place.token).model_info(place.repo_id).private is False:
+        raise BadRequest(
+            f"{place.repo_id} is there already and public. Make it private in its settings, or choose another."
+        )
 
 
 def in_background(work: Callable[[], Any], after: Iterable[Future] = ()) -> Future:

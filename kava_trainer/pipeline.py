@@ -20,7 +20,7 @@ from .checkpoint_io import (
 from .closing import conclude, write_summary
 from .collating import DistillationCollator
 from .console import Console
-from .control import build_control, forget_control, train_control
+from .control import build_control, check_place_of_control, forget_control, train_control
 from .disk import make_folder, no_empty_folders_if_refused
 from .environment import (
     describe_environment,
@@ -221,11 +221,12 @@ def _train_and_judge(
 def _prepare_folders(arguments: KavaArguments) -> None:
     for name in ("output_dir", "final_dir"):
         make_folder(name, getattr(arguments.training, name))
-    check_place_of_student(arguments.training)
+    check_places(arguments.training)
 
 
-def check_place_of_student(training: KavaTrainingArguments) -> None:
-    """Make sure that nothing is in the place of the finished student. Raises `BadRequest` if a file is."""
+def check_places(training: KavaTrainingArguments) -> None:
+    """Make sure that the places of student and control are free. Raises `BadRequest` if something else is there."""
+    check_place_of_control(training)
     student = Path(training.final_dir) / FINAL_STUDENT
     if student.exists() and not student.is_dir():
         raise BadRequest(f"{student} is a file, but the student's folder goes there; move it or set final_dir.")

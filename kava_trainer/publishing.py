@@ -20,7 +20,7 @@ from .card import PROJECTOR_FOLDER, is_untouched, render_model_card
 from .checkpoint_io import write_atomically
 from .console import Console, size_text
 from .errors import BadRequest, RunFailed, reason_of
-from .hub import ANSWER_SECONDS, Place, hub_reason, in_time, make_branch, push_command, show_bars
+from .hub import ANSWER_SECONDS, Place, check_private, hub_reason, in_time, make_branch, push_command, show_bars
 from .projector import export_projector_file
 from .recipe import RECIPE_FILE, recipe_text
 from .redaction import without_secrets
@@ -106,18 +106,21 @@ def make_repository(place: Place, student: Path, output_dir: str | Path) -> Repo
         RunFailed: if the hub does not make it.
     """
 
-    def make() -> tuple[Repository, bool | None]:
+    def make() -> Repository:
         api = HfApi(token=place.token)
         name = place.repo_id if "/" in place.repo_id else f"{api.whoami()['name']}/{place.repo_id}"
         was_there = api.repo_exists(name)
         made = api.create_repo(name, private=place.private, exist_ok=True)
-        is_private = api.model_info(made.repo_id).private if place.private else None
+        found = replace(place, repo_id=made.repo_id)
+        check_private(found)
         url = f"{made}/tree/{quote(place.revision, safe='')}" if place.revision else str(made)
-        return Repository(replace(place, repo_id=made.repo_id), url, was_there), is_private
+        return Repository(found, url, was_there)
 
     try:
         validate_repo_id(place.repo_id)
-        repository, is_private = in_time(make, ANSWER_SECONDS)
+        return in_time(make, ANSWER_SECONDS)
+    except BadRequest:
+        raise
     except HFValidationError as error:
         raise BadRequest(
             f"{place.repo_id!r} cannot be the name of a repository; write owner/name, of letters, digits, '-', '_' and "
@@ -125,10 +128,6 @@ def make_repository(place: Place, student: Path, output_dir: str | Path) -> Repo
         ) from error
     except Exception as error:  # the network fails in many ways
         raise RunFailed(not_sent(place, student, output_dir, error)) from error
-    if is_private is False:
-        name = repository.place.repo_id
-        raise BadRequest(f"{name} is there already and public. Make it private in its settings, or choose another.")
-    return repository
 
 
 def write_card(student: Path, name: str, summary: dict[str, Any], revision: str | None = None) -> None:

@@ -31,7 +31,7 @@ from .checkpoint_io import (
 from .console import Console
 from .errors import BadRequest, Interrupted, RunFailed, reason_of
 from .fsdp import own_part
-from .hub import ANSWER_SECONDS, CheckpointPusher, Place, in_time, make_branch, no_repository
+from .hub import ANSWER_SECONDS, CheckpointPusher, Place, check_private, in_time, make_branch, no_repository
 from .progress import read_progress, save_progress
 from .projector import write_projectors
 from .pushing import PushingTrainer
@@ -81,16 +81,23 @@ class SavingTrainer(PushingTrainer):
         """Make the hub repository, as `Trainer` does, and its branch. Raises `BadRequest` if that does not work."""
 
         def make() -> None:
-            super(SavingTrainer, self).init_hf_repo(token, private)
+            if private is not None:  # transformers 5.17 takes no such word
+                self.args.hub_private_repo = private
+            super(SavingTrainer, self).init_hf_repo(token)
             if self.is_world_process_zero():
-                make_branch(
-                    Place(cast(str, self.hub_model_id), token or self.args.hub_token, revision=self.args.hub_revision)
-                )
+                make_branch(self._place(token))
+                check_private(self._place(token))
 
         try:
             in_time(make, ANSWER_SECONDS)
+        except BadRequest:
+            raise
         except Exception as error:  # the network fails in many ways
             raise BadRequest(no_repository(error, self.args)) from error
+
+    def _place(self, token: str | None) -> Place:
+        args = self.args
+        return Place(cast(str, self.hub_model_id), token or args.hub_token, args.hub_private_repo, args.hub_revision)
 
     def not_finite(self, what: str) -> RunFailed:
         """The error for losses or weights that are no finite numbers any more."""

@@ -94,7 +94,8 @@ class KavaTrainer(EvaluatingTrainer):
         self.model_init = cast(Any, model_init)
         self._set_terms(source)
         self.forget_throughput()
-        for callback in (ProgressCallback, PrinterCallback):
+        own = [c for c in self.callback_handler.callbacks if type(c) in (ProgressCallback, PrinterCallback)]
+        for callback in own[-1:]:  # Trainer adds its own last; one that the user gave stays
             self.remove_callback(callback)
         self.trackers = guard_trackers(self.callback_handler.callbacks, args, self.console, self.problems)
         self._choose_packing()

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -144,6 +145,15 @@ class Recorder(TrainerCallback):
                 self.events.append((name, kind, state.global_step))
 
         return record
+
+
+def test_a_progress_callback_of_the_user_stays(tmp_path, tokenizer):
+    class Mine(ProgressCallback):
+        pass
+
+    mine = Mine()
+    trainer = make(tmp_path, tokenizer, {"callbacks": [mine]}, disable_tqdm=False)
+    assert [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)] == [mine]
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,20 @@ def test_a_run_that_trains_again_gets_a_new_control(tmp_path, steps):
     assert not (tmp_path / "control" / "checkpoint-999").exists()
 
 
+def test_what_is_no_control_s_in_its_folder_is_left_alone(tmp_path, capsys):
+    notes = tmp_path / "control" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    assert run(tmp_path, max_steps=2) == 0
+    assert notes.read_text() == "mine"
+    other = {"output_dir": tmp_path / "else" / "control", "run_control": False}
+    assert run(tmp_path, **other, max_steps=2) == 0
+    capsys.readouterr()
+    assert run(tmp_path / "else") == 2
+    assert "checkpoint-2 is of another run, but the control's checkpoints go to" in capsys.readouterr().err
+    assert (tmp_path / "else" / "control" / "checkpoint-2").is_dir()
+
+
 def test_a_control_that_breaks_leaves_the_run_whole(tmp_path, monkeypatch, capsys):
     def break_off(trainer, resume):
         raise RunFailed("It broke.")

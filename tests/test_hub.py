@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, asked_hub
 from fake_hub import OWNER
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from test_end_to_end import QUICKSTART, SHORT, words
 from test_trainer import make_trainer
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_kava
 from kava_trainer import cli, load_projectors, publishing
-from kava_trainer.hub import hub_reason, show_bars
+from kava_trainer.hub import _STATE_FILES, hub_reason, show_bars
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.quickstart import TEACHER_FOLDER
 
@@ -324,6 +325,9 @@ def test_a_public_repository_is_not_taken_for_a_private_one(unharmed, hub, capsy
     assert push(unharmed, "me/public", "--private") == 2
     assert "me/public is there already and public." in capsys.readouterr().err
     assert push(unharmed, "me/public") == 0
+    asked = {"push_to_hub": True, "hub_model_id": "me/public", "hub_private_repo": True, "output_dir": unharmed / "no"}
+    assert run_kava.main(words({**RUN, **asked})) == 2
+    assert "me/public is there already and public." in capsys.readouterr().err
 
 
 def test_offline_is_said_in_one_line(unharmed, hub, capsys, monkeypatch):
@@ -351,6 +355,12 @@ def test_checkpoints_are_sent_without_bars_among_the_status_lines(tmp_path, toke
     assert "last-checkpoint/optimizer.pt" in hub.repositories["me/steps"].files()
     assert "%" not in capsys.readouterr().err
     assert show_bars(False)
+
+
+def test_a_sharded_checkpoint_gives_the_student_alone_to_each_save():
+    student = ["config.json", "model.safetensors", "tokenizer.json"]
+    state = ["optimizer_0/.metadata", "optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/__1_0.distcp", "scheduler.pt"]
+    assert list(filter_repo_objects([*student, *state], ignore_patterns=_STATE_FILES)) == student
 
 
 def test_reasons_are_those_of_the_cause():

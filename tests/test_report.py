@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 import types
 from html.parser import HTMLParser
 
@@ -392,11 +393,22 @@ def test_a_folder_named_twice_and_a_place_that_cannot_be_written_are_refused(fol
     assert "cannot be written: Is a directory" in capsys.readouterr().err
 
 
+def test_a_report_whose_packages_do_not_work_is_a_warning(summary, tmp_path, capsys, monkeypatch):
+    summary.write(tmp_path, "completed")
+    monkeypatch.setitem(sys.modules, "kava_trainer.report", None)
+    assert closing.report_on(Console(plain=True), str(tmp_path), summary) is None
+    shown = capsys.readouterr().out
+    assert f"Warning: The report could not be written to {tmp_path}: import of kava_trainer.report halted" in shown
+    assert f"python -m kava_trainer report {tmp_path}" in shown
+
+
 def test_a_report_that_cannot_be_written_is_a_warning(summary, tmp_path, capsys):
     summary.write(tmp_path, "completed")
     (tmp_path / "report.html").mkdir()
     assert closing.report_on(Console(plain=True), str(tmp_path), summary) is None
-    assert f"Warning: The report could not be written to {tmp_path}: Is a directory." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"Warning: The report could not be written to {tmp_path}: " in shown
+    assert "Is a directory" in shown
     assert not list(tmp_path.glob(".*"))
 
 

@@ -1,5 +1,6 @@
 """Trust: no file runs code unasked, and no secret leaves through a log, a summary, a card or an error."""
 
+import html
 import json
 import os
 import pickle
@@ -218,8 +219,12 @@ def test_settings_and_paths_are_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("MONKEY", "a monkey business")
     monkeypatch.setenv("AWS_TOKEN_FILE", str(tmp_path))
     monkeypatch.setenv("SHORT_TOKEN", "true")
-    text = f"false-and-longer a monkey business {tmp_path} true"
+    monkeypatch.setenv("MAX_TOKENS", "10000000000")
+    text = f"false-and-longer a monkey business {tmp_path} true 10000000000"
     assert redaction.without_secrets(text) == text
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-key")
     monkeypatch.setenv("DB_PASSWORD", "sk-planted-key-that-is-longer")
     assert redaction.without_secrets("sk-planted-key-that-is-longer, sk-planted-key") == "***, ***"
+    monkeypatch.setenv("DB_PASSWORD", secret := 'planted "\\<&>\u00e9')
+    for shown in (secret, json.dumps(secret), json.dumps(secret, ensure_ascii=False), html.escape(secret)):
+        assert redaction.without_secrets(shown).strip('"') == "***"

@@ -17,7 +17,7 @@ from ..errors import reason_of
 from ..free_memory import free_memory_bytes
 from ..identity import check_output_dir, check_resumable, run_identity
 from ..memory import estimate_memory
-from ..pipeline import check_place_of_student
+from ..pipeline import check_places
 from ..preparation import memory_shortage
 from ..projector import restore_projectors
 from ..state_shards import bytes_per_token
@@ -54,7 +54,7 @@ def check_disk(checkup: Checkup, arguments: KavaArguments, parts: dict[str, int]
     training = arguments.training
     for name in ("output_dir", "final_dir"):
         check_folder(name, getattr(training, name))
-    check_place_of_student(training)
+    check_places(training)
     free = size_text(shutil.disk_usage(existing_folder(training.output_dir)).free)
     if parts is None or training.save_strategy == SaveStrategy.NO:
         checkup.ok(f"{training.output_dir} can be written to, {free} are free.")
