@@ -49,7 +49,7 @@ from .preparation import (
     own_parameters,
     tell_memory,
 )
-from .progress import read_progress
+from .progress import progress_file, read_progress
 from .publishing import FINAL_PROJECTOR, FINAL_STUDENT
 from .ranks import from_main_process
 from .sharing import show_progress_bars
@@ -168,7 +168,8 @@ def _find_checkpoint(arguments: KavaArguments) -> Resumption:
 
 def _go_on_from(checkpoint: Path, summary: RunSummary) -> None:
     """Let the summary tell of the run's earlier sessions too, where the checkpoint knows of them."""
-    if (earlier := read_progress(checkpoint, 0, 1).get("run_time")) is not None:
+    known = (checkpoint / progress_file(0)).exists()  # one that cannot be resumed is told of when it is loaded
+    if known and (earlier := read_progress(checkpoint, 0, 1).get("run_time")) is not None:
         summary.go_on_from(earlier)
 
 

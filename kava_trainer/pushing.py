@@ -4,7 +4,7 @@ import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 
@@ -14,7 +14,7 @@ from .weights import WeightsTrainer
 class PushingTrainer(WeightsTrainer):
     """The part of `KavaTrainer` that sends the student when it is told to."""
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # Trainer gives a future too, and says it does not
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -51,12 +51,12 @@ class PushingTrainer(WeightsTrainer):
             return None
         folder = TemporaryDirectory()
         self.save_student(folder.name, state_dict=state)
-        name = kwargs.pop("model_name", None) or cast(str, self.hub_model_id).split("/")[-1]
+        name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
         self.create_model_card(model_name=name, **kwargs)
-        shutil.copy(Path(cast(str, self.args.output_dir)) / "README.md", folder.name)
+        shutil.copy(Path(str(self.args.output_dir)) / "README.md", folder.name)
         self._finish_current_push()
         sent: Future[CommitInfo] = HfApi(token=token).upload_folder(
-            repo_id=cast(str, self.hub_model_id),
+            repo_id=str(self.hub_model_id),
             folder_path=folder.name,
             commit_message=commit_message,
             revision=revision or self.args.hub_revision,

@@ -93,8 +93,8 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         try:
             return encode_row(row, self._rows.columns, self._tokenizer, self._max_length)
         except ValueError as error:
-            name, row = self._rows.name, self._rows.bad_row()
-            where = name if row is None else places(name, [row])
+            name, number = self._rows.name, self._rows.bad_row()
+            where = name if number is None else places(name, [number])
             raise BadRequest(f"The data cannot be used: in {where}, {error}.") from error
 
     def count_rows(self, limit: int) -> int:

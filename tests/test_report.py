@@ -24,6 +24,7 @@ from kava_trainer.run_folder import read_run, record_of
 from kava_trainer.summary import RunSummary
 
 EVIL = "<script>alert(1)</script> </pre> $x$ & \"'"
+RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 
 def lookup(summary, place):
@@ -69,7 +70,8 @@ def check_page(text, summary):
             assert (exact, shown) == (None, "not measured"), place
             continue
         assert json.loads(exact) == value, place
-        number, unit = re.fullmatch(r"(-?[\d.,e+-]+) ?(.*)", shown).groups()
+        plain = re.sub(r" × 10([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)", lambda power: "e" + power[1].translate(RAISED), shown)
+        number, unit = re.fullmatch(r"(-?[\d.,e+-]+) ?(.*)", plain).groups()
         scale = {"%": 0.01, "GB": 1e9, "MB": 1e6}.get(unit, 1)
         read = float(number.replace(",", "")) * scale
         if re.search(r"min|h", unit):
