@@ -47,6 +47,11 @@ def test_answers_are_read_as_people_mean_them(prediction, reference, expected):
     assert is_exact_match(prediction, reference) is expected
 
 
+def test_no_answers_have_no_exact_match():
+    with pytest.raises(ValueError, match="There are no predictions"):
+        FinalAnswerMatch(keep_in_memory=True).compute(predictions=[], references=[])
+
+
 def test_the_metric_is_an_evaluate_metric():
     metric = FinalAnswerMatch(keep_in_memory=True)
     assert metric.compute(predictions=["#### 1", "2"], references=["#### 1", "#### 3"]) == {"exact_match": 0.5}

@@ -64,5 +64,7 @@ class FinalAnswerMatch(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        if not predictions:
+            raise ValueError("There are no predictions, so there is no share of them that matches.")
         matches = [is_exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
         return {"exact_match": sum(matches) / len(matches)}
