@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -42,29 +43,31 @@ def control_arguments(training: KavaTrainingArguments) -> KavaTrainingArguments:
     return control
 
 
-def forget_control(training: KavaTrainingArguments) -> None:
-    """Delete the checkpoints that an earlier run's control left, so that they are never taken for this run's."""
-    if training.should_save and training.run_control:
-        for folder in list_checkpoints(control_arguments(training).output_dir):
-            shutil.rmtree(folder)
-
-
-def check_place_of_control(training: KavaTrainingArguments) -> None:
-    """Make sure that the control would not go into a run of its own. Raises `BadRequest` if it would.
+def _checkpoints(training: KavaTrainingArguments, of_control: bool) -> list[Path]:
+    """The readable checkpoints in the control's folder that are a control's, or else those of a run of its own.
 
     A control's checkpoints say nothing of what the run was asked for, and those of a run do.
     """
-    place = Path(training.output_dir) / CONTROL_FOLDER
-    for folder in list_checkpoints(place) if training.run_control else []:
-        try:
-            is_run = read_manifest(folder)["run"] is not None
-        except ValueError:
-            continue
-        if is_run:
-            raise BadRequest(
-                f"{folder} is of another run, but the control's checkpoints go to {place}; name another output_dir, or "
-                "write run_control false."
-            )
+    found = []
+    for folder in list_checkpoints(control_arguments(training).output_dir):
+        with suppress(ValueError):  # one that is torn is nobody's, and never resumed
+            found += [folder] if (read_manifest(folder)["run"] is None) == of_control else []
+    return found
+
+
+def forget_control(training: KavaTrainingArguments) -> None:
+    """Delete the checkpoints that an earlier run's control left, so that they are never taken for this run's."""
+    for folder in _checkpoints(training, of_control=True) if training.should_save else []:
+        shutil.rmtree(folder)
+
+
+def check_place_of_control(training: KavaTrainingArguments) -> None:
+    """Make sure that the control would not go into a run of its own. Raises `BadRequest` if it would."""
+    if training.run_control and (others := _checkpoints(training, of_control=False)):
+        raise BadRequest(
+            f"{others[0]} is of another run, but the control's checkpoints go to {others[0].parent}; name another "
+            "output_dir, or write run_control false."
+        )
 
 
 def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:

@@ -32,6 +32,17 @@ from kava_trainer.source_arguments import ModelArguments  # noqa: E402
 TEACHER_SIZE, STUDENT_SIZE, TEACHER_LAYERS, STUDENT_LAYERS = 64, 32, 4, 2
 MEMORY = {"teacher": 3_400_000, "student": 700_000, "projector": 200_000, "optimizer": 1_800_000, "micro-batch": 10**8}
 """About what `estimate_memory` says of the quickstart, for tests that are about something else: it takes a second."""
+SETTINGS = {
+    "use_cpu": True,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
+"""Of a training that takes a second."""
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 

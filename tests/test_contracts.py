@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
+from conftest import SETTINGS, STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
@@ -21,16 +21,6 @@ from kava_trainer import KavaTrainer, KavaTrainingArguments, build_target
 from kava_trainer.collating import DistillationCollator
 from kava_trainer.errors import BadRequest
 
-SETTINGS = {
-    "use_cpu": True,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 3,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-3,
-    "save_strategy": "no",
-    "logging_steps": 1,
-}
 DATA = random_examples(16)
 EVERY_STEP = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
 

@@ -126,6 +126,9 @@ def test_what_is_no_control_s_in_its_folder_is_left_alone(tmp_path, capsys):
     notes.parent.mkdir()
     notes.write_text("mine")
     assert run(tmp_path, max_steps=2) == 0
+    assert (tmp_path / "control" / "checkpoint-2").is_dir()
+    assert run(tmp_path, max_steps=2, run_control=False) == 0
+    assert not (tmp_path / "control" / "checkpoint-2").exists()
     assert notes.read_text() == "mine"
     other = {"output_dir": tmp_path / "else" / "control", "run_control": False}
     assert run(tmp_path, **other, max_steps=2) == 0

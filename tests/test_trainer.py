@@ -4,7 +4,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from conftest import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
+from conftest import SETTINGS, STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
 from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
@@ -24,14 +24,7 @@ from kava_trainer.trainer import KavaTrainer
 def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):
     arguments = {
         "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 3,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "logging_steps": 1,
+        **SETTINGS,
         "plain_output": True,
         "mercator_weight": 1.0,
         "projector_direction": "teacher_to_student",
