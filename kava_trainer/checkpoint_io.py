@@ -133,7 +133,8 @@ def sweep(folder: str | Path) -> None:
                 shutil.rmtree(entry)
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, a hexadecimal number."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**22):
@@ -156,7 +157,7 @@ def write_manifest(folder: Path, run: dict[str, Any] | None) -> None:
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     listed = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _checksum(path)} for path in files
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": checksum(path)} for path in files
     }
     (folder / MANIFEST_FILE).write_text(_sealed({"format": 1, "files": listed, "run": run}), encoding="utf-8")
 
@@ -193,7 +194,7 @@ def broken_reason(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size} bytes in place of {expected['size']}"
-            if _checksum(path) != expected["sha256"]:
+            if checksum(path) != expected["sha256"]:
                 return f"the checksum of {name} differs"
     except (OSError, ValueError) as error:
         return reason_of(error)

@@ -7,15 +7,41 @@ from .arguments import KavaArguments, KavaTrainingArguments
 from .checkpoint_io import broken_reason, list_checkpoints
 from .console import Console
 from .errors import reason_of
+from .finished import FINAL_PROJECTOR, FINAL_STUDENT, student_is_saved, weights_digest
 from .hub import Place
 from .preparation import Data
-from .publishing import FINAL_STUDENT, publish, write_card
+from .publishing import CARD_FILE, publish, write_card
+from .ranks import from_main_process
 from .run_folder import record_of
 from .showing import show_verdict
 from .summary import RunSummary
 from .tracking import RunTracking
 from .trainer import KavaTrainer
 from .verdict import judge
+
+
+def save_student(
+    console: Console, arguments: KavaArguments, trainer: KavaTrainer, summary: RunSummary, finished_before: bool
+) -> None:
+    """Save the finished student and its projector, and note which weights those are.
+
+    Args:
+        console: says where they are.
+        arguments: of the run.
+        trainer: has trained.
+        summary: takes the digest of the weights.
+        finished_before: whether the run had come to its last step before this session. What is in its place already
+            then stays, and with it a card that was changed by hand.
+    """
+    training = arguments.training
+    student, projector = Path(training.final_dir) / FINAL_STUDENT, Path(training.final_dir) / FINAL_PROJECTOR
+    is_there = finished_before and from_main_process(lambda: student_is_saved(arguments))
+    if not is_there:
+        trainer.save_finals(student, projector, arguments.model.merge_adapter)
+    summary.content["student_digest"] = from_main_process(lambda: weights_digest(student))
+    console.stage("Saved")
+    console.print(f"Student: {student}{', as it was saved before' if is_there else ''}")
+    console.print(f"Projector: {projector}")
 
 
 def write_summary(console: Console, output_dir: str, summary: RunSummary, status: str, tracking: RunTracking) -> None:
@@ -82,7 +108,8 @@ def conclude(
     student = Path(training.final_dir) / FINAL_STUDENT
     revision = training.hub_revision if training.push_to_hub else None
     try:
-        write_card(student, trainer.hub_model_id or FINAL_STUDENT, json.loads(summary.to_json()), revision)
+        if not write_card(student, trainer.hub_model_id or FINAL_STUDENT, json.loads(summary.to_json()), revision):
+            console.print(f"{student / CARD_FILE} was changed by hand, so it is left as it is.")
     except (OSError, UnicodeDecodeError) as error:
         console.warn(f"The model card could not be written to {student}: {reason_of(error)}.")
     if training.push_to_hub:

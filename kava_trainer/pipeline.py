@@ -17,7 +17,7 @@ from .checkpoint_io import (
     resolve_checkpoint,
     sweep,
 )
-from .closing import conclude, write_summary
+from .closing import conclude, save_student, write_summary
 from .collating import DistillationCollator
 from .console import Console
 from .control import build_control, check_place_of_control, forget_control, train_control
@@ -35,6 +35,7 @@ from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import Evaluation, evaluate_with_answers, first_problems, longest_answer
 from .fidelity import TeacherFidelity
 from .final_answer_match.final_answer_match import is_exact_match
+from .finished import FINAL_STUDENT
 from .identity import check_output_dir, check_resumable, data_digest, name_run, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models
@@ -50,7 +51,6 @@ from .preparation import (
     tell_memory,
 )
 from .progress import progress_file, read_progress
-from .publishing import FINAL_PROJECTOR, FINAL_STUDENT
 from .ranks import from_main_process
 from .sharing import show_progress_bars
 from .showing import WHO, show_configuration, show_environment, tell_alignment
@@ -208,7 +208,8 @@ def _train_and_judge(
     if was_interrupted(trainer):
         tell_interruption(console, trainer, trainer, argv)
         return "interrupted", exit_code(trainer.emergency.received)
-    collapse = _finish(console, arguments, models, data, trainer, summary)
+    save_student(console, arguments, trainer, summary, finished_before)
+    collapse = _measure_finished(console, arguments, models, data, trainer, summary)
     if arguments.training.run_control:
         trainer.release()
         control = _run_control(console, arguments, models, data, summary, resume=finished_before)
@@ -329,16 +330,10 @@ def _run_control(
         return None
 
 
-def _finish(
+def _measure_finished(
     console: Console, arguments: KavaArguments, models: Models, data: Data, trainer: KavaTrainer, summary: RunSummary
 ) -> str | None:
-    """Save the finals and measure the student; why the alignment counts as collapsed, if it does."""
-    training = arguments.training
-    student_folder, projector = Path(training.final_dir) / FINAL_STUDENT, Path(training.final_dir) / FINAL_PROJECTOR
-    trainer.save_finals(student_folder, projector, arguments.model.merge_adapter)
-    console.stage("Saved")
-    console.print(f"Student: {student_folder}")
-    console.print(f"Projector: {projector}")
+    """Measure the finished student; why the alignment counts as collapsed, if it does."""
     if data.evaluation is None:
         return None
     console.stage("Evaluation")

@@ -1,10 +1,9 @@
 """What a repository on the hub receives of a finished run, and sending it in one commit."""
 
-import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -20,22 +19,17 @@ from .card import PROJECTOR_FOLDER, is_untouched, render_model_card
 from .checkpoint_io import write_atomically
 from .console import Console, size_text
 from .errors import BadRequest, RunFailed, reason_of
+from .finished import FINAL_PROJECTOR
 from .hub import ANSWER_SECONDS, Place, check_private, hub_reason, in_time, make_branch, push_command, show_bars
 from .projector import export_projector_file
 from .recipe import RECIPE_FILE, recipe_text
 from .redaction import without_secrets
 from .summary import REPORT_PAGE, REPORT_PICTURE, SUMMARY_FILE
 
-FINAL_STUDENT, FINAL_PROJECTOR = "final_student", "final_projector.pth"
-"""The finished student's folder and its projector, in `final_dir`."""
-
 CARD_FILE = "README.md"
 
 STUDENT_SECONDS, SLOWEST_BYTES = 3600, 10**6
 """How long the hub may take for a finished student: an hour, and as long as it takes at so many bytes a second."""
-
-_NOT_SENT = {".git", ".cache"}
-"""Folders that the hub refuses."""
 
 _REPLACED = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_config.json", f"{PROJECTOR_FOLDER}/*",
@@ -43,48 +37,6 @@ _REPLACED = (
 )  # fmt: skip
 """What an earlier push has left is deleted where this one does not bring it: transformers would load a student's old
 weights, or put an old adapter on it."""
-
-
-def read_summary(output_dir: str | Path) -> dict[str, Any]:
-    """The summary of a run that was completed.
-
-    Raises:
-        BadRequest: if there is none, it cannot be read, or the run is not complete.
-    """
-    folder = Path(output_dir)
-    path = folder / SUMMARY_FILE
-    if not folder.is_dir():
-        raise BadRequest(f"There is no folder {folder}; name the output_dir of a run.")
-    if not path.is_file():
-        raise BadRequest(f"{folder} has no {SUMMARY_FILE}; name the output_dir of a run that has ended.")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        status, step = summary["status"], summary["global_step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadRequest(f"{path} is not the summary of a run: {reason_of(error)}.") from error
-    if status != "completed":
-        ended = {"interrupted": "was interrupted", "failed": "failed"}.get(status, f"ended as {status!r}")
-        raise BadRequest(
-            f"The run in {folder} {ended} at step {step}, so it has no finished student. Go on with its own command "
-            "and --resume_from_checkpoint true, then push."
-        )
-    return summary
-
-
-def find_student(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
-    """The folder of a run's finished student: in its output folder, else in the `final_dir` that its summary names.
-
-    Raises:
-        BadRequest: if it is in neither.
-    """
-    folders = [Path(output_dir) / FINAL_STUDENT, Path(summary["arguments"]["final_dir"]) / FINAL_STUDENT]
-    for folder in folders:
-        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-            return folder
-    raise BadRequest(
-        f"There is no finished student in {' or '.join(dict.fromkeys(map(str, folders)))}. If it was moved, put the "
-        f"folder {FINAL_STUDENT} into {output_dir}."
-    )
 
 
 @dataclass(frozen=True)
@@ -130,10 +82,14 @@ def make_repository(place: Place, student: Path, output_dir: str | Path) -> Repo
         raise RunFailed(not_sent(place, student, output_dir, error)) from error
 
 
-def write_card(student: Path, name: str, summary: dict[str, Any], revision: str | None = None) -> None:
-    """Write the model card into the student's folder."""
+def write_card(student: Path, name: str, summary: dict[str, Any], revision: str | None = None) -> bool:
+    """Write the model card into the student's folder; False where somebody has changed the one that is there."""
+    path = student / CARD_FILE
+    if path.is_file() and not is_untouched(path.read_text(encoding="utf-8")):
+        return False
     card = render_model_card(name, summary, revision)
-    write_atomically(student / CARD_FILE, lambda path: path.write_text(card, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(card, encoding="utf-8"))
+    return True
 
 
 def gather(
@@ -151,7 +107,7 @@ def gather(
     files = {
         path.relative_to(student).as_posix(): path
         for path in sorted(student.rglob("*"))
-        if path.is_file() and not _NOT_SENT & set(path.relative_to(student).parts)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(student).parts)
     }
     for name in (SUMMARY_FILE, REPORT_PAGE):
         if (path := Path(output_dir) / name).is_file():

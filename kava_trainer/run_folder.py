@@ -1,6 +1,7 @@
 """What a run has left on disk, read back: also of a run that was cut off and wrote no summary."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def read_run(folder: str | Path) -> RunRecord:
     folder = Path(folder)
     if not folder.is_dir():
         raise BadRequest(f"{folder} is not a folder; name the output_dir of a run.")
-    summary = _read_summary(folder)
+    summary = read_summary(folder)
     saved = list_checkpoints(folder)
     last = int(saved[-1].name.rsplit("-", 1)[1]) if saved else -1
     if summary is None or last > summary["global_step"]:
@@ -78,8 +79,15 @@ def _read_json(path: Path) -> Any:
         raise BadRequest(f"{path} cannot be read ({reason_of(error)}).") from error
 
 
-def _read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary with every entry there is today, null where an older one lacks it; None where there is none."""
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary in a run's folder, with every entry there is today, null where an older one lacks it.
+
+    Returns:
+        None where there is none.
+
+    Raises:
+        BadRequest: if it cannot be read, or is not what KAVA writes.
+    """
     path = folder / SUMMARY_FILE
     if not path.exists():
         return None
@@ -91,7 +99,7 @@ def _read_summary(folder: Path) -> dict[str, Any] | None:
             f"{path} has schema_version {found['schema_version']}, but this version of KAVA reads "
             f"{empty['schema_version']}; use the version that wrote it."
         )
-    wrong = [name for name, value in empty.items() if not _like(value, found.get(name, value))]
+    wrong = [name for name, is_sound in _SOUND.items() if name in found and not is_sound(found[name])]
     if wrong:
         raise BadRequest(f"{path} is not as it was written: look at {', '.join(wrong)}.")
     for name, value in empty.items():
@@ -99,10 +107,56 @@ def _read_summary(folder: Path) -> dict[str, Any] | None:
     return finite(found)
 
 
-def _like(empty: Any, found: Any) -> bool:
-    """Whether a value is of the kind that a summary has in its place."""
-    kind = next((kind for kind in (dict, list, int) if isinstance(empty, kind)), None)
-    return kind is None or isinstance(found, kind)
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_truth(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _each(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether all values of an object are sound."""
+    return lambda value: isinstance(value, dict) and all(map(is_sound, value.values()))
+
+
+def _list_of(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_sound, value))
+
+
+def _is_measured(value: Any) -> bool:
+    """Whether this can be what `evaluation.evaluate_model` found of one model."""
+    return value is None or (_each(_is_number)(value) and {"perplexity", "exact_match"} <= value.keys())
+
+
+def _is_sample(value: Any) -> bool:
+    texts = isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("prompt", "reference"))
+    return texts and _each(_is_text)(value.get("answers")) and _each(_is_truth)(value.get("matches", {}))
+
+
+def _is_verdict(value: Any) -> bool:
+    truths = isinstance(value, dict) and all(_is_truth(value.get(name)) for name in ("success", "collapsed"))
+    return truths and _list_of(lambda reason: isinstance(reason, str))(value.get("reasons", []))
+
+
+_SOUND: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("status", "command", "started_at", "finished_at", "prompt_kind", "student_digest"), _is_text),
+    **dict.fromkeys(("duration_seconds", "student_parameters"), _is_number),
+    **dict.fromkeys(("cos_sim_at", "final", "throughput"), _each(_is_number)),
+    **dict.fromkeys(("environment", "arguments"), lambda value: isinstance(value, dict)),
+    "global_step": lambda value: isinstance(value, int),
+    "teacher_fidelity": lambda value: value is None or isinstance(value, dict),
+    "evaluation": _each(_is_measured),
+    "samples": _list_of(_is_sample),
+    "verdict": _is_verdict,
+    "problems": _list_of(lambda value: isinstance(value, dict)),
+    "checkpoints": _list_of(lambda value: isinstance(value, str)),
+}
+"""Whether the entries of a summary are of the kind that KAVA writes; somebody may have changed them."""
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class RunSummary:
             "teacher_fidelity": None,
             "prompt_kind": None,
             "student_parameters": None,
+            "student_digest": None,
             "verdict": {"success": None, "collapsed": None, "reasons": []},
             "throughput": dict.fromkeys(_THROUGHPUT),
             "problems": [],

@@ -14,14 +14,14 @@ from .checkpoint_io import write_atomically
 from .collating import DistillationCollator
 from .disk import no_empty_folders
 from .errors import BadRequest, RunFailed, reason_of
+from .finished import FINAL_STUDENT, find_student, finished_summary
 from .memory_errors import needs_memory, smaller_batches, smaller_models
 from .pipeline import attended, measure, open_console
 from .preparation import build_trainer, check_teacher, load_data, load_held_out, load_models, load_tokenizers
-from .publishing import FINAL_STUDENT
 from .redaction import without_secrets
 from .showing import show_figures
 from .source_arguments import DataArguments, ModelArguments
-from .summary import SUMMARY_FILE, finite
+from .summary import finite
 
 Figures = dict[str, dict[str, float | None]]
 """Figures of `evaluation.evaluate_model` by the name of what was measured."""
@@ -79,22 +79,9 @@ class FinishedRun(NamedTuple):
 
 
 def read_finished_run(folder: Path) -> FinishedRun:
-    """Read the output folder of a run. Raises `BadRequest` if it holds no summary, or no student was finished."""
-    try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        given = summary["arguments"]
-        places = [folder] if given["final_dir"] == given["output_dir"] else [Path(given["final_dir"]), folder]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadRequest(
-            f"{folder} is no folder of a run: its {SUMMARY_FILE} cannot be read ({reason_of(error)}). Name the "
-            "output_dir of a run, or a JSON file of arguments."
-        ) from error
-    student = next((place / FINAL_STUDENT for place in places if (place / FINAL_STUDENT).is_dir()), None)
-    if student is None:
-        raise BadRequest(
-            f"The run in {folder} has left no {FINAL_STUDENT}; its status is {summary.get('status')}. Let it train to "
-            "its end, or name a JSON file of arguments."
-        )
+    """Read the output folder of a run. Raises `BadRequest` without a summary, or without the student it finished."""
+    summary = finished_summary(folder)
+    student, given = find_student(folder, summary), summary["arguments"]
     names = [*(field.name for part in (ModelArguments, DataArguments) for field in fields(part)), *_ASKED]
     arguments = {name: given[name] for name in names if name in given}
     if (student / "adapter_config.json").is_file():

@@ -94,6 +94,7 @@ ORDER = [
         "summary",
         "verdict",
         "run_folder",
+        "finished",
         "curves",
         "figures",
         "plots",

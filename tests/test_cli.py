@@ -226,13 +226,13 @@ def test_an_exported_adapter_is_measured_on_its_base(tmp_path, capsys, finished)
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, finished):
     (tmp_path / "empty").mkdir()
     assert main(["evaluate", str(tmp_path / "empty")]) == 2
-    assert "is no folder of a run: its run_summary.json cannot be read" in capsys.readouterr().err
+    assert "has no run_summary.json; name the output_dir of a run that has ended." in capsys.readouterr().err
     (tmp_path / "broken").mkdir()
-    content = {**summary_of(finished[0]), "status": "interrupted"}
+    content = {**summary_of(finished[0]), "status": "interrupted", "student_digest": None}
     content["arguments"] |= {"output_dir": str(tmp_path / "broken"), "final_dir": str(tmp_path / "broken")}
     (tmp_path / "broken" / "run_summary.json").write_text(json.dumps(content))
     assert main(["evaluate", str(tmp_path / "broken")]) == 2
-    assert "has left no final_student; its status is interrupted. Let it train" in capsys.readouterr().err
+    assert "was interrupted at step 3, so it has no finished student. Go on with" in capsys.readouterr().err
     data = write_dataset(tmp_path, '{"text": "a b c"}\n')
     assert main(["evaluate", *words({**QUICKSTART, **TINY, "dataset_name": data, "output_dir": tmp_path / "out"})]) == 2
     assert "has no held-out examples to measure on; name a dataset_test_split" in capsys.readouterr().err

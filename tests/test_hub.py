@@ -285,12 +285,12 @@ def test_a_signal_ends_a_push_at_once(unharmed, hub, capsys, monkeypatch):
 BAD = {
     "no folder": (lambda folder: shutil.rmtree(folder), "There is no folder"),
     "no summary": (lambda folder: (folder / "run_summary.json").unlink(), "has no run_summary.json"),
-    "no json": (lambda folder: (folder / "run_summary.json").write_text("{"), "is not the summary of a run"),
+    "no json": (lambda folder: (folder / "run_summary.json").write_text("{"), "run_summary.json cannot be read"),
     "no student": (lambda folder: shutil.rmtree(folder / "final_student"), "There is no finished student in"),
     "interrupted": (
         lambda folder: change_status(folder, "interrupted"),
         "was interrupted at step 1, so it has no finished student. Go on with its own command and "
-        "--resume_from_checkpoint true, then push.",
+        "--resume_from_checkpoint true.",
     ),
 }
 

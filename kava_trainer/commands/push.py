@@ -35,11 +35,12 @@ def run(options: argparse.Namespace) -> int:
     """
     from ..console import Console
     from ..errors import RunFailed
+    from ..finished import completed_summary, find_student
     from ..hub import Place, push_command
-    from ..publishing import find_student, make_repository, publish, read_summary
+    from ..publishing import make_repository, publish
     from ..signals import WATCH, Interrupted, exit_code
 
-    summary = read_summary(options.output_dir)
+    summary = completed_summary(options.output_dir)
     student = find_student(options.output_dir, summary)
     place = Place(options.repo, private=options.private or None, revision=options.revision)
     console = Console()
