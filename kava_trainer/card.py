@@ -13,15 +13,13 @@ from huggingface_hub.utils import validate_repo_id
 from .console import size_text
 from .curves import number_text
 from .data_files import BUILDERS
+from .figures import figure_text
 from .recipe import recipe_text
 from .redaction import without_secrets
 from .showing import WHO
 from .source_arguments import QUICKSTART
 from .summary import REPORT_PICTURE
-from .usage import exports_adapter, usage_code
-
-PROJECTOR_FOLDER = "projector"
-"""Where the projector is in a repository."""
+from .usage import exports_adapter, projector_code, usage_code
 
 _MEASURED = {"perplexity": "Answer perplexity", "exact_match": "Exact match"}
 _SEAL = re.compile(r"\n<!-- written by KAVA, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -48,7 +46,7 @@ again; `pip install -c constraints.txt -e .` installs it from a checkout.
 
 ## Results
 
-On held-out examples{split}; perplexity and cross-entropy (nats) are those of the answer's tokens.
+On {examples}held-out examples{split}; perplexity and cross-entropy (nats) are those of the answer's tokens.
 
 | model | answer perplexity | cross-entropy | exact match |
 |---|---|---|---|
@@ -134,7 +132,15 @@ def _named(name: str | None, argument: str, summary: dict[str, Any], kind: str =
     if name == QUICKSTART:
         return "its embedded word problems" if kind else "its embedded teacher"
     known = hub_id(name, argument, summary)
-    return f"[{known}](https://huggingface.co/{kind}{known})" if known else f"`{name}`"
+    return f"[{known}](https://huggingface.co/{kind}{known})" if known else as_code(str(name))
+
+
+def as_code(text: str) -> str:
+    """Text for Markdown in which nothing of it has a meaning: it may be any path."""
+    text = " ".join(text.split())
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _ancestor(summary: dict[str, Any]) -> str | None:
@@ -200,6 +206,7 @@ def _eval_results(summary: dict[str, Any]) -> list[EvalResult]:
             else Path(dataset).name,
             dataset_config=arguments["dataset_config_name"],
             dataset_split=arguments["dataset_test_split"] or ("test" if dataset == QUICKSTART else "held-out"),
+            dataset_args={"num_examples": count} if (count := summary.get("held_out_examples")) else None,
             metric_type=metric,
             metric_name=title,
             metric_value=measured[metric],
@@ -255,23 +262,16 @@ def _alignment(summary: dict[str, Any]) -> str:
         return "No hidden states were aligned."
     direction = arguments["projector_direction"].replace("_", " ")
     anchor = "" if arguments["projector_anchor"] == "none" else f", held by {arguments['projector_anchor']}"
+    where = "on held-out tokens" if summary["evaluation"]["student_after"] else "in the last training steps"
     rows = [f"| {title} | {_figure(final[name])} |" for name, title in _ALIGNED.items()]
     return "\n".join(
         [
-            f"Layers: `{arguments['layer_mapping']}`; projector: {direction}{anchor}. Measured on held-out tokens:",
+            f"Layers: `{arguments['layer_mapping']}`; projector: {direction}{anchor}. Measured {where}:",
             "",
             "| | |\n|---|---|",
             *rows,
         ]
     )
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "not measured"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _cost(summary: dict[str, Any]) -> str:
@@ -283,28 +283,13 @@ def _cost(summary: dict[str, Any]) -> str:
         [
             "| | |\n|---|---|",
             f"| Steps | {summary['global_step']} |",
-            f"| Whole run, with its evaluations | {_duration(summary['duration_seconds'])} |",
+            f"| Whole run, with its evaluations | {figure_text('duration_seconds', summary['duration_seconds'])} |",
             f"| Training speed | {speed} |",
             f"| Peak memory, measured | {'not measured' if peak is None else size_text(peak)} |",
             f"| Device | {environment.get('device')} |",
             f"| Software | {versions} |",
         ]
     )
-
-
-def _projector(name: str, revision: str | None) -> str:
-    """How the projector is loaded from the repository."""
-    where = f'"{name}"' + (f', revision="{revision}"' if revision else "")
-    return f"""## The projector
-
-```python
-from huggingface_hub import snapshot_download
-from kava_trainer import load_projectors
-
-projectors = load_projectors(snapshot_download({where}, allow_patterns="{PROJECTOR_FOLDER}/*") + "/{PROJECTOR_FOLDER}")
-```
-
-"""
 
 
 def render_model_card(
@@ -334,10 +319,11 @@ def render_model_card(
         licence=_licence(summary),
         verdict=_verdict(summary),
         split=split,
+        examples=f"{count} " if (count := summary.get("held_out_examples")) else "",
         results=_results(summary),
         alignment=_alignment(summary),
         cost=_cost(summary),
-        projector=_projector(name, revision) if projector else "",
+        projector=f"## The projector\n\n```python\n{projector_code(name, revision)}\n```\n\n" if projector else "",
         recipe=recipe_text(summary),
     )
     return _sealed(without_secrets(card))

@@ -59,6 +59,11 @@ def comparison_page(records: Sequence[RunRecord]) -> str:
     )
 
 
+def is_comparison(text: str) -> bool:
+    """Whether a file holds what `write_comparison` writes."""
+    return "- KAVA comparison</title>" in text
+
+
 def write_comparison(records: Sequence[RunRecord], path: Path) -> Path:
     """Write the page that compares runs. Raises `OSError` if it cannot be written."""
     write_text(path, comparison_page(records))

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,6 +57,30 @@ def check_folder(name: str, path: str | Path) -> None:
     if not there.is_dir():
         raise BadRequest(f"{name} {folder} cannot be made: {there} is a file. Choose another folder.")
     _try_to_write(there, f"{name} {folder} cannot {what}")
+
+
+def check_output_file(path: Path, is_own: Callable[[str], bool]) -> None:
+    """Make sure, before any work is done, that the file of `--output` can be made and replaces nothing of the user's.
+
+    Args:
+        path: of the file.
+        is_own: whether a text is what an earlier run of the same command has written; it may be replaced.
+
+    Raises:
+        BadRequest: if there is no folder for it, or something else is there.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BadRequest(f"--output {path} cannot be written; name a file in a folder that exists.")
+    _try_to_write(path.absolute().parent, f"--output {path} cannot be written")
+    if not path.exists() and not path.is_symlink():
+        return
+    with suppress(OSError, UnicodeDecodeError):
+        if path.is_file() and not path.is_symlink() and is_own(path.read_text(encoding="utf-8")):
+            return
+    raise BadRequest(
+        f"--output {path} is there already, and this command did not write it, so it is not replaced. Name another "
+        "file, or delete it."
+    )
 
 
 @contextmanager

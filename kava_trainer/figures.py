@@ -17,7 +17,7 @@ WHO = {
     "student_after": "Student after",
     "control_sft": "Control",
 }
-"""The models that a run evaluates, by their names in the summary."""
+"""The models that a run evaluates, by their names in the summary, as they are called where there is little room."""
 
 EVALUATED = {"perplexity": "Answer perplexity", "cross_entropy": "Cross-entropy (nats)", "exact_match": "Exact match"}
 
@@ -159,7 +159,9 @@ def verdict_of(record: RunRecord) -> Verdict:
     if status != "completed":
         collapsed = collapsed or _collapsed_at_last(record.log_history)
         if status == "interrupted":
-            reasons.append(f"A signal ended the run after step {step}, before there was anything to judge.")
+            what = "the student was finished, but not all that the verdict needs was measured"
+            what = what if summary["student_digest"] else "there was nothing to judge yet"
+            reasons.append(f"A signal ended the run after step {step}: {what}.")
         if status == "failed":
             reasons.append(f"It broke off after step {step}.")
         if record.note:

@@ -197,6 +197,8 @@ def _type_problem(name: str, value: Any) -> str | None:
         return None
     if name == "layer_mapping" and isinstance(value, list):
         return None
+    if isinstance(value, str) and _lone_surrogates(value):
+        return f"{name} is {value!a}, which is not UTF-8 text, so no file could tell of it; write another name."
     if not _fits(name, value, _HINTS[name]):
         return f"{name} is {_shown(name, value)}; write {_expected(_HINTS[name])}."
     choices = _choices(name)
@@ -204,6 +206,11 @@ def _type_problem(name: str, value: Any) -> str | None:
         near = difflib.get_close_matches(str(value), choices, n=3) or choices[:8]
         return f"{name} is {json.dumps(value)}; write one of {', '.join(near)}{', ...' if len(choices) > 8 else ''}."
     return None
+
+
+def _lone_surrogates(text: str) -> bool:
+    """Whether text holds what Python makes of bytes that are not UTF-8, such as those of an old file name."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _choices(name: str) -> list[str]:

@@ -124,6 +124,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
         models = load_models(console, arguments, tokenizer)
         summary.content |= {"prompt_kind": data.prompt_kind, "student_parameters": own_parameters(models.student)}
+        summary.content["held_out_examples"] = data.evaluation and len(data.evaluation)
         summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
         trainer = build_trainer(console, arguments, models, data)
     if resumption.checkpoint is not None and training.should_save:

@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import are_progress_bars_disabled, tqdm, validate_repo_id
 
-from .card import PROJECTOR_FOLDER, is_untouched, render_model_card
+from .card import is_untouched, render_model_card
 from .checkpoint_io import write_atomically
 from .console import Console, size_text
 from .errors import BadRequest, RunFailed, reason_of
@@ -25,6 +25,7 @@ from .projector import export_projector_file
 from .recipe import RECIPE_FILE, recipe_text
 from .redaction import without_secrets
 from .summary import REPORT_PAGE, REPORT_PICTURE, SUMMARY_FILE
+from .usage import PROJECTOR_FOLDER
 
 CARD_FILE = "README.md"
 

@@ -17,9 +17,10 @@ _GROUPS = (ModelArguments, DataArguments, KavaTrainingArguments)
 
 _OF_ONE_RUN = {
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
-    "resume_from_checkpoint",
+    "resume_from_checkpoint", "run_name",
 }  # fmt: skip
-"""Where a run was sent and what it went on from: whoever repeats it has another place, and begins at the beginning."""
+"""What a run was called, where it was sent and what it went on from: whoever repeats it has another name and place, and
+begins at the beginning."""
 
 _BECOMES = {
     "disable_tqdm": False, "report_to": [], "debug": [], "gradient_checkpointing": False,
@@ -35,8 +36,8 @@ def recipe_of(summary: dict[str, Any]) -> dict[str, Any]:
         summary: the content of `run_summary.json`.
 
     Returns:
-        Arguments as `run_kava.py` reads them from a JSON file. Local paths are as they were. Where the run was sent on
-        the hub and which checkpoint it went on from are left out.
+        Arguments as `run_kava.py` reads them from a JSON file. Local paths are as they were. What the run was called,
+        where it was sent on the hub and which checkpoint it went on from are left out.
     """
     given = summary["arguments"]
     found = {}

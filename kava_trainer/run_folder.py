@@ -145,7 +145,7 @@ def _is_verdict(value: Any) -> bool:
 
 _SOUND: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("status", "command", "started_at", "finished_at", "prompt_kind", "student_digest"), _is_text),
-    **dict.fromkeys(("duration_seconds", "student_parameters"), _is_number),
+    **dict.fromkeys(("duration_seconds", "student_parameters", "held_out_examples"), _is_number),
     **dict.fromkeys(("cos_sim_at", "final", "throughput"), _each(_is_number)),
     **dict.fromkeys(("environment", "arguments"), lambda value: isinstance(value, dict)),
     "global_step": lambda value: isinstance(value, int),

@@ -13,15 +13,10 @@ from .checkpoint_io import Resumption
 from .console import Console, status_text
 from .engines import describe_engine
 from .environment import describe_memory, device_name
+from .figures import WHO as SHORT_NAMES
 from .summary import RunSummary
 
-WHO = {
-    "teacher": "Teacher",
-    "student": "Student",
-    "student_before": "Student before",
-    "student_after": "Student after",
-    "control_sft": "Control (next-token loss alone)",
-}
+WHO = {**SHORT_NAMES, "student": "Student", "control_sft": "Control (next-token loss alone)"}
 """How the models are called that are evaluated: by their names in the summary, and `student` outside of a run."""
 
 

@@ -78,6 +78,7 @@ class RunSummary:
             "samples": [],
             "teacher_fidelity": None,
             "prompt_kind": None,
+            "held_out_examples": None,
             "student_parameters": None,
             "student_digest": None,
             "verdict": {"success": None, "collapsed": None, "reasons": []},

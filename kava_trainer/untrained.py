@@ -32,6 +32,9 @@ _ASKED = (
 )  # fmt: skip
 """What a measurement takes over of a run's training arguments."""
 
+_WRITTEN = ("teacher", "student", "dataset", "max_eval_samples", "evaluation")
+"""What the file of a measurement holds."""
+
 _OF_THE_START = (
     "student_revision", "student_config_name", "student_init", "student_quantization", "use_peft", "merge_adapter",
 )  # fmt: skip
@@ -144,23 +147,27 @@ def _finished_student(arguments: KavaArguments) -> str | None:
     return f"That is the student before training. For the finished one add --student_model_name_or_path {student}"
 
 
-def check_output(path: Path) -> None:
-    """Make sure, before anything is measured, that a file can be made. Raises `BadRequest` if not."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise BadRequest(f"--output {path} cannot be written; name a file in a folder that exists.")
+def are_figures(text: str) -> bool:
+    """Whether a file holds what `write_figures` writes."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.keys() == set(_WRITTEN)
 
 
 def write_figures(path: Path, arguments: KavaArguments, evaluation: Figures, finished: FinishedRun | None) -> None:
     """Write figures as JSON, and of which models on which data they are. Raises `RunFailed` if the disk refuses."""
     model, data = arguments.model, arguments.data
     student = model.student_model_name_or_path or model.student_config_name
-    content = {
-        "teacher": model.teacher_model_name_or_path,
-        "student": str(finished.adapter) if finished is not None and finished.adapter is not None else student,
-        "dataset": data.dataset_name,
-        "max_eval_samples": data.max_eval_samples,
-        "evaluation": finite(evaluation),
-    }
+    values = (
+        model.teacher_model_name_or_path,
+        str(finished.adapter) if finished is not None and finished.adapter is not None else student,
+        data.dataset_name,
+        data.max_eval_samples,
+        finite(evaluation),
+    )
+    content = dict(zip(_WRITTEN, values, strict=True))
     text = without_secrets(json.dumps(content, indent=2, ensure_ascii=False)) + "\n"
     if not PartialState().is_main_process:
         return

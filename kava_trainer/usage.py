@@ -6,6 +6,9 @@ from typing import Any
 
 from .data import PROMPT
 
+PROJECTOR_FOLDER = "projector"
+"""Where the projector is in a repository."""
+
 MOST_TOKENS = 256
 """How long an answer may be where the run sets no limit to it."""
 
@@ -40,8 +43,12 @@ def exports_adapter(arguments: dict[str, Any]) -> bool:
     return arguments["use_peft"] and not arguments["merge_adapter"]
 
 
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _call(loader: str, name: str, revision: str | None, trusting: bool = False) -> str:
-    words = [f'"{name}"', *([f'revision="{revision}"'] if revision else [])]
+    words = [_quoted(name), *([f"revision={_quoted(revision)}"] if revision else [])]
     words += ["trust_remote_code=True"] if trusting else []
     return f"{loader}.from_pretrained({', '.join(words)})"
 
@@ -52,7 +59,7 @@ def _loading(name: str, revision: str | None, arguments: dict[str, Any]) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if exports_adapter(arguments):
         base, own = arguments["student_model_name_or_path"], arguments["student_revision"]
-        where = f', "{name}"' + (f', revision="{revision}"' if revision else "")
+        where = f", {_quoted(name)}" + (f", revision={_quoted(revision)}" if revision else "")
         lines.insert(0, "from peft import PeftModel")
         lines.append(f"model = PeftModel.from_pretrained({_call('AutoModelForCausalLM', base, own, trusting)}{where})")
     else:
@@ -79,3 +86,13 @@ def usage_code(name: str, revision: str | None, summary: dict[str, Any]) -> str:
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "\n".join(lines)
+
+
+def projector_code(name: str, revision: str | None) -> str:
+    """Code that loads the projectors from a student's repository."""
+    where = _quoted(name) + (f", revision={_quoted(revision)}" if revision else "")
+    files = f'allow_patterns="{PROJECTOR_FOLDER}/*") + "/{PROJECTOR_FOLDER}"'
+    return f"""from huggingface_hub import snapshot_download
+from kava_trainer import load_projectors
+
+projectors = load_projectors(snapshot_download({where}, {files})"""

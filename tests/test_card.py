@@ -1,5 +1,6 @@
 """The model card and the recipe: valid metadata, and everything a reader asks, from the summary alone."""
 
+import ast
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from fake_hub import card_problems
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from kava_trainer.card import hub_id, is_untouched, local_sources, render_model_card
+from kava_trainer.card import as_code, hub_id, is_untouched, local_sources, render_model_card
 from kava_trainer.environment import describe_environment
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.preparation import own_parameters
@@ -267,3 +268,35 @@ def test_the_recipe_of_the_defaults_has_what_must_be_named_alone():
     asked = {"teacher_model_name_or_path": TEACHER, "student_model_name_or_path": STUDENT, "dataset_name": DATA}
     given = parse_arguments(words({**asked, "use_cpu": True})).to_dict()
     assert recipe_of({"arguments": given, "environment": {"device": "cpu (x)"}}) == {**asked, "use_cpu": True}
+
+
+def test_names_have_no_meaning_as_markdown_or_code(tmp_path):
+    """A folder may be called anything; none of it may become markup, or end a code block or a string."""
+    name = 'a`b``c"d</summary>|[x](y)'
+    summary = {**summary_with(use_peft=True, merge_adapter=False), "held_out_examples": 50}
+    summary["arguments"] |= {"teacher_model_name_or_path": name, "student_model_name_or_path": name}
+    text = card_of(summary).text
+    assert f"from ```{name}``` on" in text
+    code = text.split("```python\n")[1].split("\n```")[0]
+    assert name in {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("a/b", "`a/b`"), ("`", "`` ` ``"), ("a``", "``` a`` ```"), ("a\n\n# b", "`a # b`")]
+)
+def test_any_text_can_be_shown_as_code(text, code):
+    assert as_code(text) == code
+
+
+def test_the_card_says_on_how_many_examples_it_was_measured():
+    summary = {**summary_with(), "held_out_examples": 50}
+    card = card_of(summary)
+    assert "On 50 held-out examples (split test);" in card.text
+    assert "Measured on held-out tokens:" in card.text
+    assert card.data.eval_results[0].dataset_args == {"num_examples": 50}
+    summary["evaluation"]["student_after"] = None
+    assert "Measured in the last training steps:" in card_of(summary).text
+
+
+def test_a_recipe_has_no_name_of_a_run():
+    assert "run_name" not in recipe_of(summary_with(run_name="out-20260101-120000"))

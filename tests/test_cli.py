@@ -192,6 +192,10 @@ def test_a_finished_run_is_measured_as_it_measured_itself(tmp_path, capsys, fini
     assert set(table) == {"Teacher", "Student before", "Student after"}
     assert figures_of(shown, "Measured")["Student"] == table["Student after"]
     assert {str(path) for path in folder.rglob("*")} == files
+    output.write_text(output.read_text().replace('"student"', '"student" '))
+    assert main(["evaluate", str(folder), "--output", str(output), "--use_cpu"]) == 0  # its own file is replaced
+    assert json.loads(output.read_text()) == written
+    assert '"student" ' not in output.read_text()
 
 
 def test_arguments_are_measured_before_the_training(tmp_path, capsys, finished):
@@ -238,4 +242,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys, finished):
     assert "has no held-out examples to measure on; name a dataset_test_split" in capsys.readouterr().err
     assert main(["evaluate", RECIPE, "--output", str(tmp_path / "gone" / "x.json"), *words(TINY)]) == 2
     assert "x.json cannot be written; name a file in a folder that exists." in capsys.readouterr().err
+    (tmp_path / "notes.json").write_text('{"evaluation": "my own"}')
+    (tmp_path / "link.json").symlink_to(tmp_path / "gone.json")
+    for name in ("notes.json", "link.json", "/dev/null"):
+        assert main(["evaluate", str(finished[0]), "--output", str(tmp_path / name)]) == 2
+        assert f"{name} is there already, and this command did not write it" in capsys.readouterr().err
+    assert (tmp_path / "notes.json").read_text() == '{"evaluation": "my own"}'
     assert not (tmp_path / "out").exists()

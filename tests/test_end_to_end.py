@@ -100,7 +100,8 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     assert list(summary) == [
         *("schema_version", "status", "started_at", "finished_at", "duration_seconds", "environment", "arguments"),
         *("command", "global_step", "cos_sim_at", "final", "evaluation", "samples", "teacher_fidelity"),
-        *("prompt_kind", "student_parameters", "student_digest", "verdict", "throughput", "problems", "checkpoints"),
+        *("prompt_kind", "held_out_examples", "student_parameters", "student_digest", "verdict", "throughput"),
+        *("problems", "checkpoints"),
     ]
     assert (summary["schema_version"], summary["status"], summary["global_step"]) == (1, "completed", 51)
     assert summary["cos_sim_at"]["50"] is not None
@@ -122,6 +123,7 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     assert summary["verdict"]["reasons"][0].startswith("CosSim is 0.")
     assert summary["throughput"]["tokens_per_second"] > 0
     assert summary["arguments"]["max_steps"] == 51
+    assert summary["held_out_examples"] == 8
     assert summary["checkpoints"] == [str(tmp_path / "checkpoint-51")]
     check_samples(summary)
     check_log_lines(json.loads((tmp_path / "log_history.json").read_text()), summary)

@@ -155,6 +155,7 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         ({"load_best_model_at_end": True, "projector_dropout": 2.0}, "projector_dropout is 2.0"),
         ({"generation_max_new_tokens": 0}, "generation_max_new_tokens is 0"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({"output_dir": "out-\udcff"}, r"output_dir is 'out-\udcff', which is not UTF-8 text"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path, changes, part):

@@ -334,6 +334,15 @@ def test_the_command_builds_reports_and_the_comparison(tmp_path, capsys, monkeyp
     words = [attributes["aria-label"] for tag, attributes in compared.tags if tag == "figure"]
     curve = "from 0.2 at step 10 to 0.7 at step 60"
     assert words == [f"CosSim, training: a/out {curve}; b/out {curve}."]
+    assert cli.main(["report", "a/out", "b/out"]) == 0  # its own page is replaced
+    (tmp_path / "mine.html").write_text("<title>mine</title>")
+    for folder in ("a", "b"):
+        (tmp_path / folder / "out" / "report.html").unlink()
+    capsys.readouterr()
+    assert cli.main(["report", "a/out", "b/out", "--output", "mine.html"]) == 2
+    assert "--output mine.html is there already, and this command did not write it" in capsys.readouterr().err
+    assert (tmp_path / "mine.html").read_text() == "<title>mine</title>"
+    assert not (tmp_path / "a" / "out" / "report.html").exists()
 
 
 def test_only_arguments_that_differ_are_compared():

@@ -34,10 +34,11 @@ def run(argv: list[str]) -> int:
     options, argv = _own_options().parse_known_args(argv)
     folder = Path(argv[0]) if argv and not argv[0].startswith("-") and Path(argv[0]).is_dir() else None
     arguments = None if folder else parse_arguments(argv)
-    from ..untrained import check_output, measure_models, read_finished_run, write_figures
+    from ..disk import check_output_file
+    from ..untrained import are_figures, measure_models, read_finished_run, write_figures
 
     if options.output is not None:
-        check_output(options.output)
+        check_output_file(options.output, are_figures)
     finished = read_finished_run(folder) if folder else None
     if finished is not None:
         arguments = parse_arguments(argv[1:], finished.arguments)

@@ -26,7 +26,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         BadRequest: naming every folder that no report can be made of, before anything is written.
     """
-    from ..comparison import write_comparison  # the libraries take seconds, which --help need not wait for
+    from ..comparison import is_comparison, write_comparison  # these take seconds, which --help need not wait for
+    from ..disk import check_output_file
     from ..errors import BadRequest
     from ..report import write_report
     from ..run_folder import read_run
@@ -39,6 +40,11 @@ def run(options: argparse.Namespace) -> int:
     for folder in dict.fromkeys(folders):
         try:
             records.append(read_run(folder))
+        except BadRequest as error:
+            problems.append(str(error))
+    if len(records) > 1:
+        try:
+            check_output_file(Path(options.output), is_comparison)
         except BadRequest as error:
             problems.append(str(error))
     if problems:
