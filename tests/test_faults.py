@@ -15,7 +15,7 @@ from functools import partial
 import fault_child
 import pytest
 import torch
-from conftest import tiny_lora_llama
+from conftest import a_quarter, matrix, tiny_lora_llama
 from processes import Run, write_problems
 
 from kava_trainer.checkpoint_io import broken_reason, find_newest_checkpoint, list_checkpoints
@@ -23,9 +23,6 @@ from kava_trainer.projector import load_projectors
 from kava_trainer.quickstart import TEACHER_FOLDER
 
 pytestmark = pytest.mark.slow
-
-KILLS = 60
-"""How often a run is killed in all."""
 
 DEADLY = ("fsync", "replace", "rmtree", "manifest", "torch.save", "unlink")
 
@@ -64,12 +61,15 @@ def assert_nothing_broken(output):
     assert json.loads((output / "run_summary.json").read_text())["status"] == "completed"
 
 
-def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped(data, uninterrupted, tmp_path):
+@pytest.mark.parametrize("least_kills", [15, pytest.param(60, marks=pytest.mark.exhaustive)])
+def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped(
+    data, uninterrupted, tmp_path, least_kills
+):
     expected, rng, kills, inside, runs = uninterrupted[1], random.Random(0), 0, 0, 0
     started = time.monotonic()
     assert Run(fault_child.run, tmp_path / "timed", tmp_path / "timed", data).wait() == [0]
     duration = time.monotonic() - started
-    while kills < KILLS:
+    while kills < least_kills:
         folder, codes = tmp_path / str(runs), None
         runs += 1
         while codes != [0]:
@@ -88,7 +88,7 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
         assert final_hash(folder) == expected
         assert_nothing_broken(folder / "out")
     print(f"{kills} kills, {inside} of them in the middle of writing, in {runs} runs")
-    assert inside >= KILLS // 4
+    assert inside >= least_kills // 4
 
 
 def test_a_cut_or_a_flipped_byte_in_any_file_of_a_checkpoint_is_found_and_skipped(data, uninterrupted, tmp_path):
@@ -121,9 +121,13 @@ def test_a_cut_or_a_flipped_byte_in_any_file_of_a_checkpoint_is_found_and_skippe
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", ["training", "save", "evaluation", "calibration"])
-@pytest.mark.parametrize("name", SIGNALS)
+STAGES = ("training", "save", "evaluation", "calibration")
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "ranks"),
+    matrix(list(itertools.product(SIGNALS, STAGES, (1, 2))), lambda name, stage, rank: rank == (name + stage) % 2),
+)
 def test_a_signal_at_any_stage_saves_and_the_printed_command_goes_on(data, uninterrupted, tmp_path, name, stage, ranks):
     signalled_and_resumed(data, uninterrupted, tmp_path, name, stage, ranks)
 
@@ -216,28 +220,26 @@ def test_a_signal_during_the_control_keeps_the_student(data, tmp_path):
     assert summary["evaluation"]["control_sft"] is not None
 
 
-MATRIX = [
-    {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "dataloader_num_workers": workers,
-     "max_tokens_per_batch": packing, **precision}
-    for accumulation, workers, packing, precision in itertools.product(
-        (1, 3), (0, 2), (0, 40), ({"bf16": False}, {"bf16": True})
-    )
-]  # fmt: skip
+SETTINGS = list(itertools.product((1, 3), (0, 2), (0, 40), (False, True)))
+FOUR_RANKS = [pytest.param(*SETTINGS[2], 4), pytest.param(*SETTINGS[-2], 4, marks=pytest.mark.exhaustive)]
 
 
 @pytest.mark.parametrize(
-    ("number", "ranks"), [*itertools.product(range(len(MATRIX)), (1, 2)), (2, 4), (len(MATRIX) - 2, 4)]
+    ("accumulation", "workers", "packing", "bf16", "ranks"),
+    [*matrix([(*cell, ranks) for cell in SETTINGS for ranks in (1, 2)], a_quarter), *FOUR_RANKS],
 )
-def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, number, ranks):
+def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, accumulation, workers, packing, bf16, ranks):
     settings = {
-        **MATRIX[number], "max_steps": 7, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9,
-        "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "cosine",
-        "projector_dropout": 0.1, "metric_for_best_model": "eval_loss", "layer_mapping": "uniform:2",
+        "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "bf16": bf16,
+        "dataloader_num_workers": workers, "max_tokens_per_batch": packing, "max_steps": 7, "save_strategy": "steps",
+        "save_steps": 1, "save_total_limit": 9, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2,
+        "lr_scheduler_type": "cosine",        "projector_dropout": 0.1, "metric_for_best_model": "eval_loss", "layer_mapping": "uniform:2",
     }  # fmt: skip
     straight = finish(tmp_path / "straight", None, settings, ranks)
     assert straight["world_size"] == ranks
     assert straight["wrapper"] == ("DistributedDataParallel" if ranks > 1 else "DistillationModel")
     assert straight["packs"] == (settings["max_tokens_per_batch"] > 0)
+    number = SETTINGS.index((accumulation, workers, packing, bf16))
     for stop in fault_child.seeded(number).sample(range(1, 7), 2):
         resumed = finish(
             tmp_path / f"again{stop}", tmp_path / "straight" / "run" / f"checkpoint-{stop}", settings, ranks
@@ -264,8 +266,13 @@ def test_a_resumed_run_with_adapters_has_the_same_losses_and_weights(tmp_path, r
             assert resumed[name] == straight[name], (stop, name)
 
 
-@pytest.mark.parametrize("bits", ["none", "4bit"])
-@pytest.mark.parametrize(("stage", "ranks"), [("training", 1), ("training", 2), ("save", 1), ("evaluation", 1)])
+CASES = [("training", 1, "none"), ("training", 2, "4bit"), ("save", 1, "4bit"), ("evaluation", 1, "none")]
+OTHERS = [("training", 1, "4bit"), ("training", 2, "none"), ("save", 1, "none"), ("evaluation", 1, "4bit")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "bits"), [*CASES, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHERS)]
+)
 def test_a_signal_to_a_run_with_adapters_loses_nothing(data, tmp_path, stage, ranks, bits):
     changes = {"use_peft": True, "lora_r": 4, "student_model_name_or_path": TEACHER_FOLDER}
     changes["student_quantization"] = bits

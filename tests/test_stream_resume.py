@@ -10,6 +10,7 @@ import pytest
 import stream_child
 import test_faults
 import torch
+from conftest import a_quarter, matrix
 from processes import Run, write_problems
 
 ROWS = 24
@@ -130,8 +131,10 @@ MATRIX = list(itertools.product((1, 3), (0, 2), (0, 40), (0, 8)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("accumulation", "workers", "packing", "buffer"), MATRIX)
+@pytest.mark.parametrize(
+    ("accumulation", "workers", "packing", "buffer", "ranks"),
+    matrix([(*cell, ranks) for cell in MATRIX for ranks in (1, 2)], a_quarter),
+)
 def test_every_way_of_reading_resumes_at_the_right_example(
     tmp_path, data, accumulation, workers, packing, buffer, ranks
 ):
