@@ -233,7 +233,8 @@ def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path, accumulation, w
         "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "bf16": bf16,
         "dataloader_num_workers": workers, "max_tokens_per_batch": packing, "max_steps": 7, "save_strategy": "steps",
         "save_steps": 1, "save_total_limit": 9, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2,
-        "lr_scheduler_type": "cosine",        "projector_dropout": 0.1, "metric_for_best_model": "eval_loss", "layer_mapping": "uniform:2",
+        "lr_scheduler_type": "cosine", "projector_dropout": 0.1, "metric_for_best_model": "eval_loss",
+        "layer_mapping": "uniform:2",
     }  # fmt: skip
     straight = finish(tmp_path / "straight", None, settings, ranks)
     assert straight["world_size"] == ranks
