@@ -93,7 +93,8 @@ def find_student(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
 def student_is_saved(arguments: KavaArguments) -> bool:
     """Whether the student that a run's summary tells of is in its place, saved in the form that is asked for now."""
     training = arguments.training
-    student, projector = Path(training.final_dir) / FINAL_STUDENT, Path(training.final_dir) / FINAL_PROJECTOR
+    folder = Path(training.final_dir or str(training.output_dir))
+    student, projector = folder / FINAL_STUDENT, folder / FINAL_PROJECTOR
     with suppress(BadRequest, OSError):  # what cannot be read is written anew
         summary = read_summary(Path(training.output_dir))
         if summary is None or summary["student_digest"] is None or not projector.is_file():
