@@ -49,7 +49,8 @@ def judge(
 
     Success needs a CosSim of at least 0.95 without collapse, a language head that some term supervised, no problem
     during training, whole checkpoints, an answer perplexity no higher than before, and a teacher better than chance
-    where the run learned from it. Few held-out examples are named and take no success away.
+    where the run learned from it. Few held-out examples, and a teacher without a single exact match, are named and take
+    no success away.
 
     Args:
         summary: the content of `run_summary.json`, final figures and evaluation filled in.
@@ -71,13 +72,23 @@ def judge(
     reasons = failures or (_achievements(summary) if measured else [])
     if not measured:
         reasons = [*reasons, _missing(cos_sim, evaluation)]
-    if few := few_examples(examples):
-        reasons = [*reasons, few]
+    notes = [few_examples(examples), _teacher_without_match(evaluation) if taught else None]
+    reasons = [*reasons, *filter(None, notes)]
     return {
         "success": False if failures else (True if measured else None),
         "collapsed": None if summary["final"]["margin"] is None else collapse is not None,
         "reasons": [*reasons, *_comparison(summary)],
     }
+
+
+def _teacher_without_match(evaluation: dict[str, Any]) -> str | None:
+    """The sentence for a teacher that answered no held-out problem as the data does; None for any other."""
+    if (evaluation["teacher"] or {}).get("exact_match") != 0:
+        return None
+    return (
+        "The teacher's own answers matched none of the held-out ones, so exact match does not tell what the student "
+        "learned from it: its answers may be wrong, or only written in another form than those of the data."
+    )
 
 
 def _missing(cos_sim: float | None, evaluation: dict[str, Any]) -> str:

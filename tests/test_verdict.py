@@ -150,3 +150,10 @@ def test_what_was_not_measured_is_not_judged(changes, part):
     assert result["success"] is None
     assert any(part in reason for reason in result["reasons"])
     assert result["collapsed"] is (None if "final__margin" in changes else False)
+
+
+@pytest.mark.parametrize(("match", "said"), [(0.0, True), (0.01, False), (None, False)])
+def test_a_teacher_without_a_single_exact_match_is_named_and_takes_no_success_away(match, said):
+    result = verdict(evaluation__teacher={"perplexity": 1.5, "cross_entropy": 0.4, "exact_match": match})
+    assert result["success"] is True
+    assert any("The teacher's own answers matched none" in reason for reason in result["reasons"]) is said
