@@ -261,8 +261,9 @@ class SavingTrainer(PushingTrainer):
         self.note_problem("save", f"went on without {folder.name}")
 
     # The private methods of Trainer that KAVA overrides are below; all were read in transformers 5.23.0 and 5.17.0.
-    # What it calls or reads beside them: the parts of a checkpoint, the best metric and the loss sums above, and
-    # `_prepare_inputs` in `evaluating.py`; `_hp_search_setup`, `_trial` and `_get_output_dir` in `trainer.py`.
+    # What it calls or reads beside them: the parts of a checkpoint, the best metric and the loss sums above, the loss
+    # sum also in `fitting.py`; `_train_batch_size` in `stepping.py`; `_prepare_inputs` in `evaluating.py`;
+    # `_hp_search_setup`, `_trial` and `_get_output_dir` in `trainer.py`.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint that is whole or absent, then rotate and send. Trainer would write it in place."""
