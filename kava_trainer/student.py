@@ -148,7 +148,9 @@ their weighted total, and the sums by name."""
 class StudentOutput:
     """What one forward pass of the student and the projectors gives.
 
-    It is no mapping and no tuple on purpose: accelerate would copy every tensor of those to float32.
+    It is no mapping and no tuple on purpose: accelerate would copy every tensor of those to float32. It is registered
+    below as a tree, in whose leaves FSDP2 of torch 2.11 finds the tensors at which the backward pass gathers the
+    weights again; a dataclass has none for it, and the pass would read weights that are freed.
     """
 
     last_hidden_state: torch.Tensor
@@ -161,6 +163,9 @@ class StudentOutput:
     """Weighted sum of the terms on logits over tokens, with its gradient; None where none was asked for."""
     logits_sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sums over tokens of the terms on logits, without weights and gradients."""
+
+
+torch.export.register_dataclass(StudentOutput)
 
 
 class DistillationModel(nn.Module):

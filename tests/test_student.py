@@ -1,13 +1,14 @@
 import pytest
 import torch
 from conftest import tiny_llama, tiny_qwen
+from torch.utils._pytree import tree_leaves
 
 from kava_trainer.errors import BadRequest
 from kava_trainer.projector import ProjectorConfig
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 from kava_trainer.source_arguments import ModelArguments
-from kava_trainer.student import DistillationModel, copy_teacher_layers, load_student
-from kava_trainer.targets import HiddenStateTarget
+from kava_trainer.student import DistillationModel, StudentOutput, copy_teacher_layers, load_student
+from kava_trainer.targets import AlignedStates, HiddenStateTarget
 
 
 def load(**changes):
@@ -87,3 +88,13 @@ def test_the_distillation_model_behaves_as_the_student():
     assert output.last_hidden_state is output.hidden_states[2]
     assert model.head(output.last_hidden_state).shape == (1, 3, 512)
     assert output.logits_sums == {}
+
+
+def test_the_output_is_a_tree_to_torch_so_that_fsdp2_finds_its_tensors():
+    """Torch 2.11 looks for them with this; the backward pass of sharded weights crashed where it found none."""
+    tensors = [torch.zeros(1), torch.ones(1), torch.ones(2), torch.ones(3), torch.ones(4), torch.ones(5)]
+    output = StudentOutput(
+        tensors[0], {1: tensors[1]}, [AlignedStates(tensors[2], tensors[3])], tensors[4], {"lm": tensors[5]}
+    )
+    leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
+    assert [id(leaf) for leaf in leaves] == [id(tensor) for tensor in tensors]
