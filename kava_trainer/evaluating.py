@@ -69,7 +69,8 @@ class EvaluatingTrainer(ProbingTrainer):
         """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
 
         `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it. An
-        evaluation also runs the probe; its figures have the same prefix.
+        evaluation also runs the probe; its figures have the same prefix. Of several sets only the first does, from
+        which the probe is taken.
         """
         prefix = metric_key_prefix
         # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
@@ -83,7 +84,8 @@ class EvaluatingTrainer(ProbingTrainer):
         metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
             metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
-        if description == "Evaluation" and (probed := self.run_probe()) is not None:
+        probes = description == "Evaluation" and self.probe_belongs_to(prefix)
+        if probes and (probed := self.run_probe()) is not None:
             self.note_probe(probed)
             metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in metrics})
         return output

@@ -41,13 +41,19 @@ class ProbingTrainer(SteppingTrainer):
         return f"Lower per_device_eval_batch_size (now {self.args.per_device_eval_batch_size}). {self.advice()}"
 
     def make_probe(self) -> AlignmentProbe | None:
-        """The fixed probe, where something is aligned and there is one set of held-out examples."""
-        if self.terms.teacher is None or not self.args.aligns or not has_length(self.eval_dataset):
-            return None
-        if isinstance(self.eval_dataset, dict):
+        """The fixed probe, where something is aligned and there are held-out examples; of several sets the first's."""
+        held_out, self._probed_set = self.eval_dataset, ""
+        if isinstance(held_out, dict) and held_out:
+            name, held_out = next(iter(held_out.items()))
+            self._probed_set = f"eval_{name}"
+        if self.terms.teacher is None or not self.args.aligns or not has_length(held_out):
             return None
         sizes = (self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
-        return AlignmentProbe(choose_examples(self.eval_dataset), self.data_collator, *sizes)
+        return AlignmentProbe(choose_examples(held_out), self.data_collator, *sizes)
+
+    def probe_belongs_to(self, prefix: str) -> bool:
+        """Whether an evaluation, told by the prefix of its metrics, runs the probe: of several sets only the first."""
+        return self._probed_set in ("", prefix)
 
     def run_probe(self) -> ProbeResult | None:
         """Measure the alignment on the probe; None where there is no probe. Terms that do nothing are named once."""

@@ -118,6 +118,10 @@ def test_several_evaluation_sets_have_metrics_of_their_own(tmp_path, tokenizer):
         alone = make(tmp_path, tokenizer, {"student": trainer.student, "eval_dataset": data}).evaluate()
         assert metrics[f"eval_{name}_lm_loss"] == pytest.approx(alone["eval_lm_loss"], rel=1e-5)
     assert metrics["eval_two_perplexity"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
+    alone = make(tmp_path, tokenizer, {"student": trainer.student, "eval_dataset": sets["one"]})
+    alone.target.load_state_dict(trainer.target.state_dict())
+    assert metrics["eval_one_margin"] == pytest.approx(alone.evaluate()["eval_margin"], rel=1e-4)
+    assert "eval_two_margin" not in metrics  # the probe is the first set's
 
 
 class Recorder(TrainerCallback):
