@@ -266,7 +266,7 @@ def _alignment(summary: dict[str, Any]) -> str:
     rows = [f"| {title} | {_figure(final[name])} |" for name, title in _ALIGNED.items()]
     return "\n".join(
         [
-            f"Layers: `{arguments['layer_mapping']}`; projector: {direction}{anchor}. Measured {where}:",
+            f"Layers: {as_code(str(arguments['layer_mapping']))}; projector: {direction}{anchor}. Measured {where}:",
             "",
             "| | |\n|---|---|",
             *rows,
@@ -286,7 +286,7 @@ def _cost(summary: dict[str, Any]) -> str:
             f"| Whole run, with its evaluations | {figure_text('duration_seconds', summary['duration_seconds'])} |",
             f"| Training speed | {speed} |",
             f"| Peak memory, measured | {'not measured' if peak is None else size_text(peak)} |",
-            f"| Device | {environment.get('device')} |",
+            f"| Device | {str(environment.get('device')).replace('|', ' ')} |",
             f"| Software | {versions} |",
         ]
     )
@@ -305,7 +305,7 @@ def render_model_card(
         projector: whether `projector/` is beside the card.
     """
     arguments = summary["arguments"]
-    split = f" (split {arguments['dataset_test_split']})" if arguments["dataset_test_split"] else ""
+    split = f" (split {as_code(arguments['dataset_test_split'])})" if arguments["dataset_test_split"] else ""
     card = _CARD.format(
         metadata=card_metadata(name, summary).to_yaml(),
         name=name,

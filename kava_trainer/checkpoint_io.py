@@ -107,11 +107,25 @@ def discard(path: str | Path) -> None:
     shutil.rmtree(staging_folder(path), ignore_errors=True)
 
 
-def write_folder_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary folder beside `path`, flush it to disk, and swap it into place."""
+def write_folder_atomically(
+    path: str | Path, write: Callable[[Path], object], stays: Callable[[Path, Path], bool] = lambda there, new: False
+) -> bool:
+    """Let `write` fill a temporary folder beside `path`, flush it to disk, and swap it into place.
+
+    Args:
+        path: the folder.
+        write: takes the temporary folder.
+        stays: takes the folder that is there already and the temporary one; whether the first one stays.
+
+    Returns:
+        Whether it was written; False where the folder that was there stays.
+    """
     try:
         write(stage(path))
+        if Path(path).is_dir() and stays(Path(path), staging_folder(path)):
+            return False
         publish(path)
+        return True
     finally:
         discard(path)
 

@@ -7,11 +7,10 @@ from .arguments import KavaArguments, KavaTrainingArguments
 from .checkpoint_io import broken_reason, list_checkpoints
 from .console import Console
 from .errors import reason_of
-from .finished import FINAL_PROJECTOR, FINAL_STUDENT, student_is_saved, weights_digest
+from .finals import FINAL_PROJECTOR, FINAL_STUDENT
 from .hub import Place
 from .preparation import Data
 from .publishing import CARD_FILE, publish, write_card
-from .ranks import from_main_process
 from .run_folder import record_of
 from .showing import show_verdict
 from .summary import RunSummary
@@ -20,27 +19,14 @@ from .trainer import KavaTrainer
 from .verdict import judge
 
 
-def save_student(
-    console: Console, arguments: KavaArguments, trainer: KavaTrainer, summary: RunSummary, finished_before: bool
-) -> None:
-    """Save the finished student and its projector, and note which weights those are.
-
-    Args:
-        console: says where they are.
-        arguments: of the run.
-        trainer: has trained.
-        summary: takes the digest of the weights.
-        finished_before: whether the run had come to its last step before this session. What is in its place already
-            then stays, and with it a card that was changed by hand.
-    """
-    training = arguments.training
-    student, projector = Path(training.final_dir) / FINAL_STUDENT, Path(training.final_dir) / FINAL_PROJECTOR
-    is_there = finished_before and from_main_process(lambda: student_is_saved(arguments))
-    if not is_there:
-        trainer.save_finals(student, projector, arguments.model.merge_adapter)
-    summary.content["student_digest"] = from_main_process(lambda: weights_digest(student))
+def save_student(console: Console, arguments: KavaArguments, trainer: KavaTrainer, summary: RunSummary) -> None:
+    """Save the finished student and its projector, say where they are, and note their checksums in the summary."""
+    folder = Path(arguments.training.final_dir)
+    student, projector = folder / FINAL_STUDENT, folder / FINAL_PROJECTOR
+    written, checksums = trainer.save_finals(student, projector, arguments.model.merge_adapter)
+    summary.content["final_checksums"] = checksums
     console.stage("Saved")
-    console.print(f"Student: {student}{', as it was saved before' if is_there else ''}")
+    console.print(f"Student: {student}{'' if written else ', as it was saved before'}")
     console.print(f"Projector: {projector}")
 
 

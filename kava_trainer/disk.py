@@ -72,15 +72,22 @@ def check_output_file(path: Path, is_own: Callable[[str], bool]) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise BadRequest(f"--output {path} cannot be written; name a file in a folder that exists.")
     _try_to_write(path.absolute().parent, f"--output {path} cannot be written")
-    if not path.exists() and not path.is_symlink():
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise BadRequest(f"--output {path} is no plain file, so it cannot be replaced; name another file.")
+    if not path.exists() or is_own(_text_of(path)):
         return
-    with suppress(OSError, UnicodeDecodeError):
-        if path.is_file() and not path.is_symlink() and is_own(path.read_text(encoding="utf-8")):
-            return
     raise BadRequest(
         f"--output {path} is there already, and this command did not write it, so it is not replaced. Name another "
         "file, or delete it."
     )
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file; nothing that is not UTF-8 is any command's own."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise BadRequest(f"--output {path} cannot be read: {error.strerror}. Name another file.") from error
 
 
 @contextmanager

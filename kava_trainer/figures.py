@@ -160,7 +160,7 @@ def verdict_of(record: RunRecord) -> Verdict:
         collapsed = collapsed or _collapsed_at_last(record.log_history)
         if status == "interrupted":
             what = "the student was finished, but not all that the verdict needs was measured"
-            what = what if summary["student_digest"] else "there was nothing to judge yet"
+            what = what if summary["final_checksums"] else "there was nothing to judge yet"
             reasons.append(f"A signal ended the run after step {step}: {what}.")
         if status == "failed":
             reasons.append(f"It broke off after step {step}.")

@@ -163,6 +163,21 @@ def _fits(name: str, value: Any, hint: Any) -> bool:
     return True
 
 
+def fits_type(name: str, value: Any) -> bool:
+    """Whether a value has a type that an argument takes; any has where there is no such argument."""
+    is_pairs = name == "layer_mapping" and isinstance(value, list)
+    return name not in _HINTS or is_pairs or _fits(name, value, _HINTS[name])
+
+
+def is_utf8(value: Any) -> bool:
+    """Whether all text in a value can be written to a file: a name of bytes that are not UTF-8 cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _shown(name: str, value: Any) -> str:
     """A wrong value as it stands in a message: a secret is not shown, and no value fills the screen."""
     if is_secret_name(name):
@@ -195,22 +210,15 @@ def _type_problem(name: str, value: Any) -> str | None:
         return problem
     if name == "resume_from_checkpoint" and isinstance(value, bool):
         return None
-    if name == "layer_mapping" and isinstance(value, list):
-        return None
-    if isinstance(value, str) and _lone_surrogates(value):
-        return f"{name} is {value!a}, which is not UTF-8 text, so no file could tell of it; write another name."
-    if not _fits(name, value, _HINTS[name]):
+    if not is_utf8(value):
+        return f"{name} is {_shown(name, value)}, which is not UTF-8 text, so no file could tell of it; write it anew."
+    if not fits_type(name, value):
         return f"{name} is {_shown(name, value)}; write {_expected(_HINTS[name])}."
     choices = _choices(name)
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=3) or choices[:8]
         return f"{name} is {json.dumps(value)}; write one of {', '.join(near)}{', ...' if len(choices) > 8 else ''}."
     return None
-
-
-def _lone_surrogates(text: str) -> bool:
-    """Whether text holds what Python makes of bytes that are not UTF-8, such as those of an old file name."""
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _choices(name: str) -> list[str]:
@@ -250,6 +258,8 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
         BadRequest: with one sentence for each mistake: unknown names (with the nearest right one), wrong types and
             values, missing arguments. Nothing has been loaded by then.
     """
+    if not is_utf8(argv):  # which word it is is not shown: it may be a token
+        raise BadRequest("The command line holds text that is not UTF-8, so no file could tell of the run.")
     found: list[str] = []
     given = _explicit_arguments(argv, found)
     values = {**(defaults or {}), **_read_json(given.pop("json_file", None)), **given}

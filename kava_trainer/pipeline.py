@@ -35,7 +35,7 @@ from .errors import BadRequest, RunFailed, reason_of
 from .evaluation import Evaluation, evaluate_with_answers, first_problems, longest_answer
 from .fidelity import TeacherFidelity
 from .final_answer_match.final_answer_match import is_exact_match
-from .finished import FINAL_STUDENT
+from .finals import FINAL_STUDENT
 from .identity import check_output_dir, check_resumable, data_digest, name_run, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models
@@ -124,7 +124,7 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
         models = load_models(console, arguments, tokenizer)
         summary.content |= {"prompt_kind": data.prompt_kind, "student_parameters": own_parameters(models.student)}
-        summary.content["held_out_examples"] = data.evaluation and len(data.evaluation)
+        summary.content["held_out_examples"] = None if data.evaluation is None else len(data.evaluation)
         summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
         trainer = build_trainer(console, arguments, models, data)
     if resumption.checkpoint is not None and training.should_save:
@@ -209,7 +209,7 @@ def _train_and_judge(
     if was_interrupted(trainer):
         tell_interruption(console, trainer, trainer, argv)
         return "interrupted", exit_code(trainer.emergency.received)
-    save_student(console, arguments, trainer, summary, finished_before)
+    save_student(console, arguments, trainer, summary)
     collapse = _measure_finished(console, arguments, models, data, trainer, summary)
     if arguments.training.run_control:
         trainer.release()

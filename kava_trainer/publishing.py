@@ -19,7 +19,7 @@ from .card import is_untouched, render_model_card
 from .checkpoint_io import write_atomically
 from .console import Console, size_text
 from .errors import BadRequest, RunFailed, reason_of
-from .finished import FINAL_PROJECTOR
+from .finals import FINAL_PROJECTOR
 from .hub import ANSWER_SECONDS, Place, check_private, hub_reason, in_time, make_branch, push_command, show_bars
 from .projector import export_projector_file
 from .recipe import RECIPE_FILE, recipe_text

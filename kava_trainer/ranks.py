@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch.distributed.checkpoint import CheckpointException
 
-from .errors import BadRequest
+from .errors import BadRequest, RunFailed, reason_of
 
 T = TypeVar("T")
 
@@ -31,6 +32,26 @@ def largest_over_ranks(value: int) -> int:
 def any_rank(flag: bool) -> bool:
     """Whether a flag is set on any rank. Every rank must ask."""
     return largest_over_ranks(int(flag)) > 0
+
+
+def all_succeed(work: Callable[[], None]) -> str | None:
+    """Let every rank do something that may fail on disk. Every rank must ask.
+
+    Returns:
+        Why it failed on this rank or another; None where it failed on none.
+
+    Raises:
+        RunFailed, torch.OutOfMemoryError: where `work` does.
+    """
+    problem = None
+    try:
+        work()
+    except (RunFailed, torch.OutOfMemoryError):
+        raise
+    except (Exception, CheckpointException) as error:  # tokenizers have no kind of their own for a full disk
+        problem = reason_of(error)
+    failed = any_rank(problem is not None)
+    return (problem or "another process could not write its part") if failed else None
 
 
 def from_main_process(work: Callable[[], T]) -> T:

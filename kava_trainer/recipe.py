@@ -58,6 +58,11 @@ def recipe_text(summary: dict[str, Any]) -> str:
     return json.dumps(recipe_of(summary), indent=2, ensure_ascii=False) + "\n"
 
 
+def with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a summary, with the defaults of those that it does not know."""
+    return {field.name: _default(field) for group in _GROUPS for field in fields(group) if field.init} | arguments
+
+
 def _default(field: Field) -> Any:
     value = field.default if field.default is not MISSING else field.default_factory()
     return value.value if isinstance(value, Enum) else value

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 from .checkpoint_io import TRAINER_STATE_FILE, find_newest_checkpoint, list_checkpoints, read_manifest
 from .errors import BadRequest, reason_of
+from .parsing import fits_type, is_utf8
 from .progress import read_progress
+from .source_arguments import DataArguments, ModelArguments
 from .summary import HISTORY_FILE, SUMMARY_FILE, RunSummary, finite
 
 CUT_OFF = "cut_off"
@@ -16,6 +19,13 @@ CUT_OFF = "cut_off"
 
 _NO_ARGUMENTS = {"data", "teacher", "student", "sharded", "world_size", "datasets_version"}
 """What `identity.run_identity` adds to the arguments."""
+
+_READ = {
+    *(field.name for group in (ModelArguments, DataArguments) for field in fields(group)),
+    *("output_dir", "final_dir", "mercator_weight", "mse_weight", "projector_direction", "projector_anchor"),
+    "generation_max_new_tokens",
+}
+"""Arguments that something is made of, not only shown."""
 
 _UNTRAINED = ("teacher", "student_before")
 """The models that are measured before the training."""
@@ -74,9 +84,12 @@ def read_run(folder: str | Path) -> RunRecord:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadRequest(f"{path} cannot be read ({reason_of(error)}).") from error
+    if not is_utf8(content):
+        raise BadRequest(f"{path} holds text that is not UTF-8.")
+    return content
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -138,22 +151,29 @@ def _is_sample(value: Any) -> bool:
     return texts and _each(_is_text)(value.get("answers")) and _each(_is_truth)(value.get("matches", {}))
 
 
+def _is_argument(name: str, value: Any) -> bool:
+    """Whether an argument that a card, or a measurement, goes by has its own type; others are only shown."""
+    return fits_type(name, value) if name in _READ else True
+
+
 def _is_verdict(value: Any) -> bool:
     truths = isinstance(value, dict) and all(_is_truth(value.get(name)) for name in ("success", "collapsed"))
     return truths and _list_of(lambda reason: isinstance(reason, str))(value.get("reasons", []))
 
 
 _SOUND: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("status", "command", "started_at", "finished_at", "prompt_kind", "student_digest"), _is_text),
+    **dict.fromkeys(("status", "command", "started_at", "finished_at", "prompt_kind"), _is_text),
     **dict.fromkeys(("duration_seconds", "student_parameters", "held_out_examples"), _is_number),
     **dict.fromkeys(("cos_sim_at", "final", "throughput"), _each(_is_number)),
-    **dict.fromkeys(("environment", "arguments"), lambda value: isinstance(value, dict)),
-    "global_step": lambda value: isinstance(value, int),
+    "environment": lambda value: isinstance(value, dict),
+    "arguments": lambda value: isinstance(value, dict) and all(starmap(_is_argument, value.items())),
+    "global_step": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "final_checksums": lambda value: value is None or _each(lambda digest: isinstance(digest, str))(value),
     "teacher_fidelity": lambda value: value is None or isinstance(value, dict),
     "evaluation": _each(_is_measured),
     "samples": _list_of(_is_sample),
     "verdict": _is_verdict,
-    "problems": _list_of(lambda value: isinstance(value, dict)),
+    "problems": _list_of(lambda value: isinstance(value, dict) and value.keys() >= {"step", "kind", "action"}),
     "checkpoints": _list_of(lambda value: isinstance(value, str)),
 }
 """Whether the entries of a summary are of the kind that KAVA writes; somebody may have changed them."""

@@ -2,13 +2,13 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -30,12 +30,13 @@ from .checkpoint_io import (
 )
 from .console import Console
 from .errors import BadRequest, Interrupted, RunFailed, reason_of
+from .finals import final_checksums, is_same_student
 from .fsdp import own_part
 from .hub import ANSWER_SECONDS, CheckpointPusher, Place, check_private, in_time, make_branch, no_repository
 from .progress import read_progress, save_progress
 from .projector import write_projectors
 from .pushing import PushingTrainer
-from .ranks import any_rank
+from .ranks import all_succeed, any_rank
 from .sharing import show_progress_bars
 from .signals import WATCH
 from .student import DistillationModel
@@ -114,24 +115,36 @@ class SavingTrainer(PushingTrainer):
             self.console.warn(f"{path} could not be written: {reason_of(error)}.")
             self.note_problem("save", f"went on without {path.name}")
 
-    def save_finals(self, student_folder: Path, projector: Path, merge_adapter: bool = True) -> None:
+    def save_finals(
+        self, student_folder: Path, projector: Path, merge_adapter: bool = True
+    ) -> tuple[bool, dict[str, str]]:
         """Write the finished student and its projector, whole or not at all.
+
+        A folder that holds a student with the same weights already stays as it is: somebody may have changed its card.
+
+        Returns:
+            Whether the student was written, and `final_checksums`; on the process that writes.
 
         Raises:
             RunFailed: if the disk does not take them.
         """
         state, projectors = self.gathered_student(), self.gathered_projectors()
+        written, checksums = False, dict[str, str]()
 
         def write() -> None:
+            nonlocal written, checksums
             if self.args.should_save:
-                write_folder_atomically(student_folder, lambda folder: self.save_student(folder, merge_adapter, state))
+                save = partial(self.save_student, merge_adapter=merge_adapter, state_dict=state)
+                written = write_folder_atomically(student_folder, save, is_same_student)
                 write_projectors(projectors, projector)
+                checksums = final_checksums(student_folder, projector)
 
-        if (problem := self._all_succeed(write)) is not None:
+        if (problem := all_succeed(write)) is not None:
             raise RunFailed(
                 f"The finished student could not be written to {student_folder} ({problem}). If there is no room, make "
                 f"some, or name another final_dir. {self.advice()}"
             )
+        return written, checksums
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student; inside a checkpoint also the projectors beside it.
@@ -203,18 +216,6 @@ class SavingTrainer(PushingTrainer):
             self.state.stateful_callbacks = exported.stateful_callbacks
             self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
 
-    def _all_succeed(self, work: Callable[[], None]) -> str | None:
-        """Let every rank do something that may fail on disk; why it failed on this rank or another, if it did."""
-        problem = None
-        try:
-            work()
-        except (RunFailed, torch.OutOfMemoryError):
-            raise
-        except (Exception, CheckpointException) as error:  # tokenizers have no kind of their own for a full disk
-            problem = reason_of(error)
-        failed = any_rank(problem is not None)
-        return (problem or "another process could not write its part") if failed else None
-
     def _stage(self, folder: Path) -> None:
         if self.args.should_save:
             stage(folder)
@@ -234,7 +235,7 @@ class SavingTrainer(PushingTrainer):
             lambda: self._seal(folder, staging),
         )
         for step in steps:
-            if (problem := self._all_succeed(step)) is not None:
+            if (problem := all_succeed(step)) is not None:
                 if self.args.should_save:
                     discard(folder)
                 return problem

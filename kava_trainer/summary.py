@@ -80,7 +80,7 @@ class RunSummary:
             "prompt_kind": None,
             "held_out_examples": None,
             "student_parameters": None,
-            "student_digest": None,
+            "final_checksums": None,
             "verdict": {"success": None, "collapsed": None, "reasons": []},
             "throughput": dict.fromkeys(_THROUGHPUT),
             "problems": [],

@@ -14,7 +14,8 @@ from .checkpoint_io import write_atomically
 from .collating import DistillationCollator
 from .disk import no_empty_folders
 from .errors import BadRequest, RunFailed, reason_of
-from .finished import FINAL_STUDENT, find_student, finished_summary
+from .finals import FINAL_STUDENT
+from .finished import find_student, finished_summary
 from .memory_errors import needs_memory, smaller_batches, smaller_models
 from .pipeline import attended, measure, open_console
 from .preparation import build_trainer, check_teacher, load_data, load_held_out, load_models, load_tokenizers
@@ -151,7 +152,7 @@ def are_figures(text: str) -> bool:
     """Whether a file holds what `write_figures` writes."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.keys() == set(_WRITTEN)
 

@@ -291,7 +291,7 @@ def test_any_text_can_be_shown_as_code(text, code):
 def test_the_card_says_on_how_many_examples_it_was_measured():
     summary = {**summary_with(), "held_out_examples": 50}
     card = card_of(summary)
-    assert "On 50 held-out examples (split test);" in card.text
+    assert "On 50 held-out examples (split `test`);" in card.text
     assert "Measured on held-out tokens:" in card.text
     assert card.data.eval_results[0].dataset_args == {"num_examples": 50}
     summary["evaluation"]["student_after"] = None

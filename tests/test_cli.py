@@ -232,7 +232,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys, finished):
     assert main(["evaluate", str(tmp_path / "empty")]) == 2
     assert "has no run_summary.json; name the output_dir of a run that has ended." in capsys.readouterr().err
     (tmp_path / "broken").mkdir()
-    content = {**summary_of(finished[0]), "status": "interrupted", "student_digest": None}
+    content = {**summary_of(finished[0]), "status": "interrupted", "final_checksums": None}
     content["arguments"] |= {"output_dir": str(tmp_path / "broken"), "final_dir": str(tmp_path / "broken")}
     (tmp_path / "broken" / "run_summary.json").write_text(json.dumps(content))
     assert main(["evaluate", str(tmp_path / "broken")]) == 2
@@ -244,8 +244,12 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys, finished):
     assert "x.json cannot be written; name a file in a folder that exists." in capsys.readouterr().err
     (tmp_path / "notes.json").write_text('{"evaluation": "my own"}')
     (tmp_path / "link.json").symlink_to(tmp_path / "gone.json")
-    for name in ("notes.json", "link.json", "/dev/null"):
+    for name, said in (
+        ("notes.json", "is there already, and this command did not write it"),
+        ("link.json", "is no plain file"),
+        ("/dev/null", "is no plain file"),
+    ):
         assert main(["evaluate", str(finished[0]), "--output", str(tmp_path / name)]) == 2
-        assert f"{name} is there already, and this command did not write it" in capsys.readouterr().err
+        assert f"{name} {said}" in capsys.readouterr().err
     assert (tmp_path / "notes.json").read_text() == '{"evaluation": "my own"}'
     assert not (tmp_path / "out").exists()

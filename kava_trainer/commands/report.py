@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
             records.append(read_run(folder))
         except BadRequest as error:
             problems.append(str(error))
-    if len(records) > 1:
+    if len(folders) > 1:
         try:
             check_output_file(Path(options.output), is_comparison)
         except BadRequest as error:
