@@ -47,6 +47,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "kava_trainer": __version__,
         **{package: _version(package) for package in _PACKAGES},
+        "torch": str(torch.__version__),  # with the build, which its metadata may lack
     }
 
 

@@ -4,11 +4,11 @@ import logging
 
 
 class _WithoutExtensions(logging.Filter):
-    """torchao names each compiled extension that this device cannot load. transformers imports torchao wherever it is
-    installed, and what KAVA takes of it, its optimizers, needs none of them."""
+    """torchao names each compiled extension that this device or this torch cannot load. transformers imports torchao
+    wherever it is installed, and what KAVA takes of it, its optimizers, needs none of them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("Failed to load ")
+        return not str(record.msg).startswith(("Failed to load ", "Skipping import of cpp extensions "))
 
 
 class _WithoutRegistrations(logging.Filter):

@@ -1,6 +1,5 @@
 """What a repository on the hub receives of a finished run, and sending it in one commit."""
 
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +10,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import are_progress_bars_disabled, tqdm, validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    get_session,
+    hf_raise_for_status,
+    tqdm,
+    validate_repo_id,
+)
 
 from .card import is_untouched, render_model_card
 from .checkpoint_io import write_atomically
 from .console import Console, size_text
-from .errors import BadRequest, RunFailed, reason_of
+from .errors import BadRequest, RunFailed
 from .finals import FINAL_PROJECTOR
 from .hub import ANSWER_SECONDS, Place, check_private, hub_reason, in_time, make_branch, push_command, show_bars
 from .projector import export_projector_file
@@ -192,14 +197,17 @@ def _bars(shown: bool) -> Iterator[None]:
         show_bars(were_on)
 
 
-def _check_card(path: Path) -> None:
-    """Let the hub look at a card's metadata before anything is uploaded. Raises `ValueError` for what it refuses."""
-    card = ModelCard.load(path)
-    try:
-        card.validate()
-    except ValueError as error:
-        said = "; ".join(re.findall(r'"message": ?"([^"]+)"', str(error))) or reason_of(error)
-        raise ValueError(f"it does not take the metadata of {path.name}: {said}") from error
+def check_card(path: Path) -> None:
+    """Let the hub look at a card's metadata before anything is uploaded. Raises `ValueError` for what it refuses.
+
+    `ModelCard.validate` asks huggingface.co for it, whatever hub is meant (read in huggingface_hub 1.33).
+    """
+    asked = {"repoType": "model", "content": path.read_text(encoding="utf-8")}
+    answer = get_session().post(f"{HfApi().endpoint}/api/validate-yaml", json=asked)
+    if answer.status_code == 400:
+        said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
+        raise ValueError(f"it does not take the metadata of {path.name}: {said or 'it does not say why'}")
+    hf_raise_for_status(answer)
 
 
 def _commit(files: dict[str, Path], size: int, place: Place) -> None:
@@ -209,7 +217,7 @@ def _commit(files: dict[str, Path], size: int, place: Place) -> None:
     answers from ending.
     """
     api = HfApi(token=place.token)
-    _check_card(files[CARD_FILE])
+    check_card(files[CARD_FILE])
     make_branch(place)
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     there = api.list_repo_files(place.repo_id, revision=place.revision)

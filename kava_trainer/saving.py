@@ -42,6 +42,14 @@ from .signals import WATCH
 from .student import DistillationModel
 from .weights import UNREADABLE
 
+
+def _from_numbered_cpu(storage: Any, location: str) -> Any:
+    """Trainer restores an optimizer to a rank's device, which is `cpu:0` on a CPU; torch 2.11 knows only `cpu`."""
+    return storage if location.startswith("cpu:") else None
+
+
+torch.serialization.register_package(11, lambda storage: None, _from_numbered_cpu)
+
 MOST_FAILED_SAVES = 2
 """So many saves may fail one after the other: the disk may have room again at the next one."""
 

@@ -14,6 +14,7 @@ from kava_trainer.card import as_code, hub_id, is_untouched, local_sources, rend
 from kava_trainer.environment import describe_environment
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.preparation import own_parameters
+from kava_trainer.publishing import check_card
 from kava_trainer.recipe import recipe_of, recipe_text
 from kava_trainer.summary import RunSummary
 from kava_trainer.usage import prompt_kind
@@ -228,11 +229,14 @@ def test_a_card_that_was_changed_is_known():
     assert not is_untouched(card + "More.\n")
 
 
-def test_the_hub_would_take_the_card(hub, monkeypatch):
-    card_of(summary_with(), picture=True, projector=True).validate()
+def test_the_hub_would_take_the_card(hub, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(render_model_card("me/student", summary_with(), picture=True, projector=True), encoding="utf-8")
+    check_card(card)
     assert hub.asked == [("validate", "/api/validate-yaml")]
-    with pytest.raises(ValueError, match="base_model_relation"):
-        ModelCard("---\nbase_model_relation: cousin\n---\n").validate()
+    card.write_text("---\nbase_model_relation: cousin\n---\n")
+    with pytest.raises(ValueError, match=r"it does not take the metadata of README\.md: .*base_model_relation"):
+        check_card(card)
     assert hub.address == constants.ENDPOINT
 
 
