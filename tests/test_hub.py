@@ -288,8 +288,8 @@ BAD = {
     "no student": (lambda folder: shutil.rmtree(folder / "final_student"), "There is no finished student in"),
     "interrupted": (
         lambda folder: change_status(folder, "interrupted"),
-        "was interrupted at step 1, so it has no finished student. Go on with its own command and "
-        "--resume_from_checkpoint true.",
+        "was interrupted at step 1, when its student was finished, but not all of it was measured. Go on with its own "
+        "command and --resume_from_checkpoint true.",
     ),
 }
 
