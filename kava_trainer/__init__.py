@@ -7,6 +7,10 @@ command line does not wait for torch and transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .import_notes import leave_out
+
+leave_out()  # before anything imports the libraries
+
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:

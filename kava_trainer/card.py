@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .console import size_text
 from .curves import number_text
 from .data_files import BUILDERS
 from .figures import figure_text
@@ -270,6 +269,9 @@ def _alignment(summary: dict[str, Any]) -> str:
             "",
             "| | |\n|---|---|",
             *rows,
+            "",
+            "CosSim is the mean cosine between the student's states and their targets. It tells something only where "
+            "it is well above that with other tokens' targets; the margin is the difference.",
         ]
     )
 
@@ -285,7 +287,7 @@ def _cost(summary: dict[str, Any]) -> str:
             f"| Steps | {summary['global_step']} |",
             f"| Whole run, with its evaluations | {figure_text('duration_seconds', summary['duration_seconds'])} |",
             f"| Training speed | {speed} |",
-            f"| Peak memory, measured | {'not measured' if peak is None else size_text(peak)} |",
+            f"| Peak memory, measured (on a CPU: the whole process) | {figure_text('peak_memory_bytes', peak)} |",
             f"| Device | {str(environment.get('device')).replace('|', ' ')} |",
             f"| Software | {versions} |",
         ]

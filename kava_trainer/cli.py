@@ -9,10 +9,7 @@ from types import ModuleType, TracebackType
 
 from . import __version__
 from .errors import BadRequest, Interrupted, RunFailed, exit_code
-from .import_notes import leave_out
 from .redaction import without_secrets
-
-leave_out()  # before anything imports the libraries
 
 COMMANDS = ("doctor", "train", "cache", "evaluate", "report", "push", "explain")
 """In the order of `--help`; each is a module of `commands`."""

@@ -37,7 +37,7 @@ _COST = {
     "tokens_per_second": "Tokens a second",
     "samples_per_second": "Examples a second",
     "padding_fraction": "Padding",
-    "peak_memory_bytes": "Peak memory, measured",
+    "peak_memory_bytes": "Peak memory, measured (on a CPU: the whole process)",
     "estimated_memory_bytes": "Peak memory, estimated before the run",
     "teacher_seconds": "Time in the teacher",
     "student_seconds": "Time in the student",

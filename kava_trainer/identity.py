@@ -18,6 +18,7 @@ from .errors import BadRequest
 from .loading import model_folder
 from .sharing import progress_bar
 from .streaming import ExampleStream
+from .summary import SUMMARY_FILE
 from .teacher_cache import weights_digest
 
 _SAME = {
@@ -180,6 +181,14 @@ def check_resumable(checkpoint: Path, here: dict[str, Any]) -> Differences:
             "output_dir."
         )
     return found
+
+
+def earlier_run(output_dir: str | Path) -> str | None:
+    """What an output folder holds of an earlier run, in a clause; None where there is none."""
+    names = ", ".join(folder.name for folder in list_checkpoints(output_dir))
+    if not names and not (Path(output_dir) / SUMMARY_FILE).exists():
+        return None
+    return f"{output_dir} holds an earlier run ({names or 'no checkpoints'})"
 
 
 def check_output_dir(output_dir: str | Path, here: dict[str, Any], resuming: bool) -> None:

@@ -1,4 +1,4 @@
-"""What libraries log while they are imported and no user of the commands can act upon; it is not shown."""
+"""What libraries log while they are imported and nobody can act upon; it is not shown."""
 
 import logging
 
@@ -9,6 +9,13 @@ class _WithoutExtensions(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith(("Failed to load ", "Skipping import of cpp extensions "))
+
+
+class _WithoutKernels(logging.Filter):
+    """bitsandbytes names an optional package of kernels that it would like to load; it computes without it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "kernels-community" not in record.getMessage()
 
 
 class _WithoutRegistrations(logging.Filter):
@@ -23,6 +30,9 @@ class _WithoutRegistrations(logging.Filter):
 
 def leave_out() -> None:
     """Leave these lines out from now on; whatever else the libraries log is shown as before."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel package
-    for name, unwanted in (("torchao", _WithoutExtensions()), ("torch.utils._pytree", _WithoutRegistrations())):
+    for name, unwanted in (
+        ("torchao", _WithoutExtensions()),
+        ("bitsandbytes.backends.cpu.ops", _WithoutKernels()),
+        ("torch.utils._pytree", _WithoutRegistrations()),
+    ):
         logging.getLogger(name).addFilter(unwanted)

@@ -36,7 +36,7 @@ from .evaluation import Evaluation, evaluate_with_answers, first_problems, longe
 from .fidelity import TeacherFidelity
 from .final_answer_match.final_answer_match import is_exact_match
 from .finals import FINAL_STUDENT
-from .identity import check_output_dir, check_resumable, data_digest, name_run, run_identity
+from .identity import check_output_dir, check_resumable, data_digest, earlier_run, name_run, run_identity
 from .interruption import tell_interruption, was_interrupted
 from .memory_errors import needs_memory, smaller_batches, smaller_models
 from .preparation import (
@@ -186,7 +186,13 @@ def _identify(console: Console, arguments: KavaArguments, data: Data, checkpoint
                 f"Differs from the checkpoint: {'; '.join(found.training)}. From here on the run is not what it would "
                 "have been."
             )
-    check_output_dir(arguments.training.output_dir, identity, resuming=checkpoint is not None)
+    output_dir = arguments.training.output_dir
+    check_output_dir(output_dir, identity, resuming=checkpoint is not None)
+    if checkpoint is None and (there := earlier_run(output_dir)) is not None:
+        console.warn(
+            f"{there}, which this one replaces bit by bit. To keep it, stop now and name another output_dir, or write "
+            "resume_from_checkpoint true to go on with it."
+        )
     return identity
 
 

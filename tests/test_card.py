@@ -80,7 +80,7 @@ def test_the_text_has_verdict_results_alignment_cost_and_recipe():
         "| Steps | 60 |",
         "| Whole run, with its evaluations | 1 h 2 min |",
         "| Training speed | 12,346 tokens per second |",
-        "| Peak memory, measured | 3.00 GB |",
+        "| Peak memory, measured (on a CPU: the whole process) | 3.00 GB |",
         f"Distilled with KAVA from [{TEACHER}](https://huggingface.co/{TEACHER}) on "
         f"[{DATA}](https://huggingface.co/datasets/{DATA})",
     ):

@@ -78,6 +78,8 @@ class Extension(enum.Enum):
         ("torchao", "Failed to load /a/_C.so: it is of another device", (), False),
         ("torchao", "Skipping import of cpp extensions due to incompatible torch version", (), False),
         ("torchao", "The weights are broken", (), True),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load %s", ("gemm from kernels-community: no 'kernels'",), False),
+        ("bitsandbytes.backends.cpu.ops", "The weights are broken", (), True),
         ("torch.utils._pytree", "%s is an Enum subclass and is now natively supported", (Extension,), False),
         ("torch.utils._pytree", "%s is an Enum subclass and is now natively supported", (signal.Signals,), True),
     ],

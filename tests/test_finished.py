@@ -130,6 +130,14 @@ def test_a_run_that_is_resumed_when_it_is_complete_leaves_what_was_changed_by_ha
     assert not list(out.glob(".*"))
 
 
+def test_a_run_that_begins_where_another_one_was_says_so(alone, capsys):
+    warning = f"{alone} holds an earlier run (checkpoint-2), which this one replaces bit by bit."
+    assert run_kava.main(words({**RUN, "output_dir": alone, "resume_from_checkpoint": True})) == 0
+    assert warning not in capsys.readouterr().out
+    assert run_kava.main(words({**RUN, "output_dir": alone})) == 0
+    assert warning in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("lost", ["weights", "folder"])
 def test_what_is_not_as_it_was_saved_is_saved_anew(tmp_path, lost):
     out = tmp_path / "out"

@@ -155,7 +155,9 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         ({"load_best_model_at_end": True, "projector_dropout": 2.0}, "projector_dropout is 2.0"),
         ({"generation_max_new_tokens": 0}, "generation_max_new_tokens is 0"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
-        ({"output_dir": "out-\udcff"}, r"output_dir is 'out-\udcff', which is not UTF-8 text"),
+        ({"output_dir": "out-\udcff"}, r'output_dir is "out-\udcff", which is not UTF-8 text'),
+        ({"lora_target_modules": ["q\udcff"], "use_peft": True}, "which is not UTF-8 text"),
+        ({"hub_token": "hf_\udcff"}, "hub_token is of the wrong kind, which is not UTF-8 text"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path, changes, part):
@@ -251,3 +253,9 @@ def test_text_on_the_command_line_where_a_number_belongs(tmp_path):
 def test_secrets_are_masked_where_arguments_are_written(tmp_path):
     arguments = parse_arguments([write(tmp_path, hub_token="hf_planted")])
     assert "hf_planted" not in json.dumps(arguments.to_dict(), default=str)
+
+
+def test_a_word_of_the_command_line_that_is_no_text_is_refused_and_not_shown():
+    with pytest.raises(BadRequest, match="The command line holds text that is not UTF-8") as refusal:
+        parse_arguments(["--hub_token", "hf_secret\udcff"])
+    assert "secret" not in str(refusal.value)

@@ -15,13 +15,12 @@ from ..disk import check_cache_space, check_folder, check_space, checkpoint_byte
 from ..engines import is_fsdp_asked
 from ..errors import reason_of
 from ..free_memory import free_memory_bytes
-from ..identity import check_output_dir, check_resumable, run_identity
+from ..identity import check_output_dir, check_resumable, earlier_run, run_identity
 from ..memory import estimate_memory
 from ..pipeline import check_places
 from ..preparation import memory_shortage
 from ..projector import restore_projectors
 from ..state_shards import bytes_per_token
-from ..summary import SUMMARY_FILE
 from ..teacher_cache import MANIFEST, TeacherCache, teacher_identity
 from ..terms import needed_teacher_layers
 from ..trainer import KavaTrainer
@@ -134,14 +133,8 @@ def check_output(
         check_output_dir(output, identity, resuming=checkpoint is not None)
     if checkpoint is not None:
         checkup.ok(f"the run goes on from {checkpoint}.")
-    elif checkpoints or (output / SUMMARY_FILE).exists():
-        _tell_earlier_run(checkup, output, checkpoints)
+    elif (there := earlier_run(output)) is not None:
+        resume = ", or write resume_from_checkpoint true to go on from the newest checkpoint." if checkpoints else "."
+        checkup.warn(f"{there}, which this one would replace.", f"Name another output_dir to keep what it left{resume}")
     else:
         checkup.ok(f"{output} is {'there, without a run in it' if output.exists() else 'new'}.")
-
-
-def _tell_earlier_run(checkup: Checkup, output: Path, checkpoints: list[Path]) -> None:
-    names = ", ".join(folder.name for folder in checkpoints) or "no checkpoints"
-    advice = "Name another output_dir to keep what it left"
-    resume = ", or write resume_from_checkpoint true to go on from the newest checkpoint." if checkpoints else "."
-    checkup.warn(f"{output} holds an earlier run ({names}), which this one would replace.", advice + resume)
