@@ -55,12 +55,13 @@ def trained(monkeypatch):
 
     def save_finals(self, *args):
         seen["before"] = logits(self.student)
-        original(self, *args)
+        found = original(self, *args)
         seen["after"] = logits(self.student)
         with torch.no_grad():
             self.student.disable_adapters()
             seen["base"] = logits(self.student)
             self.student.enable_adapters()
+        return found
 
     original = KavaTrainer.save_finals
     monkeypatch.setattr(KavaTrainer, "save_finals", save_finals)

@@ -1,5 +1,7 @@
 """What every argument is for, and that the document of it is the one that the code makes."""
 
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -97,3 +99,10 @@ def test_help_has_one_line_for_each_own_argument_and_no_more(monkeypatch, capsys
     assert "\nProjector:\n" in shown
     assert "Every field of transformers.TrainingArguments works too" in shown
     assert "--adam_beta1" not in shown
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    command = f"{sys.executable} -m kava_trainer explain | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip()
+    assert result.stderr == ""

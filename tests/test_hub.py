@@ -126,7 +126,7 @@ def test_a_run_is_pushed_after_the_fact_and_again(unharmed, hub, capsys):
     assert "](report.png)" in card
     assert "from_pretrained" in (unharmed / "final_student" / "README.md").read_text()
     shown = capsys.readouterr().out
-    assert shown.endswith(f"Pushed to me/after: {hub.address}/me/after\n")
+    assert shown.endswith(f"Pushed to me/after (private): {hub.address}/me/after\n")
     assert "is there already" not in shown
     assert push(unharmed, "me/after", "--revision", "second/try") == 0
     shown = capsys.readouterr().out.splitlines()

@@ -1,6 +1,8 @@
 """`explain`: what each argument is for."""
 
 import argparse
+import os
+import sys
 
 HELP = "say of every argument what it does, its default and its unit"
 
@@ -20,7 +22,11 @@ def run(options: argparse.Namespace) -> int:
     from ..explaining import all_arguments, as_markdown, explain_in_full, find_arguments
 
     if options.markdown:
-        print(as_markdown(), end="")
+        text = as_markdown()
     else:
-        print(explain_in_full(find_arguments(options.name) if options.name else all_arguments()))
+        text = explain_in_full(find_arguments(options.name) if options.name else all_arguments()) + "\n"
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # as by `head`; Python would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -56,5 +56,5 @@ def run(options: argparse.Namespace) -> int:
         return exit_code(interruption.number)
     if problem is not None:
         raise RunFailed(problem)
-    console.print(f"Pushed to {place.repo_id}: {repository.url}")
+    console.print(f"Pushed to {place.repo_id}{' (private)' if place.private else ''}: {repository.url}")
     return 0
