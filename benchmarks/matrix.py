@@ -48,9 +48,9 @@ def launch(engine: str, folder: str, data: str, changes: dict[str, Any]) -> int:
     """One rank of one run, which also says what wraps the model."""
     finish = KavaTrainer.save_finals
 
-    def told(self: KavaTrainer, *args: Any) -> None:
+    def told(self: KavaTrainer, *args: Any) -> Any:
         print(f"wrapper: {type(self.model_wrapped).__name__}, ranks: {self.args.world_size}", flush=True)
-        finish(self, *args)
+        return finish(self, *args)
 
     with mock.patch.object(KavaTrainer, "save_finals", told):
         if engine == "FSDP2":
