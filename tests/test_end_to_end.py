@@ -208,6 +208,7 @@ def check_fidelity(measured, quantization):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the short one above runs always
 def test_the_whole_quickstart_with_a_quantised_teacher(tmp_path):
     recipe = str(ROOT / "training_args" / "quickstart.json")
     options = ["--teacher_quantization", "4bit", "--output_dir", "out"]
