@@ -93,10 +93,6 @@ def _figure(value: float | None) -> str:
     return "not measured" if value is None else number_text(value)
 
 
-def _share(value: float | None) -> str:
-    return "not measured" if value is None else f"{100 * value:.1f} %"
-
-
 def local_sources(arguments: dict[str, Any]) -> list[str]:
     """The arguments that name a local file or folder as model or data set, for a card that is rendered elsewhere.
 
@@ -247,7 +243,7 @@ def _verdict(summary: dict[str, Any]) -> str:
 def _results(summary: dict[str, Any]) -> str:
     rows = [
         f"| {WHO[who]} | {_figure(figures['perplexity'])} | {_figure(figures.get('cross_entropy'))} | "
-        f"{_share(figures['exact_match'])} |"
+        f"{figure_text('exact_match', figures['exact_match'])} |"
         for who, figures in summary["evaluation"].items()
         if figures is not None
     ]

@@ -47,10 +47,14 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def _source(name: str, revision: str | None) -> str:
+    """The arguments that say where something is loaded from."""
+    return _quoted(name) + (f", revision={_quoted(revision)}" if revision else "")
+
+
 def _call(loader: str, name: str, revision: str | None, trusting: bool = False) -> str:
-    words = [_quoted(name), *([f"revision={_quoted(revision)}"] if revision else [])]
-    words += ["trust_remote_code=True"] if trusting else []
-    return f"{loader}.from_pretrained({', '.join(words)})"
+    trust = ", trust_remote_code=True" if trusting else ""
+    return f"{loader}.from_pretrained({_source(name, revision)}{trust})"
 
 
 def _loading(name: str, revision: str | None, arguments: dict[str, Any]) -> str:
@@ -59,9 +63,9 @@ def _loading(name: str, revision: str | None, arguments: dict[str, Any]) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if exports_adapter(arguments):
         base, own = arguments["student_model_name_or_path"], arguments["student_revision"]
-        where = f", {_quoted(name)}" + (f", revision={_quoted(revision)}" if revision else "")
         lines.insert(0, "from peft import PeftModel")
-        lines.append(f"model = PeftModel.from_pretrained({_call('AutoModelForCausalLM', base, own, trusting)}{where})")
+        loaded = _call("AutoModelForCausalLM", base, own, trusting)
+        lines.append(f"model = PeftModel.from_pretrained({loaded}, {_source(name, revision)})")
     else:
         lines.append(f"model = {_call('AutoModelForCausalLM', name, revision, trusting)}")
     return "\n".join([*lines, f"tokenizer = {_call('AutoTokenizer', name, revision, trusting)}"])
@@ -90,9 +94,8 @@ def usage_code(name: str, revision: str | None, summary: dict[str, Any]) -> str:
 
 def projector_code(name: str, revision: str | None) -> str:
     """Code that loads the projectors from a student's repository."""
-    where = _quoted(name) + (f", revision={_quoted(revision)}" if revision else "")
     files = f'allow_patterns="{PROJECTOR_FOLDER}/*") + "/{PROJECTOR_FOLDER}"'
     return f"""from huggingface_hub import snapshot_download
 from kava_trainer import load_projectors
 
-projectors = load_projectors(snapshot_download({where}, {files})"""
+projectors = load_projectors(snapshot_download({_source(name, revision)}, {files})"""
