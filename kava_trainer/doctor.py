@@ -77,8 +77,7 @@ def _examine(checkup: Checkup, arguments: KavaArguments) -> None:
     ready = pair is not None and examples is not None
     if training.calibrates:
         checkup.check("Start", lambda: check_start(checkup, arguments, pair, examples), needs=ready)
-    held_out = examples is None or examples.held_out > 0
-    trainer = checkup.check("Trainer", lambda: check_trainer(checkup, arguments, tokenizer, held_out), needs=known)
+    trainer = checkup.check("Trainer", lambda: check_trainer(checkup, arguments, tokenizer, examples), needs=known)
     parts = checkup.check("Memory", lambda: check_memory(checkup, arguments), needs=both)
     checkup.check("Disk", lambda: check_disk(checkup, arguments, parts))
     if training.teacher_cache_dir is not None:

@@ -1,5 +1,6 @@
-"""What an optimizer does to weights in bfloat16, and what those of torchao need to run everywhere alike."""
+"""What an optimizer does to weights in bfloat16, what those of torchao need, and whether a warm-up comes to its end."""
 
+import math
 import types
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import is_torchao_available
 
 from .errors import BadRequest, reason_of
@@ -23,6 +25,10 @@ _SWITCHES = {
     "adamw_anyprecision": "use_kahan_summation",
 }
 """The word in `optim_args` that makes an optimizer keep small updates of bfloat16 weights."""
+
+
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Values of `lr_scheduler_type` that have none (read in transformers 5.23.0)."""
 
 
 def optimizer_name(optim: Any) -> str:
@@ -78,6 +84,34 @@ def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.
     return (
         f"The student's weights are bfloat16, and optim {name} rounds away most updates at a low learning rate. Write "
         f"{REMEDY}, or student_dtype float32 with bf16 true."
+    )
+
+
+def planned_steps(training: TrainingArguments, examples: int, processes: int) -> int:
+    """The optimizer steps of a training.
+
+    Args:
+        training: whose `max_steps` decides where it is above 0.
+        examples: of the training data.
+        processes: that share them.
+    """
+    if training.max_steps > 0:
+        return training.max_steps
+    batches = examples / (training.per_device_train_batch_size * processes)
+    whole = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(training.num_train_epochs * max(math.ceil(whole / training.gradient_accumulation_steps), 1))
+
+
+def long_warmup(training: TrainingArguments, steps: int) -> str | None:
+    """The sentence for a warm-up that a training of so many steps does not come out of; None where it does."""
+    warmup = training.get_warmup_steps(steps)
+    name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    if warmup < steps or name in _WITHOUT_WARMUP:
+        return None
+    return (
+        f"The warm-up takes {warmup} optimizer steps and the whole training {steps}, so the learning rates reach "
+        "what was asked for at its very end, or not at all. Lower warmup_steps, or write a share of all steps, such as "
+        "0.1."
     )
 
 

@@ -190,8 +190,8 @@ def _identify(console: Console, arguments: KavaArguments, data: Data, checkpoint
     check_output_dir(output_dir, identity, resuming=checkpoint is not None)
     if checkpoint is None and (there := earlier_run(output_dir)) is not None:
         console.warn(
-            f"{there}, which this one replaces bit by bit. To keep it, stop now and name another output_dir, or write "
-            "resume_from_checkpoint true to go on with it."
+            f"{there}, which this one replaces piece by piece. To keep it, stop now and name another output_dir, or "
+            "write resume_from_checkpoint true to go on with it."
         )
     return identity
 

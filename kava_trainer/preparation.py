@@ -24,7 +24,7 @@ from .heads import check_head
 from .hub import hub_reason
 from .loading import check_reads, check_tokenizers_agree, load_tokenizer
 from .memory import estimate_memory
-from .optimizers import rounding_problem
+from .optimizers import long_warmup, planned_steps, rounding_problem
 from .pairing import pair_up
 from .places import empty_problem
 from .source_arguments import DataArguments
@@ -266,6 +266,10 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
     trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
     if problem := rounding_problem(training.optim, training.optim_args, trained):
+        console.warn(problem)
+    # A stream has no length, and its training is one of max_steps.
+    examples = 0 if isinstance(data.train, ExampleStream) else len(data.train)
+    if problem := long_warmup(training, planned_steps(training, examples, training.world_size)):
         console.warn(problem)
     if training.calibrates:
         trainer.calibration_examples()

@@ -66,7 +66,7 @@ def everything_in(folder):
 
 
 def test_a_sound_request_passes_with_a_line_a_check_and_the_command_to_start(doctor, tmp_path):
-    told = doctor(str(ROOT / "training_args" / "quickstart.json"), max_eval_samples=50)
+    told = doctor(str(ROOT / "training_args" / "quickstart.json"), max_eval_samples=50, warmup_steps=1)
     assert told.code == 0
     assert not told.of("Problem") + told.of("Warning") + told.of("Not checked")
     assert {line.split(":")[0] for line in told.of("OK")} == {
@@ -255,7 +255,43 @@ def test_few_held_out_examples_are_a_warning_with_what_gives_more(doctor, tmp_pa
     for name, change in advice.items():
         told = doctor(dataset_name=name, max_eval_samples=8 if name == "quickstart" else None)
         assert any(re.match(r"Data: Only \d+ examples are held out, fewer", line) for line in told.of("Warning"))
-        assert told.changes == [f"Data (not needed to train): {change}"]
+        assert f"Data (not needed to train): {change}" in told.changes
+
+
+@pytest.mark.usefixtures("quick")
+def test_foreign_data_for_the_embedded_teacher_are_a_warning(doctor, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{n}?", "completion": "Yes."}) for n in range(1100)))
+    warning = "Data: the embedded teacher knows its own kind of problems and nothing else."
+    advice = "Name a teacher_model_name_or_path that knows your data, unless they are such problems."
+    told = doctor(dataset_name=data, max_eval_samples=None)
+    assert told.code == 0
+    assert told.of("Warning") == [warning]
+    assert told.changes == [f"Data (not needed to train): {advice}"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"max_steps": 3, "warmup_steps": 3}, 3),
+        # 64 examples, 2 in a micro-batch, 16 micro-batches in a step: 2 steps an epoch
+        ({"max_steps": None, "num_train_epochs": 2, "warmup_steps": 4}, 4),
+        ({"max_steps": None, "num_train_epochs": 2, "warmup_steps": 3}, None),
+        ({"max_steps": 3, "warmup_steps": 0.1}, None),
+    ],
+)
+def test_a_training_that_ends_before_its_warm_up_is_a_warning(doctor, changes, steps):
+    told = doctor(max_eval_samples=50, **changes)
+    assert told.code == 0
+    assert told.of("Warning") == (
+        []
+        if steps is None
+        else [
+            f"Trainer: The warm-up takes {steps} optimizer steps and the whole training {steps}, so the learning rates "
+            "reach what was asked for at its very end, or not at all."
+        ]
+    )
 
 
 @pytest.mark.usefixtures("quick")

@@ -131,7 +131,7 @@ def test_a_run_that_is_resumed_when_it_is_complete_leaves_what_was_changed_by_ha
 
 
 def test_a_run_that_begins_where_another_one_was_says_so(alone, capsys):
-    warning = f"{alone} holds an earlier run (checkpoint-2), which this one replaces bit by bit."
+    warning = f"{alone} holds an earlier run (checkpoint-2), which this one replaces piece by piece."
     assert run_kava.main(words({**RUN, "output_dir": alone, "resume_from_checkpoint": True})) == 0
     assert warning not in capsys.readouterr().out
     assert run_kava.main(words({**RUN, "output_dir": alone})) == 0

@@ -10,8 +10,9 @@ from transformers.training_args import OptimizerNames
 
 import run_kava
 from kava_trainer import optimizers
+from kava_trainer.arguments import KavaTrainingArguments
 from kava_trainer.errors import BadRequest
-from kava_trainer.optimizers import rounding_problem, settle_torchao
+from kava_trainer.optimizers import long_warmup, planned_steps, rounding_problem, settle_torchao
 from kava_trainer.parsing import parse_arguments
 
 CPU = torch.device("cpu")
@@ -58,6 +59,53 @@ def test_no_recipe_loses_updates(recipe):
     arguments = parse_arguments([str(ROOT / "training_args" / f"{recipe}.json"), "--use_cpu"])
     dtype = HALF if arguments.model.student_dtype == "bfloat16" else FULL
     assert rounding_problem(arguments.training.optim, arguments.training.optim_args, [dtype]) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_train_epochs": 2.5},
+        {"per_device_train_batch_size": 3, "num_train_epochs": 0.5},
+        {"gradient_accumulation_steps": 3, "dataloader_drop_last": True, "per_device_train_batch_size": 3},
+        {"gradient_accumulation_steps": 100},
+        {"max_steps": 3},
+    ],
+)
+def test_the_planned_steps_are_those_that_trainer_takes(tmp_path, tokenizer, changes):
+    trainer = make_trainer(tmp_path, tokenizer, **{"max_steps": -1, "num_train_epochs": 1, **changes})
+    planned = planned_steps(trainer.args, len(trainer.train_dataset), 1)
+    trainer.train()
+    assert trainer.state.max_steps == trainer.state.global_step == planned
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "warns"),
+    [
+        ({"warmup_steps": 5}, 5, True),
+        ({"warmup_steps": 5}, 6, False),
+        ({"warmup_steps": 0.9}, 5, True),  # rounded up to all of them
+        ({"warmup_steps": 0.1}, 5, False),
+        ({"warmup_steps": 0}, 1, False),
+        ({"warmup_steps": 5, "lr_scheduler_type": "cosine"}, 4, True),
+        ({"warmup_steps": 5, "lr_scheduler_type": "constant_with_warmup"}, 4, True),
+        ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, 4, False),
+        ({"warmup_steps": 5, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, 4, False),
+    ],
+)
+def test_a_warm_up_that_does_not_end_is_said(tmp_path, changes, steps, warns):
+    problem = long_warmup(KavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes), steps)
+    assert (problem is not None) == warns
+    if warns:
+        assert f"The warm-up takes 5 optimizer steps and the whole training {steps}," in problem
+
+
+def test_a_run_warns_of_its_warm_up_once(tmp_path, capsys):
+    options = {**QUICKSTART, **SHORT, "max_steps": 1, "warmup_steps": 1, "output_dir": tmp_path}
+    assert run_kava.main(words(options)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "warm-up" in line]
+    assert len(said) == 1
+    assert said[0].startswith("Warning: The warm-up takes 1 optimizer steps and the whole training 1, so")
 
 
 @pytest.mark.parametrize(

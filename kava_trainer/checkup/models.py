@@ -29,7 +29,7 @@ from ..disk import existing_folder
 from ..errors import BadRequest, reason_of
 from ..hub import hub_reason
 from ..loading import build_causal_lm, check_reads, load_config, model_folder
-from ..optimizers import optimizer_name, rounding_problem
+from ..optimizers import long_warmup, optimizer_name, planned_steps, rounding_problem
 from ..preparation import Data, Models, load_tokenizers, loose_projector, make_trainer
 from ..student import load_student, quantized_by, student_config
 from ..targets import HiddenStateTarget, build_target
@@ -37,6 +37,7 @@ from ..teacher import freeze
 from ..trainer import KavaTrainer
 from .examples import Examples
 from .findings import Checkup
+from .machine import expected_processes
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """Names of a model's file of weights, or of the list of several, in the order that transformers looks for them."""
@@ -221,10 +222,11 @@ def check_start(checkup: Checkup, arguments: KavaArguments, pair: Pair, examples
 
 
 def check_trainer(
-    checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, held_out: bool
+    checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, examples: Examples | None
 ) -> KavaTrainer:
     """Whether a trainer and its optimizer can be set up with these arguments: tried out around two tiny models."""
     training = copy.copy(arguments.training)
+    held_out = examples is None or examples.held_out > 0
     training.push_to_hub, training.report_to = False, []  # both have a check of their own
     training.layer_mapping, training.layer_weights = "last", None
     highest = max(tokenizer.get_vocab().values())
@@ -241,4 +243,8 @@ def check_trainer(
     checkup.ok(
         f"optim {optimizer_name(training.optim)}, {schedule} schedule, learning rate {training.learning_rate:g}."
     )
+    if examples is not None:
+        steps = planned_steps(training, examples.count, expected_processes(training))
+        if problem := long_warmup(training, steps):
+            checkup.warn(problem)
     return trainer
