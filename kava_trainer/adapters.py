@@ -5,8 +5,13 @@ student stays the `PreTrainedModel` that hidden states are captured from, whose 
 Trainer makes checkpoint its activations.
 """
 
+from importlib.metadata import version
+
+import transformers
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import PreTrainedModel
+from transformers.integrations import peft as peft_integration
 
 from .errors import BadRequest, reason_of
 from .loading import model_folder
@@ -37,9 +42,11 @@ def add_adapter(student: PreTrainedModel, arguments: ModelArguments) -> None:
         arguments: `lora_*`, and which student it is.
 
     Raises:
-        BadRequest: if the student lacks a module that they name, or cannot be adapted there.
+        BadRequest: if the student lacks a module that they name or cannot be adapted there, or transformers refuses
+            the installed peft.
     """
     targets, saved = arguments.lora_target_modules, arguments.lora_modules_to_save
+    _check_versions()
     if targets != ALL_LINEAR:
         _check_names("lora_target_modules", targets, student)
     _check_names("lora_modules_to_save", saved, student)
@@ -64,6 +71,17 @@ def add_adapter(student: PreTrainedModel, arguments: ModelArguments) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     _keep_differentiable(student)
+
+
+def _check_versions() -> None:
+    """Say what to install where transformers refuses the installed peft: it may want one that is not released yet."""
+    wanted, there = peft_integration.MIN_PEFT_VERSION, version("peft")
+    if Version(there) < Version(wanted):
+        raise BadRequest(
+            f"LoRA adapters need peft {wanted} or later with transformers {transformers.__version__}, and peft {there} "
+            'is installed. Run pip install -U peft, or, where there is none as new as that, pip install "transformers'
+            f'<{transformers.__version__}".'
+        )
 
 
 def _base_name(arguments: ModelArguments) -> str | None:

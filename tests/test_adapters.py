@@ -13,6 +13,7 @@ from test_fitting import STEADY, Poison, out_of_memory_above
 from test_invariants import weight_hash
 from test_trainer import loss_lines, make_trainer
 from transformers import TrainerCallback
+from transformers.integrations import peft as peft_integration
 
 from kava_trainer.adapter_files import adapter_weights, base_weights
 from kava_trainer.adapters import add_adapter, trained_parameters
@@ -76,6 +77,15 @@ def test_modules_to_save_are_trained_whole():
 def test_modules_that_cannot_be_adapted_are_refused(changes, message):
     with pytest.raises(BadRequest, match=message):
         add_adapter(tiny_llama(STUDENT_SIZE, STUDENT_LAYERS), lora_arguments(**changes))
+
+
+def test_a_peft_that_transformers_refuses_is_told_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(peft_integration, "MIN_PEFT_VERSION", "99.0")
+    message = (
+        r"need peft 99\.0 or later with transformers [\d.]+, and peft [\d.]+ is installed\. Run pip install -U peft"
+    )
+    with pytest.raises(BadRequest, match=message):
+        add_adapter(tiny_llama(STUDENT_SIZE, STUDENT_LAYERS), lora_arguments())
 
 
 def test_a_tied_head_can_be_adapted_where_nothing_is_merged():
