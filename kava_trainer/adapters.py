@@ -20,6 +20,9 @@ from .source_arguments import ALL_LINEAR, ModelArguments
 ADAPTER = "default"
 """The name that peft gives to an adapter when it is given none."""
 
+_TAKES_RELEASED_PEFT = "5.23.0"
+"""The newest transformers that was tried with a released peft; 5.24.0 refused all there were."""
+
 
 def has_adapter(student: PreTrainedModel) -> bool:
     """Whether a student is trained through adapters."""
@@ -75,12 +78,15 @@ def add_adapter(student: PreTrainedModel, arguments: ModelArguments) -> None:
 
 def _check_versions() -> None:
     """Say what to install where transformers refuses the installed peft: it may want one that is not released yet."""
-    wanted, there = peft_integration.MIN_PEFT_VERSION, version("peft")
-    if Version(there) < Version(wanted):
+    wanted = getattr(
+        peft_integration, "MIN_PEFT_VERSION", None
+    )  # read in transformers 5.24.0, where it is undocumented
+    there = version("peft")
+    if wanted is not None and Version(there) < Version(wanted):
         raise BadRequest(
             f"LoRA adapters need peft {wanted} or later with transformers {transformers.__version__}, and peft {there} "
-            'is installed. Run pip install -U peft, or, where there is none as new as that, pip install "transformers'
-            f'<{transformers.__version__}".'
+            f'is installed. Run pip install -U "peft>={wanted}", or, where pip finds none, pip install '
+            f'"transformers=={_TAKES_RELEASED_PEFT}".'
         )
 
 

@@ -269,7 +269,9 @@ class KavaTrainingArguments(TrainingArguments):
         ]
         found += self._engine_problems()
         found += filter(None, [missing_package(self.optim)])
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+        if self.max_steps == 0:
+            found.append("max_steps is 0; write a number above 0, or -1 to go by num_train_epochs.")
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
             found.append(f"num_train_epochs is {self.num_train_epochs}; write a number above 0, or set max_steps.")
         found += [f"{n} is {getattr(self, n)}; write 1 or more." for n in _AT_LEAST_ONE if getattr(self, n) < 1]
         if not self.aligns and self.lm_weight == 0 and self.kd_weight == 0:

@@ -15,6 +15,7 @@ from .checkup.machine import (
     quantizes,
 )
 from .checkup.models import (
+    check_embedded_teacher,
     check_fit,
     check_start,
     check_student_model,
@@ -26,6 +27,7 @@ from .console import Console
 from .environment import start_command
 from .parsing import parse_arguments
 from .pipeline import attended, open_console
+from .source_arguments import QUICKSTART
 
 
 def examine(argv: list[str]) -> bool:
@@ -71,6 +73,8 @@ def _examine(checkup: Checkup, arguments: KavaArguments) -> None:
     both = teacher is not None and student is not None
     known = tokenizer is not None
     examples = checkup.check("Data", lambda: check_data(checkup, arguments, tokenizer), needs=known)
+    if arguments.model.teacher_model_name_or_path == QUICKSTART and teacher is not None and examples is not None:
+        checkup.check("Teacher", lambda: check_embedded_teacher(checkup, arguments, tokenizer, examples))
     pair = checkup.check(
         "Alignment", lambda: check_fit(checkup, arguments, teacher, student, tokenizer), needs=both and known
     )

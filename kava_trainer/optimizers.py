@@ -108,10 +108,11 @@ def long_warmup(training: TrainingArguments, steps: int) -> str | None:
     name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
     if warmup < steps or name in _WITHOUT_WARMUP:
         return None
+    share_helps = training.warmup_steps >= 1 and steps > 1
+    remedy = ", or write a share of all steps, such as 0.1" if share_helps else "; 0 leaves the warm-up out"
     return (
-        f"The warm-up takes {warmup} optimizer steps and the whole training {steps}, so the learning rates reach "
-        "what was asked for at its very end, or not at all. Lower warmup_steps, or write a share of all steps, such as "
-        "0.1."
+        f"warmup_steps comes to {warmup} and the whole training to {steps} (optimizer steps), so the learning rates "
+        f"reach their full values only when it ends, or never. Lower warmup_steps{remedy}."
     )
 
 

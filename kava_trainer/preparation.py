@@ -307,15 +307,22 @@ def loose_projector(training: KavaTrainingArguments) -> str | None:
     )
 
 
+def measure_teacher(
+    teacher: PreTrainedModel, examples: datasets.Dataset, collator: DistillationCollator
+) -> tuple[float, float, bool]:
+    """A teacher's cross-entropy on the answers of one batch and that of chance, in nats; whether they are alike."""
+    loss = answer_cross_entropy(teacher, examples, collator, len(examples))
+    chance = math.log(teacher.get_input_embeddings().num_embeddings)
+    return loss, chance, not loss < 0.95 * chance
+
+
 def check_teacher(
     console: Console, models: Models, data: Data, batch_size: int, problems: list[dict[str, Any]]
 ) -> None:
     """Warn of a teacher that knows no more about the answers than chance, and add it to the problems."""
-    examples = first_examples(data.train, batch_size)
-    loss = answer_cross_entropy(models.teacher, examples, data.collator, batch_size)
-    chance = math.log(models.teacher.get_input_embeddings().num_embeddings)
+    loss, chance, at_chance = measure_teacher(models.teacher, first_examples(data.train, batch_size), data.collator)
     console.print(f"Teacher's cross-entropy on one batch: {loss:.2f} nats (chance: {chance:.2f})")
-    if not loss < 0.95 * chance:
+    if at_chance:
         console.warn(
             "The teacher is no better than chance on these answers. Look at its weights, its tokenizer and the data."
         )

@@ -79,10 +79,11 @@ def test_modules_that_cannot_be_adapted_are_refused(changes, message):
         add_adapter(tiny_llama(STUDENT_SIZE, STUDENT_LAYERS), lora_arguments(**changes))
 
 
-def test_a_peft_that_transformers_refuses_is_told_with_what_to_install(monkeypatch):
+def test_where_transformers_refuses_the_installed_peft_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(peft_integration, "MIN_PEFT_VERSION", "99.0")
     message = (
-        r"need peft 99\.0 or later with transformers [\d.]+, and peft [\d.]+ is installed\. Run pip install -U peft"
+        r"need peft 99\.0 or later with transformers \S+, and peft \S+ is installed\. "
+        r'Run pip install -U "peft>=99\.0", or, where pip finds none, pip install "transformers==5\.23\.0"\.$'
     )
     with pytest.raises(BadRequest, match=message):
         add_adapter(tiny_llama(STUDENT_SIZE, STUDENT_LAYERS), lora_arguments())

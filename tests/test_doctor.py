@@ -25,6 +25,7 @@ from kava_trainer.console import Console
 from kava_trainer.environment import start_command
 from kava_trainer.errors import BadRequest
 from kava_trainer.hub import in_time
+from kava_trainer.quickstart.problems import generate_problems
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -255,19 +256,41 @@ def test_few_held_out_examples_are_a_warning_with_what_gives_more(doctor, tmp_pa
     for name, change in advice.items():
         told = doctor(dataset_name=name, max_eval_samples=8 if name == "quickstart" else None)
         assert any(re.match(r"Data: Only \d+ examples are held out, fewer", line) for line in told.of("Warning"))
-        assert f"Data (not needed to train): {change}" in told.changes
+        assert [line for line in told.changes if line.startswith("Data")] == [f"Data (not needed to train): {change}"]
 
 
 @pytest.mark.usefixtures("quick")
-def test_foreign_data_for_the_embedded_teacher_are_a_warning(doctor, tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": f"{n}?", "completion": "Yes."}) for n in range(1100)))
-    warning = "Data: the embedded teacher knows its own kind of problems and nothing else."
-    advice = "Name a teacher_model_name_or_path that knows your data, unless they are such problems."
-    told = doctor(dataset_name=data, max_eval_samples=None)
+def test_the_embedded_teacher_is_asked_what_it_knows(doctor, tmp_path):
+    known = [{"question": row["question"], "answer": row["answer"]} for row in generate_problems(1100, seed=1)]
+    foreign = [
+        {"prompt": f"Where is house {n}?", "completion": "Quite far away, behind the woods."} for n in range(1100)
+    ]
+    for name, rows in (("known", known), ("foreign", foreign)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = doctor(dataset_name=tmp_path / "known.jsonl", max_eval_samples=None, warmup_steps=0)
+    assert not told.of("Warning")
+    assert any(re.match(r"Teacher: better than chance on the first \d+ answers \(", line) for line in told.of("OK"))
+    told = doctor(dataset_name=tmp_path / "foreign.jsonl", max_eval_samples=None, warmup_steps=0)
     assert told.code == 0
-    assert told.of("Warning") == [warning]
-    assert told.changes == [f"Data (not needed to train): {advice}"]
+    (warning,) = told.of("Warning")
+    assert re.match(
+        r"Teacher: no better than chance on the first \d+ answers \(cross-entropy \d+\.\d\d nats, chance 6\.\d\d\): it "
+        r"knows the quickstart's arithmetic problems and nothing else\.$",
+        warning,
+    )
+    advice = "Name a teacher_model_name_or_path that knows your data."
+    assert told.changes == [f"Teacher (not needed to train): {advice}"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_length_of_the_training_is_made_up(doctor, tmp_path):
+    rows = [{"question": f"{n}?", "answer": ""} for n in range(1100)] + [{"question": "1?", "answer": "1"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    about_it = [
+        [line for line in doctor(dataset_name=tmp_path / "data.jsonl", **changes).of("Warning") if "Trainer:" in line]
+        for changes in ({"max_steps": None, "warmup_steps": 10}, {"max_steps": 3, "warmup_steps": 10})
+    ]
+    assert [len(lines) for lines in about_it] == [0, 1]
 
 
 @pytest.mark.usefixtures("quick")
@@ -288,8 +311,8 @@ def test_a_training_that_ends_before_its_warm_up_is_a_warning(doctor, changes, s
         []
         if steps is None
         else [
-            f"Trainer: The warm-up takes {steps} optimizer steps and the whole training {steps}, so the learning rates "
-            "reach what was asked for at its very end, or not at all."
+            f"Trainer: warmup_steps comes to {steps} and the whole training to {steps} (optimizer steps), so the "
+            "learning rates reach their full values only when it ends, or never."
         ]
     )
 

@@ -67,7 +67,7 @@ def test_no_recipe_loses_updates(recipe):
         {},
         {"num_train_epochs": 2.5},
         {"per_device_train_batch_size": 3, "num_train_epochs": 0.5},
-        {"gradient_accumulation_steps": 3, "dataloader_drop_last": True, "per_device_train_batch_size": 3},
+        {"gradient_accumulation_steps": 5, "dataloader_drop_last": True, "per_device_train_batch_size": 3},
         {"gradient_accumulation_steps": 100},
         {"max_steps": 3},
     ],
@@ -77,6 +77,14 @@ def test_the_planned_steps_are_those_that_trainer_takes(tmp_path, tokenizer, cha
     planned = planned_steps(trainer.args, len(trainer.train_dataset), 1)
     trainer.train()
     assert trainer.state.max_steps == trainer.state.global_step == planned
+
+
+@pytest.mark.parametrize(("drop_last", "steps"), [(False, 2), (True, 1)])
+def test_processes_share_the_examples(tmp_path, drop_last, steps):
+    args = KavaTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, gradient_accumulation_steps=1, dataloader_drop_last=drop_last
+    )
+    assert planned_steps(args, 10, processes=4) == steps  # micro-batches of 2
 
 
 @pytest.mark.parametrize(
@@ -97,15 +105,30 @@ def test_a_warm_up_that_does_not_end_is_said(tmp_path, changes, steps, warns):
     problem = long_warmup(KavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes), steps)
     assert (problem is not None) == warns
     if warns:
-        assert f"The warm-up takes 5 optimizer steps and the whole training {steps}," in problem
+        assert f"warmup_steps comes to 5 and the whole training to {steps} (optimizer steps)," in problem
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "remedy"),
+    [
+        (5, 5, "Lower warmup_steps, or write a share of all steps, such as 0.1."),
+        (1, 1, "Lower warmup_steps; 0 leaves the warm-up out."),  # a tenth of one step is one step too
+        (0.9, 5, "Lower warmup_steps; 0 leaves the warm-up out."),
+    ],
+)
+def test_what_is_advised_for_a_warm_up_helps(tmp_path, given, steps, remedy):
+    args = KavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, warmup_steps=given)
+    assert long_warmup(args, steps).endswith(remedy)
+    args.warmup_steps = 0.1 if "0.1" in remedy else 0
+    assert long_warmup(args, steps) is None
 
 
 def test_a_run_warns_of_its_warm_up_once(tmp_path, capsys):
-    options = {**QUICKSTART, **SHORT, "max_steps": 1, "warmup_steps": 1, "output_dir": tmp_path}
+    options = {**QUICKSTART, **SHORT, "max_steps": 1, "warmup_steps": 1, "run_control": True, "output_dir": tmp_path}
     assert run_kava.main(words(options)) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "warm-up" in line]
     assert len(said) == 1
-    assert said[0].startswith("Warning: The warm-up takes 1 optimizer steps and the whole training 1, so")
+    assert said[0].startswith("Warning: warmup_steps comes to 1 and the whole training to 1 (optimizer steps), so")
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         ({"learning_rate": float("nan")}, "write a finite number"),
         ({"seed": -1}, "seed is -1"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0"),
+        ({"max_steps": 0}, "max_steps is 0; write a number above 0, or -1 to go by num_train_epochs."),
         ({"fsdp": "full_shard"}, "fsdp is not read from the arguments; start with accelerate launch"),
         ({"deepspeed": "ds.json"}, "deepspeed is not supported; shard with FSDP2"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches true is not supported; leave it out"),

@@ -14,7 +14,7 @@ from ..identity import data_digest
 from ..losses import IGNORED
 from ..places import empty_answers, empty_problem, source_rows
 from ..preparation import check_evaluation
-from ..source_arguments import QUICKSTART, DataArguments
+from ..source_arguments import DataArguments
 from ..stream_sources import open_rows
 from ..streaming import ExampleStream, open_stream
 from ..verdict import FEW_EXAMPLES, few_examples
@@ -70,11 +70,6 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
         checkup.warn(
             "There are no held-out examples, so nothing will be evaluated.",
             "Name a dataset_test_split, or a data set of more than one example.",
-        )
-    if arguments.model.teacher_model_name_or_path == QUICKSTART != arguments.data.dataset_name:
-        checkup.warn(
-            "the embedded teacher knows its own kind of problems and nothing else.",
-            "Name a teacher_model_name_or_path that knows your data, unless they are such problems.",
         )
     if few := few_examples(examples.held_out):
         checkup.warn(few, _more_held_out(arguments.data, examples.held_out))

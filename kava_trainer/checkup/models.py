@@ -30,10 +30,10 @@ from ..errors import BadRequest, reason_of
 from ..hub import hub_reason
 from ..loading import build_causal_lm, check_reads, load_config, model_folder
 from ..optimizers import long_warmup, optimizer_name, planned_steps, rounding_problem
-from ..preparation import Data, Models, load_tokenizers, loose_projector, make_trainer
+from ..preparation import Data, Models, load_tokenizers, loose_projector, make_trainer, measure_teacher
 from ..student import load_student, quantized_by, student_config
 from ..targets import HiddenStateTarget, build_target
-from ..teacher import freeze
+from ..teacher import freeze, load_teacher
 from ..trainer import KavaTrainer
 from .examples import Examples
 from .findings import Checkup
@@ -74,6 +74,25 @@ def check_teacher_model(checkup: Checkup, arguments: KavaArguments) -> PreTraine
     weights = _check_weights(name, "teacher", revision, teacher)
     checkup.ok(f"{_describe(teacher, name, revision)}, {weights}.")
     return teacher
+
+
+def check_embedded_teacher(
+    checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, examples: Examples
+) -> None:
+    """Whether the embedded teacher knows more of the answers than chance; it is small enough to be asked."""
+    batch = examples.sample[: arguments.training.per_device_eval_batch_size]
+    if not batch:
+        return
+    teacher = load_teacher(dataclasses.replace(arguments.model, teacher_quantization="none"), torch.device("cpu"))
+    loss, chance, at_chance = measure_teacher(teacher, Dataset.from_list(batch), DistillationCollator(tokenizer))
+    told = f"on the first {len(batch)} answers (cross-entropy {loss:.2f} nats, chance {chance:.2f})"
+    if at_chance:
+        checkup.warn(
+            f"no better than chance {told}: it knows the quickstart's arithmetic problems and nothing else.",
+            "Name a teacher_model_name_or_path that knows your data.",
+        )
+    else:
+        checkup.ok(f"better than chance {told}.")
 
 
 def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -243,8 +262,9 @@ def check_trainer(
     checkup.ok(
         f"optim {optimizer_name(training.optim)}, {schedule} schedule, learning rate {training.learning_rate:g}."
     )
-    if examples is not None:
-        steps = planned_steps(training, examples.count, expected_processes(training))
+    count = examples.count if examples is not None else 0
+    if training.max_steps > 0 or count > 0:
+        steps = planned_steps(training, count, expected_processes(training))
         if problem := long_warmup(training, steps):
             checkup.warn(problem)
     return trainer
