@@ -96,9 +96,12 @@ def quieten(bars: bool) -> None:
 
 
 def use_all_cores(training: KavaTrainingArguments) -> None:
-    """Undo the single thread that `accelerate launch` gives a lone process on a CPU (read in accelerate 1.15.0)."""
+    """Undo the single thread that `accelerate launch` gives a lone process on a CPU (read in accelerate 1.15.0).
+
+    It stays where `OMP_THREAD_LIMIT` is set: only that tells that somebody wants few threads.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if launched and training.world_size == 1 and training.device.type == "cpu":
+    if launched and "OMP_THREAD_LIMIT" not in os.environ and training.world_size == 1 and training.device.type == "cpu":
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(available or 1)
 

@@ -2,14 +2,16 @@
 
 import io
 import json
+import os
 from datetime import timedelta
 
 import pytest
 import torch
 
+from kava_trainer.arguments import KavaTrainingArguments
 from kava_trainer.callbacks.status import StatusCallback
 from kava_trainer.console import can_show_emoji, status_text
-from kava_trainer.environment import describe_environment, device_name, resume_command
+from kava_trainer.environment import describe_environment, device_name, resume_command, use_all_cores
 from kava_trainer.metrics import TokenMeans
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.summary import RunSummary
@@ -149,6 +151,26 @@ def test_the_resume_command_keeps_everything_but_the_old_checkpoint(monkeypatch,
     assert resume_command(argv, None).startswith(
         "accelerate launch --config_file training_args/accelerate/fsdp2.yaml --num_processes 2 run"
     )
+
+
+@pytest.mark.parametrize(
+    ("environment", "all_of_them"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, True),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "2"}, False),
+        ({"OMP_NUM_THREADS": "1"}, False),
+    ],
+)
+def test_a_launched_process_uses_all_cores_unless_threads_are_limited(monkeypatch, tmp_path, environment, all_of_them):
+    for name in ("ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    use_all_cores(KavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert asked == ([len(os.sched_getaffinity(0))] if all_of_them else [])
 
 
 @pytest.mark.parametrize(("threads", "said"), [(1, ", 1 thread)"), (2, ", 2 threads)")])
