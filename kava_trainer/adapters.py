@@ -78,10 +78,8 @@ def add_adapter(student: PreTrainedModel, arguments: ModelArguments) -> None:
 
 def _check_versions() -> None:
     """Say what to install where transformers refuses the installed peft: it may want one that is not released yet."""
-    wanted = getattr(
-        peft_integration, "MIN_PEFT_VERSION", None
-    )  # read in transformers 5.24.0, where it is undocumented
-    there = version("peft")
+    # Read in transformers 5.24.0, where it is undocumented; without it transformers' own message stands.
+    wanted, there = getattr(peft_integration, "MIN_PEFT_VERSION", None), version("peft")
     if wanted is not None and Version(there) < Version(wanted):
         raise BadRequest(
             f"LoRA adapters need peft {wanted} or later with transformers {transformers.__version__}, and peft {there} "

@@ -26,7 +26,6 @@ _SWITCHES = {
 }
 """The word in `optim_args` that makes an optimizer keep small updates of bfloat16 weights."""
 
-
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Values of `lr_scheduler_type` that have none (read in transformers 5.23.0)."""
 
@@ -105,8 +104,7 @@ def planned_steps(training: TrainingArguments, examples: int, processes: int) ->
 def long_warmup(training: TrainingArguments, steps: int) -> str | None:
     """The sentence for a warm-up that a training of so many steps does not come out of; None where it does."""
     warmup = training.get_warmup_steps(steps)
-    name = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
-    if warmup < steps or name in _WITHOUT_WARMUP:
+    if warmup < steps or training.lr_scheduler_type in _WITHOUT_WARMUP:
         return None
     share_helps = training.warmup_steps >= 1 and steps > 1
     remedy = ", or write a share of all steps, such as 0.1" if share_helps else "; 0 leaves the warm-up out"
