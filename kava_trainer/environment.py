@@ -14,9 +14,10 @@ import datasets
 import huggingface_hub
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from . import __version__
-from .arguments import KavaTrainingArguments
+from .arguments import KavaArguments, KavaTrainingArguments
 from .engines import FSDP_CONFIG, is_fsdp_asked
 from .invocation import started_as
 from .redaction import is_secret_name
@@ -104,6 +105,32 @@ def use_all_cores(training: KavaTrainingArguments) -> None:
     if launched and "OMP_THREAD_LIMIT" not in os.environ and training.world_size == 1 and training.device.type == "cpu":
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(available or 1)
+
+
+def slow_half_precision(arguments: KavaArguments, teacher: PreTrainedModel, student: PreTrainedModel) -> str | None:
+    """What to write where models compute in bfloat16 or float16 and PyTorch has no fast way for it; None elsewhere.
+
+    Without AVX-512 products of bfloat16 matrices take from 3 to 100 times as long as those of float32 (measured with
+    PyTorch 2.13.0 at Qwen2.5's shapes; PyTorch's issue 146508 has up to 500 times, for float16 as well).
+    """
+    training, model = arguments.training, arguments.model
+    if training.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return None
+    remedies = {
+        "bf16 false": training.bf16,
+        "fp16 false": training.fp16,
+        "--mixed_precision no for accelerate launch": os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no",
+        "teacher_quantization none": model.teacher_quantization == "4bit",
+        "teacher_dtype float32": teacher.dtype != torch.float32,
+        "student_quantization none": model.student_quantization == "4bit",
+        "student_dtype float32": student.dtype != torch.float32,
+    }
+    if not (needed := [remedy for remedy, needs in remedies.items() if needs]):
+        return None
+    return (
+        "PyTorch uses no AVX-512 on this processor, and without it multiplies in half precision up to a hundred times "
+        f"slower than in float32. Write {', '.join(needed)}, where the memory suffices, or train on a GPU."
+    )
 
 
 def _without_tokens(argv: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from .collating import DistillationCollator
 from .console import Console, size_text
 from .data import Encoded, encode_dataset, find_format, load_splits
 from .disk import check_space
+from .environment import slow_half_precision
 from .errors import BadRequest, reason_of
 from .evaluation import answer_cross_entropy
 from .free_memory import free_memory_bytes
@@ -266,6 +267,8 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
     trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
     if problem := rounding_problem(training.optim, training.optim_args, trained):
+        console.warn(problem)
+    if problem := slow_half_precision(arguments, models.teacher, models.student):
         console.warn(problem)
     # A stream has no length, and its training is one of max_steps.
     examples = 0 if isinstance(data.train, ExampleStream) else len(data.train)

@@ -7,11 +7,21 @@ from datetime import timedelta
 
 import pytest
 import torch
+from conftest import tiny_llama
+from test_end_to_end import QUICKSTART, SHORT, words
 
+import run_kava
 from kava_trainer.arguments import KavaTrainingArguments
 from kava_trainer.callbacks.status import StatusCallback
+from kava_trainer.cli import main
 from kava_trainer.console import can_show_emoji, status_text
-from kava_trainer.environment import describe_environment, device_name, resume_command, use_all_cores
+from kava_trainer.environment import (
+    describe_environment,
+    device_name,
+    resume_command,
+    slow_half_precision,
+    use_all_cores,
+)
 from kava_trainer.metrics import TokenMeans
 from kava_trainer.parsing import parse_arguments
 from kava_trainer.summary import RunSummary
@@ -177,3 +187,61 @@ def test_a_launched_process_uses_all_cores_unless_threads_are_limited(monkeypatc
 def test_threads_are_counted_in_words_that_agree(monkeypatch, threads, said):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert device_name(torch.device("cpu")).endswith(said)
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+QLORA = {"use_peft": True, "student_quantization": "4bit"}
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "changes", "environment", "advice"),
+    [
+        ((HALF, HALF), {}, "no", "teacher_dtype float32, student_dtype float32"),
+        ((HALF, FULL), {}, "no", "teacher_dtype float32"),
+        ((torch.float16, FULL), {}, "no", "teacher_dtype float32"),
+        ((FULL, HALF), {}, "no", "student_dtype float32"),
+        ((FULL, FULL), {"teacher_quantization": "4bit"}, "no", "teacher_quantization none"),
+        ((FULL, FULL), {"teacher_quantization": "8bit"}, "no", None),
+        ((HALF, HALF), QLORA, "no", "teacher_dtype float32, student_quantization none, student_dtype float32"),
+        ((FULL, FULL), {}, "no", None),
+        ((FULL, FULL), {"bf16": True}, "no", "bf16 false"),
+        ((FULL, FULL), {}, "bf16", "--mixed_precision no for accelerate launch"),
+    ],
+)
+def test_half_precision_on_a_processor_that_is_slow_at_it_is_told(
+    monkeypatch, tmp_path, dtypes, changes, environment, advice
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+    if changes == QLORA:
+        tiny_llama(32, 1).save_pretrained(tmp_path / "student")
+        changes = {**changes, "student_model_name_or_path": tmp_path / "student", "student_config_name": ""}
+    arguments = parse_arguments(words({**QUICKSTART, "output_dir": tmp_path, "use_cpu": True, **changes}))
+    pair = [tiny_llama(32, 1).to(dtype) for dtype in dtypes]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    said = slow_half_precision(arguments, *pair)
+    assert f" Write {advice}, where the memory suffices" in said if advice else said is None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert slow_half_precision(arguments, *pair) is None
+
+
+def test_a_gpu_is_not_slow_at_half_precision(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    arguments = parse_arguments(words({**QUICKSTART, "output_dir": tmp_path, "use_cpu": True}))
+    pair = [tiny_llama(32, 1).to(HALF) for _ in range(2)]
+    assert slow_half_precision(arguments, *pair)
+    monkeypatch.setattr(KavaTrainingArguments, "device", torch.device("cuda"))
+    assert slow_half_precision(arguments, *pair) is None
+
+
+def test_a_run_and_doctor_warn_once_of_slow_half_precision(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    options = {**QUICKSTART, **SHORT, "student_dtype": "bfloat16", "max_steps": 1, "output_dir": tmp_path / "out"}
+    assert main(["doctor", *words(options)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("Warning     Student: PyTorch uses no AVX-512 on this processor,") == 1
+    assert told.count(" Write student_dtype float32, where the memory suffices, or train on a GPU.") == 1
+    assert run_kava.main(words(options)) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "AVX-512" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("Warning: PyTorch uses no AVX-512 on this processor,")
+    assert warnings[0].endswith(" Write student_dtype float32, where the memory suffices, or train on a GPU.")

@@ -26,6 +26,7 @@ from ..capture import find_blocks, hidden_size, number_of_layers
 from ..collating import DistillationCollator
 from ..console import size_text
 from ..disk import existing_folder
+from ..environment import slow_half_precision
 from ..errors import BadRequest, reason_of
 from ..hub import hub_reason
 from ..loading import build_causal_lm, check_reads, load_config, model_folder
@@ -111,6 +112,8 @@ def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: Pre
     checkup.ok(f"{_describe(student, name, revision)}, {weights}{', LoRA adapters' if model.use_peft else ''}.")
     trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
     if problem := rounding_problem(arguments.training.optim, arguments.training.optim_args, trained):
+        checkup.warn(problem)
+    if problem := slow_half_precision(arguments, teacher, student):
         checkup.warn(problem)
     return student
 
