@@ -52,6 +52,11 @@ def uninterrupted(data, tmp_path_factory):
     return found
 
 
+def test_a_run_leaves_no_connection_between_ranks_that_could_abort_them(data, tmp_path):
+    run = Run(fault_child.run_and_look, tmp_path, tmp_path, data, ranks=2)
+    assert run.wait() == [0, 0], run.output()
+
+
 def assert_nothing_broken(output):
     assert not list(output.glob(".*"))
     assert all(broken_reason(folder) is None for folder in list_checkpoints(output))
