@@ -2,7 +2,7 @@
 
 import sys
 
-from kava_trainer.cli import NOTHING_TO_SAVE, exit_code_of, show_traceback
+from kava_trainer.cli import exit_code_of, exit_with
 from kava_trainer.commands import train
 
 
@@ -21,9 +21,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.excepthook = show_traceback
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:  # while the libraries are imported
-        print(NOTHING_TO_SAVE, file=sys.stderr)
-        sys.exit(130)
+    exit_with(main)

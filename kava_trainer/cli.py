@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType, TracebackType
+from typing import NoReturn
 
 from . import __version__
 from .errors import BadRequest, Interrupted, RunFailed, exit_code
@@ -40,6 +41,26 @@ def exit_code_of(work: Callable[[], int]) -> int:
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an exception that nothing expected as Python does, without secrets."""
     print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Run a program and exit the process with the code that it returns.
+
+    Args:
+        main: the program; an exception that it does not expect is shown without secrets.
+    """
+    sys.excepthook = show_traceback
+    try:
+        code = main()
+    except KeyboardInterrupt:  # while the libraries are imported
+        print(NOTHING_TO_SAVE, file=sys.stderr)
+        code = 130
+    # To import it takes seconds, and where nobody has, there are no ranks. In a run that failed the others may wait for
+    # this one in the middle of a gradient, and Gloo would wait with them.
+    ranks = sys.modules.get(f"{__package__}.ranks")
+    if ranks is not None and code != 1:
+        ranks.disconnect()
+    sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:

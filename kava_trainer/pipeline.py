@@ -51,7 +51,7 @@ from .preparation import (
     tell_memory,
 )
 from .progress import progress_file, read_progress
-from .ranks import disconnect, from_main_process
+from .ranks import from_main_process
 from .sharing import show_progress_bars
 from .showing import WHO, show_configuration, show_environment, tell_alignment
 from .signals import WATCH, Interrupted, exit_code
@@ -82,14 +82,10 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
 
 @contextmanager
 def attended() -> Iterator[None]:
-    """Within the `with` block signals are taken, and memory that runs out is a `RunFailed`.
-
-    After it the ranks are no longer connected, unless an error ended it: then the others may still wait for an answer.
-    """
+    """Within the `with` block signals are taken, and memory that runs out is a `RunFailed`."""
     try:
         with WATCH:
             yield
-        disconnect()
     except torch.OutOfMemoryError as error:  # most stages have a message of their own
         raise RunFailed(
             f"Out of memory ({reason_of(error)}). Let nothing else use the device, or choose smaller models."

@@ -12,7 +12,7 @@ from conftest import STUDENT_FOLDER  # noqa: E402
 from test_trainer import make_trainer  # noqa: E402
 from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
 
-from kava_trainer.ranks import disconnect  # noqa: E402
+from kava_trainer.cli import exit_with  # noqa: E402
 from kava_trainer.signals import exit_code  # noqa: E402
 
 
@@ -44,9 +44,8 @@ def main(output: str, signal_name: str, times: str, rank: str) -> int:
     trainer.train()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     print(f"rank {trainer.args.process_index} of {trainer.args.world_size} stopped at step {trainer.state.global_step}")
-    disconnect()
     return exit_code(trainer.emergency.received)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    exit_with(lambda: main(*sys.argv[1:]))

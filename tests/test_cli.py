@@ -15,7 +15,7 @@ from conftest import LORA, MEMORY, ROOT
 from test_end_to_end import QUICKSTART, SHORT, summary_of, words
 from test_requests import ENVIRONMENT, write_dataset
 
-from kava_trainer import cli
+from kava_trainer import cli, ranks
 from kava_trainer.cli import COMMANDS, main
 from kava_trainer.environment import resume_command
 from kava_trainer.errors import Interrupted
@@ -88,6 +88,30 @@ def test_nothing_else_that_the_libraries_log_is_left_out(monkeypatch, name, mess
     monkeypatch.setattr(Extension, "__module__", "torchao.somewhere")
     record = logging.LogRecord(name, logging.WARNING, __file__, 1, message, about, None)
     assert bool(logging.getLogger(name).filter(record)) is shown
+
+
+@pytest.mark.parametrize(("code", "disconnects"), [(0, True), (143, True), (2, True), (1, False)])
+def test_a_program_ends_its_connections_before_it_exits_unless_it_failed(monkeypatch, code, disconnects):
+    done = []
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(ranks, "disconnect", lambda: done.append("disconnected"))
+    with pytest.raises(SystemExit) as left:
+        cli.exit_with(lambda: done.append("main") or code)
+    assert left.value.code == code
+    assert done == ["main", "disconnected"][: 1 + disconnects]
+
+
+def test_ctrl_c_while_libraries_are_imported_is_told_and_needs_no_ranks(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.delitem(sys.modules, "kava_trainer.ranks")
+    with pytest.raises(SystemExit) as left:
+        cli.exit_with(interrupted)
+    assert left.value.code == 130
+    assert capsys.readouterr().err.startswith("Interrupted before the first step")
+    assert "kava_trainer.ranks" not in sys.modules
 
 
 def test_an_interruption_before_anything_was_saved_is_told(monkeypatch, capsys):

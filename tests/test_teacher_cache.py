@@ -222,6 +222,7 @@ cache = build(Path({folder!r}))
 cache.verify()
 assert cache.missing(EXAMPLES) == []
 state.wait_for_everyone()
+state.destroy_process_group()
 """
 
 
