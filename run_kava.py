@@ -2,8 +2,7 @@
 
 import sys
 
-from kava_trainer.cli import exit_code_of, exit_with
-from kava_trainer.commands import train
+from kava_trainer.cli import exit_code_of, exit_with, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
         SIGUSR1 ended it.
     """
     argv = sys.argv[1:] if argv is None else argv
-    return exit_code_of(lambda: train.run(argv))
+    return exit_code_of(lambda: train(argv))
 
 
 if __name__ == "__main__":

@@ -39,15 +39,15 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2Config, TrainerCallba
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.effectiveness import RECIPE, RememberedTeacher  # noqa: E402
-from kava_trainer.arguments import KavaArguments  # noqa: E402
-from kava_trainer.console import Console  # noqa: E402
-from kava_trainer.loading import build_causal_lm  # noqa: E402
-from kava_trainer.packing import enable_packing  # noqa: E402
-from kava_trainer.parsing import parse_arguments  # noqa: E402
-from kava_trainer.preparation import Models, load_data, load_tokenizers, make_trainer  # noqa: E402
+from kava_trainer.config.arguments import KavaArguments  # noqa: E402
+from kava_trainer.config.parser import parse_arguments  # noqa: E402
+from kava_trainer.models.loading import build_causal_lm  # noqa: E402
+from kava_trainer.models.packed_attention import enable_packing  # noqa: E402
+from kava_trainer.models.teacher import OnlineTeacher, load_teacher  # noqa: E402
 from kava_trainer.quickstart import STUDENT_FOLDER  # noqa: E402
-from kava_trainer.teacher import OnlineTeacher, load_teacher  # noqa: E402
-from kava_trainer.trainer import KavaTrainer  # noqa: E402
+from kava_trainer.runs.setup import Models, load_data, load_tokenizers, make_trainer  # noqa: E402
+from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
+from kava_trainer.utils.console import Console  # noqa: E402
 
 COLUMNS = (
     "case", "way", "seed", "optimizer", "dtype", "autocast", "learning_rate", "steps", "parameters", "changed",

@@ -39,17 +39,17 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.effectiveness_grid import BASE, GROUPS, SFT  # noqa: E402
 from benchmarks.tables import fill  # noqa: E402
-from kava_trainer.arguments import KavaArguments  # noqa: E402
-from kava_trainer.capture import resolve_layer_pairs  # noqa: E402
-from kava_trainer.checkpoint_io import write_folder_atomically  # noqa: E402
-from kava_trainer.console import Console  # noqa: E402
-from kava_trainer.evaluation import evaluate_model, longest_answer  # noqa: E402
-from kava_trainer.packing import enable_packing  # noqa: E402
-from kava_trainer.parsing import parse_arguments  # noqa: E402
-from kava_trainer.preparation import Models, load_data, load_tokenizers, make_trainer  # noqa: E402
-from kava_trainer.student import load_student  # noqa: E402
-from kava_trainer.teacher import OnlineTeacher, load_teacher  # noqa: E402
-from kava_trainer.trainer import KavaTrainer  # noqa: E402
+from kava_trainer.config.arguments import KavaArguments  # noqa: E402
+from kava_trainer.config.layer_mapping import resolve_layer_pairs  # noqa: E402
+from kava_trainer.config.parser import parse_arguments  # noqa: E402
+from kava_trainer.evaluation.answers import evaluate_model, longest_answer  # noqa: E402
+from kava_trainer.models.packed_attention import enable_packing  # noqa: E402
+from kava_trainer.models.student import load_student  # noqa: E402
+from kava_trainer.models.teacher import OnlineTeacher, load_teacher  # noqa: E402
+from kava_trainer.runs.setup import Models, load_data, load_tokenizers, make_trainer  # noqa: E402
+from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
+from kava_trainer.utils.atomic_files import write_folder_atomically  # noqa: E402
+from kava_trainer.utils.console import Console  # noqa: E402
 
 RECIPE = ROOT / "training_args" / "quickstart.json"
 CSV_FILE, DOCUMENT = ROOT / "docs" / "effectiveness.csv", ROOT / "docs" / "effectiveness.md"

@@ -27,9 +27,9 @@ from accelerate import Accelerator  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 
 import run_kava  # noqa: E402
-from kava_trainer.saving import SavingTrainer  # noqa: E402
-from kava_trainer.stepping import SteppingTrainer  # noqa: E402
-from kava_trainer.trainer import KavaTrainer  # noqa: E402
+from kava_trainer.trainer.batches import SteppingTrainer  # noqa: E402
+from kava_trainer.trainer.saving import SavingTrainer  # noqa: E402
+from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
 
 COLUMNS = ("part", "seconds", "share", "steps", "device", "torch")
 

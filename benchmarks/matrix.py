@@ -29,8 +29,8 @@ from processes import Run, write_problems  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from test_invariants import state_hash  # noqa: E402
 
-from kava_trainer.projector import load_projectors  # noqa: E402
-from kava_trainer.trainer import KavaTrainer  # noqa: E402
+from kava_trainer.distillation.projector_files import load_projectors  # noqa: E402
+from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
 
 COLUMNS = ("engine", "ranks", "student", "teacher", "source", "outcome", "resume")
 ENGINES = {"one process": 1, "DDP": 2, "FSDP2": 2, "DeepSpeed": 2}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import fill, markdown  # noqa: E402
-from kava_trainer.state_shards import bytes_per_token  # noqa: E402
+from kava_trainer.distillation.state_shards import bytes_per_token  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT, STEP, MATRIX = ROOT / "docs" / "scaling.md", RESULTS / "step-real-hidden.csv", RESULTS / "matrix.csv"

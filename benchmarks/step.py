@@ -43,16 +43,18 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: E402
 
 from benchmarks.step_sizes import SIZES, Size, texts_of  # noqa: E402
-from kava_trainer.arguments import KavaTrainingArguments  # noqa: E402
-from kava_trainer.capture import number_of_layers, run_decoder  # noqa: E402
-from kava_trainer.collating import DistillationCollator, JoiningCollator, pack_step  # noqa: E402
-from kava_trainer.data import encode_dataset  # noqa: E402
-from kava_trainer.losses import generalized_jsd_loss, mercator_loss  # noqa: E402
-from kava_trainer.targets import HiddenStateTarget, build_target  # noqa: E402
-from kava_trainer.teacher import OnlineTeacher, TeacherSource  # noqa: E402
-from kava_trainer.teacher_cache import CachedTeacher, TeacherCache  # noqa: E402
-from kava_trainer.terms import needed_teacher_layers  # noqa: E402
-from kava_trainer.trainer import KavaTrainer  # noqa: E402
+from kava_trainer.config.arguments import KavaTrainingArguments  # noqa: E402
+from kava_trainer.data.collators import DistillationCollator, JoiningCollator  # noqa: E402
+from kava_trainer.data.encoding import encode_dataset  # noqa: E402
+from kava_trainer.data.packing import pack_step  # noqa: E402
+from kava_trainer.distillation.loss_terms import needed_teacher_layers  # noqa: E402
+from kava_trainer.distillation.losses import generalized_jsd_loss, mercator_loss  # noqa: E402
+from kava_trainer.distillation.targets import HiddenStateTarget, build_target  # noqa: E402
+from kava_trainer.distillation.teacher_cache import CachedTeacher, TeacherCache  # noqa: E402
+from kava_trainer.models.hidden_states import run_decoder  # noqa: E402
+from kava_trainer.models.layers import number_of_layers  # noqa: E402
+from kava_trainer.models.teacher import OnlineTeacher, TeacherSource  # noqa: E402
+from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
 
 COLUMNS = (
     "way", "size", "terms", "examples_per_second", "tokens_per_second", "ratio_to_usual", "ratio_to_floor",

@@ -14,7 +14,8 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import AutoConfig, Qwen2Config  # noqa: E402
 
-from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER, generate_problems  # noqa: E402
+from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER  # noqa: E402
+from kava_trainer.quickstart.problems import generate_problems  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 

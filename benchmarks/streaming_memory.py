@@ -20,13 +20,14 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from kava_trainer.arguments import KavaTrainingArguments  # noqa: E402
-from kava_trainer.collating import JoiningCollator, pack_step  # noqa: E402
+from kava_trainer.config.arguments import KavaTrainingArguments  # noqa: E402
+from kava_trainer.config.data_arguments import DataArguments  # noqa: E402
+from kava_trainer.data.collators import JoiningCollator  # noqa: E402
+from kava_trainer.data.packing import pack_step  # noqa: E402
+from kava_trainer.data.stream_sources import open_rows  # noqa: E402
+from kava_trainer.data.streaming import ExampleStream, open_stream, stream_loader  # noqa: E402
+from kava_trainer.distillation.state_shards import Shards, example_key, write_shard  # noqa: E402
 from kava_trainer.quickstart import STUDENT_FOLDER  # noqa: E402
-from kava_trainer.source_arguments import DataArguments  # noqa: E402
-from kava_trainer.state_shards import Shards, example_key, write_shard  # noqa: E402
-from kava_trainer.stream_sources import open_rows  # noqa: E402
-from kava_trainer.streaming import ExampleStream, open_stream, stream_loader  # noqa: E402
 
 FILES, BATCH, ACCUMULATION, ROW_TOKENS, MEGABYTE = 20, 8, 4, 1024, 1e6
 

@@ -7,38 +7,39 @@ command line does not wait for torch and transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .import_notes import leave_out
+from .utils.import_noise import leave_out
 
 leave_out()  # before anything imports the libraries
 
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from .arguments import KavaTrainingArguments as KavaTrainingArguments
-    from .capture import HiddenStateCapture as HiddenStateCapture
-    from .collating import DistillationCollator as DistillationCollator
-    from .final_answer_match import metric_path as metric_path
-    from .losses import generalized_jsd_loss as generalized_jsd_loss
-    from .losses import mercator_loss as mercator_loss
-    from .projector import ElasticBottleneck as ElasticBottleneck
-    from .projector import ProjectorConfig as ProjectorConfig
-    from .projector import export_projectors as export_projectors
-    from .projector import load_projectors as load_projectors
-    from .targets import HiddenStateTarget as HiddenStateTarget
-    from .targets import build_target as build_target
-    from .teacher import OnlineTeacher as OnlineTeacher
-    from .trainer import KavaTrainer as KavaTrainer
+    from .config.arguments import KavaTrainingArguments as KavaTrainingArguments
+    from .data.collators import DistillationCollator as DistillationCollator
+    from .distillation.losses import generalized_jsd_loss as generalized_jsd_loss
+    from .distillation.losses import mercator_loss as mercator_loss
+    from .distillation.projector import ElasticBottleneck as ElasticBottleneck
+    from .distillation.projector import ProjectorConfig as ProjectorConfig
+    from .distillation.projector_files import export_projectors as export_projectors
+    from .distillation.projector_files import load_projectors as load_projectors
+    from .distillation.targets import HiddenStateTarget as HiddenStateTarget
+    from .distillation.targets import build_target as build_target
+    from .evaluation.final_answer_match import metric_path as metric_path
+    from .models.hidden_states import HiddenStateCapture as HiddenStateCapture
+    from .models.teacher import OnlineTeacher as OnlineTeacher
+    from .trainer.trainer import KavaTrainer as KavaTrainer
 
 _HOMES = {
-    "arguments": ["KavaTrainingArguments"],
-    "capture": ["HiddenStateCapture"],
-    "collating": ["DistillationCollator"],
-    "final_answer_match": ["metric_path"],
-    "losses": ["generalized_jsd_loss", "mercator_loss"],
-    "projector": ["ElasticBottleneck", "ProjectorConfig", "export_projectors", "load_projectors"],
-    "targets": ["HiddenStateTarget", "build_target"],
-    "teacher": ["OnlineTeacher"],
-    "trainer": ["KavaTrainer"],
+    "config.arguments": ["KavaTrainingArguments"],
+    "models.hidden_states": ["HiddenStateCapture"],
+    "data.collators": ["DistillationCollator"],
+    "evaluation.final_answer_match": ["metric_path"],
+    "distillation.losses": ["generalized_jsd_loss", "mercator_loss"],
+    "distillation.projector": ["ElasticBottleneck", "ProjectorConfig"],
+    "distillation.projector_files": ["export_projectors", "load_projectors"],
+    "distillation.targets": ["HiddenStateTarget", "build_target"],
+    "models.teacher": ["OnlineTeacher"],
+    "trainer.trainer": ["KavaTrainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,24 +1,287 @@
-"""`python -m kava_trainer COMMAND ...`: the subcommands, and how each of them ends."""
+"""`python -m kava_trainer COMMAND ...`: the subcommands, and how each of them ends.
+
+What a command works with is imported when it runs: it takes seconds, which neither `--help` nor a mistake in the
+arguments need wait for.
+"""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable
-from importlib import import_module
-from types import ModuleType, TracebackType
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from . import __version__
-from .errors import BadRequest, Interrupted, RunFailed, exit_code
-from .redaction import without_secrets
-
-COMMANDS = ("doctor", "train", "cache", "evaluate", "report", "push", "explain")
-"""In the order of `--help`; each is a module of `commands`."""
+from .utils.errors import BadRequest, Interrupted, RunFailed, exit_code
+from .utils.redaction import without_secrets
 
 NOTHING_TO_SAVE = "Interrupted before the first step, so there was nothing to save. Start again with the same command."
 
-
+_ARGUMENTS = "ARGS.json [--name value ...]"
 _ALL_ARGUMENTS = "The arguments are those of a run: see python -m kava_trainer train --help."
+
+
+def doctor(argv: list[str]) -> int:
+    """Look at everything that a run needs, without training, and end with what to change.
+
+    Args:
+        argv: as for `train`.
+
+    Returns:
+        0 where the run could train, 2 where it would be refused.
+
+    Raises:
+        Interrupted: if a signal came.
+    """
+    from .runs.doctor.doctor import examine
+
+    return 0 if examine(argv) else 2
+
+
+def train(argv: list[str]) -> int:
+    """Run one distillation, as `run_kava.py` does it.
+
+    Args:
+        argv: at most one JSON file, then `--name value` pairs, as for `run_kava.py`.
+
+    Returns:
+        0 when the run completed; 130, 143 or 138 when Ctrl-C, SIGTERM or SIGUSR1 ended it.
+
+    Raises:
+        BadRequest, RunFailed, Interrupted: as `pipeline.run`.
+    """
+    from .config.parser import parse_arguments
+
+    arguments = parse_arguments(argv)
+    from .runs.pipeline import run
+
+    return run(arguments, argv)
+
+
+def cache(argv: list[str]) -> int:
+    """Let the teacher read all examples of a run once and write its states to teacher_cache_dir.
+
+    Args:
+        argv: as for `train`; `teacher_cache_dir` must be among the arguments.
+
+    Returns:
+        0 when all examples are in the cache; 130, 143 or 138 when Ctrl-C, SIGTERM or SIGUSR1 ended it.
+
+    Raises:
+        BadRequest, RunFailed: as `measure.fill_cache`.
+    """
+    from .config.parser import parse_arguments
+
+    arguments = parse_arguments(argv)
+    from .runs.measure import fill_cache
+
+    try:
+        fill_cache(arguments)
+    except Interrupted as interruption:
+        print("Interrupted. What has been written is whole; the same command goes on from there.", file=sys.stderr)
+        return exit_code(interruption.number)
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure teacher and student on the held-out examples, without training.
+
+    With the folder of a finished run in place of the JSON file: its teacher, its finished student, its data.
+
+    Args:
+        argv: as for `train`, with the output folder of a finished run in place of the JSON file if so wished, and
+            with `--output` and the name of a JSON file for the figures.
+
+    Returns:
+        0, or 130, 143 or 138 when Ctrl-C, SIGTERM or SIGUSR1 ended it.
+
+    Raises:
+        BadRequest, RunFailed: as `measure.measure_models`.
+    """
+    from .config.parser import parse_arguments
+
+    own = argparse.ArgumentParser(prog="python -m kava_trainer evaluate", add_help=False, allow_abbrev=False)
+    own.add_argument("--output", type=Path)  # whole words only, so that --output_dir is left alone
+    options, argv = own.parse_known_args(argv)
+    folder = Path(argv[0]) if argv and not argv[0].startswith("-") and Path(argv[0]).is_dir() else None
+    arguments = None if folder else parse_arguments(argv)
+    from .runs.measure import are_figures, measure_models, read_finished_run, write_figures
+    from .utils.files import check_output_file
+
+    if options.output is not None:
+        check_output_file(options.output, are_figures)
+    finished = read_finished_run(folder) if folder else None
+    if finished is not None:
+        arguments = parse_arguments(argv[1:], finished.arguments)
+    try:
+        evaluation = measure_models(arguments, finished)
+    except Interrupted as interruption:
+        print("Interrupted before everything was measured.", file=sys.stderr)
+        return exit_code(interruption.number)
+    if options.output is not None:
+        write_figures(options.output, arguments, evaluation, finished)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Build `report.html` and `report.png` of finished, interrupted or killed runs anew, and compare several runs.
+
+    Args:
+        options: with `folders` and `output`.
+
+    Raises:
+        BadRequest: naming every folder that no report can be made of, before anything is written.
+    """
+    from .reports.comparison import is_comparison, write_comparison
+    from .reports.page import write_report
+    from .reports.run_reader import read_run
+    from .utils.files import check_output_file
+
+    folders = [Path(folder) for folder in options.folders]
+    records, problems = [], []
+    twice = sorted({str(folder) for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1})
+    if twice:
+        problems.append(f"{', '.join(twice)} is named more than once; name each run once.")
+    for folder in dict.fromkeys(folders):
+        try:
+            records.append(read_run(folder))
+        except BadRequest as error:
+            problems.append(str(error))
+    if len(folders) > 1:
+        try:
+            check_output_file(Path(options.output), is_comparison)
+        except BadRequest as error:
+            problems.append(str(error))
+    if problems:
+        raise BadRequest("\n".join(problems))
+    try:
+        for record in records:
+            print(f"Report: {write_report(record)}")
+        if len(records) > 1:
+            print(f"Comparison: {write_comparison(records, Path(options.output)).resolve()}")
+    except OSError as error:
+        raise BadRequest(f"{error.filename or options.output} cannot be written: {error.strerror}.") from error
+    return 0
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a run")
+    parser.add_argument(
+        "--output",
+        default="comparison.html",
+        metavar="FILE",
+        help="where the page that compares several runs is written (default: %(default)s in the current folder)",
+    )
+
+
+def push(options: argparse.Namespace) -> int:
+    """Send the student of a run that was completed to the hub, with its model card, projector and summary.
+
+    Args:
+        options: `output_dir`, `repo`, `private` and `revision`.
+
+    Returns:
+        0 when it was sent, 130, 143 or 138 when Ctrl-C, SIGTERM or SIGUSR1 ended it.
+
+    Raises:
+        BadRequest: if there is no finished run, or the name cannot be that of a repository.
+        RunFailed: if the hub did not take it; what is on disk is as it was.
+    """
+    from .reports.publish import make_repository, publish
+    from .reports.run_reader import completed_summary, find_student
+    from .utils.console import Console
+    from .utils.hub import Place, push_command
+    from .utils.signals import WATCH
+
+    summary = completed_summary(options.output_dir)
+    student = find_student(options.output_dir, summary)
+    place = Place(options.repo, private=options.private or None, revision=options.revision)
+    console = Console()
+    try:
+        with WATCH:
+            repository = make_repository(place, student, options.output_dir)
+            place = repository.place
+            if repository.was_there:
+                console.print(f"{place.repo_id} is there already: files of the same names are replaced in it.")
+            problem = publish(console, options.output_dir, student, summary, place)
+    except Interrupted as interruption:
+        print(f"Interrupted. Push again with: {push_command(options.output_dir, place)}", file=sys.stderr)
+        return exit_code(interruption.number)
+    if problem is not None:
+        raise RunFailed(problem)
+    console.print(f"Pushed to {place.repo_id}{' (private)' if place.private else ''}: {repository.url}")
+    return 0
+
+
+def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run that was completed")
+    parser.add_argument(
+        "repo",
+        metavar="REPO",
+        help="owner/name on the hub, or name for one of your own; it is made where it is missing, else files of "
+        "the same names are replaced in it",
+    )
+    parser.add_argument("--private", action="store_true", help="make it private")
+    parser.add_argument("--revision", help="branch to send to, made where it is missing; the main one by default")
+    parser.epilog = "The token is that of hf auth login or HF_TOKEN."
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Say what each argument is for: all of them, those that are named, or the text of `docs/arguments.md`.
+
+    Raises:
+        BadRequest: for a name that no argument has, or has a part of.
+    """
+    from .config.help import all_arguments, as_markdown, explain_in_full, find_arguments
+
+    if options.markdown:
+        text = as_markdown()
+    else:
+        text = explain_in_full(find_arguments(options.name) if options.name else all_arguments()) + "\n"
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # as by `head`; Python would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="*", metavar="NAME", help="an argument, or a part of the names of several")
+    parser.add_argument("--markdown", action="store_true", help="print the text of docs/arguments.md")
+
+
+@dataclass(frozen=True)
+class _Command:
+    """What the command line knows of a subcommand. One without a parser of its own gets the words that follow as they
+    are, and one without a usage also `--help`."""
+
+    run: Callable[..., int]
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    usage: str | None = None
+
+
+COMMANDS = {
+    "doctor": _Command(
+        doctor, "check environment, models, data, memory and disk before a run, without training", usage=_ARGUMENTS
+    ),
+    "train": _Command(train, "distil a student, as run_kava.py does"),
+    "cache": _Command(cache, "fill the teacher cache that a later run reads, and stop", usage=_ARGUMENTS),
+    "evaluate": _Command(
+        evaluate,
+        "measure teacher and student on the held-out examples",
+        usage="(ARGS.json | OUTPUT_DIR) [--output FILE.json] [--name value ...]",
+    ),
+    "report": _Command(report, "build the report of runs anew, and compare several", _add_report_arguments),
+    "push": _Command(push, "send a finished run to the hub", _add_push_arguments),
+    "explain": _Command(
+        explain, "say of every argument what it does, its default and its unit", _add_explain_arguments
+    ),
+}
+"""In the order of `--help`."""
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
@@ -57,7 +320,7 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         code = 130
     # To import it takes seconds, and where nobody has, there are no ranks. In a run that failed the others may wait for
     # this one in the middle of a gradient, and Gloo would wait with them.
-    ranks = sys.modules.get(f"{__package__}.ranks")
+    ranks = sys.modules.get(f"{__package__}.utils.distributed")
     if ranks is not None and code != 1:
         ranks.disconnect()
     sys.exit(code)
@@ -70,22 +333,23 @@ def main(argv: list[str] | None = None) -> int:
         argv: the command line without the program; `sys.argv[1:]` by default.
     """
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {name: import_module(f".commands.{name}", __package__) for name in COMMANDS}
-    command = commands.get(argv[0])
-    if getattr(command, "PASSES_ON", False) and not (hasattr(command, "USAGE") and {"-h", "--help"} & {*argv}):
+    command = COMMANDS.get(argv[0])
+    asks_for_help = command is not None and command.usage is not None and bool({"-h", "--help"} & {*argv})
+    if command is not None and command.add_arguments is None and not asks_for_help:
         return exit_code_of(lambda: command.run(argv[1:]))
-    options = _parser(commands).parse_args(argv)
-    return exit_code_of(lambda: commands[options.command].run(options))
+    options = _parser().parse_args(argv)
+    return exit_code_of(lambda: COMMANDS[options.command].run(options))
 
 
-def _parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kava_trainer", description="Distil a language model.")
     parser.add_argument("--version", action="version", version=f"kava-trainer {__version__}")
     parts = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in commands.items():
-        part = parts.add_parser(name, help=command.HELP, description=command.__doc__)
-        if hasattr(command, "USAGE"):
-            part.usage, part.epilog = f"{parser.prog} {name} {command.USAGE}", _ALL_ARGUMENTS
-        if hasattr(command, "add_arguments"):
+    for name, command in COMMANDS.items():
+        told = (command.run.__doc__ or "").split("\n\n    Args:")[0].split("\n\n    Raises:")[0]
+        part = parts.add_parser(name, help=command.help, description=told)
+        if command.usage is not None:
+            part.usage, part.epilog = f"{parser.prog} {name} {command.usage}", _ALL_ARGUMENTS
+        if command.add_arguments is not None:
             command.add_arguments(part)
     return parser

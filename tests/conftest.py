@@ -28,9 +28,9 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-from kava_trainer.adapters import add_adapter  # noqa: E402
+from kava_trainer.config.model_arguments import ModelArguments  # noqa: E402
+from kava_trainer.models.lora import add_adapter  # noqa: E402
 from kava_trainer.quickstart import STUDENT_FOLDER  # noqa: E402
-from kava_trainer.source_arguments import ModelArguments  # noqa: E402
 
 TEACHER_SIZE, STUDENT_SIZE, TEACHER_LAYERS, STUDENT_LAYERS = 64, 32, 4, 2
 MEMORY = {"teacher": 3_400_000, "student": 700_000, "projector": 200_000, "optimizer": 1_800_000, "micro-batch": 10**8}

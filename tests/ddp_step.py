@@ -12,8 +12,7 @@ import torch  # noqa: E402
 from test_trainer import loss_lines, make_trainer  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from kava_trainer.fsdp import whole  # noqa: E402
-from kava_trainer.ranks import disconnect  # noqa: E402
+from kava_trainer.utils.distributed import disconnect, whole  # noqa: E402
 
 
 def main(output: str, batch_size: str, accumulation: str, weighting: str, student: str = "tiny_llama") -> None:

@@ -15,10 +15,12 @@ from test_trainer import loss_lines, make_trainer
 from transformers import AutoTokenizer
 
 import run_kava
-from kava_trainer import calibration, checkpoint_io, evaluation, saving, teacher_cache
-from kava_trainer.fsdp import whole
-from kava_trainer.ranks import disconnect
-from kava_trainer.trainer import KavaTrainer
+from kava_trainer.distillation import calibration, teacher_cache
+from kava_trainer.evaluation import answers as evaluation
+from kava_trainer.trainer import checkpoint as checkpoint_io
+from kava_trainer.trainer import saving
+from kava_trainer.trainer.trainer import KavaTrainer
+from kava_trainer.utils.distributed import disconnect, whole
 
 STEPS = 8
 OPTIONS = {

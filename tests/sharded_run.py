@@ -7,7 +7,7 @@ from unittest import mock
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from kava_trainer import engines
+from kava_trainer.config import launcher as engines
 
 LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -85,7 +85,7 @@ def train_with_a_full_disk(place, *arguments):
     """As `train`; the first save finds no room, on one rank alone."""
     import torch.distributed.checkpoint as shards
 
-    from kava_trainer import saving, weights
+    from kava_trainer.trainer import saving, weights
 
     owner, name, rank = {
         "student": (weights, "save_weights", "0"),
@@ -107,7 +107,7 @@ def train_with_a_full_disk(place, *arguments):
 
 def train_with_a_bad_step(*arguments):
     """As `train`; the loss of one rank is no number in its third step."""
-    from kava_trainer.trainer import KavaTrainer
+    from kava_trainer.trainer.trainer import KavaTrainer
 
     original = KavaTrainer.compute_loss
 

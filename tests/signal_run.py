@@ -13,7 +13,7 @@ from test_trainer import make_trainer  # noqa: E402
 from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
 
 from kava_trainer.cli import exit_with  # noqa: E402
-from kava_trainer.signals import exit_code  # noqa: E402
+from kava_trainer.utils.errors import exit_code  # noqa: E402
 
 
 class SignalAtStep(TrainerCallback):

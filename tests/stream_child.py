@@ -8,9 +8,9 @@ from test_invariants import weight_hash
 from test_trainer import loss_lines, make_trainer
 from transformers import AutoTokenizer
 
-from kava_trainer.source_arguments import DataArguments
-from kava_trainer.stream_sources import open_rows
-from kava_trainer.streaming import ExampleStream, open_stream
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.data.stream_sources import open_rows
+from kava_trainer.data.streaming import ExampleStream, open_stream
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

@@ -14,14 +14,14 @@ from test_end_to_end import QUICKSTART, SHORT, summary_of, words
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_kava
-from kava_trainer.adapter_files import adapter_weights, save_weights
-from kava_trainer.adapters import add_adapter
-from kava_trainer.checkpoint_io import broken_reason
-from kava_trainer.parsing import parse_arguments
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.models.lora import add_adapter
+from kava_trainer.models.lora_files import adapter_weights, save_weights
+from kava_trainer.models.teacher import quantization_config
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
-from kava_trainer.source_arguments import ModelArguments
-from kava_trainer.teacher import quantization_config
-from kava_trainer.trainer import KavaTrainer
+from kava_trainer.trainer.checkpoint import broken_reason
+from kava_trainer.trainer.trainer import KavaTrainer
 
 TOKENS = torch.tensor([[5, 9, 12, 40, 3, 77, 130, 8, 21, 60]])
 OPTIONS = {

@@ -15,12 +15,12 @@ from test_trainer import loss_lines, make_trainer
 from transformers import TrainerCallback
 from transformers.integrations import peft as peft_integration
 
-from kava_trainer.adapter_files import adapter_weights, base_weights
-from kava_trainer.adapters import add_adapter, trained_parameters
-from kava_trainer.errors import BadRequest
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.models.lora import add_adapter, trained_parameters
+from kava_trainer.models.lora_files import adapter_weights, base_weights
+from kava_trainer.models.student import load_student
 from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.source_arguments import ModelArguments
-from kava_trainer.student import load_student
+from kava_trainer.utils.errors import BadRequest
 
 
 def lora_arguments(**changes):

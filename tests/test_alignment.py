@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kava_trainer.alignment import (
+from kava_trainer.evaluation.diagnostics import (
     alignment_status,
     centred_cosine,
     collapse_reason,

@@ -17,12 +17,13 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
 
 import run_kava
-from kava_trainer.console import size_text
-from kava_trainer.data import load_splits
-from kava_trainer.disk import checkpoint_bytes, make_folder
-from kava_trainer.errors import BadRequest
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.data.splits import load_splits
 from kava_trainer.quickstart import STUDENT_FOLDER
-from kava_trainer.source_arguments import DataArguments
+from kava_trainer.runs.resources import checkpoint_bytes
+from kava_trainer.utils.console import size_text
+from kava_trainer.utils.errors import BadRequest
+from kava_trainer.utils.files import make_folder
 
 Usage = namedtuple("Usage", "total used free")
 

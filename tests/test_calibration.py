@@ -2,8 +2,8 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
-from kava_trainer.calibration import Moments
-from kava_trainer.errors import BadRequest
+from kava_trainer.distillation.calibration import Moments
+from kava_trainer.utils.errors import BadRequest
 
 
 def tokens(count, size, seed, mix=True):

@@ -3,14 +3,10 @@ import torch
 from conftest import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kava_trainer.capture import (
-    HiddenStateCapture,
-    number_of_layers,
-    resolve_layer_pairs,
-    run_decoder,
-    truncated,
-)
-from kava_trainer.errors import BadRequest
+from kava_trainer.config.layer_mapping import resolve_layer_pairs
+from kava_trainer.models.hidden_states import HiddenStateCapture, run_decoder
+from kava_trainer.models.layers import number_of_layers, truncated
+from kava_trainer.utils.errors import BadRequest
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 99}
 FAMILIES = {

@@ -10,14 +10,14 @@ from fake_hub import card_problems
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from kava_trainer.card import as_code, hub_id, is_untouched, local_sources, render_model_card
-from kava_trainer.environment import describe_environment
-from kava_trainer.parsing import parse_arguments
-from kava_trainer.preparation import own_parameters
-from kava_trainer.publishing import check_card
-from kava_trainer.recipe import recipe_of, recipe_text
-from kava_trainer.summary import RunSummary
-from kava_trainer.usage import prompt_kind
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.data.formats import prompt_kind
+from kava_trainer.reports.model_card import as_code, hub_id, is_untouched, local_sources, render_model_card
+from kava_trainer.reports.publish import check_card
+from kava_trainer.reports.recipe import recipe_of, recipe_text
+from kava_trainer.reports.summary import RunSummary
+from kava_trainer.runs.setup import own_parameters
+from kava_trainer.utils.environment import describe_environment
 
 TEACHER, STUDENT, DATA = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B", "openai/gsm8k"
 ARGUMENTS = {

@@ -2,23 +2,19 @@ import os
 
 import pytest
 
-from kava_trainer.checkpoint_io import (
+from kava_trainer.trainer.checkpoint import (
     MANIFEST_FILE,
     broken_reason,
-    discard,
     find_newest_checkpoint,
     list_checkpoints,
-    publish,
     read_manifest,
     resolve_checkpoint,
     rotate,
-    stage,
     sweep,
-    write_atomically,
-    write_folder_atomically,
     write_manifest,
 )
-from kava_trainer.errors import BadRequest
+from kava_trainer.utils.atomic_files import discard, publish, stage, write_atomically, write_folder_atomically
+from kava_trainer.utils.errors import BadRequest
 
 FILES = ("trainer_state.json", "projector.pth", "optimizer.pt", "scheduler.pt", "model.safetensors")
 
@@ -152,7 +148,7 @@ def killed_at(monkeypatch, names, moment):
 def test_a_process_that_dies_at_any_moment_of_a_save_leaves_the_former_or_the_new_one_whole(tmp_path, monkeypatch):
     import shutil
 
-    from kava_trainer import checkpoint_io
+    from kava_trainer.trainer import checkpoint as checkpoint_io
 
     points = [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (checkpoint_io, "write_manifest")]
     moment, died = 0, True

@@ -1,7 +1,8 @@
 import torch
 from conftest import random_examples
 
-from kava_trainer.collating import DistillationCollator, JoiningCollator, pack_step, spread
+from kava_trainer.data.collators import DistillationCollator, JoiningCollator
+from kava_trainer.data.packing import pack_step, spread
 
 
 def test_batches_are_masked_by_length_not_by_the_padding_token(tokenizer):

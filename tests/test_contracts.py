@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from kava_trainer import KavaTrainer, KavaTrainingArguments, build_target
-from kava_trainer.collating import DistillationCollator
-from kava_trainer.errors import BadRequest
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.utils.errors import BadRequest
 
 DATA = random_examples(16)
 EVERY_STEP = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}

@@ -11,12 +11,12 @@ from test_end_to_end import SHORT, summary_of, words
 from transformers import TrainerCallback
 
 import run_kava
-from kava_trainer import control as control_module
-from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.control import control_arguments
-from kava_trainer.errors import RunFailed
+from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.trainer import KavaTrainer
+from kava_trainer.runs import control as control_module
+from kava_trainer.runs.control import control_arguments
+from kava_trainer.trainer.trainer import KavaTrainer
+from kava_trainer.utils.errors import RunFailed
 
 RECIPE = str(ROOT / "training_args" / "quickstart.json")
 

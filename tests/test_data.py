@@ -3,10 +3,11 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from kava_trainer.data import encode_dataset, encode_example, load_splits
-from kava_trainer.errors import BadRequest
-from kava_trainer.places import places, source_rows
-from kava_trainer.source_arguments import DataArguments
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.data.encoding import encode_dataset, encode_example
+from kava_trainer.data.row_locations import places, source_rows
+from kava_trainer.data.splits import load_splits
+from kava_trainer.utils.errors import BadRequest
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>\n{% endfor %}"

@@ -14,8 +14,9 @@ from conftest import ROOT
 from documents import DOCUMENTS, MARKS, Block, blocks
 
 import run_kava
-from kava_trainer import cli, optimizers
-from kava_trainer.parsing import parse_arguments
+from kava_trainer import cli
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.trainer import optimizers
 
 README, QUICKSTART, CHINESE, TROUBLESHOOTING = (
     ROOT / name for name in ("README.md", "docs/quickstart.md", "docs/quickstart.zh-CN.md", "docs/troubleshooting.md")

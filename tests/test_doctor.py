@@ -17,15 +17,15 @@ from test_bad_input import tiny_model
 from test_end_to_end import QUICKSTART, RECIPES, SHORT, words
 from test_requests import BAD_REQUESTS, write_dataset
 
-from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.checkup import folders, machine
-from kava_trainer.checkup.findings import Checkup, split_advice
 from kava_trainer.cli import main
-from kava_trainer.console import Console
-from kava_trainer.environment import start_command
-from kava_trainer.errors import BadRequest
-from kava_trainer.hub import in_time
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.launcher import start_command
 from kava_trainer.quickstart.problems import generate_problems
+from kava_trainer.runs.doctor import folders, machine
+from kava_trainer.runs.doctor.findings import Checkup, split_advice
+from kava_trainer.utils.console import Console
+from kava_trainer.utils.errors import BadRequest
+from kava_trainer.utils.hub import in_time
 
 Usage = namedtuple("Usage", "total used free")
 

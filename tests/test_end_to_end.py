@@ -15,7 +15,7 @@ from test_report import check_page
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import run_kava
-from kava_trainer.projector import load_projectors
+from kava_trainer.distillation.projector_files import load_projectors
 
 RECIPES = sorted(path.name for path in (ROOT / "training_args").glob("*.json"))
 QUICKSTART = {

@@ -5,13 +5,9 @@ import torch
 from conftest import random_examples, tiny_llama
 from datasets import Dataset
 
-from kava_trainer.collating import DistillationCollator
-from kava_trainer.evaluation import (
-    answer_cross_entropy,
-    evaluate_model,
-    generate_answers,
-)
-from kava_trainer.final_answer_match.final_answer_match import FinalAnswerMatch, is_exact_match
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.evaluation.answers import answer_cross_entropy, evaluate_model, generate_answers
+from kava_trainer.evaluation.final_answer_match.final_answer_match import FinalAnswerMatch, is_exact_match
 
 
 @pytest.mark.parametrize(

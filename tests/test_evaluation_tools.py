@@ -11,9 +11,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from kava_trainer.final_answer_match.final_answer_match import is_exact_match
-from kava_trainer.quickstart import TEACHER_FOLDER, generate_problems
+from kava_trainer.evaluation.final_answer_match.final_answer_match import is_exact_match
+from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.quickstart.export import main
+from kava_trainer.quickstart.problems import generate_problems
 
 PAGE = (ROOT / "docs" / "evaluation.md").read_text()
 TASKS = ROOT / "docs" / "lm_eval"

@@ -8,11 +8,12 @@ import pytest
 from conftest import ROOT
 from transformers import TrainingArguments
 
-from kava_trainer.arguments import KavaTrainingArguments
 from kava_trainer.cli import main
-from kava_trainer.errors import BadRequest
-from kava_trainer.explaining import INHERITED, NOTES, all_arguments, as_markdown, find_arguments, short_help
-from kava_trainer.source_arguments import DataArguments, ModelArguments
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.config.help import INHERITED, NOTES, all_arguments, as_markdown, find_arguments, short_help
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.utils.errors import BadRequest
 
 OWN = {field.name for owner in (ModelArguments, DataArguments) for field in fields(owner)}
 OWN |= set(KavaTrainingArguments.__annotations__)

@@ -19,9 +19,9 @@ import torch
 from conftest import a_quarter, matrix, tiny_lora_llama
 from processes import Run, write_problems
 
-from kava_trainer.checkpoint_io import broken_reason, find_newest_checkpoint, list_checkpoints
-from kava_trainer.projector import load_projectors
+from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.quickstart import TEACHER_FOLDER
+from kava_trainer.trainer.checkpoint import broken_reason, find_newest_checkpoint, list_checkpoints
 
 pytestmark = pytest.mark.slow
 

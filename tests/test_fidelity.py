@@ -14,13 +14,21 @@ from test_end_to_end import SHORT, summary_of, words
 from transformers import AutoTokenizer
 
 import run_kava
-from kava_trainer import fidelity, free_memory, preparation
-from kava_trainer.collating import DistillationCollator
-from kava_trainer.console import Console
-from kava_trainer.fidelity import TeacherFidelity, choose_place, compare_readings, poor_fidelity, read_examples
-from kava_trainer.parsing import parse_arguments
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.evaluation import teacher_fidelity as fidelity
+from kava_trainer.evaluation.teacher_fidelity import (
+    TeacherFidelity,
+    choose_place,
+    compare_readings,
+    poor_fidelity,
+    read_examples,
+)
 from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.source_arguments import ModelArguments
+from kava_trainer.runs import setup as preparation
+from kava_trainer.utils import memory as free_memory
+from kava_trainer.utils.console import Console
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 RECIPE = str(ROOT / "training_args" / "quickstart.json")

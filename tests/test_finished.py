@@ -10,10 +10,10 @@ from test_end_to_end import QUICKSTART, SHORT, summary_of, words
 
 import run_kava
 from kava_trainer.cli import main
-from kava_trainer.errors import BadRequest
-from kava_trainer.finals import final_checksums
-from kava_trainer.finished import completed_summary, find_student
-from kava_trainer.summary import RunSummary
+from kava_trainer.reports.run_reader import completed_summary, find_student
+from kava_trainer.reports.summary import RunSummary
+from kava_trainer.trainer.final_student import final_checksums
+from kava_trainer.utils.errors import BadRequest
 
 RUN = {**QUICKSTART, **SHORT, "max_steps": 2, "run_control": False, "evaluate_generation": False}
 

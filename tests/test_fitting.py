@@ -9,9 +9,10 @@ from test_invariants import weight_hash
 from test_trainer import loss_lines, make_trainer
 from transformers import TrainerCallback
 
-from kava_trainer.collating import DistillationCollator, JoiningCollator, halve, pack_step
-from kava_trainer.errors import RunFailed
-from kava_trainer.fitting import split_rows
+from kava_trainer.data.collators import DistillationCollator, JoiningCollator
+from kava_trainer.data.packing import halve, pack_step
+from kava_trainer.trainer.step import split_rows
+from kava_trainer.utils.errors import RunFailed
 
 
 def rows_of(tokenizer, packed, count=5):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from test_packing import model_of
 
-from kava_trainer.errors import BadRequest
-from kava_trainer.heads import check_head, vocabulary_logits
+from kava_trainer.models.lm_head import check_head, vocabulary_logits
+from kava_trainer.utils.errors import BadRequest
 
 IDS = torch.arange(1, 9).unsqueeze(0)
 

@@ -22,10 +22,12 @@ from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_kava
-from kava_trainer import cli, load_projectors, publishing
-from kava_trainer.hub import _STATE_FILES, hub_reason, show_bars
-from kava_trainer.parsing import parse_arguments
+from kava_trainer import cli, load_projectors
+from kava_trainer.config.parser import parse_arguments
 from kava_trainer.quickstart import TEACHER_FOLDER
+from kava_trainer.reports import publish as publishing
+from kava_trainer.trainer.callbacks.hub import _STATE_FILES
+from kava_trainer.utils.hub import hub_reason, show_bars
 
 RUN = {**QUICKSTART, **SHORT, "max_steps": 1, "hub_token": "hf_planted", "projector_mlp_ratio": 0.5}
 

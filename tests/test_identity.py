@@ -4,11 +4,13 @@ import pytest
 from datasets import Dataset
 from test_checkpoint_io import FILES
 
-from kava_trainer.arguments import KavaArguments, KavaTrainingArguments
-from kava_trainer.checkpoint_io import publish, stage, write_manifest
-from kava_trainer.errors import BadRequest
-from kava_trainer.identity import check_output_dir, check_resumable, compare, data_digest, run_identity
-from kava_trainer.source_arguments import DataArguments, ModelArguments
+from kava_trainer.config.arguments import KavaArguments, KavaTrainingArguments
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.runs.identity import check_output_dir, check_resumable, compare, data_digest, run_identity
+from kava_trainer.trainer.checkpoint import write_manifest
+from kava_trainer.utils.atomic_files import publish, stage
+from kava_trainer.utils.errors import BadRequest
 
 
 def identity(tmp_path, data="d", **changes):

@@ -13,8 +13,8 @@ from test_teacher_cache import cached_run
 from test_trainer import loss_lines, make_trainer
 from transformers import BloomConfig, BloomForCausalLM
 
-from kava_trainer.projector import load_projectors
-from kava_trainer.teacher_cache import CachedTeacher
+from kava_trainer.distillation.projector_files import load_projectors
+from kava_trainer.distillation.teacher_cache import CachedTeacher
 
 SCRIPT = Path(__file__).parent / "ddp_step.py"
 WEIGHTS = "1.0,1.0"

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kava_trainer.losses import (
+from kava_trainer.distillation.chunked_loss import sum_in_chunks
+from kava_trainer.distillation.losses import (
     generalized_jsd_loss,
     generalized_jsd_per_token,
     mercator_loss,
     mse_per_token,
     next_token_sum,
-    sum_in_chunks,
     token_mean,
 )
 

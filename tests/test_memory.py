@@ -8,16 +8,23 @@ from test_trainer import make_trainer
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from kava_trainer.adapters import trained_parameters
-from kava_trainer.arguments import KavaArguments
-from kava_trainer.disk import checkpoint_bytes
-from kava_trainer.errors import BadRequest
-from kava_trainer.memory import LiveMemory, estimate_memory, model_bytes, optimizer_bytes, optimizer_step_bytes
-from kava_trainer.optimizers import settle_torchao
-from kava_trainer.parsing import parse_arguments
+from kava_trainer.config.arguments import KavaArguments
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.models.lora import trained_parameters
+from kava_trainer.models.sizes import model_bytes
+from kava_trainer.models.student import load_student
 from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.source_arguments import DataArguments, ModelArguments
-from kava_trainer.student import load_student
+from kava_trainer.runs.resources import (
+    LiveMemory,
+    checkpoint_bytes,
+    estimate_memory,
+    optimizer_bytes,
+    optimizer_step_bytes,
+)
+from kava_trainer.trainer.optimizers import settle_torchao
+from kava_trainer.utils.errors import BadRequest
 
 QUICKSTART = str(ROOT / "training_args" / "quickstart.json")
 

@@ -8,7 +8,7 @@ from test_trainer import make_trainer
 from transformers import TrainerCallback
 
 import run_kava
-from kava_trainer.errors import RunFailed
+from kava_trainer.utils.errors import RunFailed
 
 RECIPE = str(ROOT / "training_args" / "quickstart.json")
 OPTIMIZER = "write optim adamw_bnb_8bit, which saves 0.00 GB of optimizer states; write teacher_quantization 4bit"

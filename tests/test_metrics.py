@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
-from kava_trainer.metrics import Stopwatch, TokenMeans
+from kava_trainer.distillation.token_means import TokenMeans
+from kava_trainer.trainer.throughput import Stopwatch
 
 
 def test_means_weigh_batches_by_their_tokens_and_start_anew_when_read():

@@ -9,11 +9,12 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 
 import run_kava
-from kava_trainer import optimizers
-from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.errors import BadRequest
-from kava_trainer.optimizers import long_warmup, planned_steps, rounding_problem, settle_torchao
-from kava_trainer.parsing import parse_arguments
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.runs.advice import long_warmup, planned_steps, rounding_problem
+from kava_trainer.trainer import optimizers
+from kava_trainer.trainer.optimizers import settle_torchao
+from kava_trainer.utils.errors import BadRequest
 
 CPU = torch.device("cpu")
 HALF, FULL = torch.bfloat16, torch.float32

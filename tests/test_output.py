@@ -11,20 +11,17 @@ from conftest import tiny_llama
 from test_end_to_end import QUICKSTART, SHORT, words
 
 import run_kava
-from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.callbacks.status import StatusCallback
 from kava_trainer.cli import main
-from kava_trainer.console import can_show_emoji, status_text
-from kava_trainer.environment import (
-    describe_environment,
-    device_name,
-    resume_command,
-    slow_half_precision,
-    use_all_cores,
-)
-from kava_trainer.metrics import TokenMeans
-from kava_trainer.parsing import parse_arguments
-from kava_trainer.summary import RunSummary
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.launcher import resume_command
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.distillation.token_means import TokenMeans
+from kava_trainer.reports.summary import RunSummary
+from kava_trainer.runs.advice import slow_half_precision
+from kava_trainer.runs.display import use_all_cores
+from kava_trainer.trainer.callbacks.status import StatusCallback
+from kava_trainer.utils.console import can_show_emoji, status_text
+from kava_trainer.utils.environment import describe_environment, device_name
 
 
 class Terminal(io.StringIO):

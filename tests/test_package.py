@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from kava_trainer import __version__
-from kava_trainer.recipes import accelerate_config, recipe_names
+from kava_trainer.config.recipes import accelerate_config, recipe_names
 
 VERSION = Version(__version__)
 BUILD_TOOLS = {"build", "mypy", "pytest-xdist", "ruff", "setuptools"}

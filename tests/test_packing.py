@@ -6,17 +6,17 @@ from conftest import shared_path, tiny_llama
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kava_trainer.capture import run_decoder
-from kava_trainer.packing import (
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.data.packing import plan_packs
+from kava_trainer.models.hidden_states import run_decoder
+from kava_trainer.models.packed_attention import (
     PACKED_SDPA,
     disable_packing,
     enable_packing,
     packed_attention,
     packing_problem,
-    plan_packs,
 )
-from kava_trainer.source_arguments import ModelArguments
-from kava_trainer.teacher import load_teacher
+from kava_trainer.models.teacher import load_teacher
 
 LENGTHS = (7, 3, 12, 1)
 SIZES = {

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from kava_trainer.errors import BadRequest
-from kava_trainer.parsing import parse_arguments
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.utils.errors import BadRequest
 
 MINIMAL = {
     "teacher_model_name_or_path": "quickstart",

@@ -18,12 +18,12 @@ from test_end_to_end import SHORT, words
 from test_trainer import make_trainer
 
 import run_kava
-from kava_trainer import sharing
-from kava_trainer.collating import DistillationCollator
-from kava_trainer.environment import shows_bars
-from kava_trainer.errors import RunFailed
-from kava_trainer.fidelity import read_examples
-from kava_trainer.sharing import own_batches, progress_bar, show_progress_bars
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.evaluation.teacher_fidelity import read_examples
+from kava_trainer.runs.display import shows_bars
+from kava_trainer.utils import progress_bar as sharing
+from kava_trainer.utils.errors import RunFailed
+from kava_trainer.utils.progress_bar import own_batches, progress_bar, show_progress_bars
 
 BAR = re.compile(r"([A-Z][\w' -]+): +\d+%\|[^|]*\| *[\d.k]+/([\d.k]+) \[")
 OPTIONS = {

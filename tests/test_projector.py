@@ -2,18 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from kava_trainer.errors import BadRequest
-from kava_trainer.projector import (
-    ElasticBottleneck,
-    ProjectorConfig,
-    build_decoder,
-    build_projector,
+from kava_trainer.distillation.projector import ElasticBottleneck, ProjectorConfig, build_decoder, build_projector
+from kava_trainer.distillation.projector_files import (
     export_projector_file,
     export_projectors,
     load_projectors,
     restore_projectors,
     save_projectors,
 )
+from kava_trainer.utils.errors import BadRequest
 
 
 def make(count=1, **changes):

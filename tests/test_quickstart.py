@@ -4,11 +4,12 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kava_trainer.collating import DistillationCollator
-from kava_trainer.data import encode_dataset
-from kava_trainer.evaluation import evaluate_model, longest_answer
-from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER, generate_problems
-from kava_trainer.quickstart.train_teacher import build_tokenizer, student_config, teacher_config
+from benchmarks.train_quickstart_teacher import build_tokenizer, student_config, teacher_config
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.evaluation.answers import evaluate_model, longest_answer
+from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
+from kava_trainer.quickstart.problems import generate_problems
 
 
 def test_problems_are_reproducible_distinct_and_split_without_overlap():

@@ -12,16 +12,18 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
-from kava_trainer import cli, closing, curves, stepping
-from kava_trainer.checkpoint_io import write_manifest
-from kava_trainer.comparison import comparison_page, differing_arguments, run_names
-from kava_trainer.console import Console
-from kava_trainer.curves import charts, number_text, thin_out
-from kava_trainer.figures import figure_text, verdict_of
-from kava_trainer.progress import save_progress
-from kava_trainer.report import report_page, write_report
-from kava_trainer.run_folder import read_run, record_of
-from kava_trainer.summary import RunSummary
+from kava_trainer import cli
+from kava_trainer.reports import charts as curves
+from kava_trainer.reports.charts import charts, number_text, thin_out
+from kava_trainer.reports.comparison import comparison_page, differing_arguments, run_names
+from kava_trainer.reports.page import report_page, write_report
+from kava_trainer.reports.run_reader import read_run, record_of
+from kava_trainer.reports.summary import RunSummary
+from kava_trainer.reports.tables import figure_text, verdict_of
+from kava_trainer.runs import finish as closing
+from kava_trainer.trainer import batches as stepping
+from kava_trainer.trainer.checkpoint import save_progress, write_manifest
+from kava_trainer.utils.console import Console
 
 EVIL = "<script>alert(1)</script> </pre> $x$ & \"'"
 RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")

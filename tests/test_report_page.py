@@ -7,9 +7,9 @@ import pytest
 from chromium import Tab, browsing, find_chromium
 from test_report import EVIL, FEW, lookup, make_summary
 
-from kava_trainer.comparison import write_comparison
-from kava_trainer.report import report_page
-from kava_trainer.run_folder import read_run
+from kava_trainer.reports.comparison import write_comparison
+from kava_trainer.reports.page import report_page
+from kava_trainer.reports.run_reader import read_run
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="there is no Chromium here; on Debian: apt-get install chromium"

@@ -17,11 +17,12 @@ from test_end_to_end import QUICKSTART, SHORT, words
 from transformers import AutoTokenizer, LlamaConfig, T5Config
 
 import run_kava
-from kava_trainer.checkpoint_io import write_manifest
-from kava_trainer.file_errors import missing_path
-from kava_trainer.loading import model_folder
-from kava_trainer.projector import ElasticBottleneck, ProjectorConfig, load_projectors, save_projectors
+from kava_trainer.distillation.projector import ElasticBottleneck, ProjectorConfig
+from kava_trainer.distillation.projector_files import load_projectors, save_projectors
+from kava_trainer.models.loading import model_folder
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
+from kava_trainer.trainer.checkpoint import write_manifest
+from kava_trainer.utils.files import missing_path
 
 SCRIPT = Path(__file__).parent / "signal_run.py"
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}

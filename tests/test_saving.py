@@ -15,9 +15,10 @@ from test_checkpoint_io import FILES
 from test_trainer import loss_lines, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from kava_trainer import checkpoint_io, saving
-from kava_trainer.checkpoint_io import MANIFEST_FILE, broken_reason, list_checkpoints
-from kava_trainer.errors import BadRequest, RunFailed
+from kava_trainer.trainer import checkpoint as checkpoint_io
+from kava_trainer.trainer import saving
+from kava_trainer.trainer.checkpoint import MANIFEST_FILE, broken_reason, list_checkpoints
+from kava_trainer.utils.errors import BadRequest, RunFailed
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "constant"}
 

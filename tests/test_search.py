@@ -5,7 +5,7 @@ import torch
 from test_contracts import EVERY_STEP, changed, make, new_student, weights
 
 from kava_trainer import build_target
-from kava_trainer.projector import load_projectors
+from kava_trainer.distillation.projector_files import load_projectors
 
 optuna = pytest.importorskip("optuna")
 SPACE = {

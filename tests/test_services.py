@@ -17,9 +17,10 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 import run_kava
-from kava_trainer import hub, publishing
-from kava_trainer.checkpoint_io import broken_reason
-from kava_trainer.trainer import KavaTrainer
+from kava_trainer.reports import publish as publishing
+from kava_trainer.trainer.checkpoint import broken_reason
+from kava_trainer.trainer.trainer import KavaTrainer
+from kava_trainer.utils import hub
 
 
 class Tracker(TrainerCallback):

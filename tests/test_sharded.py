@@ -21,12 +21,13 @@ from test_invariants import assert_same_step
 from transformers import AutoModelForCausalLM
 
 import run_kava
-from kava_trainer import engines
-from kava_trainer.checkpoint_io import broken_reason, list_checkpoints
-from kava_trainer.collating import JoiningCollator, as_many_rows, pack_step
-from kava_trainer.errors import BadRequest
-from kava_trainer.parsing import parse_arguments
-from kava_trainer.projector import load_projectors
+from kava_trainer.config import launcher as engines
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.data.collators import JoiningCollator
+from kava_trainer.data.packing import as_many_rows, pack_step
+from kava_trainer.distillation.projector_files import load_projectors
+from kava_trainer.trainer.checkpoint import broken_reason, list_checkpoints
+from kava_trainer.utils.errors import BadRequest
 
 SLOW_SPLITS = [pytest.param(*split, marks=pytest.mark.slow) for split in ((1, 4, 2), (1, 2, 4))]
 

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from kava_trainer.signals import SIGNALS, Interrupted, SignalWatch, exit_code, spare_worker
+from kava_trainer.utils.errors import Interrupted, exit_code
+from kava_trainer.utils.signals import SIGNALS, SignalWatch, spare_worker
 
 
 def send(number):

@@ -3,8 +3,16 @@ import pickle
 import pytest
 import torch
 
-from kava_trainer.errors import BadRequest
-from kava_trainer.state_shards import Shards, ShardWriter, bytes_per_token, decode, encode, example_key, write_shard
+from kava_trainer.distillation.state_shards import (
+    Shards,
+    ShardWriter,
+    bytes_per_token,
+    decode,
+    encode,
+    example_key,
+    write_shard,
+)
+from kava_trainer.utils.errors import BadRequest
 
 EXAMPLES = [[1, 2, 3], [7], [4, 5, 6, 7, 8]]
 

@@ -15,13 +15,13 @@ from test_teacher_cache import IDENTITY, LAYERS, teacher_model
 from test_trainer import make_trainer
 
 import run_kava
-from kava_trainer import teacher_cache
-from kava_trainer.checkpoint_io import broken_reason, find_newest_checkpoint
-from kava_trainer.console import Console
-from kava_trainer.errors import BadRequest
-from kava_trainer.state_shards import ShardWriter
-from kava_trainer.stream_cache import announce, fill_from_stream
-from kava_trainer.teacher_cache import TeacherCache
+from kava_trainer.distillation import teacher_cache
+from kava_trainer.distillation.state_shards import ShardWriter
+from kava_trainer.distillation.teacher_cache import TeacherCache
+from kava_trainer.runs.fill_cache import announce, fill_from_stream
+from kava_trainer.trainer.checkpoint import broken_reason, find_newest_checkpoint
+from kava_trainer.utils.console import Console
+from kava_trainer.utils.errors import BadRequest
 
 OPTIONS = {
     **QUICKSTART,

@@ -12,14 +12,15 @@ from datasets import Dataset, DatasetDict
 from processes import write_problems
 from stream_child import stream_of
 
-from kava_trainer import streaming
-from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.collating import DistillationCollator
-from kava_trainer.data import encode_dataset, load_splits
-from kava_trainer.errors import BadRequest
-from kava_trainer.source_arguments import DataArguments
-from kava_trainer.stream_sources import open_rows
-from kava_trainer.streaming import first_examples, open_stream, stream_loader
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.data import streaming
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.data.splits import load_splits
+from kava_trainer.data.stream_sources import open_rows
+from kava_trainer.data.streaming import first_examples, open_stream, stream_loader
+from kava_trainer.utils.errors import BadRequest
 
 ROWS = 41
 

@@ -3,12 +3,13 @@ import torch
 from conftest import tiny_llama, tiny_qwen
 from torch.utils._pytree import tree_leaves
 
-from kava_trainer.errors import BadRequest
-from kava_trainer.projector import ProjectorConfig
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.distillation.model import DistillationModel, StudentOutput
+from kava_trainer.distillation.projector import ProjectorConfig
+from kava_trainer.distillation.targets import AlignedStates, HiddenStateTarget
+from kava_trainer.models.student import copy_teacher_layers, load_student
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
-from kava_trainer.source_arguments import ModelArguments
-from kava_trainer.student import DistillationModel, StudentOutput, copy_teacher_layers, load_student
-from kava_trainer.targets import AlignedStates, HiddenStateTarget
+from kava_trainer.utils.errors import BadRequest
 
 
 def load(**changes):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.errors import BadRequest
-from kava_trainer.projector import PrincipalProjection, ProjectorConfig, build_projector, normalise
-from kava_trainer.targets import HiddenStateTarget, build_target
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.distillation.projector import PrincipalProjection, ProjectorConfig, build_projector, normalise
+from kava_trainer.distillation.targets import HiddenStateTarget, build_target
+from kava_trainer.utils.errors import BadRequest
 
 MASK = torch.tensor([[True, True, False]])
 

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_llama
 
-from kava_trainer.errors import BadRequest
-from kava_trainer.source_arguments import ModelArguments
-from kava_trainer.teacher import OnlineTeacher, load_teacher, quantization_config
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.models.teacher import OnlineTeacher, load_teacher, quantization_config
+from kava_trainer.utils.errors import BadRequest
 
 
 def test_states_are_detached_frozen_and_those_of_transformers():

@@ -11,12 +11,9 @@ from conftest import ROOT, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_l
 from test_trainer import loss_lines, make_trainer
 from transformers import BloomConfig, BloomForCausalLM
 
-from kava_trainer.errors import BadRequest
-from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.source_arguments import ModelArguments
-from kava_trainer.state_shards import ShardWriter
-from kava_trainer.teacher import OnlineTeacher, freeze
-from kava_trainer.teacher_cache import (
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.distillation.state_shards import ShardWriter
+from kava_trainer.distillation.teacher_cache import (
     MANIFEST,
     CachedTeacher,
     TeacherCache,
@@ -25,6 +22,9 @@ from kava_trainer.teacher_cache import (
     teacher_identity,
     weights_digest,
 )
+from kava_trainer.models.teacher import OnlineTeacher, freeze
+from kava_trainer.quickstart import TEACHER_FOLDER
+from kava_trainer.utils.errors import BadRequest
 
 LAYERS = [2, TEACHER_LAYERS]
 IDENTITY = {"teacher": "tiny", "version": "1", "quantization": "none", "dtype": "float32", "mixed_precision": "no"}

@@ -5,10 +5,10 @@ import torch
 from conftest import TEACHER_LAYERS, random_examples
 from test_trainer import loss_lines, make_trainer
 
-from kava_trainer.losses import generalized_jsd_per_token
-from kava_trainer.metrics import TokenMeans
-from kava_trainer.probe import GRADIENT_EXAMPLES, MINIMUM_SHARE, ShareWatch
-from kava_trainer.terms import needed_teacher_layers, schedule_factor
+from kava_trainer.distillation.loss_terms import needed_teacher_layers, schedule_factor
+from kava_trainer.distillation.losses import generalized_jsd_per_token
+from kava_trainer.distillation.token_means import TokenMeans
+from kava_trainer.evaluation.probe import GRADIENT_EXAMPLES, MINIMUM_SHARE, ShareWatch
 
 ALL_TERMS = {"mercator_weight": 0.8, "mse_weight": 0.2, "lm_weight": 1.0, "kd_weight": 0.5, "anchor_weight": 2.0}
 

@@ -23,9 +23,9 @@ from test_trainer import make_trainer
 from transformers.integrations import TensorBoardCallback, integration_utils
 
 import run_kava
-from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.environment import hide_tokens
-from kava_trainer.tracking import RunTracking
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.launcher import hide_tokens
+from kava_trainer.runs.tracking import RunTracking
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

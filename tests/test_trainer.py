@@ -10,15 +10,15 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from kava_trainer.arguments import KavaTrainingArguments
-from kava_trainer.collating import DistillationCollator
-from kava_trainer.errors import RunFailed
-from kava_trainer.losses import mercator_loss
-from kava_trainer.projector import load_projectors
-from kava_trainer.targets import build_target
-from kava_trainer.teacher import OnlineTeacher
-from kava_trainer.terms import needed_teacher_layers
-from kava_trainer.trainer import KavaTrainer
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.distillation.loss_terms import needed_teacher_layers
+from kava_trainer.distillation.losses import mercator_loss
+from kava_trainer.distillation.projector_files import load_projectors
+from kava_trainer.distillation.targets import build_target
+from kava_trainer.models.teacher import OnlineTeacher
+from kava_trainer.trainer.trainer import KavaTrainer
+from kava_trainer.utils.errors import RunFailed
 
 
 def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):

@@ -16,11 +16,11 @@ from test_trainer import make_trainer
 from transformers import AutoTokenizer
 
 import run_kava
-from kava_trainer import redaction
-from kava_trainer.environment import resume_command
-from kava_trainer.errors import BadRequest
-from kava_trainer.projector import load_projectors
+from kava_trainer.config.launcher import resume_command
+from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.quickstart import STUDENT_FOLDER
+from kava_trainer.utils import redaction
+from kava_trainer.utils.errors import BadRequest
 
 CODE = "it does not hold tensors and plain values alone, and anything else could be code, which is never run"
 
@@ -179,7 +179,7 @@ def test_a_bad_request_shows_no_secret(tmp_path, capfd, monkeypatch):
 
 BREAKS = """
 import os, runpy, sys
-from kava_trainer.trainer import KavaTrainer
+from kava_trainer.trainer.trainer import KavaTrainer
 
 def training_step(self, *_):
     raise AssertionError(f"Illegal header value {os.environ['HF_TOKEN']} {os.environ['MY_SECRET_TOKEN']} "

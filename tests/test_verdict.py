@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from kava_trainer.verdict import CONTROL_FAILED, TEACHER_AT_CHANCE, few_examples, judge
+from kava_trainer.reports.verdict import CONTROL_FAILED, TEACHER_AT_CHANCE, few_examples, judge
 
 GOOD = {
     "final": {"cos_sim": 0.96, "margin": 0.9},

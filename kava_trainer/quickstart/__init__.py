@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from .problems import SPLITS, generate_problems
-
 FOLDER = Path(__file__).parent
+
 TEACHER_FOLDER = FOLDER / "teacher"
+
 STUDENT_FOLDER = FOLDER / "student"
 """A config and the tokenizer, no weights: the student starts from random ones."""
 

@@ -5,7 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import SPLIT_SIZES, SPLITS, generate_problems
+from . import SPLIT_SIZES
+from .problems import SPLITS, generate_problems
 
 
 def main(argv: Sequence[str] | None = None) -> None:

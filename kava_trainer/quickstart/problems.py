@@ -10,8 +10,11 @@ import zlib
 from collections.abc import Callable
 
 NAMES = ("Ava", "Ben", "Cara", "Dan", "Ella", "Finn", "Gina", "Hugo", "Iris", "Jack", "Lena", "Max", "Nina", "Omar")
+
 ITEMS = ("apples", "pears", "books", "coins", "cards", "shells", "stamps", "beads", "eggs", "pens")
+
 SPLITS = ("train", "test")
+
 HELD_OUT_SHARE = 8
 """One question in this many belongs to the `test` split."""
 

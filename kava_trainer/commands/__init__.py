@@ -1,1 +1,0 @@
-"""The subcommands of `python -m kava_trainer`, one a file: `HELP`, `add_arguments(parser)` and `run(options)`."""

@@ -1,0 +1,1 @@
+"""Every argument of a run, and each check of them that needs no model."""

@@ -1,0 +1,360 @@
+"""What a user can ask of the training, and every check on it that needs no model.
+
+`TrainingArguments` fields keep their names and meaning; only the defaults listed in `KavaTrainingArguments` differ.
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
+
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from ..utils.redaction import is_secret_name, keep_secret, without_secrets
+from .data_arguments import DataArguments
+from .launcher import device_problem, engine_problems, is_fsdp_asked, sharding_problems
+from .layer_mapping import parse_layer_mapping
+from .model_arguments import ModelArguments, help_text
+from .optimizer_names import missing_package
+from .recipes import accelerate_config
+
+LARGEST_MICRO_BATCH, LARGEST_MLP_RATIO = 2**24, 1024
+"""Beyond these no device has the memory, and working out how much is missing would take all of this machine's."""
+
+_NOT_NEGATIVE = (
+    "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
+    "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
+)  # fmt: skip
+
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "calibration_tokens",
+    "max_nonfinite_steps",
+)  # fmt: skip
+
+
+@dataclass
+class KavaTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` plus the arguments of the distillation.
+
+    Defaults that differ from `TrainingArguments` are those of the home case: Qwen2.5-1.5B to 0.5B on GSM8K. Those of
+    the alignment are what did best without harm to a student trained before, see `docs/effectiveness.md`.
+    """
+
+    output_dir: str = field(default="checkpoints", metadata=help_text("Where checkpoints and projectors go."))
+    per_device_train_batch_size: int = field(
+        default=2, metadata=help_text("Examples in one micro-batch on one device.", unit="examples")
+    )
+    gradient_accumulation_steps: int = field(
+        default=16, metadata=help_text("Micro-batches in one optimizer step.", unit="micro-batches")
+    )
+    num_train_epochs: float = field(default=1.0, metadata=help_text("Passes over the training data.", unit="epochs"))
+    save_steps: float = field(
+        default=200, metadata=help_text("Optimizer steps between two saves.", unit="optimizer steps")
+    )
+    logging_steps: float = field(
+        default=50, metadata=help_text("Optimizer steps between two status lines.", unit="optimizer steps")
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata=help_text("A checkpoint folder, or true for the newest one in output_dir.")
+    )
+
+    mercator_alpha: float = field(default=1.0, metadata=help_text("Weight of the direction inside the Mercator loss."))
+    mercator_beta: float = field(default=0.01, metadata=help_text("Weight of the log-magnitude in the Mercator loss."))
+    mercator_weight: float = field(default=3.0, metadata=help_text("Weight of the Mercator loss; 0 turns it off."))
+    lm_weight: float = field(
+        default=1.0, metadata=help_text("Weight of the next-token loss on the answers; 0 turns it off.")
+    )
+    kd_weight: float = field(
+        default=0.0,
+        metadata=help_text("Weight of the divergence from the teacher's next-token distribution on the answers."),
+    )
+    kd_temperature: float = field(
+        default=1.0, metadata=help_text("Temperature of both distributions in that divergence, above 0.")
+    )
+    kd_beta: float = field(
+        default=0.0,
+        metadata=help_text(
+            "Kind of that divergence: 0 forward KL, 1 reverse KL, between them generalised Jensen-Shannon.",
+            unit="share from 0 to 1",
+        ),
+    )
+    mse_weight: float = field(
+        default=0.0,
+        metadata=help_text("Weight of the squared difference of the aligned states; 0.2 beside mercator_weight 0.8."),
+    )
+    anchor_weight: float = field(
+        default=1.0, metadata=help_text("Weight of the reconstruction error where projector_anchor is reconstruction.")
+    )
+    alignment_schedule: Literal["constant", "linear", "cosine"] = field(
+        default="constant",
+        metadata=help_text(
+            "What becomes of mercator_weight and mse_weight over the run: they stay, or fall towards 0 at its end."
+        ),
+    )
+    layer_mapping: str = field(
+        default="last",
+        metadata=help_text("Layers to align: last, uniform:k, all, or pairs such as [[12, 14], [24, 28]]."),
+    )
+    layer_weights: list[float] | None = field(
+        default=None,
+        metadata=help_text("Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."),
+    )
+    projector_direction: Literal["teacher_to_student", "student_to_teacher"] = field(
+        default="student_to_teacher",
+        metadata=help_text(
+            "Project the teacher's states into the student's space, or the student's into the teacher's, where the "
+            "teacher's own states are a target that cannot move."
+        ),
+    )
+    projector_anchor: Literal["none", "pca", "reconstruction"] = field(
+        default="none",
+        metadata=help_text(
+            "What keeps a teacher_to_student projector from collapsing: nothing, a frozen principal subspace of the "
+            "teacher's states, or a decoder that rebuilds them."
+        ),
+    )
+    projector_init: Literal["random", "least_squares"] = field(
+        default="least_squares",
+        metadata=help_text(
+            "Start the projector from random weights, or from the least squares fit to the other side on some "
+            "training examples (with the pca anchor: turn its axes towards the student's states)."
+        ),
+    )
+    calibration_tokens: int = field(
+        default=32_768,
+        metadata=help_text(
+            "Training tokens that the pca anchor and the least_squares start are computed from.", unit="tokens"
+        ),
+    )
+    projector_mlp_ratio: float = field(
+        default=1.0,
+        metadata=help_text(
+            "Width of the projector's hidden layer as a multiple of its input's width.", unit="widths of the input"
+        ),
+    )
+    projector_dropout: float = field(
+        default=0.1,
+        metadata=help_text("Dropout inside the projector, from 0 to below 1.", unit="share from 0 to below 1"),
+    )
+    projector_learning_rate: float = field(default=1e-3, metadata=help_text("Learning rate of the projector alone."))
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=help_text(
+            "Tokens in one micro-batch, packed without padding; by default per_device_train_batch_size x max_length. "
+            "0 pads each micro-batch to its longest example instead.",
+            unit="tokens",
+        ),
+    )
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata=help_text(
+            "A step whose loss or gradient is no finite number is skipped; so many of them in a row end the run.",
+            unit="optimizer steps",
+        ),
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata=help_text(
+            "Whether several processes share out buffers in every forward pass. They are equal from the start, and "
+            "where one process runs out of memory the others would wait for it."
+        ),
+    )
+    enable_jit_checkpoint: bool = field(
+        default=False, metadata=help_text("Without effect: KAVA saves on SIGTERM, SIGUSR1 and Ctrl-C in any case.")
+    )
+    auto_find_batch_size: bool = field(
+        default=False,
+        metadata=help_text(
+            "Without effect: a step that does not fit into memory is done again in smaller forward passes, and the "
+            "effective batch stays what it is."
+        ),
+    )
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Folder that the teacher's mapped states are written to once, before training, and read from ever after."
+        ),
+    )
+    teacher_cache_dtype: Literal["bfloat16", "int8"] = field(
+        default="bfloat16",
+        metadata=help_text("How they are stored; int8, with a scale for every 32 channels, takes half the space."),
+    )
+    run_control: bool = field(
+        default=False,
+        metadata=help_text(
+            "Afterwards train a second student from the same start on the same data with the next-token loss alone."
+        ),
+    )
+    evaluate_generation: bool = field(
+        default=False,
+        metadata=help_text("Also let teacher and student answer the evaluation problems and count exact matches."),
+    )
+    generation_max_new_tokens: int | None = field(
+        default=None,
+        metadata=help_text("Longest generated answer; by default twice the longest reference answer.", unit="tokens"),
+    )
+    final_dir: str | None = field(
+        default=None, metadata=help_text("Where final_student and final_projector.pth go; output_dir by default.")
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata=help_text(
+            "Leave losses that are no number out of the log. It waits for the device at every step, and hides what "
+            "should stop the run."
+        ),
+    )
+    plain_output: bool = field(default=False, metadata=help_text("No emoji and no progress bars."))
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if is_secret_name(f.name)):
+            keep_secret(getattr(self, name))
+        if isinstance(self.layer_mapping, (list, tuple)):
+            self.layer_mapping = json.dumps(self.layer_mapping)
+        for name in ("", "_kwargs"):  # newer transformers warn of the old name, older ones know no other
+            new, old = f"activation_checkpointing{name}", f"gradient_checkpointing{name}"
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+        if isinstance(self.report_to, str) and "," in self.report_to:  # a command line has no lists
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
+        found = self.problems()
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+            found += [*filter(None, [device_problem(self.device.type)]), *sharding_problems(self)]
+        except (ValueError, ImportError) as error:
+            found.append(str(error))
+        if found:
+            raise ValueError("\n".join(found))
+        # Else every tensor of an iterable data set's batches is cut to the batch size, the answers too.
+        cast(AcceleratorConfig, self.accelerator_config).dispatch_batches = False
+        self.auto_find_batch_size = False  # it would begin again from the weights reached, with another batch
+        self.enable_jit_checkpoint = False  # its handler would take SIGTERM away from KAVA's
+        self.dataloader_pin_memory &= self.device.type != "cpu"
+        if self.final_dir is None:
+            self.final_dir = self.output_dir
+
+    def stand_beside(self, *others: ModelArguments | DataArguments) -> None:
+        """From now on `to_dict` also gives these arguments of the same run."""
+        self._beside = others
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every argument with its value, secrets masked, ready for JSON; in a run those of models and data too.
+
+        It is what trackers take for the configuration of a run.
+        """
+        found = {f.name: getattr(part, f.name) for part in getattr(self, "_beside", ()) for f in fields(part)}
+        found |= super().to_dict()  # type: ignore[no-untyped-call]
+        return {name: without_secrets(value) if isinstance(value, str) else value for name, value in found.items()}
+
+    @property
+    def aligns(self) -> bool:
+        """Whether any term compares hidden states."""
+        return self.mercator_weight > 0 or self.mse_weight > 0
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the projectors start from a calibration pass."""
+        return self.aligns and (self.projector_anchor == "pca" or self.projector_init == "least_squares")
+
+    def _engine_problems(self) -> list[str]:
+        config = self.accelerator_config
+        found = engine_problems(self.fsdp, self.deepspeed)
+        given = config if isinstance(config, dict) else {}
+        unwanted = {"dispatch_batches": True, "split_batches": True, "even_batches": False}
+        for name in (name for name, value in unwanted.items() if given.get(name, not value) == value):
+            found.append(f"accelerator_config.{name} {str(unwanted[name]).lower()} is not supported; leave it out.")
+        return found
+
+    def problems(self) -> list[str]:
+        """One sentence for each mistake in the distillation's own arguments; empty when there is none."""
+        found = [
+            f"{n} is {getattr(self, n)}; it cannot be negative." for n in _NOT_NEGATIVE if (getattr(self, n) or 0) < 0
+        ]
+        found += self._engine_problems()
+        found += filter(None, [missing_package(self.optim)])
+        if self.max_steps == 0:
+            found.append("max_steps is 0; write a number above 0, or -1 to go by num_train_epochs.")
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            found.append(f"num_train_epochs is {self.num_train_epochs}; write a number above 0, or set max_steps.")
+        found += [f"{n} is {getattr(self, n)}; write 1 or more." for n in _AT_LEAST_ONE if getattr(self, n) < 1]
+        if not self.aligns and self.lm_weight == 0 and self.kd_weight == 0:
+            found.append("mercator_weight, mse_weight, lm_weight and kd_weight are all 0: nothing would be trained.")
+        if self.kd_temperature <= 0:
+            found.append(f"kd_temperature is {self.kd_temperature}; write a number above 0, such as 1.0.")
+        if not 0 <= self.kd_beta <= 1:
+            found.append(f"kd_beta is {self.kd_beta}; write a number from 0 to 1.")
+        if self.label_names not in (None, ["labels"]):
+            found.append(
+                f"label_names is {self.label_names}; KAVA reads the column labels alone. Rename the column, and leave "
+                "label_names out."
+            )
+        found += [*self._projector_problems(), *self._control_problems()]
+        if self.generation_max_new_tokens is not None and self.generation_max_new_tokens < 1:
+            found.append(f"generation_max_new_tokens is {self.generation_max_new_tokens}; write 1 or more.")
+        return found
+
+    def _control_problems(self) -> list[str]:
+        if not self.run_control:
+            return []
+        found = []
+        if not self.aligns and self.kd_weight == 0:
+            found.append("run_control is true, but the run itself has the next-token loss alone; write false.")
+        unrepeatable = {"lr_scheduler_type": "reduce_lr_on_plateau", "train_sampling_strategy": "group_by_length"}
+        for name in (name for name, value in unrepeatable.items() if getattr(self, name) == value):
+            found.append(f"run_control cannot repeat {name} {unrepeatable[name]}; write another, or run_control false.")
+        return found
+
+    def _projector_problems(self) -> list[str]:
+        found = []
+        if not 0 < self.projector_mlp_ratio <= LARGEST_MLP_RATIO:
+            found.append(
+                f"projector_mlp_ratio is {self.projector_mlp_ratio}; write a number above 0, such as 1.0, up to "
+                f"{LARGEST_MLP_RATIO}."
+            )
+        if not 0 <= self.projector_dropout < 1:
+            found.append(f"projector_dropout is {self.projector_dropout}; write a number from 0 to below 1.")
+        if self.projector_direction == "student_to_teacher" and self.projector_anchor != "none":
+            found.append(
+                f"projector_anchor {self.projector_anchor} holds a projector of the teacher's states, but "
+                "projector_direction student_to_teacher has none; its target cannot collapse. Write none."
+            )
+        if self.projector_anchor == "reconstruction" and self.anchor_weight == 0:
+            found.append("anchor_weight is 0, so projector_anchor reconstruction would hold nothing; raise it.")
+        if self.layer_weights is not None and not (self.layer_weights and min(self.layer_weights) > 0):
+            found.append(f"layer_weights is {self.layer_weights}; write one number above 0 for each pair of layers.")
+        try:
+            parse_layer_mapping(self.layer_mapping)
+        except ValueError as error:
+            found.append(str(error))
+        return found
+
+
+@dataclass
+class KavaArguments:
+    """All that one run was asked for."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: KavaTrainingArguments
+
+    def __post_init__(self) -> None:
+        if self.training.max_tokens_per_batch is None:
+            self.training.max_tokens_per_batch = self.training.per_device_train_batch_size * self.data.max_length
+        self.training.stand_beside(self.model, self.data)
+
+    def problems(self) -> list[str]:
+        """One sentence for each mistake that only several arguments together make; empty when there is none."""
+        batch, length = self.training.per_device_train_batch_size, self.data.max_length
+        tokens = max(batch * length, self.training.max_tokens_per_batch or 0)
+        found = self.data.stream_problems(self.training)
+        if self.model.use_peft and is_fsdp_asked():
+            found.append(f"use_peft is not supported under FSDP2; start with DDP ({accelerate_config('ddp.yaml')}).")
+        if tokens > LARGEST_MICRO_BATCH:
+            found.append(
+                f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "
+                f"per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every argument with its value, secrets masked, ready for JSON."""
+        return self.training.to_dict()

@@ -1,0 +1,93 @@
+"""The arguments that say what is learned from."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..utils.files import missing_path
+from .model_arguments import help_text
+
+
+@dataclass
+class DataArguments:
+    """Which examples."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Hub id, a folder, a jsonl, json, csv, parquet or arrow file, a pattern of them, or 'quickstart'."
+        ),
+    )
+    dataset_config_name: str | None = field(default=None, metadata=help_text("Configuration of a hub data set."))
+    dataset_train_split: str = field(default="train", metadata=help_text("Split to train on."))
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Split to evaluate on; by default test, else validation, else a held-out part of the training split."
+        ),
+    )
+    max_length: int = field(
+        default=512, metadata=help_text("Longest example in tokens; longer ones are cut and counted.", unit="tokens")
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata=help_text("Use only the first so many examples.", unit="examples")
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata=help_text("Evaluate on only the first so many examples.", unit="examples")
+    )
+    streaming: bool = field(
+        default=False,
+        metadata=help_text(
+            "Read and tokenise the examples while the model trains, in place of all of them before; needs max_steps."
+        ),
+    )
+    shuffle_buffer: int = field(
+        default=10_000,
+        metadata=help_text(
+            "Rows of a stream that are mixed with each other, and so many that every process and data worker keeps in "
+            "memory; 0 leaves their order as it is.",
+            unit="rows",
+        ),
+    )
+
+    def problems(self) -> list[str]:
+        """One sentence for each mistake; empty when there is none."""
+        found = []
+        if not self.dataset_name:
+            found.append("dataset_name is missing; write a hub id, a local file or folder, or 'quickstart'.")
+        found += filter(None, [missing_path("dataset_name", self.dataset_name)])
+        if self.max_length < 2:
+            found.append(f"max_length is {self.max_length}; an example needs at least 2 tokens.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{name} is {value}; write a whole number above 0, or leave it out for all examples.")
+        if self.shuffle_buffer < 0:
+            found.append(f"shuffle_buffer is {self.shuffle_buffer}; it cannot be negative.")
+        return found
+
+    def stream_problems(self, training: Any) -> list[str]:
+        """One sentence for each training argument that a stream cannot do; empty when there is none.
+
+        Args:
+            training: the `TrainingArguments` of the run.
+        """
+        if not self.streaming:
+            return []
+        found = []
+        if training.max_steps <= 0:
+            found.append("max_steps is missing: with streaming nobody knows how many examples there are; set it.")
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(training, name) == "epoch":
+                found.append(f"{name} is epoch, but a stream is read on without one; write steps.")
+        if training.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            found.append(
+                f"train_sampling_strategy {training.train_sampling_strategy} needs the lengths of all examples, which "
+                "streaming does not know; leave one of them out."
+            )
+        if training.ignore_data_skip:
+            found.append("ignore_data_skip has no use with streaming, which goes on where it was; leave it out.")
+        if not training.dataloader_in_order:
+            found.append("dataloader_in_order is false, but a stream goes on where it was only in order; write true.")
+        if training.accelerator_config.split_batches:
+            found.append("accelerator_config.split_batches is not supported with streaming; leave it out.")
+        return found

@@ -1,0 +1,219 @@
+"""What spreads a run over several processes, and which of it KAVA would really do as it was asked.
+
+`accelerate launch` hands its configuration on in environment variables (names read in accelerate 1.15.0).
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..utils.redaction import is_secret_name
+from .optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name
+from .recipes import accelerate_config
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+SHARDING_DEVICES = {"cuda"}
+"""Kinds of devices on which KAVA shards where it is asked to."""
+
+FSDP_CONFIG = accelerate_config("fsdp2.yaml")
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def is_fsdp_asked() -> bool:
+    """Whether the launcher was told to shard with FSDP."""
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
+def describe_engine(world_size: int) -> str:
+    """How many processes there are, and what they share, in a few words."""
+    if is_fsdp_asked():
+        return f"{world_size}, student and projectors spread over them (FSDP2)"
+    return "1" if world_size == 1 else f"{world_size}, each with the whole student (DDP)"
+
+
+def engine_problems(fsdp: Any, deepspeed: Any) -> list[str]:
+    """One sentence for each thing that was asked for and would not be done, or not as asked; empty if there is none.
+
+    Args:
+        fsdp: the argument of that name.
+        deepspeed: the argument of that name.
+    """
+    instead = f"accelerate launch --config_file {FSDP_CONFIG}"
+    found = []
+    if deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
+        found.append(f"deepspeed is not supported; shard with FSDP2 in its place: {instead}.")
+    if fsdp and not is_fsdp_asked():
+        found.append(f"fsdp is not read from the arguments; start with {instead}.")
+    return found
+
+
+_UNWANTED = {
+    "fsdp_cpu_ram_efficient_loading": "all processes but one would load the teacher without its weights",
+    "fsdp_offload_params": "it was never tried",
+    "fsdp_activation_checkpointing": "it hides the blocks whose states are read (use gradient_checkpointing)",
+}
+
+_WANTED = {"fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+
+
+def sharding_problems(training: Any) -> list[str]:
+    """One sentence for each thing that FSDP2 was asked for with and that would go wrong; empty if there is none.
+
+    Args:
+        training: `KavaTrainingArguments`.
+    """
+    return [*_launcher_problems(), *_argument_problems(training)] if is_fsdp_asked() else []
+
+
+def _launcher_problems() -> list[str]:
+    """What the accelerate config has that would go wrong."""
+    found = []
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        found.append("FSDP1 is not supported; write fsdp_version: 2 in the accelerate config.")
+    for name, reason in _UNWANTED.items():
+        if _is_set(name.upper()):
+            found.append(f"{name} is not supported, because {reason}; write {name}: false in the accelerate config.")
+    for name, wanted in _WANTED.items():
+        if os.environ.get(name.upper(), wanted) != wanted:
+            found.append(f"Write {name}: {wanted} in the accelerate config; nothing else is supported.")
+    if os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") not in ("", "None"):
+        found.append("fsdp_transformer_layer_cls_to_wrap is not supported; leave it out, the blocks are known.")
+    return found
+
+
+def _argument_problems(training: Any) -> list[str]:
+    """What the arguments have that would go wrong."""
+    found = []
+    if training.bf16 or training.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        found.append(
+            "bf16, fp16 and mixed_precision are not supported under FSDP2, where the projectors would be rounded too; "
+            "leave them out, or write student_dtype bfloat16 with optim adamw_torch_8bit."
+        )
+    optim = optimizer_name(training.optim)
+    if optim not in TORCHAO_OPTIMIZERS and any(word in optim for word in ("8bit", "bnb", "paged")):
+        found.append(f"optim {optim} cannot update sharded weights; write adamw_torch_8bit or adamw_torch_fused.")
+    if training.save_on_each_node:
+        found.append("save_on_each_node is not supported under FSDP2, whose checkpoints need a folder that all share.")
+    return found
+
+
+def device_problem(device_type: str) -> str | None:
+    """Why what was asked for would not be done on a kind of device; None where it would."""
+    if not is_fsdp_asked() or device_type in SHARDING_DEVICES:
+        return None
+    if device_type != "cpu":
+        return f"FSDP was asked for on a {device_type} device; KAVA supports it on CUDA devices alone."
+    return (
+        "FSDP was asked for, but on a CPU transformers runs plain data parallelism in its place. If that will do, "
+        "start with python -m torch.distributed.run --nproc-per-node 2 run_kava.py; to shard, use GPUs."
+    )
+
+
+def _without_tokens(argv: list[str]) -> list[str]:
+    """A command line with a placeholder, such as `<HUB_TOKEN>`, in place of each token."""
+    shown: list[str] = []
+    placeholder = None
+    for word in argv:
+        option, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            placeholder = f"<{option[2:].replace('-', '_').upper()}>" if is_secret_name(option) else None
+            shown.append(f"{option}={placeholder}" if placeholder and equals else word)
+        else:
+            shown.append(placeholder or word)
+            placeholder = None
+    return shown
+
+
+def run_command(argv: list[str]) -> str:
+    """The command that starts this run, in one line, with a placeholder in place of each token.
+
+    Of a run that was resumed it is the command without the checkpoint: nobody else has that.
+
+    Args:
+        argv: the command line without the program.
+    """
+    return _command(_words_of_run(argv))
+
+
+def hide_tokens() -> None:
+    """Put the placeholders into `sys.argv` itself: some trackers record it as it stands and send it away."""
+    sys.argv[1:] = _without_tokens(sys.argv[1:])
+
+
+def resume_command(argv: list[str], checkpoint: Path | None) -> str:
+    """The command that goes on from a checkpoint, or starts again, in the way this process was started.
+
+    It is printed and may end up in a log, so the user has to fill tokens in again.
+    """
+    return _command(_words_of_run(argv), ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else [])
+
+
+def _words_of_run(argv: list[str]) -> list[str]:
+    """A command line without tokens and without a checkpoint to resume."""
+    kept, skip = [], False
+    for word in _without_tokens(argv):
+        name = word.split("=")[0].replace("-", "_")
+        if skip and not word.startswith("--"):
+            skip = False
+        elif name == "__resume_from_checkpoint":
+            skip = "=" not in word
+        else:
+            kept.append(word)
+            skip = False
+    return kept
+
+
+def _command(words: list[str], more: Sequence[str] = ()) -> str:
+    """How this process was started, with these words; the precision of `accelerate launch` is one of them."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked = [f"--{precision}", "true"] if precision in ("bf16", "fp16") and f"--{precision}" not in words else []
+    return f"{_launcher()} {shlex.join([*started_as(), *words, *asked, *more])}"
+
+
+def start_command(argv: list[str], processes: int = 1) -> str:
+    """The command that starts a run with so many processes, where this process has not been started as one of them.
+
+    Args:
+        argv: KAVA's own arguments.
+        processes: more than one where this process sees as many GPUs.
+    """
+    alone = "WORLD_SIZE" not in os.environ and processes > 1
+    launcher = f"accelerate launch --num_processes {processes}" if alone else _launcher()
+    return f"{launcher} {shlex.join(['-m', _PACKAGE.name, 'train', *_without_tokens(argv)])}"
+
+
+def _launcher() -> str:
+    """What starts as many processes as there are; of several machines the user has to fill in which is which."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    machines = world_size // local
+    if is_fsdp_asked():
+        command = f"accelerate launch --config_file {FSDP_CONFIG} --num_processes {world_size}"
+        where = f" --num_machines {machines} --machine_rank <RANK> --main_process_ip <ADDRESS>"
+        return command + (where if machines > 1 else "")
+    if world_size == 1:
+        return "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
+    where = f" --nnodes {machines} --node-rank <RANK> --master-addr <ADDRESS>" if machines > 1 else ""
+    return f"python -m torch.distributed.run --nproc-per-node {local}{where}"
+
+
+def is_module(program: str) -> bool:
+    """Whether a program, `sys.argv[0]`, is this package, started with `python -m`."""
+    return Path(program).resolve() == _PACKAGE / "__main__.py"
+
+
+def started_as() -> list[str]:
+    """The script and what follows it before KAVA's own arguments: `run_kava.py`, or `-m kava_trainer train`."""
+    if is_module(sys.argv[0]):
+        return ["-m", _PACKAGE.name, "train"]
+    try:
+        return [os.path.relpath(sys.argv[0])]
+    except ValueError:  # on Windows, from another drive
+        return [sys.argv[0]]

@@ -1,0 +1,80 @@
+"""How a user names the layers that are aligned, before any model is known."""
+
+import json
+from typing import Literal
+
+from ..utils.errors import BadRequest
+
+LayerMapping = Literal["last", "all"] | int | list[tuple[int, int]]
+"""A parsed `layer_mapping`: a whole number k stands for `uniform:k`, a list holds (student, teacher) pairs."""
+
+_NAMED: dict[str, LayerMapping] = {"last": "last", "all": "all"}
+
+
+def parse_layer_mapping(text: str) -> LayerMapping:
+    """Read `layer_mapping` without knowing the models.
+
+    Args:
+        text: `last`, `all`, `uniform:k`, or a JSON list of [student layer, teacher layer] pairs, counted from 1.
+
+    Raises:
+        ValueError: if the text is none of these. Layer 0, the embeddings, is never accepted.
+    """
+    if text in _NAMED:
+        return _NAMED[text]
+    kind, _, count = text.partition(":")
+    if kind == "uniform" and count.isdigit() and int(count) > 0:
+        return int(count)
+    try:
+        pairs = json.loads(text)
+        if pairs and all(len(pair) == 2 and all(type(n) is int and n >= 1 for n in pair) for pair in pairs):
+            return [tuple(pair) for pair in pairs]
+    except (json.JSONDecodeError, TypeError):
+        pass
+    raise ValueError(
+        f"layer_mapping is {text!r}; write last, all, uniform:2 (any number of pairs), or pairs of a student and a "
+        "teacher layer counted from 1, such as [[12, 14], [24, 28]]."
+    )
+
+
+def _spread(count: int, depth: int) -> list[int]:
+    """`count` layers of `depth`, evenly spaced, ending with the last; the first is block 1 where `count` > 1."""
+    if count == 1:
+        return [depth]
+    return [round(1 + index * (depth - 1) / (count - 1)) for index in range(count)]
+
+
+def resolve_layer_pairs(mapping: str, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Turn `layer_mapping` into (student layer, teacher layer) pairs for two models of known depth.
+
+    Args:
+        mapping: the argument as the user wrote it, see `layer_mapping.parse_layer_mapping`.
+        student_layers: number of blocks of the student.
+        teacher_layers: number of blocks of the teacher.
+
+    Returns:
+        Pairs of layer indices in the module's convention, 1 up to the depth of each model.
+
+    Raises:
+        BadRequest: if a layer does not exist, or more pairs are asked for than the shallower model has blocks.
+    """
+    parsed = parse_layer_mapping(mapping)
+    if parsed == "last":
+        return [(student_layers, teacher_layers)]
+    if parsed == "all":
+        return [(k, max(1, round(k * teacher_layers / student_layers))) for k in range(1, student_layers + 1)]
+    if isinstance(parsed, int):
+        limit = min(student_layers, teacher_layers)
+        if parsed > limit:
+            raise BadRequest(
+                f"layer_mapping asks for {parsed} pairs, but the shallower model has {limit} layers; "
+                f"write uniform:{limit} or less."
+            )
+        return list(zip(_spread(parsed, student_layers), _spread(parsed, teacher_layers), strict=True))
+    for student, teacher in parsed:
+        if student > student_layers or teacher > teacher_layers:
+            raise BadRequest(
+                f"layer_mapping names the pair [{student}, {teacher}], but the student has layers 1 to "
+                f"{student_layers} and the teacher 1 to {teacher_layers}; write pairs of these."
+            )
+    return parsed

@@ -1,0 +1,164 @@
+"""From tokenised examples to what a forward pass reads: padded batches, or packed rows of one optimizer step.
+
+Both forms name the positions where a next token is to be learned: `answer_index` [K] counts through the flattened
+tokens of the batch and `next_tokens` [K] holds the tokens that follow, so the vocabulary head runs nowhere else and
+nothing has to be searched on the device. Where the teacher's states are read from a cache, the collators read them, in
+the data workers, and put them into the batch.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, default_data_collator
+
+from .formats import IGNORED
+
+StatesReader = Callable[[Sequence[int]], dict[int, torch.Tensor]]
+"""Gives the teacher's states [T, d_t] of an example by layer, from its token ids."""
+
+_NOT_PASSED_ON = ("position_ids", "inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""What other collators put into a batch and a model would have to read for its output to be right."""
+
+
+def _check_examples(examples: list[dict[str, Any]]) -> None:
+    if missing := [name for name in ("input_ids", "labels") if name not in examples[0]]:
+        raise ValueError(
+            f"An example has no {' and no '.join(missing)}, but only {', '.join(sorted(examples[0]))}. Give every "
+            "example input_ids, and labels that are -100 where no answer is to be learned."
+        )
+
+
+def _answers(labels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of one example that have a next token to learn, and these tokens."""
+    following = torch.as_tensor(labels[1:])
+    positions = (following != IGNORED).nonzero().flatten()
+    return positions, following[positions]
+
+
+class DistillationCollator:
+    """Pads examples on the right to the longest of the batch.
+
+    The attention mask follows from the lengths, never from the padding token: many tokenizers pad with end-of-text.
+
+    Args:
+        tokenizer: gives the padding token; its end-of-text token stands in where it has none.
+        read_states: reads the teacher's states, which are then part of the batch.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, read_states: StatesReader | None = None) -> None:
+        self.read_states = read_states
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def reading(self, read_states: StatesReader) -> "DistillationCollator":
+        """The same collator, reading the teacher's states."""
+        collator = copy.copy(self)
+        collator.read_states = read_states
+        return collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate examples with `input_ids` and `labels`.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, and where states are
+            read `teacher_states` [B, T, d_t] by layer.
+        """
+        _check_examples(examples)
+        input_ids = [torch.as_tensor(example["input_ids"]) for example in examples]
+        labels = [torch.as_tensor(example["labels"]) for example in examples]
+        answers = [_answers(example["labels"]) for example in examples]
+        width = max(map(len, input_ids))
+        states = _states(examples, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
+        return {
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "answer_index": torch.cat([row * width + positions for row, (positions, _) in enumerate(answers)]),
+            "next_tokens": torch.cat([tokens for _, tokens in answers]),
+            **states,
+        }
+
+
+class CompletingCollator:
+    """A collator of the user's own, whose batches get what KAVA needs beside the usual tensors.
+
+    Args:
+        collator: gives `input_ids` and `labels` [B, T], which are -100 where nothing is to be learned, and an
+            `attention_mask` [B, T] where there is padding.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The collator's batch with `attention_mask`, `answer_index` and `next_tokens` where it has none.
+
+        Raises:
+            ValueError: if it lacks `input_ids` or `labels`, or holds what KAVA does not pass on to the models.
+        """
+        batch = dict(self.collator(examples))
+        if missing := [name for name in ("input_ids", "labels") if batch.get(name) is None]:
+            raise ValueError(
+                f"The data collator gives no {' and no '.join(missing)}, but only {', '.join(batch)}. Let it give "
+                "both, with labels of -100 where nothing is to be learned; or leave data_collator out."
+            )
+        if foreign := [name for name in _NOT_PASSED_ON if name in batch]:
+            raise ValueError(
+                f"The data collator gives {', '.join(foreign)}, which KAVA does not pass on to the models. Let it pad; "
+                "or leave data_collator out: KAVA packs examples itself."
+            )
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        if "answer_index" not in batch:
+            following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+            batch["answer_index"] = (following != IGNORED).nonzero().flatten()
+            batch["next_tokens"] = following[batch["answer_index"]]
+        return batch
+
+
+def choose_collator(
+    given: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """The collator that a trainer uses.
+
+    Args:
+        given: the user's own; it is completed where it is not KAVA's.
+        tokenizer: what KAVA's pads for, where there is none of the user's; without both, examples cannot be padded.
+    """
+    if given is None and tokenizer is not None:
+        return DistillationCollator(tokenizer)
+    return given if isinstance(given, DistillationCollator) else CompletingCollator(given or default_data_collator)
+
+
+class JoiningCollator:
+    """Joins examples end to end; `pack_step` makes rows of them once a whole optimizer step is there.
+
+    Args:
+        read_states: as for `DistillationCollator`.
+    """
+
+    def __init__(self, read_states: StatesReader | None = None) -> None:
+        self.read_states = read_states
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate examples with `input_ids` and `labels`: flat tensors, and how many entries each example has."""
+        _check_examples(examples)
+        answers = [_answers(example["labels"]) for example in examples]
+        return {
+            "input_ids": torch.cat([torch.as_tensor(example["input_ids"]) for example in examples]),
+            "lengths": [len(example["input_ids"]) for example in examples],
+            "answer_index": torch.cat([positions for positions, _ in answers]),
+            "next_tokens": torch.cat([tokens for _, tokens in answers]),
+            "answers": [len(positions) for positions, _ in answers],
+            **_states(examples, self.read_states, torch.cat),
+        }
+
+
+def _states(
+    examples: list[dict[str, Any]], read: StatesReader | None, join: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> dict[str, dict[int, torch.Tensor]]:
+    if read is None:
+        return {}
+    states = [read(example["input_ids"]) for example in examples]
+    return {"teacher_states": {layer: join([own[layer] for own in states]) for layer in states[0]}}

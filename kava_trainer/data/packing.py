@@ -1,0 +1,149 @@
+"""The examples of an optimizer step in rows of about equally many tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+
+
+def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """Make packed rows of all examples of one optimizer step.
+
+    Args:
+        batches: of `JoiningCollator`.
+        budget: tokens of one row; a longer example gets a row of its own.
+
+    Returns:
+        Rows with `input_ids` and `attention_mask` [1, T], `packed_lengths`, `answer_index`, `next_tokens`, and
+        `teacher_states` [1, T, d_t] by layer where the batches have them.
+    """
+    examples = [example for batch in batches for example in _examples(batch)]
+    packs = plan_packs([len(example.input_ids) for example in examples], budget)
+    return [_row([examples[i] for i in pack]) for pack in packs]
+
+
+@dataclass(frozen=True)
+class _Example:
+    input_ids: torch.Tensor
+    answer_index: torch.Tensor
+    next_tokens: torch.Tensor
+    teacher_states: dict[int, torch.Tensor]
+
+
+def _examples(batch: dict[str, Any]) -> list[_Example]:
+    """The examples that a batch of `JoiningCollator` holds end to end."""
+    tokens = batch["input_ids"].split(batch["lengths"])
+    index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
+    states = {layer: part.split(batch["lengths"]) for layer, part in batch.get("teacher_states", {}).items()}
+    return [
+        _Example(*parts, teacher_states={layer: own[i] for layer, own in states.items()})
+        for i, parts in enumerate(zip(tokens, index, following, strict=True))
+    ]
+
+
+def _row(examples: list[_Example]) -> dict[str, Any]:
+    input_ids = torch.cat([example.input_ids for example in examples]).unsqueeze(0)
+    lengths = tuple(len(example.input_ids) for example in examples)
+    starts = accumulate(lengths[:-1], initial=0)
+    row = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "packed_lengths": lengths,
+        "answer_index": torch.cat(
+            [example.answer_index + start for example, start in zip(examples, starts, strict=True)]
+        ),
+        "next_tokens": torch.cat([example.next_tokens for example in examples]),
+    }
+    if layers := examples[0].teacher_states.keys():
+        joined = {layer: torch.cat([example.teacher_states[layer] for example in examples]) for layer in layers}
+        row["teacher_states"] = {layer: part.unsqueeze(0) for layer, part in joined.items()}
+    return row
+
+
+def as_many_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The same examples in `count` packed rows or more: the longest ones are halved.
+
+    Args:
+        rows: of `pack_step`.
+        count: at most the number of examples.
+    """
+    rows = list(rows)
+    while len(rows) < count:
+        _, place = max((row["input_ids"].numel(), i) for i, row in enumerate(rows) if len(row["packed_lengths"]) > 1)
+        rows[place : place + 1] = cast(list[dict[str, Any]], halve(rows[place]))
+    return rows
+
+
+def spread(rows: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
+    """Deal rows out to `count` micro-batches, in order: Trainer counts these to know when a step ends.
+
+    The last one always has exactly one row where there are several micro-batches; the first ones may stay empty.
+    """
+    if len(rows) <= count:
+        return [[] for _ in range(count - len(rows))] + [[row] for row in rows]
+    extra = len(rows) - count
+    return [rows[: extra + 1], *([row] for row in rows[extra + 1 :])]
+
+
+def halve(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Two rows or batches with half of the examples each; None where there is only one example.
+
+    Args:
+        row: of `pack_step` or `DistillationCollator`.
+    """
+    lengths, (count, width) = row.get("packed_lengths"), row["input_ids"].shape
+    examples = count if lengths is None else len(lengths)
+    if examples == 1:
+        return None
+    half = examples // 2
+    cut, axis = (half, 0) if lengths is None else (sum(lengths[:half]), 1)
+    parts = [_span(row, axis, 0, cut), _span(row, axis, cut, (count, width)[axis])]
+    if lengths is not None:
+        parts = [
+            part | {"packed_lengths": own} for part, own in zip(parts, (lengths[:half], lengths[half:]), strict=True)
+        ]
+    return parts
+
+
+def _span(row: dict[str, Any], axis: int, start: int, stop: int) -> dict[str, Any]:
+    """The part of a row or batch from `start` to `stop` along the axis of tokens (1) or of examples (0)."""
+    width = row["input_ids"].shape[1] if axis == 0 else 1
+    first, last = start * width, stop * width
+    kept = (row["answer_index"] >= first) & (row["answer_index"] < last)
+    part = {"answer_index": row["answer_index"][kept] - first, "next_tokens": row["next_tokens"][kept]}
+    for name in ("input_ids", "attention_mask", "labels"):
+        if name in row:
+            part[name] = row[name].narrow(axis, start, stop - start)
+    if "teacher_states" in row:
+        states = row["teacher_states"].items()
+        part["teacher_states"] = {layer: own.narrow(axis, start, stop - start) for layer, own in states}
+    return part
+
+
+def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Distribute examples over packs of at most `budget` tokens: the longest first, each where it fits best.
+
+    Best-fit decreasing (Johnson 1974) needs at most 11/9 of the smallest possible number of packs, plus one.
+
+    Args:
+        lengths: tokens of each example.
+        budget: tokens of one pack; a longer example gets a pack of its own.
+
+    Returns:
+        Indices into `lengths`, ascending within each pack; the fullest packs first.
+    """
+    packs: list[list[int]] = []
+    used: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [pack for pack in range(len(packs)) if used[pack] + lengths[index] <= budget]
+        if not fitting:
+            packs.append([])
+            used.append(0)
+            fitting = [len(packs) - 1]
+        best = max(fitting, key=lambda pack: used[pack])
+        packs[best].append(index)
+        used[best] += lengths[index]
+    order = sorted(range(len(packs)), key=lambda pack: (-used[pack], packs[pack]))
+    return [sorted(packs[pack]) for pack in order]

@@ -1,0 +1,103 @@
+"""From a named data set to padded batches: loading, prompt and answer, masking, truncation, collating."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from ..config.data_arguments import DataArguments
+from ..config.model_arguments import QUICKSTART
+from ..quickstart import SPLIT_SIZES
+from ..quickstart.problems import generate_problems
+from ..utils.errors import BadRequest
+from .files import BUILDERS, find_files, loading
+
+HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
+"""Where a data set has no test split, this share of the training split is held out, up to this many examples."""
+
+
+def _read(arguments: DataArguments) -> Dataset | DatasetDict:
+    """The data set a name stands for, with whatever splits it has."""
+    name = arguments.dataset_name
+    if name == QUICKSTART:
+        return DatasetDict(
+            {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
+        )
+    path = Path(name).expanduser()
+    if builder := BUILDERS.get(path.suffix):
+        return load_dataset(builder, data_files=find_files(name))
+    if is_saved_folder(path):
+        return load_from_disk(str(path))
+    return load_dataset(name, arguments.dataset_config_name)
+
+
+def is_saved_folder(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]:
+    """Load the training split and the evaluation split.
+
+    Where the data set has no `dataset_test_split`, a fixed part of the training split is held out instead.
+
+    Args:
+        arguments: where the data is and how much of it to use.
+
+    Returns:
+        Training examples, evaluation examples, and the number of examples that the training split holds in all.
+
+    Raises:
+        BadRequest: if the data cannot be found or read, a split does not exist, or there are no examples.
+    """
+    with loading(arguments.dataset_name):
+        loaded = _read(arguments)
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
+    train = find_train_split(splits, arguments)
+    if len(train) == 0:
+        raise BadRequest(
+            f"The split {arguments.dataset_train_split!r} of {arguments.dataset_name!r} holds no examples."
+        )
+    total, test = len(train), find_test_split(splits, arguments)
+    if test is None and total > 1:
+        held_out = share_held_out(total)
+        train, test = train.train_test_split(test_size=held_out, seed=0).values()
+    return _first(train, arguments.max_train_samples), _first(test, arguments.max_eval_samples), total
+
+
+def share_held_out(rows: int) -> int:
+    """How many of a training split's rows are held out where the data set has no test split."""
+    return max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * rows)))
+
+
+def has_test_split(arguments: DataArguments) -> bool:
+    """Whether a data set, which is read again, has rows of its own to evaluate on."""
+    loaded = _read(arguments)
+    return isinstance(loaded, DatasetDict) and find_test_split(loaded, arguments) is not None
+
+
+def find_train_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
+    """The split to train on. Raises `BadRequest` if there is none of that name."""
+    if arguments.dataset_train_split not in splits:
+        raise BadRequest(
+            f"The data set {arguments.dataset_name!r} has no split {arguments.dataset_train_split!r}; "
+            f"set dataset_train_split to one of {', '.join(splits)}."
+        )
+    return splits[arguments.dataset_train_split]
+
+
+def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
+    """The split to evaluate on, or None where a part of the training split has to be held out."""
+    wanted, train = arguments.dataset_test_split, arguments.dataset_train_split
+    if wanted is not None and wanted not in splits:
+        raise BadRequest(
+            f"The data set {arguments.dataset_name!r} has no split {wanted!r}; set dataset_test_split to one of "
+            f"{', '.join(splits)}, or leave it out."
+        )
+    names = [wanted] if wanted is not None else ["test", "validation"]
+    return next((splits[name] for name in names if name in splits and name != train), None)
+
+
+def _first(dataset: Dataset | None, count: int | None) -> Dataset | None:
+    return dataset if dataset is None or count is None else dataset.select(range(min(count, len(dataset))))

@@ -1,0 +1,182 @@
+"""Where a stream's rows come from: files and splits that are never loaded as a whole, and what identifies them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, load_dataset_builder, load_from_disk
+
+from ..config.data_arguments import DataArguments
+from ..config.model_arguments import QUICKSTART
+from ..quickstart import SPLIT_SIZES
+from ..quickstart.problems import generate_problems
+from ..utils.errors import BadRequest
+from .files import BUILDERS, find_files, loading
+from .formats import find_format, prompt_and_answer
+from .splits import HELD_OUT_LIMIT, find_test_split, find_train_split, is_saved_folder
+
+TABLE_ROWS = 100
+"""Rows that are taken from a reader at once; only these are ever turned into Python objects."""
+
+CHECKED_LINES = 1000
+"""Lines at the beginning of each jsonl file that are looked at before anything is loaded."""
+
+_SAMPLE_BYTES = 2**12
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Splits that can be read from their beginning any number of times, and the files of each."""
+
+    splits: dict[str, datasets.IterableDataset]
+    files: dict[str, list[str]]
+
+
+def _open(arguments: DataArguments) -> _Opened:
+    """The data set a name stands for, opened and not read."""
+    name = arguments.dataset_name
+    path = Path(name).expanduser()
+    if name == QUICKSTART:
+        problems = {split: generate_problems(count, split) for split, count in SPLIT_SIZES.items()}
+        digests = {split: [hashlib.sha256(json.dumps(rows).encode()).hexdigest()] for split, rows in problems.items()}
+        return _Opened({s: Dataset.from_list(rows).to_iterable_dataset() for s, rows in problems.items()}, digests)
+    if is_saved_folder(path):
+        saved = load_from_disk(str(path))
+        splits = saved if isinstance(saved, DatasetDict) else {arguments.dataset_train_split: saved}
+        files = {split: [file["filename"] for file in part.cache_files] for split, part in splits.items()}
+        return _Opened({split: part.to_iterable_dataset() for split, part in splits.items()}, files)
+    if kind := BUILDERS.get(path.suffix):
+        builder = load_dataset_builder(kind, data_files=find_files(name, CHECKED_LINES))
+    else:
+        builder = load_dataset_builder(name, arguments.dataset_config_name)
+    return _Opened(dict(builder.as_streaming_dataset()), dict(builder.config.data_files or {}))
+
+
+def files_digest(files: Sequence[str]) -> str:
+    """A hash of the names, the sizes, and the first and last 4 KiB of files, without reading the rest of them.
+
+    What is no file here is taken by its name: the address of a file on the hub holds the revision that it belongs to.
+    """
+    digest = hashlib.sha256()
+    for name in files:
+        path = Path(name)
+        if not path.is_file():
+            digest.update(f"{name}\n".encode())
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in (0, max(0, size - _SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+class Rows:
+    """The rows of one split, read as often as is asked for, in bounded memory.
+
+    Args:
+        name: of the data set, for messages.
+        purpose: what its rows are for, for messages.
+        stream: what reads it.
+        files: where it comes from.
+        skipped: rows at the beginning that are left out.
+        limit: read only so many rows after them; all by default.
+
+    Raises:
+        BadRequest: if there is no row, or the columns are not known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        purpose: str,
+        stream: datasets.IterableDataset,
+        files: Sequence[str] = (),
+        skipped: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        self.name = name
+        first = next(_tables(name, stream), None)
+        if first is None:
+            raise BadRequest(f"The data set {name!r} holds no examples to {purpose} on.")
+        self.columns = find_format(first.column_names)
+        self._whole = stream.select_columns(list(self.columns))
+        self._features = self._whole.features
+        kept = self._whole.skip(skipped) if skipped else self._whole
+        self._kept = kept if limit is None else kept.take(limit)
+        self.digest = files_digest(files) + f" {skipped} {limit}"
+
+    def first(self, count: int) -> Dataset:
+        """The first rows of the split, those that are left out included."""
+        return Dataset.from_list(list(islice(self._plain_rows(), count)), features=self._features)
+
+    def tables(self, shuffle_buffer: int, seed: list[int]) -> Iterator[pa.Table]:
+        """All rows, a table of some at a time.
+
+        Args:
+            shuffle_buffer: rows that are mixed with each other; 0 leaves the order as it is. Where no row is left out
+                the order of the files is mixed too.
+            seed: the same order comes out for the same numbers.
+        """
+        rows = self._kept
+        if shuffle_buffer:
+            rows = rows.shuffle(generator=np.random.default_rng(seed), buffer_size=shuffle_buffer)
+        return _tables(self.name, rows)
+
+    def plain(self, table: pa.Table) -> list[dict[str, Any]]:
+        """Rows as Python objects."""
+        rows = table.to_pylist()
+        return rows if self._features is None else [self._features.decode_example(row) for row in rows]
+
+    def _plain_rows(self) -> Iterator[dict[str, Any]]:
+        return (row for table in _tables(self.name, self._whole) for row in self.plain(table))
+
+    def bad_row(self) -> int | None:
+        """The first row, counted from 0, whose cells are not what their columns should hold."""
+        for number, row in enumerate(self._plain_rows()):
+            try:
+                prompt_and_answer(row, self.columns)
+            except ValueError:
+                return number
+        return None
+
+
+def _tables(name: str, stream: datasets.IterableDataset) -> Iterator[pa.Table]:
+    """What a stream reads. Raises `BadRequest` where its files are broken."""
+    # `iter` leaves all rows to every data worker, where a plain loop would deal out whole files among them.
+    tables = stream.with_format("arrow").iter(batch_size=TABLE_ROWS)
+    while True:
+        with loading(name):
+            table = next(tables, None)
+        if table is None:
+            return
+        yield table
+
+
+def open_rows(arguments: DataArguments) -> tuple[Rows, Dataset]:
+    """The rows to train on, and those held out: of the test split, else the first ones, which are then left out.
+
+    Raises:
+        BadRequest: if the data cannot be found or read, a split does not exist, or nothing is left to train on.
+    """
+    name, count = arguments.dataset_name, arguments.max_eval_samples or HELD_OUT_LIMIT
+    with loading(name):
+        opened = _open(arguments)
+    train, test = find_train_split(opened.splits, arguments), find_test_split(opened.splits, arguments)
+    files = opened.files.get(arguments.dataset_train_split) or [f"{name} {arguments.dataset_config_name}"]
+    rows = Rows(name, "train", train, files, count if test is None else 0, arguments.max_train_samples)
+    held_out = (rows if test is None else Rows(name, "evaluate", test)).first(count)
+    if next(rows.tables(0, [0]), None) is None:
+        raise BadRequest(
+            f"The data set {name!r} ends within its first {count} rows, which are held out for evaluation. Set "
+            "max_eval_samples lower, name a dataset_test_split, or leave streaming out."
+        )
+    return rows, held_out

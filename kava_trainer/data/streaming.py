@@ -1,0 +1,202 @@
+"""Training examples that are read, mixed and tokenised while a model trains, and where in them a run stands.
+
+Rows are dealt out one by one over ranks and data workers: each of these parts goes through its own share, pass after
+pass, and no row falls to two of them. All of them read every row, which is cheap, and tokenise their own. A part counts
+the rows it has come past, so that a resumed run reads up to there without tokenising anything, and goes on.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+from datasets import Dataset
+from fsspec.asyn import reset_lock
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from ..config.arguments import KavaTrainingArguments
+from ..utils.errors import BadRequest
+from ..utils.progress_bar import progress_bar
+from .encoding import NO_ANSWERS, encode_row, encoding_fingerprint
+from .row_locations import places
+from .stream_sources import Rows
+
+
+class ExampleStream(IterableDataset[dict[str, Any]]):
+    """Tokenised examples without an end: pass after pass over some rows, each in another order.
+
+    Iterated by a data loader, it gives the share of this rank and of the loader's worker, from where `place` says.
+    Rows that leave no answer are passed over.
+
+    Args:
+        rows: where the text comes from.
+        tokenizer: the tokenizer of both models.
+        max_length: longest example in tokens.
+        shuffle_buffer: rows that are mixed with each other; 0 for the order as it stands.
+        seed: of that.
+    """
+
+    def __init__(
+        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, shuffle_buffer: int, seed: int
+    ) -> None:
+        self._rows, self._tokenizer, self._max_length = rows, tokenizer, max_length
+        self._shuffle_buffer, self._seed = shuffle_buffer, seed
+        self.rank, self.ranks = 0, 1
+        self.digest = encoding_fingerprint(rows.digest, rows.columns, tokenizer, max_length)
+        """What tells these examples from others without reading them, see `stream_sources.files_digest`."""
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin with the first example again."""
+        self._turn = 0
+        self._places: dict[int, tuple[int, int]] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Where this rank is: the worker whose batch is next, and of each worker the pass and the rows behind it."""
+        return {"turn": self._turn, "places": dict(self._places)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo `state`; the next loader goes on from there."""
+        self._turn, self._places = state["turn"], dict(state["places"])
+
+    def note(self, place: tuple[int, int, int, int]) -> None:
+        """Remember that a batch has been used, by the `place` of its last example."""
+        turn, workers, number, row = place
+        self._turn, self._places[turn] = (turn + 1) % workers, (number, row)
+
+    def one_pass(self, number: int = 0, part: int = 0, parts: int = 1, start: int = 0) -> Iterator[dict[str, Any]]:
+        """The examples of one pass over the rows, or of one of `parts` equal shares of it.
+
+        Args:
+            number: of the pass, from 0; it decides on the order.
+            part: which share, from 0.
+            parts: how many shares there are.
+            start: rows to pass over; they are read and not tokenised.
+
+        Returns:
+            What `data.encode_row` gives, and `row`: how many rows have been passed with this one.
+
+        Raises:
+            BadRequest: where a file is broken, or a row cannot be used.
+        """
+        end = 0
+        for table in self._rows.tables(self._shuffle_buffer, [self._seed, number]):
+            begin, end = end, end + len(table)
+            own = [i for i in range((part - begin) % parts, len(table), parts) if begin + i >= start]
+            for index, row in zip(own, self._rows.plain(table.take(own)) if own else [], strict=True):
+                example = self._encode(row)
+                if example["answered"]:
+                    yield {**example, "row": begin + index + 1}
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return encode_row(row, self._rows.columns, self._tokenizer, self._max_length)
+        except ValueError as error:
+            name, number = self._rows.name, self._rows.bad_row()
+            where = name if number is None else places(name, [number])
+            raise BadRequest(f"The data cannot be used: in {where}, {error}.") from error
+
+    def count_rows(self, limit: int) -> int:
+        """Rows of one pass, read and not tokenised, up to a limit."""
+        counted = 0
+        with progress_bar(None, "Counting the rows of the stream", "row", True) as bar:
+            for table in self._rows.tables(0, [0]):
+                counted += len(table)
+                bar.update(len(table))
+                if counted >= limit:
+                    return limit
+        return counted
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """This rank's and worker's examples with their `place`; `problem` in place of one that cannot be had.
+
+        An exception would reach the trainer with the traceback of the worker in place of its message.
+        """
+        worker = get_worker_info()
+        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        if worker is not None:
+            reset_lock()  # else a forked worker waits for ever for a connection of its parent
+        turn = (self._turn + own) % workers
+        first, start = self._places.get(turn, (0, 0))
+        try:
+            for number in count(first):
+                place = None
+                for example in self.one_pass(number, self.rank * workers + turn, self.ranks * workers, start):
+                    place = (turn, workers, number, example["row"])
+                    yield {"input_ids": example["input_ids"], "labels": example["labels"], "place": place}
+                if place is None and start == 0:
+                    raise BadRequest(self._nothing_for(workers))
+                start = 0
+        except BadRequest as error:
+            yield {"problem": str(error)}
+
+    def _nothing_for(self, workers: int) -> str:
+        if self.ranks * workers == 1:
+            return NO_ANSWERS.format(max_length=self._max_length)
+        return (
+            f"The data set {self._rows.name!r} has too few examples for {self.ranks} processes with {workers} data "
+            "workers each: at least one of them gets none. Set dataloader_num_workers lower, or use fewer processes."
+        )
+
+
+def open_stream(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, shuffle_buffer: int, seed: int
+) -> ExampleStream:
+    """The stream of some rows. Raises `BadRequest` if no example has an answer, or the first one cannot be had."""
+    stream = ExampleStream(rows, tokenizer, max_length, shuffle_buffer, seed)
+    if next(stream.one_pass(), None) is None:
+        raise BadRequest(NO_ANSWERS.format(max_length=max_length))
+    return stream
+
+
+def first_examples(examples: Dataset | ExampleStream, number: int) -> Dataset:
+    """The first examples of a data set, or of the first pass over a stream; fewer where it holds fewer."""
+    if isinstance(examples, ExampleStream):
+        return Dataset.from_list(list(islice(examples.one_pass(), number)))
+    return examples.select(range(min(number, len(examples))))
+
+
+class _PlacedCollator:
+    """Collates as another collator does and adds where the batch ends in the stream, or why there is none."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self._collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        last = examples[-1]
+        return last if "problem" in last else {**self._collator(examples), "place": last["place"]}
+
+
+def stream_loader(
+    stream: ExampleStream,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    args: KavaTrainingArguments,
+    batch_size: int,
+) -> DataLoader[Any]:
+    """A loader of a stream's examples for this rank.
+
+    accelerate's own would have every rank tokenise the examples of all of them. Its batches never end, so ranks never
+    have different numbers of them.
+
+    Args:
+        stream: it is told which rank this is.
+        collator: makes a batch of examples.
+        args: number of workers and the like.
+        batch_size: examples of one batch.
+
+    Returns:
+        Batches with their `place`, see `ExampleStream.note`; where the data is broken one with a `problem` alone.
+    """
+    stream.rank, stream.ranks = args.process_index, args.world_size
+    return DataLoader(
+        stream,
+        batch_size=batch_size,
+        collate_fn=_PlacedCollator(collator),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        generator=torch.Generator(),  # the seed of the workers is no draw from the training's random numbers
+    )

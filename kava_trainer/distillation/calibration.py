@@ -1,0 +1,186 @@
+"""Where projectors start: closed-form fits on one pass over the first training examples.
+
+Only sums of products are kept from token to token, in float64, so the pass needs the same memory however long it is,
+and the sums of several ranks add up to those of one.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from ..models.teacher import TeacherSource
+from ..utils.errors import BadRequest
+from ..utils.progress_bar import own_batches
+from .model import DistillationModel
+from .projector import ElasticBottleneck, PrincipalProjection, normalise
+from .targets import HiddenStateTarget
+
+RIDGE = 1e-3
+"""Ridge penalty as a share of the mean variance of the inputs."""
+
+MOST_PAIRS_ON_DEVICE = 4
+
+
+class Moments:
+    """Running count, means and second moments of pairs of vectors (x [d], y [e]).
+
+    Args:
+        input_size: d.
+        output_size: e.
+        device: where the sums are kept, in float64.
+    """
+
+    def __init__(self, input_size: int, output_size: int, device: torch.device | str = "cpu") -> None:
+        self.sizes = (input_size, output_size)
+        self._where: Any = {"dtype": torch.float64, "device": device}
+        self._inputs = torch.zeros(input_size + 1, input_size + output_size + 1, **self._where)
+        self._squares = torch.zeros(output_size, **self._where)
+
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Add tokens: x [N, d] and y [N, e]."""
+        ones = torch.ones_like(inputs[:, :1])
+        x, y, one = (part.to(**self._where) for part in (inputs, outputs, ones))
+        self._inputs += torch.cat([x, one], dim=1).T @ torch.cat([x, y, one], dim=1)
+        self._squares += y.square().sum(dim=0)
+
+    def reduce(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], device: torch.device | str) -> None:
+        """Put the sums over all ranks in place of this rank's; `device` is where ranks can exchange tensors."""
+        self._inputs, self._squares = (
+            sum_over_ranks(sums.to(device)).to(**self._where) for sums in (self._inputs, self._squares)
+        )
+
+    @property
+    def count(self) -> int:
+        """Tokens seen."""
+        return round(self._inputs[-1, -1].item())
+
+    def _centred(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The means of (x, y) and the covariances [d, d + e] of x with both."""
+        means = self._inputs[-1, :-1] / self.count
+        return means, self._inputs[:-1, :-1] / self.count - torch.outer(means[: self.sizes[0]], means)
+
+    def output_variance(self) -> torch.Tensor:
+        """Sum of the variances of y."""
+        means = self._inputs[-1, self.sizes[0] : -1] / self.count
+        return (self._squares / self.count - means.square()).sum()
+
+    def ridge(self, penalty: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [e, d] and bias [e] of the linear map from x to y with the least squared error plus penalty.
+
+        W = C_yx (C_xx + penalty * mean variance of x * I)^-1 with covariances C; the bias is not penalised.
+        """
+        size = self.sizes[0]
+        means, covariance = self._centred()
+        inputs = covariance[:, :size]
+        damping = penalty * inputs.diagonal().mean().clamp(min=1e-12)
+        weight = torch.linalg.solve(inputs + damping * torch.eye(size, **self._where), covariance[:, size:]).T
+        return weight, means[size:] - weight @ means[:size]
+
+    def principal(self, turn: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [e, d] and bias [e] of the projection on the first e principal axes of x, centred.
+
+        One common factor gives the outputs the variance of y; the proportions between the axes stay. Where e exceeds
+        d the outputs lie in a subspace.
+
+        Args:
+            turn: which orthonormal basis describes the subspace is free; take the one nearest to y in the least
+                squares (orthogonal Procrustes, Schoenemann 1966) in place of the principal axes.
+        """
+        size, outputs = self.sizes
+        means, covariance = self._centred()
+        values, axes = torch.linalg.eigh(covariance[:, :size])
+        kept = min(outputs, size)
+        basis = torch.zeros(outputs, size, **self._where)
+        basis[:kept] = axes[:, -kept:].flip(1).T
+        if turn:
+            left, _, right = torch.linalg.svd((basis @ covariance[:, size:]).T)
+            basis = left @ right @ basis
+        scale = self.output_variance() / values[-kept:].clamp(min=0).sum().clamp(min=1e-12)
+        weight = scale.sqrt() * basis
+        return weight, -weight @ means[:size]
+
+
+@torch.no_grad()
+def calibrate(
+    model: DistillationModel,
+    teacher: TeacherSource,
+    examples: list[dict[str, Any]],
+    collator: Callable[[list[Any]], dict[str, Any]],
+    batch_size: int,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    least_squares: bool,
+) -> None:
+    """Set the projectors of a model from what student and teacher make of the first examples.
+
+    A `PrincipalProjection` gets the teacher's principal subspace. With `least_squares` its axes are turned towards the
+    student's states, and the last layer of an `ElasticBottleneck` gets the ridge fit from its random hidden features
+    to the other side, so that the pair agrees as well as it can at once.
+
+    Args:
+        model: student and projectors; their mode is kept.
+        teacher: the teacher's states.
+        examples: the same on every rank, which share them out; see `check_enough_tokens`.
+        collator: pads them.
+        batch_size: examples at a time.
+        sum_over_ranks: sums a tensor over all ranks.
+        least_squares: whether the projectors start near the student's states, or from a subspace alone.
+    """
+    training = model.training
+    model.eval()
+    device = model.student.device
+    # In float64, which a Mac's GPU lacks; and for many pairs the sums would fill a small GPU.
+    where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
+    moments = [Moments(*_sizes(projector), where) for projector in model.target.projectors]
+    for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
+        _add_batch(moments, model, teacher, collator(batch))
+    model.train(training)
+    for projector, sums in zip(model.target.projectors, moments, strict=True):
+        sums.reduce(sum_over_ranks, device)
+        _set(projector, sums, least_squares)
+
+
+def _sizes(projector: nn.Module) -> tuple[int, int]:
+    """Widths in and out of the linear map that is fitted."""
+    if isinstance(projector, PrincipalProjection):
+        return projector.config.input_size, projector.config.output_size
+    down = cast(ElasticBottleneck, projector).down
+    return down.in_features, down.out_features
+
+
+def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
+    """Make sure that there are more tokens than inputs of any fit. Raises `BadRequest` if not."""
+    size = max(_sizes(projector)[0] for projector in target.projectors)
+    if tokens <= size:
+        raise BadRequest(
+            f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
+            "calibration_tokens or use more training data."
+        )
+
+
+def _add_batch(
+    moments: list[Moments], model: DistillationModel, teacher: TeacherSource, batch: dict[str, torch.Tensor]
+) -> None:
+    batch = send_to_device(batch, model.student.device)
+    mask = batch["attention_mask"].bool()
+    teacher_states = teacher.features(batch)
+    output = model(batch["input_ids"], batch["attention_mask"])
+    for sums, projector, (student, layer) in zip(moments, model.target.projectors, model.target.pairs, strict=True):
+        source, other = teacher_states[layer][mask], output.hidden_states[student][mask]
+        if model.target.direction == "student_to_teacher":
+            source, other = other, source
+        sums.add(projector.hidden(source) if isinstance(projector, ElasticBottleneck) else normalise(source), other)
+
+
+def _set(projector: nn.Module, moments: Moments, least_squares: bool) -> None:
+    if isinstance(projector, PrincipalProjection):
+        weight, bias = moments.principal(turn=least_squares)
+        projector.weight.copy_(weight)
+        projector.bias.copy_(bias)
+    else:
+        weight, bias = moments.ridge()
+        down = cast(ElasticBottleneck, projector).down
+        down.weight.copy_(weight)
+        down.bias.copy_(bias)

@@ -1,0 +1,223 @@
+"""The loss terms of one micro-batch, by name, and the weights that they are added with."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..config.arguments import KavaTrainingArguments
+from ..data.formats import IGNORED
+from ..models.teacher import TeacherSource
+from .chunked_loss import sum_in_chunks
+from .losses import generalized_jsd_per_token, next_token_sum, token_mean, token_sum
+from .model import Head, LogitsTerms, StudentOutput
+from .targets import HiddenStateTarget
+from .token_means import TokenMeans
+
+ALIGNMENT_TERMS, LOGITS_TERMS = ("mercator", "mse", "anchor"), ("lm", "kd")
+
+
+def schedule_factor(schedule: str, progress: float) -> float:
+    """What a scheduled weight is multiplied by.
+
+    Args:
+        schedule: `constant`, `linear` or `cosine`; the latter two fall from 1 to 0.
+        progress: share of the training that is done, from 0 to 1.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if schedule == "linear":
+        return 1 - progress
+    return (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1.0
+
+
+def needed_teacher_layers(args: KavaTrainingArguments, target: HiddenStateTarget, num_layers: int) -> list[int]:
+    """The teacher's layers that the weighted terms read; empty where none reads the teacher.
+
+    Args:
+        args: the weights.
+        target: what is aligned.
+        num_layers: number of the teacher's blocks, which is the index of its last state.
+    """
+    aligned = target.teacher_layers if args.aligns else []
+    return sorted({*aligned, *([num_layers] if args.kd_weight > 0 else [])})
+
+
+class LossTerms:
+    """Runs what the weighted terms need, and computes them.
+
+    Args:
+        args: weights, schedule, temperature, label smoothing.
+        target: what is aligned.
+        teacher: gives the states, and the head that makes logits of them; None where no term needs it.
+        vocabulary: number of the student's logits.
+        autocast: makes the context that the teacher runs in; the student's forward brings its own.
+    """
+
+    def __init__(
+        self,
+        args: KavaTrainingArguments,
+        target: HiddenStateTarget,
+        teacher: TeacherSource | None,
+        vocabulary: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.args, self.target, self.teacher, self.autocast = args, target, teacher, autocast
+        self._vocabulary = vocabulary
+        weights = {
+            "mercator": args.mercator_weight,
+            "mse": args.mse_weight,
+            "anchor": args.anchor_weight if target.decoders and args.aligns else 0.0,
+            "lm": args.lm_weight,
+            "kd": args.kd_weight,
+        }
+        self._weights = {name: weight for name, weight in weights.items() if weight > 0}
+
+    @property
+    def names(self) -> list[str]:
+        """The terms that are computed."""
+        return list(self._weights)
+
+    @property
+    def _source(self) -> TeacherSource:
+        """The teacher, where a term is known to need it."""
+        return cast(TeacherSource, self.teacher)
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """The weight of each term when the share `progress` of the training is done.
+
+        The schedule moves what pulls on the student's states; the anchor, which holds the projector, stays.
+        """
+        factor = schedule_factor(self.args.alignment_schedule, progress)
+        return {name: w * factor if name in ("mercator", "mse") else w for name, w in self._weights.items()}
+
+    def teacher_states(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor] | None:
+        """The teacher's states on a batch; None where no term reads them."""
+        if self.teacher is None or not (self.args.aligns or self.args.kd_weight > 0):
+            return None
+        with self.autocast():
+            return self.teacher.features(inputs)
+
+    def student_outputs(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        teacher_states: dict[int, torch.Tensor] | None,
+        weights: dict[str, float] | None,
+    ) -> StudentOutput:
+        """Run student and projectors.
+
+        Args:
+            model: the student and the projectors, wrapped or not.
+            inputs: a batch of `data`.
+            teacher_states: of the same batch; None where no term reads the teacher.
+            weights: of the terms to compute; the next-token loss always is in evaluation. With None the two sides are
+                brought together and no term on logits is computed.
+        """
+        named = weights or {}
+        names = [name for name in LOGITS_TERMS if name in named or (name == "lm" and weights and not model.training)]
+        aligns = self.args.aligns and (weights is None or not named.keys().isdisjoint(ALIGNMENT_TERMS))
+        return model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            packed_lengths=inputs.get("packed_lengths"),
+            teacher_states=teacher_states if aligns else None,
+            logits_terms=self._logits_terms(inputs, teacher_states, names, named) if names else None,
+        )
+
+    def _logits_terms(
+        self,
+        inputs: Mapping[str, Any],
+        teacher_states: dict[int, torch.Tensor] | None,
+        names: list[str],
+        weights: dict[str, float],
+    ) -> LogitsTerms:
+        """What computes the terms on logits inside the model's forward pass, at the answers alone."""
+        index, targets = inputs["answer_index"], inputs["next_tokens"]
+        temperature, beta = self.args.kd_temperature, self.args.kd_beta
+
+        def terms(
+            head: Head, parameters: Sequence[torch.Tensor], last_state: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
+
+            def chunk(states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
+                logits = head(states)
+                found = {"lm": next_token_sum(logits, targets, smoothing)} if "lm" in names else {}
+                if "kd" in names:
+                    size, reference = self._teacher_logits(teacher[0], logits.shape[-1])
+                    divergence = generalized_jsd_per_token(logits[:, :size], reference, temperature, beta)
+                    found["kd"] = token_sum(divergence, targets != IGNORED)
+                return torch.stack([found[name] for name in names])
+
+            rows = [last_state.flatten(0, 1)[index], targets]
+            if "kd" in names:
+                states = cast(dict[int, torch.Tensor], teacher_states)[self._source.num_layers]
+                rows.append(states.flatten(0, 1)[index])
+            mixture = torch.tensor([weights.get(name, 0.0) for name in names]).to(last_state.device, non_blocking=True)
+            total, sums = sum_in_chunks(chunk, tuple(rows), mixture, parameters, self._vocabulary)
+            return total, dict(zip(names, sums, strict=True))
+
+        return terms
+
+    @torch.no_grad()
+    def _teacher_logits(self, states: torch.Tensor, size: int) -> tuple[int, torch.Tensor]:
+        """The teacher's logits [n, s] and s: embeddings padded to a round number have a common first part."""
+        with self.autocast():
+            logits = self._source.head(states)
+        size = min(size, logits.shape[-1])
+        return size, logits[:, :size]
+
+    def loss(
+        self,
+        outputs: StudentOutput,
+        inputs: Mapping[str, Any],
+        weights: dict[str, float],
+        num_items: torch.Tensor | None = None,
+        means: TokenMeans | None = None,
+    ) -> torch.Tensor:
+        """The weighted sum of the terms, each as a token mean over the whole optimizer step.
+
+        Args:
+            outputs: of the student and the projectors, with the same weights.
+            inputs: the batch of `data` that gave them; `counted` [B, T] leaves tokens out.
+            weights: of the terms.
+            num_items: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
+            means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted.
+        """
+        means = TokenMeans() if means is None else means
+        tokens, answers = (None, None) if num_items is None else num_items
+        mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
+        parts = self._alignment(outputs, mask, tokens, means, weights) if outputs.pairs else []
+        counted = (inputs["next_tokens"] != IGNORED).sum()
+        for name, total in outputs.logits_sums.items():
+            _note(means, weights, name, total, counted)
+        if outputs.logits_total is not None:
+            parts.append(outputs.logits_total / (counted if answers is None else answers).clamp(min=1))
+        return torch.stack(parts).sum()
+
+    def _alignment(
+        self,
+        outputs: StudentOutput,
+        mask: torch.Tensor,
+        tokens: torch.Tensor | None,
+        means: TokenMeans,
+        weights: dict[str, float],
+    ) -> list[torch.Tensor]:
+        """The weighted terms that compare states."""
+        pairs = self.target.align(outputs.pairs, mask, weights)
+        means.add("cos_sim", token_sum(self.target.mean([pair.cosine for pair in pairs]), mask), mask.sum())
+        parts = []
+        for name in (name for name in ALIGNMENT_TERMS if name in weights):
+            per_token = self.target.mean([pair.terms[name] for pair in pairs])
+            _note(means, weights, name, token_sum(per_token, mask), mask.sum())
+            parts.append(weights[name] * token_mean(per_token, mask, tokens))
+        return parts
+
+
+def _note(means: TokenMeans, weights: dict[str, float], name: str, total: torch.Tensor, count: torch.Tensor) -> None:
+    means.add(f"{name}_loss", total, count)
+    if name in weights:
+        means.add(f"{name}_weighted", weights[name] * total, count)

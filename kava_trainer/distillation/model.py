@@ -1,0 +1,117 @@
+"""Student and projectors in one module, and what its forward pass gives."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..models.hidden_states import HiddenStateCapture, run_decoder
+from ..models.lm_head import vocabulary_logits
+from ..utils.distributed import is_sharded
+from .targets import AlignedStates, HiddenStateTarget
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Maps last hidden states [..., d] to logits [..., vocabulary]."""
+
+LogitsTerms = Callable[[Head, Sequence[torch.Tensor], torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""Computes the terms on logits from the vocabulary head, its trained parameters and the last hidden state [B, T, d_s]:
+their weighted total, and the sums by name."""
+
+
+@dataclass
+class StudentOutput:
+    """What one forward pass of the student and the projectors gives.
+
+    It is no mapping and no tuple on purpose: accelerate would copy every tensor of those to float32. It is registered
+    below as a tree, in whose leaves FSDP2 of torch 2.11 finds the tensors at which the backward pass gathers the
+    weights again; a dataclass has none for it, and the pass would read weights that are freed.
+    """
+
+    last_hidden_state: torch.Tensor
+    """[B, T, d_s]."""
+    hidden_states: dict[int, torch.Tensor]
+    """[B, T, d_s] by student layer."""
+    pairs: list[AlignedStates]
+    """Both sides of each pair of layers in one space; empty without teacher states."""
+    logits_total: torch.Tensor | None = None
+    """Weighted sum of the terms on logits over tokens, with its gradient; None where none was asked for."""
+    logits_sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sums over tokens of the terms on logits, without weights and gradients."""
+
+
+class DistillationModel(nn.Module):
+    """The student and the projectors in one module, so that one wrapper serves both.
+
+    Data parallelism, gradient clipping and gradient accumulation see one model; the student inside stays a plain
+    `PreTrainedModel`. Attributes that this module lacks are the student's (`config`, `generate`, ...), and
+    `save_pretrained` therefore writes the student alone.
+
+    Args:
+        student: the model to train.
+        target: what is aligned, with its projectors.
+    """
+
+    accepts_loss_kwargs = True
+    """Tells Trainer that the loss is already normalised over the whole optimizer step."""
+
+    def __init__(self, student: PreTrainedModel, target: HiddenStateTarget) -> None:
+        super().__init__()
+        self.student = student
+        self.target = target
+        self._capture = HiddenStateCapture(student, target.student_layers)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "student":
+                raise
+            return getattr(self.student, name)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What accelerate shards as units: the student's blocks, and the projectors, whose data type may differ."""
+        return [*(self.student._no_split_modules or ()), type(self.target).__name__]
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """Tied weights that a checkpoint leaves out; Trainer asks for them before it warns of missing keys."""
+        return list(getattr(self.student, "all_tied_weights_keys", {}))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        packed_lengths: Sequence[int] | None = None,
+        teacher_states: dict[int, torch.Tensor] | None = None,
+        logits_terms: LogitsTerms | None = None,
+    ) -> StudentOutput:
+        """Run the student, keep its mapped hidden states, and bring them and the teacher's into one space.
+
+        Args:
+            input_ids: tokens [B, T].
+            attention_mask: 1 at real tokens [B, T].
+            labels: taken and left alone, so that Trainer finds the column; losses are computed elsewhere.
+            packed_lengths: tokens of each example of a packed row [1, T].
+            teacher_states: the teacher's states [B, T, d_t] by layer; without them nothing is projected.
+            logits_terms: computed here, inside the wrapper of data parallelism, because they use the head's weights.
+        """
+        with self._capture as states:
+            last = run_decoder(self.student, input_ids, attention_mask, packed_lengths)
+        pairs = [] if teacher_states is None else self.target(states, teacher_states)
+        if logits_terms is None:
+            return StudentOutput(last, states, pairs)
+        own = [p for p in self.student.get_output_embeddings().parameters() if p.requires_grad]
+        return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last))
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of last hidden states [..., d_s].
+
+        Where the weights are sharded, the head's are whole within the forward pass. The hooks that see to it would take
+        the gradient of one chunk for the end of the backward pass.
+        """
+        return vocabulary_logits(self.student, states, with_hooks=not is_sharded(self))

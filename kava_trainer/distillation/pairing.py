@@ -1,0 +1,55 @@
+"""A teacher and a student that a trainer is given as plain models: where the states come from, and what is aligned."""
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..config.arguments import KavaTrainingArguments
+from ..config.launcher import is_fsdp_asked
+from ..models.layers import number_of_layers
+from ..models.loading import on_device
+from ..models.lora import has_adapter
+from ..models.teacher import OnlineTeacher, TeacherSource
+from .loss_terms import needed_teacher_layers
+from .targets import HiddenStateTarget, build_target
+
+
+def check_student(student: PreTrainedModel) -> None:
+    """Raise `ValueError` for a student that cannot be trained as it is."""
+    if isinstance(student, PeftModel):
+        raise ValueError("The student is a PeftModel. Give the model itself, with adapters from adapters.add_adapter.")
+    if is_fsdp_asked() and has_adapter(student):
+        raise ValueError("Adapters are not supported under FSDP2; start without it.")
+
+
+def pair_up(
+    args: KavaTrainingArguments,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | TeacherSource | None,
+    target: HiddenStateTarget | None,
+) -> tuple[TeacherSource | None, HiddenStateTarget]:
+    """What a `KavaTrainer` takes the teacher's states from, and what it aligns.
+
+    Args:
+        args: say which layers are aligned, how, and which terms there are.
+        student: the model to train.
+        teacher: a model, which is frozen and put on the training's device, or any other source of states.
+        target: what is aligned; made as the arguments ask where it is None.
+
+    Returns:
+        The source, which is None where no term reads the teacher, and the target.
+
+    Raises:
+        BadRequest: if the models do not have the layers that the arguments name.
+        ValueError: if there is neither a target nor a model to make it for.
+    """
+    if not isinstance(teacher, PreTrainedModel):
+        if target is None:
+            raise ValueError("Give the teacher as a model, or say what is aligned: target=build_target(args, ...).")
+        return teacher, target
+    target = build_target(args, student, teacher) if target is None else target
+    layers = needed_teacher_layers(args, target, number_of_layers(teacher))
+    if not layers:
+        return None, target
+    if not getattr(teacher, "is_quantized", False):
+        on_device(teacher, args.device)
+    return OnlineTeacher(teacher, layers), target

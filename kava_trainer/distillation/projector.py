@@ -1,0 +1,98 @@
+"""The projectors that map hidden states of one model into the other's space, what holds them, and their files."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Anchor = Literal["none", "pca", "reconstruction"]
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Shape of one projector.
+
+    Attributes:
+        input_size: width of the states that go in.
+        output_size: width of what comes out.
+        mlp_ratio: hidden width as a multiple of `input_size`.
+        dropout: dropout on the hidden layer, from 0 to below 1.
+        anchor: what keeps the output from collapsing: nothing, a frozen principal subspace in place of the trained
+            network, or a decoder that must rebuild the input from it.
+    """
+
+    input_size: int
+    output_size: int
+    mlp_ratio: float = 1.0
+    dropout: float = 0.1
+    anchor: Anchor = "none"
+
+
+def normalise(states: torch.Tensor) -> torch.Tensor:
+    """States [..., d] in float32 with mean 0 and variance 1 over their width."""
+    return F.layer_norm(states.float(), states.shape[-1:])
+
+
+class ElasticBottleneck(nn.Module):
+    """LayerNorm(d_in) -> Linear(d_in, round(mlp_ratio * d_in)) -> SiLU -> Dropout -> Linear(., d_out).
+
+    Args:
+        config: the shape. For Qwen2.5 1.5B to 0.5B that is 1536 -> 896.
+    """
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = max(1, round(config.mlp_ratio * config.input_size))
+        self.norm = nn.LayerNorm(config.input_size)
+        self.up = nn.Linear(config.input_size, hidden)
+        self.activation = nn.SiLU()
+        self.dropout = nn.Dropout(config.dropout)
+        self.down = nn.Linear(hidden, config.output_size)
+
+    def hidden(self, states: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads: [..., d_in] to [..., round(mlp_ratio * d_in)]."""
+        states = self.norm(states.to(self.norm.weight.dtype))
+        return self.dropout(self.activation(self.up(states)))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map [..., d_in] to [..., d_out] in the projector's own data type."""
+        return self.down(self.hidden(states))
+
+
+class PrincipalProjection(nn.Module):
+    """A frozen linear map of the normalised states onto their principal subspace; it cannot take part in a collapse.
+
+    It computes in float32 whatever the model around it is cast to: the target shall not change with the precision.
+
+    It is zero until `calibration` sets it.
+
+    Args:
+        config: `input_size` and `output_size` of the map.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("weight", torch.zeros(config.output_size, config.input_size))
+        self.register_buffer("bias", torch.zeros(config.output_size))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map [..., d_in] to float32 [..., d_out]."""
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(normalise(states), self.weight.float(), self.bias.float())
+
+
+def build_projector(config: ProjectorConfig) -> nn.Module:
+    """The projector that a config describes, with random weights."""
+    return PrincipalProjection(config) if config.anchor == "pca" else ElasticBottleneck(config)
+
+
+def build_decoder(config: ProjectorConfig) -> nn.Linear:
+    """The map from a projector's output back to its normalised input."""
+    return nn.Linear(config.output_size, config.input_size)

@@ -1,0 +1,160 @@
+"""What is aligned: which states to capture, how to project them, which loss terms come of it."""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config.arguments import KavaTrainingArguments
+from ..config.layer_mapping import resolve_layer_pairs
+from ..models.layers import hidden_size, number_of_layers
+from ..utils.errors import BadRequest
+from .losses import mercator_per_token, mse_per_token
+from .projector import ProjectorConfig, build_decoder, build_projector, normalise
+
+Direction = Literal["teacher_to_student", "student_to_teacher"]
+
+
+class AlignedStates(NamedTuple):
+    """The two sides of one pair of layers in the same space, [B, T, d] each.
+
+    It is a tuple, because the hooks of FSDP2 look for the tensors of an output in those.
+    """
+
+    student: torch.Tensor
+    target: torch.Tensor
+    reconstruction: tuple[torch.Tensor, torch.Tensor] | None = None
+    """With a reconstruction anchor, the rebuilt and the true normalised teacher states [B, T, d_t]."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What comparing the two sides of one pair gives, token by token: float32 [B, T] each."""
+
+    terms: dict[str, torch.Tensor]
+    """Unweighted loss terms by name."""
+    cosine: torch.Tensor
+
+
+class HiddenStateTarget(nn.Module):
+    """Aligns hidden states of the student with those of the teacher, with one projector a pair.
+
+    With `teacher_to_student` the teacher's states are projected into the student's space and the target moves with
+    the projector. With `student_to_teacher` the student's states are projected and the teacher's own are the target.
+
+    Args:
+        pairs: (student layer, teacher layer) pairs in the convention of `capture`.
+        config: shape of each projector.
+        alpha: weight of the direction in the Mercator loss.
+        beta: weight of the log-magnitude in the Mercator loss.
+        direction: which side is projected.
+        weights: weight of each pair; equal by default. Only their proportions count.
+    """
+
+    def __init__(
+        self,
+        pairs: list[tuple[int, int]],
+        config: ProjectorConfig,
+        alpha: float = 1.0,
+        beta: float = 0.01,
+        direction: Direction = "teacher_to_student",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.pairs, self.direction = pairs, direction
+        self.alpha, self.beta = alpha, beta
+        shares = [1.0] * len(pairs) if weights is None else list(weights)
+        self.shares = [share / sum(shares) for share in shares]
+        self.projectors = nn.ModuleList(build_projector(config) for _ in pairs)
+        count = len(pairs) if config.anchor == "reconstruction" else 0
+        self.decoders = nn.ModuleList(build_decoder(config) for _ in range(count))
+
+        self.student_size = config.output_size if direction == "teacher_to_student" else config.input_size
+
+    @property
+    def use(self) -> dict[str, Any]:
+        """What the projectors map, as it stands in their file."""
+        return {"direction": self.direction, "pairs": [list(pair) for pair in self.pairs]}
+
+    @property
+    def student_layers(self) -> list[int]:
+        """Layers of the student to capture."""
+        return [student for student, _ in self.pairs]
+
+    @property
+    def teacher_layers(self) -> list[int]:
+        """Layers of the teacher to capture."""
+        return [teacher for _, teacher in self.pairs]
+
+    def forward(
+        self, student_states: dict[int, torch.Tensor], teacher_states: dict[int, torch.Tensor]
+    ) -> list[AlignedStates]:
+        """Bring both sides of each pair into one space.
+
+        Args:
+            student_states: [B, T, d_s] by student layer.
+            teacher_states: [B, T, d_t] by teacher layer.
+        """
+        return [
+            self._project(index, student_states[student], teacher_states[teacher])
+            for index, (student, teacher) in enumerate(self.pairs)
+        ]
+
+    def _project(self, index: int, student: torch.Tensor, teacher: torch.Tensor) -> AlignedStates:
+        projector = self.projectors[index]
+        if self.direction == "student_to_teacher":
+            return AlignedStates(projector(student), teacher)
+        target = projector(teacher)
+        reconstruction = (self.decoders[index](target), normalise(teacher)) if self.decoders else None
+        return AlignedStates(student, target, reconstruction)
+
+    def align(self, pairs: list[AlignedStates], mask: torch.Tensor, names: Container[str]) -> list[Alignment]:
+        """Compare both sides, pair by pair, at the tokens where `mask` [B, T] is true.
+
+        Args:
+            pairs: what `forward` gave.
+            mask: boolean [B, T].
+            names: the terms to compute, of `mercator`, `mse` and `anchor`.
+        """
+        return [self._compare(pair, mask, names) for pair in pairs]
+
+    def _compare(self, pair: AlignedStates, mask: torch.Tensor, names: Container[str]) -> Alignment:
+        mercator, cosine = mercator_per_token(pair.student, pair.target, mask, self.alpha, self.beta)
+        terms = {"mercator": mercator} if "mercator" in names else {}
+        if "mse" in names:
+            terms["mse"] = mse_per_token(pair.student, pair.target, mask)
+        if "anchor" in names and pair.reconstruction is not None:
+            terms["anchor"] = mse_per_token(*pair.reconstruction, mask)
+        return Alignment(terms, cosine)
+
+    def mean(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Weighted mean over the pairs of one figure a pair."""
+        return torch.stack([share * value for share, value in zip(self.shares, values, strict=True)]).sum(dim=0)
+
+
+def build_target(args: KavaTrainingArguments, student: PreTrainedModel, teacher: PreTrainedModel) -> HiddenStateTarget:
+    """The alignment that the arguments ask for, with random projectors.
+
+    Args:
+        args: layers, direction, anchor and shape.
+        student: gives its depth and width.
+        teacher: gives its depth and width.
+
+    Raises:
+        BadRequest: if a layer does not exist, or there are not as many `layer_weights` as pairs.
+    """
+    pairs = resolve_layer_pairs(args.layer_mapping, number_of_layers(student), number_of_layers(teacher))
+    if args.layer_weights is not None and len(args.layer_weights) != len(pairs):
+        raise BadRequest(
+            f"layer_weights has {len(args.layer_weights)} numbers, but layer_mapping {args.layer_mapping} gives "
+            f"{len(pairs)} pairs: {', '.join(map(str, pairs))}."
+        )
+    sizes = (hidden_size(teacher), hidden_size(student))
+    if args.projector_direction == "student_to_teacher":
+        sizes = sizes[::-1]
+    config = ProjectorConfig(*sizes, args.projector_mlp_ratio, args.projector_dropout, args.projector_anchor)
+    shape = (args.mercator_alpha, args.mercator_beta, args.projector_direction, args.layer_weights)
+    return HiddenStateTarget(pairs, config, *shape)

@@ -1,0 +1,194 @@
+"""What a model is worth on held-out problems: perplexity on the answers, and exact match of the final answer."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import datasets
+import torch
+from accelerate.utils import gather_object, send_to_device
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..distillation.chunked_loss import sum_in_chunks
+from ..distillation.losses import next_token_sum
+from ..models.hidden_states import run_decoder
+from ..models.lm_head import vocabulary_logits, vocabulary_size
+from ..utils.progress_bar import own_batches
+from .final_answer_match.final_answer_match import FinalAnswerMatch
+
+
+@torch.no_grad()
+def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[str, torch.Tensor]) -> float:
+    """Cross-entropy in nats, summed over the answer tokens of one batch.
+
+    Args:
+        model: a causal language model.
+        states: its last hidden state [B, T, d].
+        batch: of a `collating.DistillationCollator`, on the device of the states.
+    """
+
+    def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return next_token_sum(vocabulary_logits(model, states), targets).unsqueeze(0)
+
+    answers = (states.flatten(0, 1)[batch["answer_index"]], batch["next_tokens"])
+    one = torch.ones(1, device=states.device)
+    return sum_in_chunks(chunk, answers, one, [], vocabulary_size(model))[0].item()
+
+
+@torch.no_grad()
+def answer_cross_entropy(
+    model: PreTrainedModel, dataset: datasets.Dataset, collator: Callable[[list[Any]], dict[str, Any]], batch_size: int
+) -> float:
+    """Mean cross-entropy in nats over the answer tokens of a data set, shared out over the ranks.
+
+    Args:
+        model: a causal language model; it is left in the mode it came in.
+        dataset: examples of `data.encode_dataset`.
+        collator: a `collating.DistillationCollator`.
+        batch_size: examples at a time.
+    """
+    training = model.training
+    model.eval()
+    order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
+    total, count = 0.0, 0
+
+    for rows in own_batches(order, batch_size, "Perplexity"):
+        batch = collator([dataset[row] for row in rows])
+        batch = send_to_device(batch, model.device)
+        states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
+        total += answer_loss_sum(model, states, batch)
+        count += len(batch["next_tokens"])
+    model.train(training)
+    shares = gather_object([(total, count)])
+    return sum(part for part, _ in shares) / max(sum(tokens for _, tokens in shares), 1)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers to the prompts of a data set, batched and padded on the left, shared out over the ranks.
+
+    Returns:
+        One text for each example, in the data set's order, without the prompt.
+    """
+    training = model.training
+    model.eval()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    order = sorted(range(len(dataset)), key=lambda row: dataset[row]["prompt_length"])
+    answers: list[tuple[int, str]] = []
+    for rows in own_batches(order, batch_size, "Generating answers"):
+        prompts = [torch.tensor(_prompt(dataset[row], tokenizer)) for row in rows]
+        width: Any = {"batch_first": True, "padding_side": "left"}
+        input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
+        with _own_defaults_off(model):
+            output = cast(Any, model).generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
+        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+        answers += zip(rows, texts, strict=True)
+    model.train(training)
+    return [text for _, text in sorted(gather_object(answers))]
+
+
+@contextmanager
+def _own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a config leaves open from the model's own, such as a repetition penalty; not in here."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end-of-text token and whatever else the model itself stops at."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+
+
+def _prompt(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens before the answer; plain text has none and is continued from the beginning-of-text token."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return example["input_ids"][: example["prompt_length"]] or [start]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is worth on held-out problems."""
+
+    figures: dict[str, float | None]
+    """`cross_entropy` in nats, `perplexity`, and `exact_match`, a share, None where nothing was generated."""
+    answers: list[str]
+    """Its greedy answers in the data set's order; empty where nothing was generated."""
+
+
+def evaluate_with_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    collator: Callable[[list[Any]], dict[str, Any]],
+    batch_size: int,
+    max_new_tokens: int | None = None,
+) -> Evaluation:
+    """Cross-entropy and perplexity of the answers, and with `max_new_tokens` also greedy answers and their exact match.
+
+    Args:
+        model: a causal language model.
+        tokenizer: of the data set.
+        dataset: examples of `data.encode_dataset`.
+        collator: a `collating.DistillationCollator`.
+        batch_size: examples at a time.
+        max_new_tokens: of an answer; None for no answers.
+    """
+    loss = answer_cross_entropy(model, dataset, collator, batch_size)
+    figures: dict[str, float | None] = {
+        "cross_entropy": loss,
+        "perplexity": perplexity(loss),
+        "exact_match": None,
+    }
+    answers: list[str] = []
+    if max_new_tokens is not None:
+        answers = generate_answers(model, tokenizer, dataset, batch_size, max_new_tokens)
+        metric = FinalAnswerMatch(keep_in_memory=True)
+        figures |= metric.compute(predictions=answers, references=list(dataset["answer_text"]))
+    return Evaluation(figures, answers)
+
+
+def evaluate_model(*args: Any, **kwargs: Any) -> dict[str, float | None]:
+    """The `figures` of `evaluate_with_answers`, with its arguments."""
+    return evaluate_with_answers(*args, **kwargs).figures
+
+
+def first_problems(tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, count: int) -> list[dict[str, str]]:
+    """`prompt` and `reference` of the first examples of a data set, as text."""
+    return [
+        {
+            "prompt": str(tokenizer.decode(row["input_ids"][: row["prompt_length"]], skip_special_tokens=True)),
+            "reference": row["answer_text"],
+        }
+        for row in dataset.select(range(min(count, len(dataset))))
+    ]
+
+
+def longest_answer(dataset: datasets.Dataset) -> int:
+    """Tokens of the longest reference answer."""
+    return max(len(row["input_ids"]) - row["prompt_length"] for row in dataset)
+
+
+def perplexity(cross_entropy: float) -> float:
+    """e to the power of a cross-entropy in nats, at most about 1e304: beyond that floats end."""
+    return math.exp(min(cross_entropy, 700))

@@ -1,0 +1,161 @@
+"""How well student and target agree, what of it means anything, and what it is called.
+
+CosSim alone proves nothing where the projector trains: both sides can agree by becoming a constant. The diagnostics
+here are computed on a fixed probe of held-out tokens; linear CKA looks at the raw teacher, so no projector can move it.
+All functions take states [N, d] of N unmasked tokens and compute in float32.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+STATUSES = ((0.95, "Excellent"), (0.90, "Great"), (0.70, "Good"), (0.50, "Learning"))
+"""Lower edges of CosSim, inclusive, from the best status down; below the last one it is `Adapting`."""
+
+COLLAPSED = "Collapsed"
+
+MINIMUM_MARGIN = 0.05
+
+MINIMUM_RANK_SHARE = 0.25
+
+
+def alignment_status(cos_sim: float, collapsed: bool = False) -> str:
+    """The status a CosSim is shown with: `Adapting` to `Excellent`, or `Collapsed` whatever CosSim is."""
+    if collapsed:
+        return COLLAPSED
+    return next((status for edge, status in STATUSES if cos_sim >= edge), "Adapting")
+
+
+def mean_cosine(student: torch.Tensor, target: torch.Tensor) -> float:
+    """Mean over tokens of the cosine between a student state and its own target."""
+    return F.cosine_similarity(student.float(), target.float(), dim=-1, eps=1e-6).mean().item()
+
+
+def centred_cosine(student: torch.Tensor, target: torch.Tensor) -> float:
+    """`mean_cosine` after subtracting each side's mean over the tokens: what is left without a common offset."""
+    student, target = student.float(), target.float()
+    return mean_cosine(student - student.mean(dim=0), target - target.mean(dim=0))
+
+
+def shuffled_cosine(student: torch.Tensor, target: torch.Tensor) -> float:
+    """Mean cosine between a student state and the target of *another* token.
+
+    The mean over every such pair, which is what permuting the targets without fixed points gives on average; it needs
+    no random numbers: (sum_i s_i . sum_j t_j - sum_i s_i . t_i) / (N (N - 1)) for unit vectors s, t.
+    """
+    student, target = (F.normalize(states.float(), dim=-1, eps=1e-6) for states in (student, target))
+    count = len(student)
+    own = (student * target).sum()
+    return ((student.sum(dim=0) @ target.sum(dim=0) - own) / max(count * (count - 1), 1)).item()
+
+
+def effective_rank(states: torch.Tensor) -> float:
+    """exp of the entropy of the normalised singular values of the centred states.
+
+    Roy and Vetterli 2007; RankMe, Garrido et al. 2023. Between 1 and d; 0 where all tokens have
+    one state, NaN where a state is no finite number.
+    """
+    centred = states.float() - states.float().mean(dim=0)
+    if not centred.isfinite().all():
+        return float("nan")
+    values = torch.linalg.svdvals(centred)
+    if values.sum() <= 1e-6 * states.float().norm().clamp(min=1e-6):
+        return 0.0
+    shares = values / values.sum()
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def linear_cka(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Linear centred kernel alignment of two sets of states of the same tokens, of any widths (Kornblith et al. 2019).
+
+    |X'Y|^2 / (|X'X| |Y'Y|) with Frobenius norms of the centred states X and Y. Unmoved by rotations and scale.
+    """
+    left, right = (states.float() - states.float().mean(dim=0) for states in (left, right))
+    scale = (left.T @ left).norm() * (right.T @ right).norm()
+    return ((left.T @ right).square().sum() / scale.clamp(min=1e-12)).item()
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What one probe of one pair of layers shows; names as in `run_summary.json`."""
+
+    cos_sim: float
+    centred_cos_sim: float
+    shuffled_cos_sim: float
+    margin: float
+    cka: float
+    student_effective_rank: float
+    target_effective_rank: float
+    teacher_effective_rank: float
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures by name."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def diagnose(compared: torch.Tensor, target: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor) -> Diagnostics:
+    """All diagnostics of one pair on a probe.
+
+    Args:
+        compared: the student's side of the comparison [N, d]: its states, or what a projector makes of them.
+        target: their targets [N, d]: what a projector makes of the teacher's states, or these.
+        student: raw, unprojected student states [N, d_s] of the same tokens.
+        teacher: raw, unprojected teacher states [N, d_t] of the same tokens.
+    """
+    cos_sim, shuffled = mean_cosine(compared, target), shuffled_cosine(compared, target)
+    return Diagnostics(
+        cos_sim=cos_sim,
+        centred_cos_sim=centred_cosine(compared, target),
+        shuffled_cos_sim=shuffled,
+        margin=cos_sim - shuffled,
+        cka=linear_cka(student, teacher),
+        student_effective_rank=effective_rank(student),
+        target_effective_rank=effective_rank(target),
+        teacher_effective_rank=effective_rank(teacher),
+    )
+
+
+def collapse_reason(figures: Diagnostics, student_size: int) -> str | None:
+    """Why an alignment counts as collapsed, in one sentence, or None.
+
+    Collapsed is a margin under 0.05, or targets whose effective rank is under a quarter of the smaller of d_s and the
+    raw teacher's effective rank.
+
+    Args:
+        figures: a probe of one pair.
+        student_size: width d_s of the student.
+    """
+    if not all(map(math.isfinite, figures.to_dict().values())):
+        return "The states on the probe are no finite numbers any more."
+    if figures.margin < MINIMUM_MARGIN:
+        return (
+            f"A student state agrees with the target of another token ({figures.shuffled_cos_sim:.3f}) as well as with "
+            f"its own ({figures.cos_sim:.3f})."
+        )
+    possible = min(student_size, figures.teacher_effective_rank)
+    if figures.target_effective_rank < MINIMUM_RANK_SHARE * possible:
+        return (
+            f"The targets use {figures.target_effective_rank:.1f} of {possible:.1f} possible dimensions, so the "
+            "projector has thrown most of the teacher away."
+        )
+    return None
+
+
+def collapse_remedy(trained_projector: bool, held: bool, supervised: bool) -> str:
+    """What to change after a collapse, in one sentence.
+
+    Args:
+        trained_projector: whether the target moves with a projector that trains.
+        held: whether an anchor holds that projector.
+        supervised: whether a term trains the next-token predictions.
+    """
+    if not supervised:
+        return "Set lm_weight above 0, so that the student's states have to carry something."
+    if not trained_projector:
+        return "Lower mercator_weight, or align another layer: this one has next to one direction for all tokens."
+    if held:
+        return "Raise anchor_weight, or write projector_anchor pca, whose targets cannot move."
+    return "Write projector_anchor pca or reconstruction, or projector_direction student_to_teacher."

@@ -1,0 +1,185 @@
+"""The alignment diagnostics of a model in training, on one fixed batch of held-out tokens."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate.utils import send_to_device
+
+from ..distillation.loss_terms import LossTerms
+from ..distillation.model import DistillationModel
+from ..utils.distributed import give_up_whole_weights, whole
+from .diagnostics import Diagnostics, collapse_reason, diagnose
+
+PROBE_TOKENS = 2048
+"""The probe takes as many held-out examples as give this many tokens, or all of them."""
+
+GRADIENT_EXAMPLES = 16
+"""Examples of the probe that the gradient of each term is measured on."""
+
+MINIMUM_SHARE = 0.01
+"""A term with a smaller share of the student's gradient has next to no effect."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What the probe shows of each pair of layers and of the loss terms."""
+
+    pairs: list[Diagnostics]
+    shares: list[float]
+    """Weight of each pair; they sum to 1."""
+    collapse: str | None
+    """Why the first collapsed pair counts as collapsed; None if none does."""
+    gradient_shares: dict[str, float] = field(default_factory=dict)
+    """Norm of each weighted term's gradient in the student, as a share of the sum of these norms."""
+
+    def mean(self) -> dict[str, float]:
+        """Each figure as the weighted mean over the pairs."""
+        rows = [pair.to_dict() for pair in self.pairs]
+        return {name: sum(share * row[name] for share, row in zip(self.shares, rows, strict=True)) for name in rows[0]}
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The means and gradient shares as log metrics and, where there are several pairs, the figures of each."""
+        figures = {f"{prefix}_{name}": value for name, value in self.mean().items()}
+        if len(self.pairs) > 1:
+            for index, pair in enumerate(self.pairs):
+                figures |= {f"{prefix}_pair{index}_{name}": value for name, value in pair.to_dict().items()}
+        figures |= {f"{prefix}_{name}_gradient_share": share for name, share in self.gradient_shares.items()}
+        return {**figures, f"{prefix}_collapsed": float(self.collapse is not None)}
+
+
+def choose_examples(dataset: Any, tokens: int = PROBE_TOKENS) -> list[dict[str, Any]]:
+    """The first examples of a data set that together hold at least `tokens` tokens."""
+    chosen, count = [], 0
+    for example in dataset:
+        chosen.append(example)
+        count += len(example["input_ids"])
+        if count >= tokens:
+            break
+    return chosen
+
+
+class ShareWatch:
+    """Notices terms whose share of the student's gradient stays under `MINIMUM_SHARE`, and names each one once.
+
+    Args:
+        ignored: terms that are meant to have none: the anchor, and what a schedule lets fade out.
+    """
+
+    def __init__(self, ignored: set[str]) -> None:
+        self._ignored = ignored
+        self._small_before: set[str] = set()
+        self._named: set[str] = set()
+
+    def state(self) -> list[list[str]]:
+        """What has been noted, to be put back with `restore`."""
+        return [sorted(self._small_before), sorted(self._named)]
+
+    def restore(self, state: list[list[str]]) -> None:
+        """Put back what `state` gave."""
+        self._small_before, self._named = map(set, state)
+
+    def without_effect(self, shares: dict[str, float]) -> list[str]:
+        """Note one measurement; the terms that were small in it and in the one before."""
+        small = {name for name, share in shares.items() if share < MINIMUM_SHARE} - self._ignored
+        named = sorted((small & self._small_before) - self._named)
+        self._small_before = small
+        self._named.update(named)
+        return named
+
+
+class AlignmentProbe:
+    """Measures how student, targets and teacher relate, and what each term does, on examples that never change.
+
+    Args:
+        examples: held-out examples with `input_ids` and `labels`.
+        collator: pads them.
+        batch_size: examples at a time.
+        gradient_batch_size: examples at a time with gradients, as many as the device holds in training.
+    """
+
+    def __init__(
+        self,
+        examples: list[dict[str, Any]],
+        collator: Callable[[list[Any]], dict[str, Any]],
+        batch_size: int,
+        gradient_batch_size: int,
+    ) -> None:
+        self._batches = [collator(batch) for batch in _split(examples, batch_size)]
+        self._gradient_batches = [
+            collator(batch) for batch in _split(examples[:GRADIENT_EXAMPLES], gradient_batch_size)
+        ]
+
+    def measure(self, model: DistillationModel, terms: LossTerms, progress: float = 0.0) -> ProbeResult:
+        """Run both models on the probe and compare. Mode, gradients and random numbers are left as they were.
+
+        Args:
+            model: student and projectors, not wrapped, but they may be sharded; then every rank must measure.
+            terms: runs the models and computes the losses.
+            progress: share of the training that is done, for the weights of the terms.
+        """
+        training = model.training
+        pairs = self._diagnose(model.eval(), terms)
+        give_up_whole_weights(model)
+        # As in training: gradient checkpointing, which saves the memory of a small device, works in that mode only.
+        shares = self._gradient_shares(model.train(), terms, progress)
+        model.train(training)
+        reasons = [reason for pair in pairs if (reason := collapse_reason(pair, model.target.student_size))]
+        return ProbeResult(pairs, model.target.shares, reasons[0] if reasons else None, shares)
+
+    @torch.no_grad()
+    def _diagnose(self, model: DistillationModel, terms: LossTerms) -> list[Diagnostics]:
+        rows: list[list[list[torch.Tensor]]] = [[[], [], [], []] for _ in model.target.pairs]
+        for batch in self._batches:
+            batch = send_to_device(batch, model.student.device)
+            mask = batch["attention_mask"].bool()
+            states = cast(dict[int, torch.Tensor], terms.teacher_states(batch))
+            output = terms.student_outputs(model, batch, states, None)
+            for row, (student, teacher), pair in zip(rows, model.target.pairs, output.pairs, strict=True):
+                compared = (pair.student, pair.target, output.hidden_states[student], states[teacher])
+                for kept, tensor in zip(row, compared, strict=True):
+                    kept.append(tensor[mask].float())
+        return [diagnose(*(torch.cat(kept) for kept in row)) for row in rows]
+
+    def _gradient_shares(self, model: DistillationModel, terms: LossTerms, progress: float) -> dict[str, float]:
+        """Norm of each weighted term's gradient in the student, as a share of the sum of these norms.
+
+        One backward pass a term, each from a forward pass of its own: one gradient and one graph in memory at a time,
+        and reentrant checkpointing works too.
+        """
+        before = {parameter: parameter.grad for parameter in model.parameters()}
+        devices = [model.student.device] if model.student.device.type == "cuda" else []
+        norms = {}
+        try:
+            for name, weight in terms.weights(progress).items():
+                model.zero_grad()
+                with torch.random.fork_rng(devices), torch.enable_grad():
+                    torch.manual_seed(0)
+                    self._backward(model, terms, {name: weight})
+                norms[name] = _norm(parameter.grad for parameter in model.student.parameters())
+        finally:
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
+        total = sum(norms.values())
+        return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
+
+    def _backward(self, model: DistillationModel, terms: LossTerms, weights: dict[str, float]) -> None:
+        """The gradient of the terms that have weights, as token means over all gradient batches."""
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in self._gradient_batches)
+        answers = sum(len(batch["next_tokens"]) for batch in self._gradient_batches)
+        for batch in self._gradient_batches:
+            batch = send_to_device(batch, model.student.device)
+            states = terms.teacher_states(batch)
+            counts = torch.tensor([tokens, answers], device=model.student.device)
+            terms.loss(terms.student_outputs(model, batch, states, weights), batch, weights, counts).backward()
+
+
+def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def _norm(gradients: Iterable[torch.Tensor | None]) -> float:
+    found = (gradient for gradient in gradients if gradient is not None)
+    parts = [whole(torch.linalg.vector_norm(gradient, dtype=torch.float32)) for gradient in found]
+    return torch.stack(parts).norm().item() if parts else 0.0

@@ -1,0 +1,1 @@
+"""Teacher and student as models: loaded, read layer by layer, packed, with adapters."""

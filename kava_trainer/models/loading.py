@@ -1,0 +1,184 @@
+"""Configs, tokenizers and weights by hub id or local folder, with one clear error where they cannot be had."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..config.model_arguments import QUICKSTART, ModelArguments
+from ..quickstart import STUDENT_FOLDER, TEACHER_FOLDER
+from ..utils.errors import BadRequest, reason_of
+from ..utils.files import folder_problem
+from .layers import context_length
+
+T = TypeVar("T")
+
+_JSON_FILES = (
+    "config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json",
+)  # fmt: skip
+
+
+def _locate(name: str, role: str) -> str:
+    """The folder behind the name `quickstart` or behind `~`; any other name is left as it is."""
+    if name == QUICKSTART:
+        return str(TEACHER_FOLDER if role == "teacher" else STUDENT_FOLDER)
+    return os.path.expanduser(name)
+
+
+def model_folder(name: str, role: str) -> Path | None:
+    """The local folder that a name means, also `quickstart`; None for a hub id."""
+    folder = Path(_locate(name, role))
+    return folder if folder.is_dir() else None
+
+
+def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """The same model, moved to a device."""
+    return cast(PreTrainedModel, cast(Any, model).to(device))  # transformers gives `to` a type that fits no device
+
+
+def _load(what: str, name: str, load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # broken files raise many kinds in transformers, tokenizers, safetensors and json
+        raise BadRequest(f"The {what} {name!r} cannot be loaded: {_reason(error, Path(name))}") from error
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    if "trust_remote_code=True" in str(error):
+        return "it brings code of its own, which only trust_remote_code true runs; set it if you trust the source."
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return "the folder has no config.json; name one that a model was saved to."
+    problem = folder_problem(folder, _JSON_FILES)
+    return reason_of(error) if problem is None else f"{problem}."
+
+
+def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
+    """The config of a model. Raises `BadRequest` where it cannot be had."""
+    return _load(
+        f"{role}'s config",
+        name,
+        lambda: AutoConfig.from_pretrained(
+            _locate(name, role), revision=revision, trust_remote_code=arguments.trust_remote_code
+        ),
+    )
+
+
+def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises `BadRequest` where it cannot be had or has no end-of-text token."""
+    tokenizer = _load(
+        f"{role}'s tokenizer",
+        name,
+        lambda: AutoTokenizer.from_pretrained(
+            _locate(name, role), revision=revision, trust_remote_code=arguments.trust_remote_code
+        ),
+    )
+    if tokenizer.eos_token_id is None:
+        raise BadRequest(
+            f"The {role}'s tokenizer {name!r} has no end-of-text token, so a student could never learn to stop; "
+            "set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _dtype(name: str) -> str | torch.dtype:
+    return "auto" if name == "auto" else getattr(torch, name)
+
+
+def load_causal_lm(
+    name: str, role: str, revision: str | None, dtype: str, arguments: ModelArguments, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal language model with its trained weights.
+
+    Args:
+        name: hub id, local folder or `quickstart`.
+        role: `teacher` or `student`, for messages and for the meaning of `quickstart`.
+        revision: hub revision, or None.
+        dtype: `auto`, `float32` or `bfloat16`.
+        arguments: attention implementation and trust in remote code.
+        kwargs: passed on to `from_pretrained`.
+
+    Raises:
+        BadRequest: if the model cannot be found, read or built.
+    """
+    return _load(
+        role,
+        name,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            _locate(name, role),
+            revision=revision,
+            dtype=_dtype(dtype),
+            attn_implementation=arguments.attn_implementation,
+            trust_remote_code=arguments.trust_remote_code,
+            **kwargs,
+        ),
+    )
+
+
+def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArguments) -> PreTrainedModel:
+    """A causal language model with random weights, in the config's data type where `dtype` is `auto`."""
+    chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    return _load(
+        "student of type",
+        config.model_type,
+        lambda: AutoModelForCausalLM.from_config(
+            config,
+            dtype=chosen,
+            attn_implementation=arguments.attn_implementation,
+            trust_remote_code=arguments.trust_remote_code,
+        ),
+    )
+
+
+def check_tokenizers_agree(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Compare the token -> id maps of two tokenizers, so that position t means the same token to both models.
+
+    Sizes are not compared: embeddings are often padded beyond the tokenizer's last id.
+
+    Raises:
+        BadRequest: naming up to three tokens on which they differ.
+    """
+    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
+    differing = [
+        f"{token!r} is {teacher_ids.get(token, 'missing')} for the teacher and "
+        f"{student_ids.get(token, 'missing')} for the student"
+        for token in sorted(teacher_ids.keys() | student_ids.keys())
+        if teacher_ids.get(token) != student_ids.get(token)
+    ]
+    if differing:
+        raise BadRequest(
+            f"The tokenizers of teacher and student differ in {len(differing)} tokens: {'; '.join(differing[:3])}. "
+            "Hidden states can only be aligned token by token; choose a student of the teacher's family."
+        )
+
+
+def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that a model has an embedding for every id of the tokenizer. Raises `BadRequest` if not."""
+    rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise BadRequest(
+            f"The tokenizer has ids up to {highest}, but the {role} has embeddings for {rows} tokens only; "
+            f"give the {role} a vocab_size of at least {highest + 1}."
+        )
+
+
+def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make sure that a model reads every token and examples of `max_length` of them. Raises `BadRequest` if not."""
+    check_vocabulary_fits(model, role, tokenizer)
+    limit = context_length(model)
+    if limit is not None and max_length > limit:
+        raise BadRequest(
+            f"max_length is {max_length}, but the {role} reads {limit} tokens at most; write {limit} or less."
+        )

@@ -1,0 +1,116 @@
+"""A student's weights on disk: a plain model, its adapters alone, or a plain model with the adapters merged into it."""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from .lora import ADAPTER, has_adapter
+
+_PREFIX = "base_model.model."
+"""What names of weights begin with in an adapter's file, and in a `PeftModel`."""
+
+
+def adapter_weights(student: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The trained weights of a student with adapters, by their names in the student without the adapter's own."""
+    return get_peft_model_state_dict(student, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
+def save_weights(
+    student: PreTrainedModel,
+    folder: str | Path,
+    merge_adapter: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a student as `from_pretrained` expects it.
+
+    Where it has adapters these alone are written, as peft does; transformers would ask the hub for the base model's
+    config each time.
+
+    Args:
+        student: it is left as it is.
+        folder: an existing folder.
+        merge_adapter: write a plain model with the adapters merged into it instead.
+        state_dict: all weights of a student without adapters, where it does not hold them itself.
+    """
+    if not has_adapter(student):
+        student.save_pretrained(folder, state_dict=state_dict)
+        return
+    if merge_adapter:
+        merged_student(student).save_pretrained(folder)
+        return
+    weights = {f"{_PREFIX}{name}": weight.contiguous() for name, weight in adapter_weights(student).items()}
+    student.peft_config[ADAPTER].save_pretrained(str(folder))
+    save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    student.generation_config.save_pretrained(folder)
+
+
+def load_adapter(folder: str | Path, student: PreTrainedModel) -> None:
+    """Put the weights of a saved adapter into a student's adapters.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it has other weights than the student's.
+    """
+    saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+    weights = {name.removeprefix(_PREFIX): weight for name, weight in saved.items()}
+    if weights.keys() != adapter_weights(student).keys():
+        raise ValueError("its adapter is of other modules than this run's")
+    set_peft_model_state_dict(student, weights, ADAPTER)
+
+
+def merged_student(student: PreTrainedModel) -> PreTrainedModel:
+    """A plain model on the CPU that computes what a student with adapters does, up to rounding.
+
+    Quantised weights are dequantised: the adapters were trained, and the student was measured, on what these hold, and
+    not on the weights that they were quantised from.
+
+    Args:
+        student: it is left as it is.
+    """
+    config = copy.deepcopy(student.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(student)(config)
+    base = base_weights(student)
+    plain.load_state_dict({name: base[name] for name in plain.state_dict()}, assign=True)
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(student.generation_config)
+    adapter = copy.deepcopy(student.peft_config[ADAPTER])
+    adapter.base_model_name_or_path = None
+    adapted = get_peft_model(plain, adapter, ADAPTER)
+    weights = {f"{_PREFIX}{name}": weight for name, weight in adapter_weights(student).items()}
+    set_peft_model_state_dict(adapted, weights, ADAPTER)
+    return adapted.merge_and_unload()
+
+
+def base_weights(student: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of the weights beneath a student's adapters, dequantised, by their names in a plain model.
+
+    Where weights are quantised, the parts of their quantisation are among them too.
+    """
+    modules, found = dict(student.named_modules()), {}
+    for name, weight in student.state_dict().items():
+        owner, _, kind = name.rpartition(".")
+        if any(part.startswith("lora_") or part == "modules_to_save" for part in name.split(".")):
+            continue
+        if kind == "weight" and not weight.is_floating_point():
+            weight = _dequantised(modules[owner])
+        if weight.is_floating_point() and getattr(student, "is_quantized", False):
+            weight = weight.to(student.dtype)  # bitsandbytes turns biases into what it computes in
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        found[plain] = weight.detach().to("cpu", copy=True)
+    return found
+
+
+def _dequantised(layer: nn.Module) -> torch.Tensor:
+    """The weight of a layer that bitsandbytes has quantised."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # it imports bitsandbytes, if need be
+
+    return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))

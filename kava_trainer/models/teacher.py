@@ -1,0 +1,139 @@
+"""The frozen teacher: loading, quantising, and the one interface through which its states are had."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from ..config.model_arguments import ModelArguments
+from ..utils.errors import BadRequest
+from .hidden_states import HiddenStateCapture, run_decoder
+from .layers import hidden_size, number_of_layers, truncated
+from .lm_head import vocabulary_logits
+from .loading import load_causal_lm, on_device
+
+_PACKED_OUTPUTS = 32
+
+
+class TeacherSource(Protocol):
+    """Where the teacher's hidden states come from: a model that runs now, or what it once gave."""
+
+    hidden_size: int
+    """Width d_t of the states."""
+    num_layers: int
+    """Number of blocks, which is the index of the last state."""
+
+    def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+        """Detached states [B, T, d_t] of the layers that were asked for at construction, by layer index."""
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of last hidden states [..., d_t]."""
+
+
+def quantization_config(kind: str, role: str = "teacher") -> BitsAndBytesConfig | None:
+    """How bitsandbytes shall hold a model: `none`, `8bit`, or `4bit` (NF4, double quantisation, bf16 compute).
+
+    Args:
+        kind: one of these.
+        role: `teacher` or `student`, for the message.
+
+    Raises:
+        BadRequest: if bitsandbytes is asked for and not installed.
+    """
+    if kind == "none":
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise BadRequest(
+            f"{role}_quantization {kind} needs bitsandbytes, which cannot be imported here ({error}); "
+            "install it or write none."
+        ) from error
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Put a model into evaluation mode and take its parameters out of every gradient."""
+    return model.eval().requires_grad_(False)
+
+
+def load_teacher(arguments: ModelArguments, device: torch.device) -> PreTrainedModel:
+    """Load the teacher on `device`, quantised as asked, frozen.
+
+    Raises:
+        BadRequest: if it cannot be found, read or quantised.
+    """
+    quantization = quantization_config(arguments.teacher_quantization)
+    placement: dict[str, Any] = {}
+    if quantization is not None:
+        placement = {"quantization_config": quantization, "device_map": {"": str(device)}}
+    model = load_causal_lm(
+        cast(str, arguments.teacher_model_name_or_path),
+        "teacher",
+        arguments.teacher_revision,
+        arguments.teacher_dtype,
+        arguments,
+        **placement,
+    )
+    if getattr(model, "is_loaded_in_4bit", False):
+        _keep_odd_layers_unpacked(model)
+    return freeze(model if quantization is not None else on_device(model, device))
+
+
+def _keep_odd_layers_unpacked(model: PreTrainedModel) -> None:
+    """Let layers of any width run on a CPU.
+
+    On one that multiplies in bfloat16 (AVX-512) bitsandbytes packs 4-bit weights anew, in blocks of 32 outputs and of
+    the inputs that share a scale, and fails where a width is no multiple of those (read in bitsandbytes 0.50.2). Such
+    layers stay with the way that every other CPU takes.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            block = cast(Any, module.weight).quant_state.blocksize
+            if module.out_features % _PACKED_OUTPUTS or module.in_features % block:
+                module.support_avx512bf16_for_cpu = False
+
+
+class OnlineTeacher:
+    """A teacher that runs beside the student, without gradients, vocabulary head or key-value cache.
+
+    It stops after the deepest block that is wanted.
+
+    Args:
+        model: the teacher; it is frozen here.
+        layers: the layers whose states are wanted, in the convention of `capture`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
+        self.model = freeze(model)
+        self.hidden_size = hidden_size(model)
+        self.num_layers = number_of_layers(model)
+        self.layers = layers
+        self._depth = max(layers, default=0)
+        self._capture = HiddenStateCapture(model, layers)
+
+    def close(self) -> None:
+        """Take the hooks off the model, which stays frozen."""
+        self._capture.remove()
+
+    @torch.no_grad()
+    def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+        """Run the teacher on a batch of `data` and return the wanted states [B, T, d_t] by layer index."""
+        with truncated(self.model, self._depth), self._capture as states:
+            run_decoder(self.model, inputs["input_ids"], inputs["attention_mask"], inputs.get("packed_lengths"))
+        return states
+
+    @torch.no_grad()
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of last hidden states [..., d_t], from the vocabulary head alone."""
+        return vocabulary_logits(self.model, states)

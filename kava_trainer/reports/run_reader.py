@@ -1,0 +1,336 @@
+"""What a run has left on disk, read back: also of a run that was cut off and wrote no summary."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from itertools import starmap
+from pathlib import Path
+from typing import Any
+
+from ..config.data_arguments import DataArguments
+from ..config.model_arguments import ModelArguments
+from ..config.parser import fits_type, is_utf8
+from ..trainer.checkpoint import (
+    TRAINER_STATE_FILE,
+    find_newest_checkpoint,
+    list_checkpoints,
+    read_manifest,
+    read_progress,
+)
+from ..trainer.final_student import FINAL_PROJECTOR, FINAL_STUDENT, difference, has_student
+from ..utils.errors import BadRequest, reason_of
+from .recipe import with_defaults
+from .summary import HISTORY_FILE, SUMMARY_FILE, RunSummary, finite
+
+CUT_OFF = "cut_off"
+"""Status of a run that wrote no summary when it ended, beside those that a summary can have."""
+
+_NO_ARGUMENTS = {"data", "teacher", "student", "sharded", "world_size", "datasets_version"}
+"""What `identity.run_identity` adds to the arguments."""
+
+_READ = {
+    *(field.name for group in (ModelArguments, DataArguments) for field in fields(group)),
+    *("output_dir", "final_dir", "mercator_weight", "mse_weight", "projector_direction", "projector_anchor"),
+    "generation_max_new_tokens",
+}
+"""Arguments that something is made of, not only shown."""
+
+_UNTRAINED = ("teacher", "student_before")
+"""The models that are measured before the training."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, as a report needs it."""
+
+    folder: Path
+    """Its `output_dir`."""
+    summary: dict[str, Any]
+    """The content of `run_summary.json`; for a run that was cut off one of the same shape, with status `cut_off`."""
+    log_history: list[dict[str, Any]]
+    """The log lines of its training."""
+    note: str | None = None
+    """Sentences on where these come from, where that is not a summary and its log lines."""
+
+
+def record_of(output_dir: str | Path, summary: RunSummary) -> RunRecord:
+    """The record of a run that has just written its summary."""
+    return RunRecord(Path(output_dir), json.loads(summary.to_json()), json.loads(summary.history_to_json()))
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read the output folder of a run.
+
+    A run that was killed has no summary, or an old one from before it was resumed. Then the log lines and the
+    arguments are those of its newest sound checkpoint.
+
+    Raises:
+        BadRequest: if there is no such folder, or no run has left anything in it that can be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadRequest(f"{folder} is not a folder; name the output_dir of a run.")
+    summary = read_summary(folder)
+    saved = list_checkpoints(folder)
+    last = int(saved[-1].name.rsplit("-", 1)[1]) if saved else -1
+    if summary is None or last > summary["global_step"]:
+        cut_off = _from_checkpoint(folder, summary)
+        if cut_off is not None:
+            return cut_off
+    if summary is None:
+        raise BadRequest(
+            f"{folder} holds neither {SUMMARY_FILE} nor a checkpoint that is whole, so there is nothing to report; "
+            "name the output_dir of a run."
+        )
+    if (folder / HISTORY_FILE).exists():
+        history = finite(_read_json(folder / HISTORY_FILE))
+        if not isinstance(history, list) or not all(isinstance(line, dict) for line in history):
+            raise BadRequest(f"{folder / HISTORY_FILE} is no list of log lines; delete it to go without curves.")
+        return RunRecord(folder, summary, history)
+    return _with_lines_of_checkpoint(folder, summary)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadRequest(f"{path} cannot be read ({reason_of(error)}).") from error
+    if not is_utf8(content):
+        raise BadRequest(f"{path} holds text that is not UTF-8.")
+    return content
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary in a run's folder, with every entry there is today, null where an older one lacks it.
+
+    Returns:
+        None where there is none.
+
+    Raises:
+        BadRequest: if it cannot be read, or is not what KAVA writes.
+    """
+    path = folder / SUMMARY_FILE
+    if not path.exists():
+        return None
+    found, empty = _read_json(path), RunSummary({}, {}).content
+    if not isinstance(found, dict) or "schema_version" not in found:
+        raise BadRequest(f"{path} is no summary of a run.")
+    if found["schema_version"] != empty["schema_version"]:
+        raise BadRequest(
+            f"{path} has schema_version {found['schema_version']}, but this version of KAVA reads "
+            f"{empty['schema_version']}; use the version that wrote it."
+        )
+    wrong = [name for name, is_sound in _SOUND.items() if name in found and not is_sound(found[name])]
+    if wrong:
+        raise BadRequest(f"{path} is not as it was written: look at {', '.join(wrong)}.")
+    for name, value in empty.items():
+        found[name] = {**value, **found.get(name, {})} if isinstance(value, dict) else found.get(name, value)
+    return finite(found)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_truth(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _each(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether all values of an object are sound."""
+    return lambda value: isinstance(value, dict) and all(map(is_sound, value.values()))
+
+
+def _list_of(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_sound, value))
+
+
+def _is_measured(value: Any) -> bool:
+    """Whether this can be what `evaluation.evaluate_model` found of one model."""
+    return value is None or (_each(_is_number)(value) and {"perplexity", "exact_match"} <= value.keys())
+
+
+def _is_sample(value: Any) -> bool:
+    texts = isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("prompt", "reference"))
+    return texts and _each(_is_text)(value.get("answers")) and _each(_is_truth)(value.get("matches", {}))
+
+
+def _is_argument(name: str, value: Any) -> bool:
+    """Whether an argument that a card, or a measurement, goes by has its own type; others are only shown."""
+    return fits_type(name, value) if name in _READ else True
+
+
+def _is_verdict(value: Any) -> bool:
+    truths = isinstance(value, dict) and all(_is_truth(value.get(name)) for name in ("success", "collapsed"))
+    return truths and _list_of(lambda reason: isinstance(reason, str))(value.get("reasons", []))
+
+
+_SOUND: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("status", "command", "started_at", "finished_at", "prompt_kind"), _is_text),
+    **dict.fromkeys(("duration_seconds", "student_parameters", "held_out_examples"), _is_number),
+    **dict.fromkeys(("cos_sim_at", "final", "throughput"), _each(_is_number)),
+    "environment": lambda value: isinstance(value, dict),
+    "arguments": lambda value: isinstance(value, dict) and all(starmap(_is_argument, value.items())),
+    "global_step": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "final_checksums": lambda value: value is None or _each(lambda digest: isinstance(digest, str))(value),
+    "teacher_fidelity": lambda value: value is None or isinstance(value, dict),
+    "evaluation": _each(_is_measured),
+    "samples": _list_of(_is_sample),
+    "verdict": _is_verdict,
+    "problems": _list_of(lambda value: isinstance(value, dict) and value.keys() >= {"step", "kind", "action"}),
+    "checkpoints": _list_of(lambda value: isinstance(value, str)),
+}
+"""Whether the entries of a summary are of the kind that KAVA writes; somebody may have changed them."""
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    return finite(_read_json(checkpoint / TRAINER_STATE_FILE))
+
+
+def _with_lines_of_checkpoint(folder: Path, summary: dict[str, Any]) -> RunRecord:
+    """A run whose summary has no log lines beside it, as those of earlier versions."""
+    newest = find_newest_checkpoint(folder).checkpoint
+    if newest is None:
+        return RunRecord(folder, summary, [], f"There is no {HISTORY_FILE} in the folder, so there are no curves.")
+    note = f"There is no {HISTORY_FILE} in the folder; the curves are those of {newest.name}."
+    return RunRecord(folder, summary, _trainer_state(newest)["log_history"], note)
+
+
+def _of_untrained(sample: dict[str, Any]) -> dict[str, Any]:
+    """A held-out problem without the answers that training changes."""
+    known = {name: sample.get(name, {}) for name in ("answers", "matches")}
+    return sample | {
+        name: {who: value if who in _UNTRAINED else None for who, value in values.items()}
+        for name, values in known.items()
+    }
+
+
+def _from_checkpoint(folder: Path, before: dict[str, Any] | None) -> RunRecord | None:
+    """What is known of a run that was cut off.
+
+    Args:
+        folder: of the run.
+        before: the summary of its earlier part, if it was interrupted and resumed.
+
+    Returns:
+        None where no checkpoint is sound, or none is newer than the summary.
+    """
+    newest = find_newest_checkpoint(folder).checkpoint
+    if newest is None:
+        return None
+    state = _trainer_state(newest)
+    step, history = state["global_step"], state["log_history"]
+    if before is not None and step <= before["global_step"]:
+        return None
+    asked = read_manifest(newest)["run"] or {}
+    arguments = {name: value for name, value in asked.items() if name not in _NO_ARGUMENTS}
+    summary = RunSummary(arguments or (before or {}).get("arguments", {}), {})
+    summary.add_training(history, step)
+    content = summary.content | {"status": CUT_OFF, "started_at": None}
+    progress = read_progress(newest, 0, 1)
+    content["problems"] = progress.get("problems", [])
+    if (run_time := progress.get("run_time")) is not None:
+        content |= {"started_at": run_time["started_at"], "duration_seconds": round(run_time["seconds"], 1)}
+    content["checkpoints"] = [str(path) for path in list_checkpoints(folder)]
+    peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
+    content["throughput"]["peak_memory_bytes"] = max(peaks, default=None)
+    note = (
+        f"The run was cut off, or is still running: there is no {SUMMARY_FILE} of its end. What is shown is what "
+        f"{newest.name} holds; whatever came after step {step} is lost or not yet there."
+    )
+    if before is not None:
+        for name in ("environment", "command", "teacher_fidelity"):
+            content[name] = before[name]
+        for who in _UNTRAINED:
+            content["evaluation"][who] = before["evaluation"][who]
+        content["samples"] = [_of_untrained(sample) for sample in before["samples"]]
+        content["started_at"] = content["started_at"] or before["started_at"]
+        note += f" It had been resumed after step {before['global_step']}."
+    return RunRecord(folder, content, history, note)
+
+
+def finished_summary(output_dir: str | Path) -> dict[str, Any]:
+    """The summary of a run that has ended, with today's defaults for arguments that it does not know.
+
+    Raises:
+        BadRequest: if there is none, or it cannot be read.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        raise BadRequest(f"There is no folder {folder}; name the output_dir of a run.")
+    summary = read_summary(folder)
+    if summary is None:
+        raise BadRequest(f"{folder} has no {SUMMARY_FILE}; name the output_dir of a run that has ended.")
+    return {**summary, "arguments": with_defaults(summary["arguments"])}
+
+
+def completed_summary(output_dir: str | Path) -> dict[str, Any]:
+    """The summary of a run that was completed.
+
+    Raises:
+        BadRequest: as `finished_summary`, and if the run is not complete.
+    """
+    summary = finished_summary(output_dir)
+    if summary["status"] != "completed":
+        raise _not_completed(output_dir, summary)
+    return summary
+
+
+def _not_completed(output_dir: str | Path, summary: Mapping[str, Any]) -> BadRequest:
+    status, step = summary["status"], summary["global_step"]
+    ended = {"interrupted": "was interrupted", "failed": "failed"}.get(status, f"ended as {status!r}")
+    when = "before its student was finished"
+    if summary["final_checksums"]:
+        when = "when its student was finished, but not all of it was measured"
+    return BadRequest(
+        f"The run in {output_dir} {ended} at step {step}, {when}. Go on with its own command and "
+        "--resume_from_checkpoint true."
+    )
+
+
+def find_student(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
+    """The folder of a run's finished student: in its output folder, else in the `final_dir` that its summary names.
+
+    Args:
+        output_dir: of the run.
+        summary: of `finished_summary`. Where an older one has no checksums, any student counts.
+
+    Raises:
+        BadRequest: if it is in neither, those there are not this run's, or the run has not come to finishing one.
+    """
+    checksums = summary["final_checksums"]
+    if summary["status"] != "completed" and not checksums:
+        raise _not_completed(output_dir, summary)
+    asked = summary["arguments"]["final_dir"] or output_dir
+    places = list(dict.fromkeys([Path(output_dir), Path(asked)]))
+    found = [place for place in places if has_student(place / FINAL_STUDENT)]
+    if not found:
+        raise BadRequest(
+            f"There is no finished student in {' or '.join(str(place / FINAL_STUDENT) for place in places)}. If it was "
+            f"moved, put the folder {FINAL_STUDENT} into {output_dir}."
+        )
+    differences = {place: _difference(place, checksums) for place in found}
+    own = next((place for place, what in differences.items() if what is None), None)
+    if own is None:
+        told = "; ".join(f"in {place} {what}" for place, what in differences.items())
+        raise BadRequest(
+            f"What is there is not what the run in {output_dir} has finished: {told}. Perhaps another run had the same "
+            f"final_dir: name the output_dir of that one, or put {FINAL_STUDENT} and {FINAL_PROJECTOR} of this one "
+            f"into {output_dir}."
+        )
+    return own / FINAL_STUDENT
+
+
+def _difference(place: Path, checksums: Mapping[str, str] | None) -> str | None:
+    """What of a run's finals is another one's; a projector that is gone makes no difference to the student."""
+    expected = dict(checksums or {})
+    if not (place / FINAL_PROJECTOR).exists():
+        expected.pop(FINAL_PROJECTOR, None)
+    try:
+        return difference(place, expected)
+    except OSError as error:
+        raise BadRequest(f"The student in {place} cannot be read ({reason_of(error)}).") from error

@@ -1,0 +1,199 @@
+"""The figures of a run as a report words them: what each is called, how it is written, and what the verdict says."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..evaluation.diagnostics import COLLAPSED
+from ..utils.console import size_text
+from .charts import number_text
+from .run_reader import CUT_OFF, RunRecord
+
+NOT_MEASURED = "not measured"
+
+WHO = {
+    "teacher": "Teacher",
+    "student_before": "Student before",
+    "student_after": "Student after",
+    "control_sft": "Control",
+}
+"""The models that a run evaluates, by their names in the summary, as they are called where there is little room."""
+
+LONG_NAMES = {**WHO, "student": "Student", "control_sft": "Control (next-token loss alone)"}
+"""How the models are called that are evaluated: by their names in the summary, and `student` outside of a run."""
+
+EVALUATED = {"perplexity": "Answer perplexity", "cross_entropy": "Cross-entropy (nats)", "exact_match": "Exact match"}
+
+_FINAL = {
+    "loss": "Loss",
+    "mercator_loss": "Mercator term",
+    "cos_sim": "CosSim",
+    "centred_cos_sim": "CosSim, centred",
+    "shuffled_cos_sim": "CosSim, shuffled",
+    "margin": "Margin",
+    "cka": "CKA to the teacher",
+    "student_effective_rank": "Effective rank, student",
+    "target_effective_rank": "Effective rank, targets",
+    "teacher_effective_rank": "Effective rank, teacher",
+}
+
+_COST = {
+    "tokens_per_second": "Tokens a second",
+    "samples_per_second": "Examples a second",
+    "padding_fraction": "Padding",
+    "peak_memory_bytes": "Peak memory, measured (on a CPU: the whole process)",
+    "estimated_memory_bytes": "Peak memory, estimated before the run",
+    "teacher_seconds": "Time in the teacher",
+    "student_seconds": "Time in the student",
+}
+
+_SHARES = {"exact_match", "padding_fraction"}
+
+_FIXED = {"cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka"}
+
+_STATUS = {"interrupted": "Interrupted", "failed": "Failed", CUT_OFF: "Cut off"}
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+
+
+def figure_text(name: str, value: Any) -> str:
+    """A figure for people.
+
+    Args:
+        name: the last part of its place in the summary.
+        value: a number, or None where it was not measured.
+    """
+    if value is None:
+        return NOT_MEASURED
+    if name in _SHARES:
+        return f"{100 * value:.1f} %"
+    if name.endswith("_bytes"):
+        return size_text(value)
+    if name.endswith("_seconds"):
+        return seconds_text(value)
+    if name in _FIXED or name.isdigit():  # CosSim at a step
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 or isinstance(value, int) else number_text(value)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a summary."""
+
+    place: str
+    """Where it stands in the summary, such as `final.cos_sim`."""
+    label: str
+    value: Any
+    """As in the summary; None where it was not measured."""
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return figure_text(self.place.rsplit(".", 1)[-1], self.value)
+
+    @property
+    def exact(self) -> str:
+        """As in the summary's JSON."""
+        return json.dumps(self.value)
+
+
+def evaluation_rows(summary: dict[str, Any]) -> list[tuple[str, list[Figure]]]:
+    """For each model its name and its `EVALUATED` figures."""
+    return [
+        (
+            label,
+            [
+                Figure(f"evaluation.{who}.{name}", title, (summary["evaluation"][who] or {}).get(name))
+                for name, title in EVALUATED.items()
+            ],
+        )
+        for who, label in WHO.items()
+    ]
+
+
+def alignment_figures(summary: dict[str, Any]) -> list[Figure]:
+    """The final figures, and CosSim at the named steps."""
+    found = [Figure(f"final.{name}", label, summary["final"][name]) for name, label in _FINAL.items()]
+    steps = [Figure(f"cos_sim_at.{step}", f"CosSim at step {step}", x) for step, x in summary["cos_sim_at"].items()]
+    return found + steps
+
+
+def cost_figures(summary: dict[str, Any]) -> list[Figure]:
+    """Steps, time, speed and memory."""
+    found = [
+        Figure("global_step", "Optimizer steps", summary["global_step"]),
+        Figure("duration_seconds", "Duration", summary["duration_seconds"]),
+    ]
+    return found + [Figure(f"throughput.{name}", label, summary["throughput"][name]) for name, label in _COST.items()]
+
+
+def headline_figures(summary: dict[str, Any]) -> list[Figure]:
+    """The few that stand at the top."""
+    final, after = summary["final"], summary["evaluation"]["student_after"] or {}
+    return [
+        Figure("final.cos_sim", "CosSim", final["cos_sim"]),
+        Figure("final.margin", "Margin", final["margin"]),
+        Figure("final.cka", "CKA to the teacher", final["cka"]),
+        Figure("evaluation.student_after.perplexity", "Student's perplexity", after.get("perplexity")),
+        Figure("evaluation.student_after.exact_match", "Student's exact match", after.get("exact_match")),
+        Figure("duration_seconds", "Duration", summary["duration_seconds"]),
+    ]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a report says first."""
+
+    word: str
+    kind: str
+    """`good`, `bad` or `open`."""
+    reasons: list[str]
+
+
+def verdict_of(record: RunRecord) -> Verdict:
+    """The verdict of a run; of one that did not complete, how it ended, and whether it was collapsed by then."""
+    summary = record.summary
+    judged, status, step = summary["verdict"], summary["status"], summary["global_step"]
+    reasons = list(judged["reasons"])
+    collapsed = judged["collapsed"]
+    if status != "completed":
+        collapsed = collapsed or _collapsed_at_last(record.log_history)
+        if status == "interrupted":
+            what = "the student was finished, but not all that the verdict needs was measured"
+            what = what if summary["final_checksums"] else "there was nothing to judge yet"
+            reasons.append(f"A signal ended the run after step {step}: {what}.")
+        if status == "failed":
+            reasons.append(f"It broke off after step {step}.")
+        if record.note:
+            reasons.append(record.note)
+        if collapsed:
+            reasons.insert(0, "The alignment counted as collapsed when it was last measured, so CosSim means nothing.")
+    ended = {True: "Success", False: "No success", None: "No verdict"}[judged["success"]]
+    word = _STATUS.get(status, ended)
+    if collapsed:
+        return Verdict(f"{COLLAPSED} \N{EN DASH} {word.lower()}", "bad", reasons)
+    bad = judged["success"] is False or status == "failed"
+    return Verdict(word, "bad" if bad else "good" if word == "Success" else "open", reasons)
+
+
+def _collapsed_at_last(history: list[dict[str, Any]]) -> bool:
+    """Whether the last probe of a training calls it collapsed; an untrained pair is never called so."""
+    names = ("eval_collapsed", "probe_collapsed")
+    found = [line[name] for line in history if line.get("step") for name in names if line.get(name) is not None]
+    return bool(found and found[-1])
+
+
+def model_names(summary: dict[str, Any]) -> tuple[str, str, str]:
+    """Teacher, student and data set as they were asked for."""
+    asked = summary["arguments"]
+    student = asked.get("student_model_name_or_path") or asked.get("student_config_name")
+    names = (asked.get("teacher_model_name_or_path"), student, asked.get("dataset_name"))
+    teacher, student, data = ("unknown" if name is None else str(name) for name in names)
+    return teacher, student, data

@@ -1,0 +1,177 @@
+"""Whether a run succeeded, and why, in plain sentences, from the figures of its summary."""
+
+import math
+from typing import Any
+
+from ..evaluation.diagnostics import STATUSES
+
+REQUIRED_COS_SIM = STATUSES[0][0]
+"""CosSim of a successful run; the lower edge of the best status."""
+
+CONTROL_FAILED = "control_failed"
+"""Kind of problem: the control broke off. It says nothing about the run itself."""
+
+_UNSTABLE = {"nan"}
+"""Kinds of problems that say something about the student; the others cost time or a file."""
+
+TEACHER_AT_CHANCE = "teacher_at_chance"
+"""Kind of problem: the teacher knows no more about the answers than chance."""
+
+TIE = 0.02
+"""A difference between two cross-entropies counts as none below this share."""
+
+FEW_EXAMPLES = 50
+"""With fewer held-out examples the figures tell little: at 50 an exact match near one half has a standard error of 7
+points."""
+
+
+def few_examples(count: int | None) -> str | None:
+    """The sentence for too few held-out examples; None where there are enough, or none at all."""
+    if not count or count >= FEW_EXAMPLES:
+        return None
+    held_out = "Only 1 example is held out" if count == 1 else f"Only {count} examples are held out"
+    error = 100 * math.sqrt(0.25 / count)
+    return (
+        f"{held_out}, fewer than {FEW_EXAMPLES}, so the figures tell little: an exact match near one half has a "
+        f"standard error of {error:.0f} points."
+    )
+
+
+def judge(
+    summary: dict[str, Any],
+    collapse: str | None,
+    supervised: bool,
+    broken: list[str],
+    examples: int | None = None,
+    taught: bool = True,
+) -> dict[str, Any]:
+    """The verdict on a run that ended.
+
+    Success needs a CosSim of at least 0.95 without collapse, a language head that some term supervised, no problem
+    during training, whole checkpoints, an answer perplexity no higher than before, and a teacher better than chance
+    where the run learned from it. Few held-out examples, and a teacher without a single exact match, are named and take
+    no success away.
+
+    Args:
+        summary: the content of `run_summary.json`, final figures and evaluation filled in.
+        collapse: why the alignment counts as collapsed; None if it does not.
+        supervised: whether a term trained the student's next-token predictions.
+        broken: checkpoints that are not whole.
+        examples: how many were held out; None where that is not known.
+        taught: whether a term read the teacher.
+
+    Returns:
+        `success` (None where the run measured too little to tell), `collapsed` and `reasons`.
+    """
+    cos_sim, evaluation = summary["final"]["cos_sim"], summary["evaluation"]
+    measured = summary["final"]["margin"] is not None and evaluation["student_after"] is not None
+    failures = _alignment_failures(cos_sim, collapse) + _training_failures(summary, supervised, broken)
+    failures += _perplexity_failures(evaluation)
+    if taught and any(problem["kind"] == TEACHER_AT_CHANCE for problem in summary["problems"]):
+        failures.append("The teacher was no better than chance on the answers, so there was nothing to learn from it.")
+    reasons = failures or (_achievements(summary) if measured else [])
+    if not measured:
+        reasons = [*reasons, _missing(cos_sim, evaluation)]
+    notes = [few_examples(examples), _teacher_without_match(evaluation) if taught else None]
+    reasons = [*reasons, *filter(None, notes)]
+    return {
+        "success": False if failures else (True if measured else None),
+        "collapsed": None if summary["final"]["margin"] is None else collapse is not None,
+        "reasons": [*reasons, *_comparison(summary)],
+    }
+
+
+def _teacher_without_match(evaluation: dict[str, Any]) -> str | None:
+    """The sentence for a teacher that answered no held-out problem as the data does; None for any other."""
+    if (evaluation["teacher"] or {}).get("exact_match") != 0:
+        return None
+    return (
+        "The teacher's own answers matched none of the held-out ones, so exact match does not tell what the student "
+        "learned from it: its answers may be wrong, or only written in another form than those of the data."
+    )
+
+
+def _missing(cos_sim: float | None, evaluation: dict[str, Any]) -> str:
+    if evaluation["student_after"] is None:
+        return "There were no held-out examples, so the student was not measured."
+    if cos_sim is None:
+        return "No hidden states were aligned, so there is no CosSim to judge the run by."
+    return "There was no probe, so CosSim may mean nothing."
+
+
+def _alignment_failures(cos_sim: float | None, collapse: str | None) -> list[str]:
+    if collapse is not None:
+        return [f"The alignment collapsed, so CosSim means nothing. {collapse}"]
+    if cos_sim is not None and not cos_sim >= REQUIRED_COS_SIM:  # so that NaN is no success either
+        return [f"CosSim is {cos_sim:.4f}, below {REQUIRED_COS_SIM}."]
+    return []
+
+
+def _training_failures(summary: dict[str, Any], supervised: bool, broken: list[str]) -> list[str]:
+    found = []
+    if not supervised:
+        found.append(
+            "The student's language head was never supervised: lm_weight and kd_weight are 0, so nothing taught it "
+            "to answer."
+        )
+    kinds = sorted({problem["kind"] for problem in summary["problems"]} & _UNSTABLE)
+    if kinds:
+        found.append(f"Training was not stable: {', '.join(kinds)} (see problems).")
+    if broken:
+        found.append(f"These checkpoints are not whole: {', '.join(broken)}.")
+    return found
+
+
+def _perplexity_failures(evaluation: dict[str, Any]) -> list[str]:
+    before, after = evaluation["student_before"], evaluation["student_after"]
+    if before is None or after is None or after["cross_entropy"] <= before["cross_entropy"]:
+        return []
+    return [f"The student's answer perplexity rose from {before['perplexity']:.4g} to {after['perplexity']:.4g}."]
+
+
+def _achievements(summary: dict[str, Any]) -> list[str]:
+    final, evaluation = summary["final"], summary["evaluation"]
+    found = [
+        f"CosSim on held-out examples is {final['cos_sim']:.4f}, and on the probe it is {final['margin']:.2f} above "
+        "that with other tokens' targets."
+    ]
+    if evaluation["student_before"] is not None:
+        before, after = (evaluation[name]["perplexity"] for name in ("student_before", "student_after"))
+        found.append(f"The student's answer perplexity went from {before:.4g} to {after:.4g}.")
+    return found
+
+
+def _comparison(summary: dict[str, Any]) -> list[str]:
+    """What the control shows; nothing where none was asked for."""
+    if any(problem["kind"] == CONTROL_FAILED for problem in summary["problems"]):
+        return ["The control broke off, so there is nothing to compare with."]
+    control, after = summary["evaluation"]["control_sft"], summary["evaluation"]["student_after"]
+    if control is None or after is None:
+        return []
+    ratio = after["cross_entropy"] / max(control["cross_entropy"], 1e-12)
+    figures = f"{after['cross_entropy']:.4f} against {control['cross_entropy']:.4f} nats"
+    word = "beat" if ratio <= 1 - TIE else "did not beat"
+    found = (
+        f"KAVA {word} the control at equal steps: its answer cross-entropy is {_times(ratio)} the control's ({figures})"
+    )
+    if abs(ratio - 1) < TIE:
+        found += f", and a difference under {100 * TIE:.0f} % counts as none"
+    return [f"{found}{_matches(after, control)}. One pair of runs shows large differences only."]
+
+
+def _times(ratio: float) -> str:
+    """How one cross-entropy stands to another, as the words before the other."""
+    if abs(ratio - 1) >= TIE:
+        return f"{ratio:.2f} times"
+    share = f"{100 * abs(ratio - 1):.1f}"
+    return "equal to" if share == "0.0" else f"{share} % {'below' if ratio < 1 else 'above'}"
+
+
+def _matches(after: dict[str, Any], control: dict[str, Any]) -> str:
+    """How the exact matches compare, as words that go on; nothing where they were not measured."""
+    ours, theirs = after["exact_match"], control["exact_match"]
+    if ours is None or theirs is None:
+        return ""
+    if ours == theirs:
+        return f"; both have {100 * ours:.1f} % exact match"
+    return f", its exact match {100 * abs(ours - theirs):.1f} points {'higher' if ours > theirs else 'lower'}"

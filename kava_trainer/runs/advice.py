@@ -1,0 +1,184 @@
+"""What to warn of before a run, and what to write where it would not fit or not learn."""
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
+from ..utils.console import size_text
+from ..utils.errors import BadRequest
+from ..utils.memory import free_memory_bytes
+
+
+def slow_half_precision(arguments: KavaArguments, teacher: PreTrainedModel, student: PreTrainedModel) -> str | None:
+    """What to write where models compute in bfloat16 or float16 and PyTorch has no fast way for it; None elsewhere.
+
+    Without AVX-512 products of bfloat16 matrices take from 3 to 100 times as long as those of float32 (measured with
+    PyTorch 2.13.0 at Qwen2.5's shapes; PyTorch's issue 146508 has up to 500 times, for float16 as well).
+    """
+    training, model = arguments.training, arguments.model
+    if training.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return None
+    remedies = {
+        "bf16 false": training.bf16,
+        "fp16 false": training.fp16,
+        "--mixed_precision no for accelerate launch": os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no",
+        "teacher_quantization none": model.teacher_quantization == "4bit",
+        "teacher_dtype float32": teacher.dtype != torch.float32,
+        "student_quantization none": model.student_quantization == "4bit",
+        "student_dtype float32": student.dtype != torch.float32,
+    }
+    if not (needed := [remedy for remedy, needs in remedies.items() if needs]):
+        return None
+    return (
+        "PyTorch uses no AVX-512 on this processor, and without it multiplies in half precision up to a hundred times "
+        f"slower than in float32. Write {', '.join(needed)}, where the memory suffices, or train on a GPU."
+    )
+
+
+def smaller_models(arguments: KavaArguments) -> str:
+    """What to write where teacher and student do not fit together, as a sentence."""
+    model = arguments.model
+    remedies = [
+        "write teacher_quantization 4bit" if model.teacher_quantization != "4bit" else "",
+        "write student_dtype bfloat16" if model.student_dtype != "bfloat16" else "",
+        "choose smaller models",
+        "let nothing else use the device",
+    ]
+    return f"Do one of these: {'; '.join(filter(None, remedies))}."
+
+
+def smaller_batches(arguments: KavaArguments) -> str:
+    """What to write where an evaluation takes too much, as a sentence."""
+    training = arguments.training
+    less = " or generation_max_new_tokens" if training.evaluate_generation else ""
+    return f"Lower per_device_eval_batch_size (now {training.per_device_eval_batch_size}){less}."
+
+
+def smaller_rows(arguments: KavaArguments) -> str:
+    """What to write where the teacher reads too much at once for its cache, as a sentence."""
+    training = arguments.training
+    if budget := training.max_tokens_per_batch:
+        return f"Lower max_tokens_per_batch (now {budget})."
+    return f"Lower per_device_eval_batch_size (now {training.per_device_eval_batch_size})."
+
+
+REMEDY = "optim adamw_torch_8bit with optim_args bf16_stochastic_round=True,block_size=64"
+"""What to write for weights in bfloat16; measured in `docs/numbers.md`."""
+
+_SWITCHES = {
+    **dict.fromkeys(TORCHAO_OPTIMIZERS, "bf16_stochastic_round"),
+    "adamw_anyprecision": "use_kahan_summation",
+}
+"""The word in `optim_args` that makes an optimizer keep small updates of bfloat16 weights."""
+
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Values of `lr_scheduler_type` that have none (read in transformers 5.23.0)."""
+
+
+def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Whether small updates of the weights will be lost.
+
+    A bfloat16 holds 8 significant bits. A step smaller than about 1/512 of a weight is rounded away, unless the
+    optimizer rounds at random (torchao) or carries what was lost (Kahan: `stable_adamw`, which does so of itself, and
+    `adamw_anyprecision`).
+
+    Args:
+        optim: as in the arguments.
+        optim_args: as in the arguments.
+        dtypes: of the weights that are trained.
+
+    Returns:
+        The sentence for the user; None where nothing is lost.
+    """
+    name = optimizer_name(optim)
+    switched_on = parse_optim_args(optim_args).get(_SWITCHES.get(name, ""), "false").lower() in (
+        "true",
+        "1",
+        "yes",
+        "y",
+        "on",
+        "t",
+    )
+    if torch.bfloat16 not in set(dtypes) or switched_on or name == "stable_adamw":
+        return None
+    return (
+        f"The student's weights are bfloat16, and optim {name} rounds away most updates at a low learning rate. Write "
+        f"{REMEDY}, or student_dtype float32 with bf16 true."
+    )
+
+
+def planned_steps(training: TrainingArguments, examples: int, processes: int) -> int:
+    """The optimizer steps of a training.
+
+    Args:
+        training: whose `max_steps` decides where it is above 0.
+        examples: of the training data.
+        processes: that share them.
+    """
+    if training.max_steps > 0:
+        return training.max_steps
+    batches = examples / (training.per_device_train_batch_size * processes)
+    whole = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(training.num_train_epochs * max(math.ceil(whole / training.gradient_accumulation_steps), 1))
+
+
+def long_warmup(training: TrainingArguments, steps: int) -> str | None:
+    """The sentence for a warm-up that a training of so many steps does not come out of; None where it does."""
+    warmup = training.get_warmup_steps(steps)
+    if warmup < steps or training.lr_scheduler_type in _WITHOUT_WARMUP:
+        return None
+    share_helps = training.warmup_steps >= 1 and steps > 1
+    remedy = ", or write a share of all steps, such as 0.1" if share_helps else "; 0 leaves the warm-up out"
+    return (
+        f"warmup_steps comes to {warmup} and the whole training to {steps} (optimizer steps), so the learning rates "
+        f"reach their full values only when it ends, or never. Lower warmup_steps{remedy}."
+    )
+
+
+def memory_shortage(needed: int, device: torch.device) -> str | None:
+    """What to write where a device has not so many bytes free; None where it has."""
+    free = free_memory_bytes(device)
+    if needed <= free:
+        return None
+    return (
+        f"That is more than the {size_text(free)} that are free. Lower per_device_train_batch_size (and raise "
+        "gradient_accumulation_steps), set gradient_checkpointing, choose teacher_quantization 4bit or a "
+        "teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit."
+    )
+
+
+def check_processes(training: KavaTrainingArguments) -> None:
+    """Make sure that there is a process for each GPU. Raises `BadRequest` if not."""
+    if training.n_gpu > 1:
+        raise BadRequest(
+            f"One process sees {training.n_gpu} GPUs. Start one process for each with "
+            f"accelerate launch --num_processes {training.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_evaluation(training: KavaTrainingArguments, held_out: bool) -> None:
+    """Make sure that there are held-out examples for what was asked for. Raises `BadRequest` if not."""
+    if not held_out and training.eval_strategy != "no":
+        raise BadRequest("eval_strategy asks for evaluation, but there are no held-out examples; write no.")
+    if not held_out and training.run_control:
+        raise BadRequest("run_control compares two students on held-out examples, and there are none; write false.")
+
+
+def loose_projector(training: KavaTrainingArguments) -> str | None:
+    """What to write where nothing holds the projector of the teacher's states; None where something does."""
+    if (
+        not training.aligns
+        or training.projector_direction != "teacher_to_student"
+        or training.projector_anchor != "none"
+    ):
+        return None
+    return (
+        "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing. Write "
+        "projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out."
+    )

@@ -1,0 +1,119 @@
+"""What the user reads of a run's stages: environment, configuration, alignment, verdict."""
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+
+import datasets
+import huggingface_hub
+import torch
+import transformers
+
+from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.launcher import describe_engine
+from ..evaluation.diagnostics import alignment_status
+from ..reports.summary import RunSummary
+from ..reports.tables import LONG_NAMES
+from ..trainer.checkpoint import Resumption
+from ..utils.console import Console, status_text
+from ..utils.environment import device_name
+from ..utils.memory import describe_memory
+
+
+def show_environment(console: Console, device: torch.device) -> None:
+    """Versions and device."""
+    console.stage("Environment")
+    versions = (sys.version.split()[0], torch.__version__, transformers.__version__)
+    console.print("Python {}, PyTorch {}, Transformers {}".format(*versions))
+    console.print(f"Accelerator: {device_name(device)}")
+    console.print(f"Memory: {describe_memory(device)}")
+
+
+def show_configuration(console: Console, arguments: KavaArguments, resumption: Resumption) -> None:
+    """Which models, data and batch, and where the run goes on from."""
+    model, training = arguments.model, arguments.training
+    batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
+    quantization = "" if model.teacher_quantization == "none" else f" ({model.teacher_quantization})"
+    console.stage("Configuration")
+    console.print(f"Teacher: {model.teacher_model_name_or_path}{quantization}")
+    quantized = [] if model.student_quantization == "none" else [model.student_quantization]
+    how = ", ".join([model.student_init, *quantized, *(["LoRA"] if model.use_peft else [])])
+    console.print(f"Student: {model.student_model_name_or_path or model.student_config_name} ({how})")
+    console.print(f"Data set: {arguments.data.dataset_name}")
+    console.print(f"Device: {training.device}, processes: {describe_engine(training.world_size)}")
+    console.print(f"Effective batch size: {math.prod(batch)} ({batch[0]} x {batch[1]} x {batch[2]})")
+    for folder, reason in resumption.skipped:
+        console.warn(f"Skipped {folder}: {reason}.")
+    if training.resume_from_checkpoint not in (None, "false"):
+        where = f"Resuming from {resumption.checkpoint}"
+        console.print(f"{where if resumption.checkpoint else 'No checkpoint to resume from yet; starting afresh'}.")
+
+
+def tell_alignment(console: Console, metrics: dict[str, float], collapse: str | None) -> None:
+    """Print the final CosSim beside the figures that tell whether it means anything."""
+    if "eval_centred_cos_sim" not in metrics:
+        return
+    status = status_text(alignment_status(metrics["eval_cos_sim"], collapse is not None), console.emoji)
+    others = {"centred": "centred_cos_sim", "margin": "margin", "CKA to the teacher": "cka"}
+    figures = ", ".join(f"{word} {metrics[f'eval_{name}']:.4f}" for word, name in others.items())
+    console.print(f"Alignment: CosSim {metrics['eval_cos_sim']:.4f} {status} ({figures})")
+
+
+def show_figures(console: Console, evaluation: Mapping[str, dict[str, float | None] | None]) -> None:
+    """A line for each model that was measured.
+
+    Args:
+        console: prints.
+        evaluation: figures of `evaluate_model` by the names in `LONG_NAMES`; None for what was not measured.
+    """
+    for name, figures in ((name, figures) for name, figures in evaluation.items() if figures is not None):
+        match = "" if figures["exact_match"] is None else f"   exact match {100 * figures['exact_match']:5.1f} %"
+        console.print(
+            f"{LONG_NAMES[name]:<32} perplexity {figures['perplexity']:<9.4g} "
+            f"cross-entropy {figures['cross_entropy']:7.4f}{match}"
+        )
+
+
+def show_verdict(console: Console, summary: RunSummary) -> None:
+    """The measured models side by side, then the verdict in sentences."""
+    console.stage("Verdict")
+    show_figures(console, summary.content["evaluation"])
+    verdict = summary.content["verdict"]
+    console.print({True: "Success.", False: "No success.", None: "No verdict."}[verdict["success"]])
+    for reason in verdict["reasons"]:
+        console.print(f"- {reason}")
+
+
+def shows_bars(training: KavaTrainingArguments) -> bool:
+    """Whether this process may show progress bars: the main one, on a terminal, where nobody has asked for none."""
+    wanted = not training.plain_output and not training.disable_tqdm
+    return wanted and training.process_index == 0 and sys.stderr.isatty()
+
+
+def quieten(bars: bool) -> None:
+    """Leave the screen to KAVA's own stages; warnings of the libraries still come through.
+
+    Args:
+        bars: whether the bars for reading, tokenising and downloading stay.
+    """
+    transformers.utils.logging.disable_progress_bar()  # of loading weights, and of the hub as well
+    if not bars:
+        datasets.disable_progress_bars()
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a variable of the environment that wants none, and is obeyed
+        datasets.enable_progress_bars()
+        huggingface_hub.utils.enable_progress_bars()
+
+
+def use_all_cores(training: KavaTrainingArguments) -> None:
+    """Undo the single thread that `accelerate launch` gives a lone process on a CPU (read in accelerate 1.15.0).
+
+    It stays where `OMP_THREAD_LIMIT` is set: only that tells that somebody wants few threads.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and "OMP_THREAD_LIMIT" not in os.environ and training.world_size == 1 and training.device.type == "cpu":
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(available or 1)

@@ -1,0 +1,142 @@
+"""Checks of the data: the rows, what becomes of the first of them, what is held out."""
+
+import math
+import textwrap
+from dataclasses import dataclass
+from typing import Any, cast
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ...config.arguments import KavaArguments
+from ...config.data_arguments import DataArguments
+from ...data.encoding import encode_dataset, encode_first
+from ...data.formats import IGNORED, find_format
+from ...data.row_locations import empty_answers, empty_problem, source_rows
+from ...data.splits import HELD_OUT_SHARE, has_test_split, load_splits
+from ...data.stream_sources import open_rows
+from ...data.streaming import ExampleStream, open_stream
+from ...reports.verdict import FEW_EXAMPLES, few_examples
+from ..advice import check_evaluation
+from ..identity import data_digest
+from .findings import Checkup
+
+SAMPLE = 1000
+"""Rows of each split that are tokenised; where there are no more, doctor sees exactly what the run will."""
+
+MANY = 0.1
+"""Share of cut or dropped examples from which on it is worth a warning."""
+
+
+@dataclass
+class Examples:
+    """What is known of the data without tokenising all of it."""
+
+    train: Dataset | ExampleStream
+    """Rows as they are, or the stream of examples."""
+    sample: list[dict[str, Any]]
+    """The first training rows as examples that are `answered`."""
+    count: int
+    """Training examples; of a stream those that the run will take."""
+    held_out: int
+
+    def tokens(self) -> int:
+        """About how many tokens all training examples hold, by the mean of the sample."""
+        lengths = [len(example["input_ids"]) for example in self.sample]
+        return round(self.count * sum(lengths) / len(lengths)) if lengths else 0
+
+    def digest(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+        """What tells the examples of the run from others; all of them are tokenised for it, as the run does."""
+        if isinstance(self.train, ExampleStream):
+            return self.train.digest
+        return data_digest(encode_dataset(self.train, tokenizer, max_length, "Tokenizing the training data").dataset)
+
+
+def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Load the data, tokenise the first rows of both splits, and show one of them."""
+    examples, train, held_out = _open(arguments, tokenizer)
+    columns = " + ".join(find_format(train.column_names))
+    streamed = isinstance(examples.train, ExampleStream)
+    rows = "a stream of rows" if streamed else f"{examples.count} rows"
+    checkup.ok(f"{rows} with {columns}; held out: {examples.held_out}.")
+    answered = _check_sample(checkup, train, "training", arguments, tokenizer)
+    if not streamed:
+        examples.count = round(examples.count * len(answered) / min(len(train), SAMPLE))
+    if answered:
+        _show(checkup, answered[0], tokenizer)
+    if held_out:
+        _check_sample(checkup, held_out, "held-out", arguments, tokenizer)
+    check_evaluation(arguments.training, examples.held_out > 0)
+    if not held_out:
+        checkup.warn(
+            "There are no held-out examples, so nothing will be evaluated.",
+            "Name a dataset_test_split, or a data set of more than one example.",
+        )
+    if few := few_examples(examples.held_out):
+        checkup.warn(few, _more_held_out(arguments.data, examples.held_out))
+    examples.sample = answered
+    return examples
+
+
+def _more_held_out(asked: DataArguments, held_out: int) -> str:
+    """What to change where few examples are held out.
+
+    Args:
+        asked: where they come from.
+        held_out: how many there are.
+    """
+    if asked.max_eval_samples is not None and held_out == asked.max_eval_samples:
+        return f"Raise max_eval_samples, which is {held_out}, to {FEW_EXAMPLES} or more, or leave it out."
+    if asked.streaming or has_test_split(asked):
+        return f"Put {FEW_EXAMPLES} examples or more into the split to evaluate on, which has {held_out}."
+    needed = math.ceil(FEW_EXAMPLES / HELD_OUT_SHARE)
+    return (
+        f"Give {needed} rows or more, for without a test split {100 * HELD_OUT_SHARE:.0f} % of them are held out; or "
+        "give a test file of your own, beside train.jsonl as test.jsonl in a folder that dataset_name names."
+    )
+
+
+def _open(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Dataset, Dataset | None]:
+    """What is known so far, the rows to train on (of a stream the first ones), and those held out."""
+    asked, training = arguments.data, arguments.training
+    if not asked.streaming:
+        train, held_out, _ = load_splits(asked)
+        return Examples(train, [], len(train), len(held_out or [])), train, held_out
+    rows, held_out = open_rows(asked)
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed)
+    steps = training.max_steps * training.gradient_accumulation_steps * training.world_size
+    count = stream.count_rows(steps * training.per_device_train_batch_size)
+    return Examples(stream, [], count, len(held_out)), rows.first(SAMPLE), held_out
+
+
+def _check_sample(
+    checkup: Checkup, rows: Dataset, which: str, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The first rows that have an answer, tokenised; how many were cut and dropped."""
+    length = arguments.data.max_length
+    name = cast(str, arguments.data.dataset_name)
+    sample = encode_first(rows, SAMPLE, tokenizer, length, name)
+    answered = [example for example in sample if example["answered"]]
+    empty = source_rows(rows, empty_answers(sample))
+    cut, dropped = sum(example["truncated"] for example in sample), len(sample) - len(answered)
+    text = f"of {len(sample)} {which} examples {cut} are cut to {length} tokens, {dropped} dropped without an answer."
+    if not answered:
+        checkup.warn(f"none of the first {len(sample)} {which} examples has an answer.", "Look at the data's columns.")
+    elif cut > MANY * len(sample):
+        checkup.warn(text, "Raise max_length (and lower per_device_train_batch_size), if whole answers matter.")
+    elif dropped - len(empty) > MANY * len(sample):
+        checkup.warn(text, "Raise max_length where prompts are as long as that.")
+    else:
+        checkup.ok(text)
+    if empty:
+        checkup.warn(empty_problem(name, which, empty), "Write an answer there, or leave these rows out.")
+    return answered
+
+
+def _show(checkup: Checkup, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """One example as the models will see it."""
+    ids, labels = example["input_ids"], example["labels"]
+    answer = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    prompt = ids[: len(ids) - len(answer)]
+    texts = [textwrap.shorten(tokenizer.decode(part), 100, placeholder=" ...") for part in (prompt, answer)]
+    checkup.ok(f"first prompt {texts[0]!r} ({len(prompt)} tokens), answer {texts[1]!r} ({len(answer)} tokens).")

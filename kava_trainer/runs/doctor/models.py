@@ -1,0 +1,273 @@
+"""Checks of the pair: configs, weight files, tokenizers, and whether the two fit each other and the arguments.
+
+The models are built without storage, so that their size does not matter; of weight files only the headers are read.
+"""
+
+import copy
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from ...config.arguments import KavaArguments
+from ...config.optimizer_names import optimizer_name
+from ...data.collators import DistillationCollator
+from ...distillation.calibration import check_enough_tokens
+from ...distillation.targets import HiddenStateTarget, build_target
+from ...models.layers import find_blocks, hidden_size, number_of_layers
+from ...models.loading import build_causal_lm, check_reads, load_config, model_folder
+from ...models.student import load_student, quantized_by, student_config
+from ...models.teacher import freeze, load_teacher
+from ...trainer.trainer import KavaTrainer
+from ...utils.console import size_text
+from ...utils.errors import BadRequest, reason_of
+from ...utils.files import existing_folder
+from ...utils.hub import hub_reason
+from ..advice import long_warmup, loose_projector, planned_steps, rounding_problem, slow_half_precision
+from ..setup import Data, Models, load_tokenizers, make_trainer, measure_teacher
+from .data import Examples
+from .findings import Checkup
+from .machine import expected_processes
+
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+"""Names of a model's file of weights, or of the list of several, in the order that transformers looks for them."""
+
+HUB_SECONDS = 20
+"""How long the hub may take to list the files of a model."""
+
+
+@dataclass
+class Pair:
+    """Teacher and student without storage, and what is aligned of them."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    target: HiddenStateTarget
+
+
+def check_tokenizers(checkup: Checkup, arguments: KavaArguments) -> PreTrainedTokenizerBase:
+    """Whether both tokenizers can be had and agree."""
+    tokenizer = load_tokenizers(arguments)
+    own = "the teacher's is used" if arguments.model.student_model_name_or_path is None else "the same ids for both"
+    template = "with" if tokenizer.chat_template else "without"
+    checkup.ok(f"{len(tokenizer.get_vocab())} tokens, {own}; {template} a chat template.")
+    return tokenizer
+
+
+def check_teacher_model(checkup: Checkup, arguments: KavaArguments) -> PreTrainedModel:
+    """Whether the teacher's config makes a model and its weights are there; the model without storage."""
+    model = arguments.model
+    config = load_config(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+    with torch.device("meta"):
+        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
+    name, revision = model.teacher_model_name_or_path, model.teacher_revision
+    weights = _check_weights(name, "teacher", revision, teacher)
+    checkup.ok(f"{_describe(teacher, name, revision)}, {weights}.")
+    return teacher
+
+
+def check_embedded_teacher(
+    checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, examples: Examples
+) -> None:
+    """Whether the embedded teacher knows more of the answers than chance; it is small enough to be asked."""
+    batch = examples.sample[: arguments.training.per_device_eval_batch_size]
+    if not batch:
+        return
+    teacher = load_teacher(dataclasses.replace(arguments.model, teacher_quantization="none"), torch.device("cpu"))
+    loss, chance, at_chance = measure_teacher(teacher, Dataset.from_list(batch), DistillationCollator(tokenizer))
+    told = f"on the first {len(batch)} answers (cross-entropy {loss:.2f} nats, chance {chance:.2f})"
+    if at_chance:
+        checkup.warn(
+            f"no better than chance {told}: it knows the quickstart's arithmetic problems and nothing else.",
+            "Name a teacher_model_name_or_path that knows your data.",
+        )
+    else:
+        checkup.ok(f"better than chance {told}.")
+
+
+def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: PreTrainedModel) -> PreTrainedModel:
+    """Whether the student can be made as asked; the student without storage, with its adapters."""
+    model = arguments.model
+    student_config(model)  # its checks depend on where the student starts from
+    shape = model if model.student_init == "teacher_layers" else dataclasses.replace(model, student_init="random")
+    with torch.device("meta"):
+        student = load_student(shape, teacher)
+    name, revision = model.student_model_name_or_path or model.student_config_name, model.student_revision
+    starts = {"random": "random weights", "teacher_layers": "layers of the teacher"}
+    if model.student_init == "pretrained":
+        weights = _check_weights(name, "student", revision, student)
+    else:
+        weights = f"starts from {starts[model.student_init]}"
+    checkup.ok(f"{_describe(student, name, revision)}, {weights}{', LoRA adapters' if model.use_peft else ''}.")
+    trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
+    if problem := rounding_problem(arguments.training.optim, arguments.training.optim_args, trained):
+        checkup.warn(problem)
+    if problem := slow_half_precision(arguments, teacher, student):
+        checkup.warn(problem)
+    return student
+
+
+def _describe(model: PreTrainedModel, name: str, revision: str | None) -> str:
+    version = f"@{revision}" if revision else ""
+    return (
+        f"{name}{version}, {type(model).__name__}, {number_of_layers(model)} layers of width {hidden_size(model)}, "
+        f"{model.num_parameters() / 1e6:.2f} M parameters, {str(model.dtype).removeprefix('torch.')}"
+    )
+
+
+def _check_weights(name: str, role: str, revision: str | None, model: PreTrainedModel) -> str:
+    """How large the weights of a model are and where they lie, in a few words. Raises `BadRequest` if they are not."""
+    if (folder := model_folder(name, role)) is not None:
+        return f"weights {size_text(_check_files(folder, name, role, model))}"
+    for file in _WEIGHTS:
+        cached = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(cached, str):
+            return f"weights {size_text(_check_files(Path(cached).parent, name, role, model))}, downloaded"
+    return _weights_on_hub(name, role, revision)
+
+
+def _weights_on_hub(name: str, role: str, revision: str | None) -> str:
+    try:
+        found = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
+    except Exception as error:  # the network fails in many ways
+        raise BadRequest(
+            f"The weights of the {role} {name!r} are not on this machine, and the hub does not tell of them "
+            f"({hub_reason(error)}). Download them with hf download {name}, or name a local folder."
+        ) from error
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
+    for ending in (".safetensors", ".bin"):
+        needed = sum(size for file, size in sizes.items() if file.endswith(ending) and "/" not in file)
+        if needed:
+            free = shutil.disk_usage(existing_folder(HF_HUB_CACHE)).free
+            if needed > free:
+                raise BadRequest(
+                    f"The weights of the {role} {name!r} take {size_text(needed)}, and {HF_HUB_CACHE} has "
+                    f"{size_text(free)} free. Make room there, or set HF_HOME to a folder on a larger disk."
+                )
+            return f"weights {size_text(needed)}, still to be downloaded"
+    raise BadRequest(f"The {role} {name!r} cannot be loaded: the hub has no weights of it. Name another model.")
+
+
+def _check_files(folder: Path, name: str, role: str, model: PreTrainedModel) -> int:
+    """The size of a folder's weight files, whose headers must tell of this model's weights."""
+    files = _weight_files(folder, name, role)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for file in files:
+        reason = _broken_weights(folder / file, {} if quantized_by(model.config) else shapes)
+        if reason is not None:
+            raise BadRequest(f"The {role} {name!r} cannot be loaded: {file} {reason}. Download or copy it again.")
+    return sum((folder / file).stat().st_size for file in files)
+
+
+def _weight_files(folder: Path, name: str, role: str) -> list[str]:
+    file = next((file for file in _WEIGHTS if (folder / file).is_file()), None)
+    if file is None:
+        raise BadRequest(
+            f"The {role} {name!r} cannot be loaded: it has no {SAFE_WEIGHTS_NAME}. Name a folder that holds a "
+            "model's weights too."
+        )
+    if not file.endswith(".json"):
+        return [file]
+    try:
+        files = sorted(set(json.loads((folder / file).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRequest(
+            f"The {role} {name!r} cannot be loaded: {file} cannot be read ({reason_of(error)}). Download or "
+            "copy it again."
+        ) from error
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise BadRequest(
+            f"The {role} {name!r} cannot be loaded: of its {len(files)} files of weights {', '.join(missing[:3])} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Download or copy them again."
+        )
+    return files
+
+
+def _broken_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """Why a file of weights is not whole, or not of a model with weights of these shapes; None if neither is so."""
+    if path.suffix != ".safetensors":
+        return None if path.stat().st_size else "is empty"
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if key in shapes}  # noqa: SIM118
+    except Exception as error:  # safetensors has no kind of its own for each
+        return f"is broken ({reason_of(error)})"
+    wrong = next((key for key, shape in found.items() if shape != shapes[key]), None)
+    return None if wrong is None else f"holds {wrong} as {found[wrong]}, where its config wants {shapes[wrong]}"
+
+
+def check_fit(
+    checkup: Checkup,
+    arguments: KavaArguments,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Pair:
+    """Whether both models read the text, and have the layers that the arguments name."""
+    training = arguments.training
+    for role, model in (("teacher", teacher), ("student", student)):
+        check_reads(model, role, tokenizer, arguments.data.max_length)
+    target = build_target(training, student, teacher)
+    for model, layers in ((student, target.student_layers), (teacher, target.teacher_layers)):
+        if min(layers) < number_of_layers(model):
+            find_blocks(model)
+    config = target.projectors[0].config
+    pairs = ", ".join(map(str, target.pairs))
+    if training.aligns:
+        checkup.ok(f"layers {pairs} (student, teacher), projector {config.input_size} -> {config.output_size}.")
+    else:
+        checkup.ok("no hidden states are aligned.")
+    if problem := loose_projector(training):
+        checkup.warn(problem)
+    return Pair(teacher, student, target)
+
+
+def check_start(checkup: Checkup, arguments: KavaArguments, pair: Pair, examples: Examples) -> None:
+    """Whether there are enough tokens for the projector's first fit."""
+    if not examples.sample:
+        checkup.ok("how many tokens there are to start from is not known.")
+        return
+    tokens = min(examples.tokens(), arguments.training.calibration_tokens)
+    check_enough_tokens(pair.target, tokens)
+    checkup.ok(f"the projectors start from a fit to {tokens} tokens.")
+
+
+def check_trainer(
+    checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, examples: Examples | None
+) -> KavaTrainer:
+    """Whether a trainer and its optimizer can be set up with these arguments: tried out around two tiny models."""
+    training = copy.copy(arguments.training)
+    held_out = examples is None or examples.held_out > 0
+    training.push_to_hub, training.report_to = False, []  # both have a check of their own
+    training.layer_mapping, training.layer_weights = "last", None
+    highest = max(tokenizer.get_vocab().values())
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=highest + 1, **sizes)
+    tiny = Models(freeze(LlamaForCausalLM(config)), LlamaForCausalLM(config), tokenizer)
+    ids = tokenizer("Question: 1 + 1? Answer: 2")["input_ids"]
+    rows: list[dict[str, Any]] = [{"input_ids": ids, "labels": ids, "prompt_length": 0} for _ in range(4)]
+    data = Dataset.from_list(rows)
+    with TemporaryDirectory() as folder:
+        training.output_dir = training.final_dir = folder
+        trainer = make_trainer(training, tiny, Data(data, data if held_out else None, DistillationCollator(tokenizer)))
+    schedule = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    checkup.ok(
+        f"optim {optimizer_name(training.optim)}, {schedule} schedule, learning rate {training.learning_rate:g}."
+    )
+    count = examples.count if examples is not None else 0
+    if training.max_steps > 0 or count > 0:
+        steps = planned_steps(training, count, expected_processes(training))
+        if problem := long_warmup(training, steps):
+            checkup.warn(problem)
+    return trainer

@@ -1,0 +1,196 @@
+"""The teacher cache of a run: opened, filled with the states of its examples, and read from in place of the teacher."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from accelerate.utils import gather_object, release_memory
+from transformers import PreTrainedModel
+
+from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..data.streaming import ExampleStream
+from ..distillation.teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
+from ..models.layers import hidden_size
+from ..trainer.trainer import KavaTrainer
+from ..utils.console import Console, size_text
+from ..utils.distributed import any_rank
+from ..utils.memory import needs_memory
+from ..utils.signals import WATCH
+from .advice import smaller_rows
+from .setup import Data, Models
+
+
+def open_cache(arguments: KavaArguments, models: Models, trainer: KavaTrainer) -> TeacherCache | None:
+    """The folder of teacher states, where one is asked for and some term reads the teacher.
+
+    Raises:
+        BadRequest: if it holds something else.
+    """
+    training = arguments.training
+    if training.teacher_cache_dir is None or trainer.teacher is None:
+        return None
+    identity = teacher_identity(arguments.model, models.teacher, trainer.accelerator.mixed_precision)
+    return TeacherCache(training.teacher_cache_dir, identity, trainer.teacher.layers, training.teacher_cache_dtype)
+
+
+def _examples_at_hand(data: Data, trainer: KavaTrainer) -> Sequence[list[int]]:
+    """Token ids of all examples whose states will be read, but for those of a stream."""
+    if not isinstance(data.train, ExampleStream):
+        parts = [data.train] if data.evaluation is None else [data.train, data.evaluation]
+        return datasets.concatenate_datasets([part.select_columns("input_ids") for part in parts])["input_ids"]
+    calibration = trainer.calibration_examples() if trainer.args.calibrates else []
+    return [example["input_ids"] for example in [*calibration, *(data.evaluation or [])]]
+
+
+def write_cache(
+    console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, data: Data, trainer: KavaTrainer
+) -> None:
+    """Write the states that are missing. A signal ends it once what was read is on disk.
+
+    Raises:
+        BadRequest: if the cache is broken, or the disk too small for it.
+        Interrupted: on all ranks, if any has got a signal.
+        RunFailed: if the teacher runs out of memory.
+    """
+    with WATCH.deferred(), needs_memory("while the cache was written", lambda: smaller_rows(arguments)):
+        _fill(console, arguments, cache, models, data, trainer)
+
+
+def _fill(
+    console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, data: Data, trainer: KavaTrainer
+) -> None:
+    console.stage("Teacher cache")
+    cache.verify()
+    streamed = isinstance(data.train, ExampleStream)
+    examples = _examples_at_hand(data, trainer)
+    missing = cache.missing(examples)
+    tokens = sum(len(examples[i]) for i in missing)
+    size = cache.bytes_for(tokens, hidden_size(models.teacher))
+    layers = ", ".join(map(str, cache.layers))
+    which = "examples beside the stream" if streamed else "examples"
+    console.print(
+        f"{len(missing)} of {len(examples)} {which} are to be written to {cache.folder}: {tokens} tokens, layers "
+        f"{layers}, {cache.dtype}, {size / 1e6:.1f} MB"
+    )
+    training = arguments.training
+    budget = training.max_tokens_per_batch or training.per_device_eval_batch_size * arguments.data.max_length
+    if missing:
+        cache.check_space(size)
+        cache.build(models.teacher, examples, missing, budget, trainer.accelerator.autocast)
+    if streamed:
+        announce(console, cache, data.train, training, hidden_size(models.teacher))
+        written = fill_from_stream(cache, models.teacher, data.train, training, budget, trainer.accelerator.autocast)
+        console.print(f"{written} examples of the stream were missing and have been written.")
+
+
+def read_from_cache(
+    console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, trainer: KavaTrainer
+) -> None:
+    """Let the trainer read the teacher's states from a cache that is filled, and free the teacher's weights."""
+    trainer.read_cache(CachedTeacher(models.teacher, cache.read))
+    release_weights(models.teacher, keep_head=arguments.training.kd_weight > 0)
+    release_memory()
+    console.print("The teacher's states come from there from now on; its weights are freed.")
+
+
+SAMPLE = 256
+"""Examples whose mean length stands for that of all in the announcement."""
+
+
+def _shares(stream: ExampleStream, args: KavaTrainingArguments) -> list[tuple[Iterator[dict[str, Any]], int]]:
+    """The first pass of each data worker of this rank, and how many examples of it the training will take."""
+    workers = max(args.dataloader_num_workers, 1)
+    batches = args.max_steps * args.gradient_accumulation_steps
+    state = PartialState()
+    shares = []
+    for turn in range(workers):
+        part = state.process_index * workers + turn
+        own = batches // workers + (turn < batches % workers)
+        examples = stream.one_pass(0, part, state.num_processes * workers)
+        shares.append((examples, own * args.per_device_train_batch_size))
+    return shares
+
+
+def _tokens(examples: Iterator[dict[str, Any]]) -> Iterator[list[int]]:
+    return (example["input_ids"] for example in examples)
+
+
+def announce(
+    console: Console, cache: TeacherCache, stream: ExampleStream, args: KavaTrainingArguments, width: int
+) -> int:
+    """Say what the examples of a run will take on the disk, from the mean length of the first ones.
+
+    Args:
+        console: takes the line.
+        cache: where they will go.
+        stream: of the training examples.
+        args: say how many of them are read.
+        width: of the teacher's states.
+
+    Returns:
+        The size in bytes.
+
+    Raises:
+        BadRequest: if the disk is too small for what the cache does not hold yet.
+    """
+    batches = args.max_steps * args.gradient_accumulation_steps * PartialState().num_processes
+    examples = stream.count_rows(batches * args.per_device_train_batch_size)
+    lengths = [len(ids) for ids in islice(_tokens(stream.one_pass()), SAMPLE)]
+    tokens = round(examples * sum(lengths) / len(lengths))
+    size = cache.bytes_for(tokens, width)
+    console.print(
+        f"Up to {examples} examples of the stream will be read from {cache.folder}: about {tokens} tokens, layers "
+        f"{', '.join(map(str, cache.layers))}, {cache.dtype}, about {size_text(size)} (by the first {len(lengths)} "
+        "examples). Those that are missing are written now."
+    )
+    there = sum(path.stat().st_size for path in cache.shards.paths)
+    cache.check_space(max(size - there, 0))
+    return size
+
+
+def fill_from_stream(
+    cache: TeacherCache,
+    model: PreTrainedModel,
+    stream: ExampleStream,
+    args: KavaTrainingArguments,
+    budget: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> int:
+    """Let the teacher read what the training will read and the cache lacks, each rank its own share.
+
+    Where any share is used up before the training ends, later passes mix the examples of all of them anew. Then all
+    examples are written, and nothing is missing in any pass.
+
+    Args:
+        cache: where the states go.
+        model: the teacher.
+        stream: of the training examples.
+        args: say how many of them are read.
+        budget: tokens of one forward pass.
+        autocast: makes the context that the teacher runs in.
+
+    Returns:
+        How many examples the ranks have written.
+
+    Raises:
+        Interrupted: on all ranks, if any has got a signal; what was read until then stays.
+    """
+    shares, ended = _shares(stream, args), False
+
+    def wanted() -> Iterator[list[int]]:
+        nonlocal ended
+        for examples, number in shares:
+            taken = 0
+            for ids in _tokens(islice(examples, number)):
+                taken += 1
+                yield ids
+            ended |= taken < number
+
+    written = cache.extend(model, wanted(), budget, autocast)
+    if any_rank(ended):
+        rest = (ids for examples, _ in shares for ids in _tokens(examples))
+        written += cache.extend(model, rest, budget, autocast)
+    return sum(gather_object([written]))

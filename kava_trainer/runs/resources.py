@@ -1,0 +1,315 @@
+"""What a run will need on its device, worked out before a weight is loaded.
+
+Weights, gradients and optimizer states are counted. What a micro-batch needs beside them is not guessed from a formula:
+the very forward and backward pass of the run is carried out on fake tensors, which have shapes and no memory
+(`torch._subclasses.FakeTensorMode`, read in torch 2.13.0), and the storages alive at once are added up. The fake models
+attend as a CPU's do, whose kernels keep as little as a GPU's.
+"""
+
+import math
+import shutil
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import SaveStrategy
+
+from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.launcher import is_fsdp_asked
+from ..config.model_arguments import ModelArguments
+from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
+from ..data.packing import pack_step
+from ..distillation.loss_terms import LossTerms, needed_teacher_layers
+from ..distillation.model import DistillationModel
+from ..distillation.targets import build_target
+from ..distillation.teacher_cache import CachedTeacher
+from ..models.layers import find_blocks, number_of_layers
+from ..models.lm_head import vocabulary_size
+from ..models.loading import build_causal_lm, load_config
+from ..models.lora import add_adapter
+from ..models.packed_attention import enable_packing
+from ..models.sizes import model_bytes, weight_bytes
+from ..models.student import quantized_by, student_config
+from ..models.teacher import OnlineTeacher, freeze
+from ..utils.console import size_text
+from ..utils.errors import BadRequest
+from ..utils.files import existing_folder
+
+
+class LiveMemory(TorchDispatchMode):
+    """Adds up the storages that live at once within a `with` block.
+
+    Args:
+        known: tensors that are there before and do not count.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return output
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+_QUANTISED_FROM, _BLOCK = 4096, 256
+"""Optimizers quantise the states of weights this large, with a float32 scale for each block."""
+
+
+def _state_bytes(name: str, parameter: nn.Parameter, is_embedding: bool, block: int) -> float:
+    """Size of one state of one weight."""
+    count, own = parameter.numel(), parameter.numel() * parameter.element_size()
+    if name in TORCHAO_OPTIMIZERS:
+        bits = 8 if "8bit" in name else 4
+        quantised = count >= _QUANTISED_FROM and count % block == 0
+        return count * bits / 8 + 4 * count // block + 4 * 2**bits if quantised else own
+    if "8bit" in name and count >= _QUANTISED_FROM and not is_embedding:
+        return count + 4 * math.ceil(count / _BLOCK)
+    if name == "stable_adamw" and parameter.dtype == torch.bfloat16:
+        return 1.5 * own  # beside its two states it carries what bfloat16 drops
+    return 4 * count if "8bit" in name or "32bit" in name else own
+
+
+def optimizer_bytes(
+    optim: Any,
+    parameters: Iterable[nn.Parameter],
+    embeddings: Iterable[nn.Parameter] = (),
+    optim_args: str | None = None,
+) -> int:
+    """Size of an optimizer's states: two a weight for Adam and its kin, one or none for the plainer ones.
+
+    Args:
+        optim: as in the arguments.
+        parameters: the weights that it trains.
+        embeddings: those whose states bitsandbytes keeps in 32 bits, because Trainer tells it to.
+        optim_args: as in the arguments; torchao's `block_size` counts.
+    """
+    name, whole = optimizer_name(optim), {id(parameter) for parameter in embeddings}
+    given = parse_optim_args(optim_args).get("block_size", "")
+    block = int(given) if given.isdecimal() and int(given) else _BLOCK
+    states = 2
+    if any(word in name for word in ("lion", "rmsprop", "adagrad")):
+        states = 1
+    if any(word in name for word in ("adafactor", "sgd", "lomo")):
+        states = 0
+    return int(states * sum(_state_bytes(name, p, id(p) in whole, block) for p in parameters))
+
+
+def optimizer_step_bytes(optim: Any, parameters: Iterable[nn.Parameter]) -> int:
+    """What an optimizer's step takes beside its states: torchao's compiled one, two float32 copies of a weight.
+
+    It was read in the code that torch 2.13.0 makes of torchao 0.18.0 for a CPU.
+    """
+    largest = max((parameter.numel() for parameter in parameters), default=0)
+    return 8 * largest if optimizer_name(optim) in TORCHAO_OPTIMIZERS else 0
+
+
+def _meta_student(arguments: ModelArguments) -> tuple[PreTrainedModel, dict[str, int]]:
+    """The student without storage, and the bytes of its own weights and of its adapters, where it has any.
+
+    Modules cannot be moved or cast once their tensors are fake, which peft does with those that it makes.
+    """
+    with torch.device("meta"):
+        student = build_causal_lm(student_config(arguments), arguments.student_dtype, arguments)
+        if student.dtype == torch.float16:
+            student.float()
+        sizes = {"student": model_bytes(student, _student_quantization(arguments, student.config))}
+        if arguments.use_peft:
+            add_adapter(student, arguments)
+            sizes["adapter"] = weight_bytes(p for p in student.parameters() if p.requires_grad)
+    return student, sizes
+
+
+def _make_fake(model: PreTrainedModel) -> None:
+    """Give a model without storage fake weights on the CPU, tied where they were; within a `FakeTensorMode`."""
+    known: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in known:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                known[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
+            setattr(module, name, known[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _student_quantization(arguments: ModelArguments, config: PreTrainedConfig) -> str:
+    """In how many bits the student's weights are held, as asked for or as they are in its checkpoint."""
+    if quantized_by(config) is None:
+        return arguments.student_quantization
+    found = config.quantization_config
+    found = found if isinstance(found, dict) else found.to_dict()
+    return "8bit" if found.get("load_in_8bit") or found.get("bits") == 8 else "4bit"
+
+
+def _micro_batch(arguments: KavaArguments, width: int, cached_layers: list[int]) -> dict[str, Any]:
+    """The largest micro-batch there can be, made of answers alone."""
+    length, budget = arguments.data.max_length, arguments.training.max_tokens_per_batch
+    count = max(1, budget // length) if budget else arguments.training.per_device_train_batch_size
+    states = {layer: torch.zeros(count * length, width, dtype=torch.bfloat16) for layer in cached_layers}
+    example, tokens = torch.arange(length - 1), torch.zeros(count * length, dtype=torch.int64)
+    batch = {
+        "input_ids": tokens, "lengths": [length] * count, "answer_index": example.repeat(count),
+        "next_tokens": torch.zeros(count * (length - 1), dtype=torch.int64), "answers": [length - 1] * count,
+        **({"teacher_states": states} if states else {}),
+    }  # fmt: skip
+    (row,) = pack_step([batch], count * length)
+    if budget == 0 or arguments.training.torch_compile:
+        del row["packed_lengths"]
+        shaped = {name: row[name].view(count, length) for name in ("input_ids", "attention_mask")}
+        row |= shaped | {"teacher_states": {layer: s.view(count, length, -1) for layer, s in states.items()}}
+    return row
+
+
+def _step_peak(
+    training: KavaTrainingArguments, model: DistillationModel, terms: LossTerms, batch: dict[str, Any]
+) -> int:
+    """Bytes alive at once in one micro-batch's passes, beyond weights and the gradients of earlier ones."""
+    checkpointing = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
+    if checkpointing:
+        enable = getattr(model.student, "activation_checkpointing_enable", model.student.gradient_checkpointing_enable)
+        enable()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    teacher = list(terms.teacher.model.parameters()) if terms.teacher else []
+    with LiveMemory([*teacher, *model.parameters(), *(parameter.grad for parameter in trained)]) as live:
+        states = terms.teacher_states(batch)
+        with terms.autocast():
+            outputs = terms.student_outputs(model, batch, states, terms.weights(0.0))
+        terms.loss(outputs, batch, terms.weights(0.0)).backward()
+    return live.peak
+
+
+def _gathered_bytes(student: PreTrainedModel, projector: int) -> int:
+    """What is whole at once of a sharded model, weights and gradients: projectors, two blocks, all but the blocks."""
+    blocks = [weight_bytes(block.parameters()) for block in find_blocks(student)]
+    return 2 * (model_bytes(student) - sum(blocks) + 2 * max(blocks) + projector)
+
+
+def _over_ranks(parts: dict[str, int], world_size: int, gathered: Callable[[], int]) -> dict[str, int]:
+    """What one rank has of the parts that training changes."""
+    if is_fsdp_asked():
+        shares = {name: math.ceil(size / world_size) for name, size in parts.items()}
+        return shares | {"gathered weights": gathered()}
+    if world_size > 1:
+        return parts | {"gradients": 2 * parts["gradients"]}  # data parallelism has buckets too
+    return parts
+
+
+def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
+    """Bytes that training will take on each device, by what takes them; their sum is the peak.
+
+    Args:
+        arguments: of the run. Only the configs of the models are read.
+
+    Returns:
+        `teacher`, `student`, `adapter` where there is one, `projector`, `gradients`, `optimizer`, `micro-batch`.
+
+    Raises:
+        BadRequest: if a config cannot be had, or the models do not have what the arguments ask for.
+    """
+    training, model = arguments.training, arguments.model
+    student, sizes = _meta_student(model)
+    config = load_config(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+    with FakeTensorMode():
+        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
+        _make_fake(student)
+        target = build_target(training, student, teacher)
+        target.requires_grad_(training.aligns)
+        layers = needed_teacher_layers(training, target, number_of_layers(teacher))
+        if training.max_tokens_per_batch and not training.torch_compile:
+            enable_packing(teacher)
+            enable_packing(student)
+        cached = bool(layers and training.teacher_cache_dir)
+        source = (CachedTeacher(teacher, dict) if cached else OnlineTeacher(teacher, layers)) if layers else None
+
+        def autocast() -> Any:
+            dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((training.bf16, training.fp16))
+            return torch.autocast("cpu", dtype) if dtype else nullcontext()
+
+        terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
+        distilled = DistillationModel(student, target).train()
+        head = teacher.get_output_embeddings().weight
+        batch = _micro_batch(arguments, source.hidden_size if cached else 0, layers if cached else [])
+        trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
+        kept = weight_bytes([head]) if training.kd_weight > 0 else 0
+        embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
+        micro_batch = _step_peak(training, distilled, terms, batch)
+        parts = {
+            **sizes,
+            "projector": weight_bytes(target.parameters()),
+            "gradients": weight_bytes(trained),
+            "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
+        }
+        return {
+            "teacher": kept if cached else model_bytes(teacher, model.teacher_quantization),
+            **_over_ranks(parts, training.world_size, lambda: _gathered_bytes(student, parts["projector"])),
+            # the optimizer's step comes when the micro-batch has been freed
+            "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),
+        }
+
+
+def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:
+    """What one checkpoint takes on disk: student or its adapters, projectors, and optimizer where it is saved.
+
+    Args:
+        parts: of `estimate_memory`.
+        training: says with `save_only_model` whether a checkpoint can be resumed from.
+    """
+    student = "adapter" if "adapter" in parts else "student"
+    weights, optimizer = parts[student] + parts["projector"], 0 if training.save_only_model else parts["optimizer"]
+    if is_fsdp_asked():  # the parts are one rank's, and the weights are written in shards and, once more, whole
+        return training.world_size * (2 * weights + optimizer)
+    return weights + optimizer
+
+
+def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> None:
+    """Make sure that the disk of `output_dir` holds one more checkpoint, where any will be written.
+
+    Args:
+        parts: of `estimate_memory`.
+        training: names `output_dir`, which need not exist yet.
+
+    Raises:
+        BadRequest: with both sizes, if it does not.
+    """
+    if training.save_strategy == SaveStrategy.NO:
+        return
+    needed, free = checkpoint_bytes(parts, training), shutil.disk_usage(existing_folder(training.output_dir)).free
+    if needed <= free:
+        return
+    alone = needed - parts["optimizer"]
+    all_is_needed = training.save_only_model or is_fsdp_asked()  # Trainer keeps save_only_model from sharded weights
+    smaller = "" if all_is_needed or alone > free else f", set save_only_model true ({size_text(alone)})"
+    raise BadRequest(
+        f"One checkpoint takes {size_text(needed)}, but the disk of output_dir {training.output_dir} has only "
+        f"{size_text(free)} free. Make room there, name an output_dir on a larger disk{smaller}, or write "
+        "save_strategy no."
+    )

@@ -1,0 +1,297 @@
+"""What a run needs before its first step: tokenizer, data, models and trainer, and what the user sees of them."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import datasets
+import torch
+from huggingface_hub.errors import HTTPError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.data_arguments import DataArguments
+from ..data.collators import DistillationCollator
+from ..data.encoding import Encoded, encode_dataset
+from ..data.formats import find_format, prompt_kind
+from ..data.row_locations import empty_problem
+from ..data.splits import load_splits
+from ..data.stream_sources import open_rows
+from ..data.streaming import ExampleStream, first_examples, open_stream
+from ..distillation.pairing import pair_up
+from ..evaluation.answers import answer_cross_entropy
+from ..models.layers import hidden_size, number_of_layers
+from ..models.lm_head import check_head
+from ..models.loading import check_reads, check_tokenizers_agree, load_tokenizer
+from ..models.lora import trained_parameters
+from ..models.student import load_student
+from ..models.teacher import load_teacher
+from ..reports.verdict import TEACHER_AT_CHANCE, few_examples
+from ..trainer.callbacks.trackers import tracker_problem
+from ..trainer.trainer import KavaTrainer
+from ..utils.console import Console, size_text
+from ..utils.errors import BadRequest, reason_of
+from ..utils.hub import hub_reason
+from .advice import (
+    check_evaluation,
+    check_processes,
+    long_warmup,
+    loose_projector,
+    memory_shortage,
+    planned_steps,
+    rounding_problem,
+    slow_half_precision,
+)
+from .resources import check_space, estimate_memory
+
+HEAD_CHECK_TOKENS = 64
+"""Tokens that the logits of a whole vocabulary are compared on, before training."""
+
+_BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
+"""Parts of the names of parameters that peft adds to a model's own."""
+
+
+@dataclass
+class Data:
+    """Tokenised examples and what pads them."""
+
+    train: datasets.Dataset | ExampleStream
+    evaluation: datasets.Dataset | None
+    collator: DistillationCollator
+    prompt_kind: str = "prompt"
+    """See `usage.prompt_kind`."""
+
+
+@dataclass
+class Models:
+    """The pair and their one tokenizer."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, which agrees with the teacher's; the teacher's own where the student has none."""
+    model = arguments.model
+    teacher = load_tokenizer(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+    if model.student_model_name_or_path is None:
+        return teacher
+    student = load_tokenizer(model.student_model_name_or_path, "student", model.student_revision, model)
+    check_tokenizers_agree(teacher, student)
+    return student
+
+
+def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Both splits, tokenised, with what pads them. Raises `BadRequest` where the data cannot be used."""
+    console.stage("Data")
+    if arguments.data.streaming:
+        return _load_stream(console, arguments, tokenizer)
+    with arguments.training.main_process_first(desc="loading the data"):
+        train, test, total = load_splits(arguments.data)
+        console.print(f"Dataset loaded: {total} samples")
+        asked = arguments.data
+        encoded = encode_dataset(
+            train, tokenizer, asked.max_length, "Tokenizing the training data", cast(str, asked.dataset_name)
+        )
+        held_out = test and _encode_held_out(arguments, tokenizer, test)
+    _tell_encoding(console, "training", encoded, len(train), asked)
+    if held_out:
+        _tell_encoding(console, "held-out", held_out, len(test), asked)
+    else:
+        console.warn("There are no held-out examples, so nothing will be evaluated.")
+    if few := few_examples(held_out and len(held_out.dataset)):
+        console.warn(few)
+    batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
+    console.print(f"{batches} batches prepared")
+    kind = prompt_kind(train[0], find_format(train.column_names))
+    return Data(encoded.dataset, held_out.dataset if held_out else None, DistillationCollator(tokenizer), kind)
+
+
+def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The stream of training examples, and the held-out ones, which are read now."""
+    asked, training = arguments.data, arguments.training
+    rows, held_out = open_rows(asked)
+    seed = training.seed if training.data_seed is None else training.data_seed
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed)
+    mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
+    console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
+    encoded = _encode_held_out(arguments, tokenizer, held_out)
+    _tell_encoding(console, "held-out", encoded, len(held_out), asked)
+    kind = prompt_kind(rows.first(1)[0], rows.columns)
+    return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind)
+
+
+def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    """The held-out examples alone, as `load_data` has them. Raises `BadRequest` where there are none."""
+    console.stage("Data")
+    asked = arguments.data
+    with arguments.training.main_process_first(desc="loading the data"):
+        test = open_rows(asked)[1] if asked.streaming else load_splits(asked)[1]
+        if not test:
+            raise BadRequest(
+                f"The data set {asked.dataset_name!r} has no held-out examples to measure on; name a "
+                "dataset_test_split, or a data set of more than one example."
+            )
+        held_out = _encode_held_out(arguments, tokenizer, test)
+    _tell_encoding(console, "held-out", held_out, len(test), asked)
+    if few := few_examples(len(held_out.dataset)):
+        console.warn(few)
+    return held_out.dataset
+
+
+def own_parameters(student: PreTrainedModel) -> int:
+    """How many parameters a student has without its adapters, which are merged into it or left out in the end."""
+    beside = (parameter for name, parameter in student.named_parameters() if _BESIDE & set(name.split(".")))
+    return student.num_parameters() - sum(parameter.numel() for parameter in beside)
+
+
+def _encode_held_out(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, test: datasets.Dataset) -> Encoded:
+    asked = arguments.data
+    return encode_dataset(
+        test, tokenizer, asked.max_length, "Tokenizing the held-out data", cast(str, asked.dataset_name)
+    )
+
+
+def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, asked: DataArguments) -> None:
+    console.print(
+        f"{len(encoded.dataset)} {which} examples of {total}: {encoded.truncated} cut to {asked.max_length} tokens, "
+        f"{encoded.dropped} dropped because no answer was left"
+    )
+    if encoded.empty:
+        console.warn(empty_problem(cast(str, asked.dataset_name), which, encoded.empty))
+
+
+def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
+    """Say what training will take of each device, before a weight is loaded; the sum in bytes.
+
+    Raises:
+        BadRequest: as `estimate_memory`, and where the disk of `output_dir` is too small for a checkpoint.
+    """
+    try:
+        parts = estimate_memory(arguments)
+    except RuntimeError as error:  # a model whose code asks for values, which fake tensors lack
+        console.print(f"No memory estimate: the passes of these models cannot be played through ({reason_of(error)}).")
+        return None
+    total, device = sum(parts.values()), arguments.training.device
+    shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    console.print(f"Memory estimate for training: {size_text(total)} ({shown})")
+    if device.type == "cuda" and (problem := memory_shortage(total, device)):
+        console.warn(problem)
+    check_space(parts, arguments.training)
+    return total
+
+
+def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Models:
+    """Teacher and student. Raises `BadRequest` where one cannot be had, or does not fit tokenizer or lengths."""
+    teacher = load_teacher(arguments.model, arguments.training.device)
+    set_seed(arguments.training.seed)
+    student = load_student(arguments.model, teacher, arguments.training.device)
+    for role, model in (("teacher", teacher), ("student", student)):
+        check_reads(model, role, tokenizer, arguments.data.max_length)
+        width, depth = hidden_size(model), number_of_layers(model)
+        console.print(
+            f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{str(model.dtype).removeprefix('torch.')}"
+        )
+    if arguments.model.use_peft:
+        trained = trained_parameters(student)
+        console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
+    return Models(teacher, student, tokenizer)
+
+
+def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) -> KavaTrainer:
+    """The trainer of one student; its teacher runs only where a term reads it.
+
+    Raises:
+        BadRequest: if the models do not have what the arguments ask for, or Trainer refuses an argument.
+    """
+    teacher, target = pair_up(training, models.student, models.teacher, None)
+    text = torch.tensor([first_examples(data.train, 1)[0]["input_ids"][:HEAD_CHECK_TOKENS]])
+    if training.kd_weight > 0:
+        check_head(models.teacher, text, "teacher")
+    if training.kd_weight > 0 or training.lm_weight > 0:
+        check_head(models.student, text, "student")
+    try:
+        trainer = KavaTrainer(
+            student=models.student,
+            teacher=teacher,
+            target=target,
+            args=training,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            data_collator=data.collator,
+            processing_class=models.tokenizer,
+        )
+        trainer.create_optimizer()
+    except (ValueError, ImportError, KeyError, OSError, HTTPError) as error:
+        raise BadRequest(f"Trainer cannot be set up with these arguments: {hub_reason(error)}.") from error
+    except RuntimeError as error:
+        if problem := tracker_problem(training.report_to):
+            raise BadRequest(problem) from error
+        raise
+    return trainer
+
+
+def build_trainer(console: Console, arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:
+    """The trainer of the run, and what the user sees of its loss.
+
+    Raises:
+        BadRequest: as `make_trainer`, and where the devices or the evaluation do not fit the arguments.
+    """
+    training = arguments.training
+    check_processes(training)
+    check_evaluation(training, data.evaluation is not None)
+    trainer = make_trainer(training, models, data)
+    trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
+    if problem := rounding_problem(training.optim, training.optim_args, trained):
+        console.warn(problem)
+    if problem := slow_half_precision(arguments, models.teacher, models.student):
+        console.warn(problem)
+    # A stream has no length, and its training is one of max_steps.
+    examples = 0 if isinstance(data.train, ExampleStream) else len(data.train)
+    if problem := long_warmup(training, planned_steps(training, examples, training.world_size)):
+        console.warn(problem)
+    if training.calibrates:
+        trainer.calibration_examples()
+    if training.aligns:
+        _tell_alignment(console, training, trainer)
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in trainer.terms.weights(0.0).items())
+    schedule = "" if training.alignment_schedule == "constant" else f" (alignment: {training.alignment_schedule} to 0)"
+    console.print(f"Loss terms: {weights}{schedule}")
+    return trainer
+
+
+def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: KavaTrainer) -> None:
+    config = trainer.target.projectors[0].config
+    anchor = "" if config.anchor == "none" else f", anchor {config.anchor}"
+    direction = training.projector_direction.replace("_", " ")
+    console.print(f"Projector: {config.input_size} -> {config.output_size} ({direction}{anchor})")
+    console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
+    if training.mercator_weight > 0:
+        console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
+    if problem := loose_projector(training):
+        console.warn(problem)
+
+
+def measure_teacher(
+    teacher: PreTrainedModel, examples: datasets.Dataset, collator: DistillationCollator
+) -> tuple[float, float, bool]:
+    """A teacher's cross-entropy on the answers of one batch and that of chance, in nats; whether they are alike."""
+    loss = answer_cross_entropy(teacher, examples, collator, len(examples))
+    chance = math.log(teacher.get_input_embeddings().num_embeddings)
+    return loss, chance, not loss < 0.95 * chance
+
+
+def check_teacher(
+    console: Console, models: Models, data: Data, batch_size: int, problems: list[dict[str, Any]]
+) -> None:
+    """Warn of a teacher that knows no more about the answers than chance, and add it to the problems."""
+    loss, chance, at_chance = measure_teacher(models.teacher, first_examples(data.train, batch_size), data.collator)
+    console.print(f"Teacher's cross-entropy on one batch: {loss:.2f} nats (chance: {chance:.2f})")
+    if at_chance:
+        console.warn(
+            "The teacher is no better than chance on these answers. Look at its weights, its tokenizer and the data."
+        )
+        action = f"went on with a teacher of {loss:.2f} nats on the answers, where chance has {chance:.2f}"
+        problems.append({"step": None, "kind": TEACHER_AT_CHANCE, "action": action})

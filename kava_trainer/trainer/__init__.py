@@ -1,0 +1,1 @@
+"""`KavaTrainer` and the parts that it holds."""

@@ -1,0 +1,97 @@
+"""The progress bars and the status lines of a training run."""
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from ...evaluation.diagnostics import alignment_status
+from ...utils.console import Console, status_text
+from ...utils.progress_bar import progress_bar
+
+ALWAYS_LOGGED_STEPS = (50, 100, 200)
+"""Steps whose CosSim the run summary names; they are logged whatever `logging_steps` is."""
+
+
+class StatusCallback(TrainerCallback):
+    """Shows `Loss | CosSim | Status` on a progress bar and as a line at every logging step; a bar of evaluations too.
+
+    Args:
+        plain: no emoji and no progress bar.
+    """
+
+    def __init__(self, plain: bool = False) -> None:
+        self._console = Console(plain)
+        self._bar: tqdm | None = None
+        self._evaluation: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar at the step the run starts from."""
+        self.close()
+        self._bar = progress_bar(state.max_steps, "Training", "step", initial=state.global_step, leave=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar, and have the last step logged as well as those that the summary names."""
+        if self._bar is not None:
+            self._bar.update()
+        if state.global_step in ALWAYS_LOGGED_STEPS or state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print one line for each training log."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        parts = [f"Loss: {logs['loss']:.4f}"]
+        if "cos_sim" in logs:
+            status = alignment_status(logs["cos_sim"], collapsed=bool(logs.get("collapsed")))
+            parts.append(f"CosSim: {logs['cos_sim']:.4f} {status_text(status, self._console.emoji)}")
+        self._console.print(f"[Step {state.global_step:04d}] {' | '.join(parts)}")
+        if self._bar is not None:
+            self._bar.set_postfix_str(" | ".join(parts))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bars."""
+        self.close()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar of the evaluation, of whose batches all ranks have equally many."""
+        if self._evaluation is None:
+            loader = kwargs.get("eval_dataloader")
+            self._evaluation = progress_bar(len(loader) if has_length(loader) else None, "Evaluating", "batch")
+        self._evaluation.update()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the bar of the evaluation."""
+        self._close_evaluation()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Close the bar of the evaluation."""
+        self._close_evaluation()
+
+    def _close_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
+    def close(self) -> None:
+        """Close the bars, however far they are."""
+        self._close_evaluation()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,1 @@
+"""What knows nothing of distillation: files, signals, processes, the terminal."""

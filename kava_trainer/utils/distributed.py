@@ -1,0 +1,131 @@
+"""What the ranks tell each other beside tensors: small numbers, on the host, so that no device is waited for."""
+
+import gc
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .errors import BadRequest, RunFailed, reason_of
+
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=1)
+def _host_group() -> Any:
+    """A process group for tensors of the host, whatever the devices' one is."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+def disconnect() -> None:
+    """End Gloo's connections to the other ranks, in a process that is about to exit and asks them nothing more.
+
+    One that exits with Gloo's threads at work may be aborted (SIGABRT) in place of giving its exit code: PyTorch's
+    issue 190489, seen in one of 48 runs. NCCL's stay as they are: to end them waits for the other ranks, without limit.
+    After FSDP2 on CPUs some threads remain, because PyTorch itself keeps the device mesh.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    gc.collect()  # what a trainer has wrapped holds its group, and a group's threads end with its last reference
+    if torch.distributed.get_backend() == "gloo":
+        _host_group.cache_clear()
+        torch.distributed.destroy_process_group()
+    elif _host_group.cache_info().currsize:
+        torch.distributed.destroy_process_group(_host_group())
+        _host_group.cache_clear()
+
+
+def largest_over_ranks(value: int) -> int:
+    """The largest of the numbers that the ranks have. Every rank must ask."""
+    if PartialState().num_processes == 1:
+        return value
+    numbers = torch.tensor(value)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX, group=_host_group())
+    return int(numbers)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank. Every rank must ask."""
+    return largest_over_ranks(int(flag)) > 0
+
+
+def all_succeed(work: Callable[[], None]) -> str | None:
+    """Let every rank do something that may fail on disk. Every rank must ask.
+
+    Returns:
+        Why it failed on this rank or another; None where it failed on none.
+
+    Raises:
+        RunFailed, torch.OutOfMemoryError: where `work` does.
+    """
+    problem = None
+    try:
+        work()
+    except (RunFailed, torch.OutOfMemoryError):
+        raise
+    except (Exception, CheckpointException) as error:  # tokenizers have no kind of their own for a full disk
+        problem = reason_of(error)
+    failed = any_rank(problem is not None)
+    return (problem or "another process could not write its part") if failed else None
+
+
+def from_main_process(work: Callable[[], T]) -> T:
+    """What `work` gives on the main process, on every rank. Every rank must ask.
+
+    Raises:
+        BadRequest: on every rank, where it is raised on the main process.
+    """
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = work()
+        except BadRequest as error:
+            found[1] = str(error)
+    result, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise BadRequest(problem)
+    return result
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the weights of a model over the ranks."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the parts of all ranks. Every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def give_up_whole_weights(model: nn.Module) -> None:
+    """After a forward pass without a backward pass: hold nothing but the own parts again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_state(module: nn.Module, everywhere: bool = False) -> dict[str, torch.Tensor]:
+    """The state of a module of a sharded model with whole weights. Every rank must ask.
+
+    Args:
+        module: the model or a part of it.
+        everywhere: on every rank, on its device; by default on the main process alone, on the CPU.
+
+    Returns:
+        Tensors by name; nothing on the other ranks where they are not asked for.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
+    return cast(dict[str, torch.Tensor], get_model_state_dict(module, options=options))
