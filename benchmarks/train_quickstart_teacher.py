@@ -1,6 +1,6 @@
 """Make the quickstart's tokenizer and teacher from nothing but the quickstart's problems.
 
-    python -m kava_trainer.quickstart.train_teacher [--steps 6000] [--output_dir FOLDER]
+    python -m benchmarks.train_quickstart_teacher [--steps 6000] [--output_dir FOLDER]
 
 The shipped files come from the default arguments (40 minutes on 2 CPU cores). The teacher reads random batches of
 60,000 problems of the `train` split and is measured on the `test` split, which shares no question with it.
@@ -16,12 +16,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from ..kava_trainer.data.collators import DistillationCollator
-from ..kava_trainer.data.encoding import encode_dataset
-from ..kava_trainer.data.formats import PROMPT
-from ..kava_trainer.evaluation.answers import evaluate_model, longest_answer
-from ..kava_trainer.quickstart import FOLDER, STUDENT_FOLDER, TEACHER_FOLDER
-from ..kava_trainer.quickstart.problems import generate_problems
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.data.formats import PROMPT
+from kava_trainer.evaluation.answers import evaluate_model, longest_answer
+from kava_trainer.quickstart import FOLDER, STUDENT_FOLDER, TEACHER_FOLDER
+from kava_trainer.quickstart.problems import generate_problems
 
 VOCABULARY_SIZE = 512
 

@@ -107,7 +107,7 @@ def tokenizer():
 def _no_report(request, monkeypatch):
     """Runs in this process leave their report out, which takes over a second, unless the test is marked `report`."""
     if hasattr(request.module, "run_kava") and request.node.get_closest_marker("report") is None:
-        monkeypatch.setattr("kava_trainer.closing.report_on", lambda *_: None)
+        monkeypatch.setattr("kava_trainer.runs.finish.report_on", lambda *_: None)
 
 
 def tiny_sizes(hidden_size: int, layers: int) -> dict:

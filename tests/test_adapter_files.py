@@ -265,8 +265,8 @@ def test_a_bad_request_ends_before_weights_are_loaded(tmp_path, capsys, monkeypa
     def load(*args, **kwargs):
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr("kava_trainer.student.load_causal_lm", load)
-    monkeypatch.setattr("kava_trainer.teacher.load_causal_lm", load)
+    monkeypatch.setattr("kava_trainer.models.student.load_causal_lm", load)
+    monkeypatch.setattr("kava_trainer.models.teacher.load_causal_lm", load)
     make_changes, message = BAD_REQUESTS[case]
     options = {**OPTIONS, "output_dir": tmp_path / "out", **make_changes(tmp_path)}
     assert run_kava.main(words(options)) == 2

@@ -28,7 +28,7 @@ TINY = {**SHORT, "max_steps": 1, "max_length": 128, "run_control": "false"}
 @pytest.fixture(scope="module", autouse=True)
 def _no_estimate():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kava_trainer.preparation.estimate_memory", lambda arguments: MEMORY)
+        patch.setattr("kava_trainer.runs.setup.estimate_memory", lambda arguments: MEMORY)
         yield
 
 
@@ -190,7 +190,7 @@ def test_a_signal_ends_the_filling_and_the_next_one_goes_on(tmp_path, monkeypatc
         raise Interrupted(signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kava_trainer.untrained.write_cache", interrupted)
+        patch.setattr("kava_trainer.runs.measure.write_cache", interrupted)
         options = {**TINY, "teacher_cache_dir": tmp_path / "cache", "output_dir": tmp_path / "out"}
         assert main(["cache", RECIPE, *words(options)]) == 138
     assert "the same command goes on from there" in capsys.readouterr().err

@@ -78,14 +78,14 @@ def test_an_interrupted_control_goes_on_where_it_stopped(tmp_path, steps, monkey
         original(trainer, resume)
 
     original = control_module.train_control
-    monkeypatch.setattr("kava_trainer.pipeline.train_control", stop_at_two)
+    monkeypatch.setattr("kava_trainer.runs.pipeline.train_control", stop_at_two)
     assert run(tmp_path) == 143
     assert summary_of(tmp_path)["status"] == "interrupted"
     shown = capsys.readouterr().out
     assert f"Saved after step 2: {tmp_path / 'control' / 'checkpoint-2'}" in shown
     assert re.search(rf"^Resume with: .*--resume_from_checkpoint {tmp_path / 'checkpoint-4'}$", shown, re.M)
     assert len(steps[1]["batches"]) == 2
-    monkeypatch.setattr("kava_trainer.pipeline.train_control", original)
+    monkeypatch.setattr("kava_trainer.runs.pipeline.train_control", original)
     assert run(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-4")) == 0
     assert f"The control goes on from {tmp_path / 'control' / 'checkpoint-2'}." in capsys.readouterr().out
     assert len(steps) == 3
@@ -142,7 +142,7 @@ def test_a_control_that_breaks_leaves_the_run_whole(tmp_path, monkeypatch, capsy
     def break_off(trainer, resume):
         raise RunFailed("It broke.")
 
-    monkeypatch.setattr("kava_trainer.pipeline.train_control", break_off)
+    monkeypatch.setattr("kava_trainer.runs.pipeline.train_control", break_off)
     assert run(tmp_path) == 0
     summary = summary_of(tmp_path)
     assert summary["status"] == "completed"

@@ -516,7 +516,7 @@ def test_the_teacher_cache_and_the_output_of_an_earlier_run_are_compared(doctor,
 
 @pytest.mark.usefixtures("quick")
 def test_a_cache_that_the_disk_does_not_hold_is_refused(doctor, tmp_path, monkeypatch):
-    monkeypatch.setattr("kava_trainer.disk.shutil.disk_usage", lambda path: Usage(10**9, 10**9, 0))
+    monkeypatch.setattr("kava_trainer.utils.files.shutil.disk_usage", lambda path: Usage(10**9, 10**9, 0))
     told = doctor(teacher_cache_dir=tmp_path / "cache", save_strategy="no")
     assert told.code == 2
     (change,) = (change for change in told.changes if change.startswith("Teacher cache"))

@@ -136,7 +136,7 @@ def test_a_run_warns_of_its_warm_up_once(tmp_path, capsys):
     ("place", "command"),
     [
         (optimizers.__file__, 'pip install -c constraints.txt -e ".[bf16]"'),
-        ("/site-packages/kava_trainer/optimizers.py", "pip install torchao"),
+        ("/site-packages/kava_trainer/trainer/optimizers.py", "pip install torchao"),
     ],
     ids=["checkout", "installed"],
 )

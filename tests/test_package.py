@@ -154,10 +154,11 @@ def test_the_wheel_runs_the_quickstart_without_a_checkout(distributions, tmp_pat
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    look = "import kava_trainer, run_kava, kava_trainer.recipes as r; print(kava_trainer.__file__, run_kava.__file__, "
-    package, script, config, names = python("-c", look + "r.accelerate_config('ddp.yaml'), *r.recipe_names())").split(
-        maxsplit=3
+    look = (
+        "import kava_trainer, run_kava, kava_trainer.config.recipes as r; print(kava_trainer.__file__, "
+        "run_kava.__file__, r.accelerate_config('ddp.yaml'), *r.recipe_names())"
     )
+    package, script, config, names = python("-c", look).split(maxsplit=3)
     assert Path(package).is_relative_to(site)
     assert Path(script).is_relative_to(site)
     assert Path(config).is_relative_to(site)

@@ -408,10 +408,12 @@ def test_a_folder_named_twice_and_a_place_that_cannot_be_written_are_refused(fol
 
 def test_a_report_whose_packages_do_not_work_is_a_warning(summary, tmp_path, capsys, monkeypatch):
     summary.write(tmp_path, "completed")
-    monkeypatch.setitem(sys.modules, "kava_trainer.report", None)
+    monkeypatch.setitem(sys.modules, "kava_trainer.reports.page", None)
     assert closing.report_on(Console(plain=True), str(tmp_path), summary) is None
     shown = capsys.readouterr().out
-    assert f"Warning: The report could not be written to {tmp_path}: import of kava_trainer.report halted" in shown
+    assert (
+        f"Warning: The report could not be written to {tmp_path}: import of kava_trainer.reports.page halted" in shown
+    )
     assert f"python -m kava_trainer report {tmp_path}" in shown
 
 

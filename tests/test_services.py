@@ -216,7 +216,7 @@ def test_a_hub_that_never_answers_delays_the_end_only_so_long(tmp_path, tokenize
 
 
 def test_a_hub_that_does_not_answer_before_the_training_is_a_bad_request(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kava_trainer.saving.ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("kava_trainer.trainer.saving.ANSWER_SECONDS", 0.3)
     with server(None) as (address, _):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -282,7 +282,7 @@ def test_a_run_whose_hub_fails_at_the_end_is_complete_on_disk(tmp_path, capsys, 
         seen.append(json.loads((tmp_path / "run_summary.json").read_text())["status"])
         return publish(*args)
 
-    monkeypatch.setattr("kava_trainer.closing.publish", pushed)
+    monkeypatch.setattr("kava_trainer.runs.finish.publish", pushed)
     monkeypatch.setattr(publishing, "STUDENT_SECONDS", 0.3)
     with server(None) as (address, _):
         online(monkeypatch, address)

@@ -42,6 +42,9 @@ class StudentOutput:
     """Sums over tokens of the terms on logits, without weights and gradients."""
 
 
+torch.export.register_dataclass(StudentOutput)
+
+
 class DistillationModel(nn.Module):
     """The student and the projectors in one module, so that one wrapper serves both.
 

@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
-from ..distillation.model import StudentOutput
 from ..utils.errors import BadRequest
 from .layers import number_of_layers
 from .loading import build_causal_lm, load_causal_lm, load_config
@@ -129,6 +128,3 @@ def copy_teacher_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> N
 
 def _renumber(match: re.Match[str], source_of: list[int]) -> str:
     return f"{match[1]}{match[2]}.{source_of[int(match[3])]}."
-
-
-torch.export.register_dataclass(StudentOutput)
