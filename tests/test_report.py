@@ -22,7 +22,8 @@ from kava_trainer.reports.summary import RunSummary
 from kava_trainer.reports.tables import figure_text, verdict_of
 from kava_trainer.runs import finish as closing
 from kava_trainer.trainer import batches as stepping
-from kava_trainer.trainer.checkpoint import save_progress, write_manifest
+from kava_trainer.trainer.checkpoint import write_manifest
+from kava_trainer.trainer.run_state import save_progress
 from kava_trainer.utils.console import Console
 
 EVIL = "<script>alert(1)</script> </pre> $x$ & \"'"

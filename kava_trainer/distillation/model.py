@@ -64,6 +64,7 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.target = target
+        self.student_uses_cache = student.config.use_cache  # Trainer turns it off
         self._capture = HiddenStateCapture(student, target.student_layers)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,5 +1,7 @@
 """A teacher and a student that a trainer is given as plain models: where the states come from, and what is aligned."""
 
+from copy import deepcopy
+
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -10,6 +12,7 @@ from ..models.loading import on_device
 from ..models.lora import has_adapter
 from ..models.teacher import OnlineTeacher, TeacherSource
 from .loss_terms import needed_teacher_layers
+from .model import DistillationModel
 from .targets import HiddenStateTarget, build_target
 
 
@@ -53,3 +56,39 @@ def pair_up(
     if not getattr(teacher, "is_quantized", False):
         on_device(teacher, args.device)
     return OnlineTeacher(teacher, layers), target
+
+
+class Pairing:
+    """Makes the model that a `KavaTrainer` trains of a student, a teacher and what is aligned.
+
+    Args:
+        args: of the run.
+        teacher: see `pair_up`.
+        target: see `pair_up`.
+        again: whether there will be more than one student, each of which needs projectors of its own.
+    """
+
+    def __init__(
+        self,
+        args: KavaTrainingArguments,
+        teacher: PreTrainedModel | TeacherSource | None,
+        target: HiddenStateTarget | None,
+        again: bool,
+    ) -> None:
+        self._args, self._teacher, self._again = args, teacher, again
+        self._target = deepcopy(target) if again else target
+
+    def pair(self, student: PreTrainedModel) -> tuple[DistillationModel, TeacherSource | None]:
+        """Student and projectors in one module, and the source of the teacher's states.
+
+        Raises:
+            BadRequest, ValueError: as `check_student` and `pair_up`.
+        """
+        check_student(student)
+        target = deepcopy(self._target) if self._again else self._target
+        source, target = pair_up(self._args, student, self._teacher, target)
+        if not self._args.aligns:
+            target.requires_grad_(False)
+        if getattr(student, "is_quantized", False):
+            target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
+        return DistillationModel(student, target), source

@@ -15,9 +15,9 @@ from ..trainer.checkpoint import (
     find_newest_checkpoint,
     list_checkpoints,
     read_manifest,
-    read_progress,
 )
 from ..trainer.final_student import FINAL_PROJECTOR, FINAL_STUDENT, difference, has_student
+from ..trainer.run_state import read_progress
 from ..utils.errors import BadRequest, reason_of
 from .recipe import with_defaults
 from .summary import HISTORY_FILE, SUMMARY_FILE, RunSummary, finite

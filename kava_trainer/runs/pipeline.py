@@ -19,8 +19,9 @@ from ..reports.model_card import local_sources
 from ..reports.summary import MOST_SAMPLES, RunSummary
 from ..reports.tables import LONG_NAMES
 from ..reports.verdict import CONTROL_FAILED
-from ..trainer.checkpoint import Resumption, progress_file, read_progress, resolve_checkpoint, sweep
+from ..trainer.checkpoint import Resumption, resolve_checkpoint, sweep
 from ..trainer.final_student import FINAL_STUDENT
+from ..trainer.run_state import progress_file, read_progress
 from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console
 from ..utils.distributed import from_main_process

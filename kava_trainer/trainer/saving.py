@@ -1,42 +1,38 @@
-"""Whole checkpoints: how a trainer writes, reads, rotates and sends them, where Trainer's own way does not fit."""
+"""Whole checkpoints: how a trainer writes, reads, rotates and sends them, where Trainer's own way does not fit.
+
+Every private method of Trainer that KAVA overrides is here.
+"""
 
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerState
+from torch.distributed.checkpoint import CheckpointException
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from ..config.arguments import KavaTrainingArguments
 from ..distillation.model import DistillationModel
 from ..distillation.projector_files import write_projectors
 from ..utils.atomic_files import discard, publish, stage, staging_folder, write_folder_atomically
-from ..utils.console import Console
-from ..utils.distributed import all_succeed, any_rank, own_part
-from ..utils.errors import BadRequest, Interrupted, RunFailed, reason_of
-from ..utils.hub import ANSWER_SECONDS, Place, check_private, in_time, make_branch
-from ..utils.progress_bar import show_progress_bars
+from ..utils.distributed import all_succeed
+from ..utils.errors import Interrupted, RunFailed, reason_of
 from ..utils.signals import WATCH
 from .callbacks.emergency import EmergencyCheckpointCallback
-from .callbacks.hub import CheckpointPusher, no_repository
-from .callbacks.status import StatusCallback
-from .checkpoint import (
-    PROJECTOR_FILE,
-    TRAINER_STATE_FILE,
-    find_newest_checkpoint,
-    read_progress,
-    rotate,
-    save_progress,
-    unreadable_checkpoint,
-    write_manifest,
-)
+from .callbacks.hub import CheckpointPusher, make_repository
+from .checkpoint import PROJECTOR_FILE, TRAINER_STATE_FILE, rotate, unreadable_checkpoint, write_manifest
 from .final_student import final_checksums, is_same_student
-from .weights import UNREADABLE, PushingTrainer
+from .incidents import Incidents
+from .run_state import RunState, read_progress
+from .throughput import Throughput
+from .weights import Weights
 
 
 def _from_numbered_cpu(storage: Any, location: str) -> Any:
@@ -52,72 +48,54 @@ MOST_FAILED_SAVES = 2
 _SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have their own for a full disk
 
 
-class SavingTrainer(PushingTrainer):
-    """A `WeightsTrainer` that loses no run."""
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, SafetensorError, UnpicklingError,
+    CheckpointException,
+)  # fmt: skip
+"""What transformers, torch and safetensors raise for files that are not what they should be. The last one, of sharded
+weights, is no `Exception` even."""
 
-    problems: list[dict[str, Any]]
-    """What went wrong and did not end the run: the step, a kind, and what was done about it."""
 
-    def __init__(self, model: DistillationModel, **kwargs: Any) -> None:
-        self._pusher: CheckpointPusher | None = None
-        super().__init__(model=model, **kwargs)
-        self.console = Console(self.args.plain_output)
-        show_progress_bars(not (self.args.plain_output or self.args.disable_tqdm))
-        self.status = StatusCallback(self.args.plain_output)
-        self.emergency = EmergencyCheckpointCallback(self.try_to_save_projector)
-        self.identity: dict[str, Any] | None = None
-        """What the run was asked for; it goes into every checkpoint, see `identity.run_identity`."""
-        self.run_time: Callable[[], dict[str, Any]] | None = None
-        """Tells when the run began and how long it has taken; that goes into every checkpoint too."""
-        self.problems: list[dict[str, Any]] = []
-        """What went wrong and was survived: the step, the kind, and what was done."""
-        self._failed_saves = 0
+class SavingTrainer(Trainer):
+    """A `Trainer` of a `DistillationModel` that loses no run, and keeps student and projectors apart on disk."""
 
-    def note_problem(self, kind: str, action: str, step: int | None = None) -> None:
-        """Add to `problems`; the step is the last finished one by default."""
-        self.problems.append({"step": self.state.global_step if step is None else step, "kind": kind, "action": action})
+    args: KavaTrainingArguments
+    model: DistillationModel
+    incidents: Incidents
+    emergency: EmergencyCheckpointCallback
+    run_state: RunState
+    clock: Throughput
+    pusher: CheckpointPusher | None = None
+    """Sends checkpoints, where `push_to_hub` and `hub_strategy` ask for it; on the main process."""
+    identity: dict[str, Any] | None = None
+    """What the run was asked for; it goes into every checkpoint, see `identity.run_identity`."""
+    run_time: Callable[[], dict[str, Any]] | None = None
+    """Tells when the run began and how long it has taken; that goes into every checkpoint too."""
+    _failed_saves = 0
 
-    def advice(self) -> str:
-        """What to resume from after the training went wrong, as a sentence."""
-        newest = find_newest_checkpoint(self.args.output_dir).checkpoint
-        return f"Resume from {newest}, which is sound." if newest else "There is no checkpoint yet; start afresh."
+    @property
+    def weights(self) -> Weights:
+        """Student and projectors as weights."""
+        return Weights(self.model, self.args, self.processing_class)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples of a micro-batch, which Trainer may have lowered."""
+        return cast(int, self._train_batch_size)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the hub repository, as `Trainer` does, and its branch. Raises `BadRequest` if that does not work."""
-
-        def make() -> None:
-            if private is not None:  # transformers 5.17 takes no such word
-                self.args.hub_private_repo = private
-            super(SavingTrainer, self).init_hf_repo(token)
-            if self.is_world_process_zero():
-                make_branch(self._place(token))
-                check_private(self._place(token))
-
-        try:
-            in_time(make, ANSWER_SECONDS)
-        except BadRequest:
-            raise
-        except Exception as error:  # the network fails in many ways
-            raise BadRequest(no_repository(error, self.args)) from error
-
-    def _place(self, token: str | None) -> Place:
-        args = self.args
-        return Place(cast(str, self.hub_model_id), token or args.hub_token, args.hub_private_repo, args.hub_revision)
-
-    def not_finite(self, what: str) -> RunFailed:
-        """The error for losses or weights that are no finite numbers any more."""
-        return RunFailed(
-            f"At step {self.state.global_step} {what} stopped being finite numbers. {self.advice()} Lower the "
-            "learning rates."
-        )
+        if private is not None:  # transformers 5.17 takes no such word
+            self.args.hub_private_repo = private
+        make_repository(partial(super().init_hf_repo, token), lambda: str(self.hub_model_id), self.args, token)
 
     def try_to_save_projector(self, path: Path) -> None:
-        """Write the projectors as `save_projector` does; where that fails say so and go on."""
+        """Write the projectors to a file; where that fails say so and go on."""
         try:
-            self.save_projector(path)
+            self.weights.save_projector(path)
         except _SAVE_ERRORS as error:
-            self.console.warn(f"{path} could not be written: {reason_of(error)}.")
-            self.note_problem("save", f"went on without {path.name}")
+            self.incidents.console.warn(f"{path} could not be written: {reason_of(error)}.")
+            self.incidents.note("save", f"went on without {path.name}")
 
     def save_finals(
         self, student_folder: Path, projector: Path, merge_adapter: bool = True
@@ -132,13 +110,14 @@ class SavingTrainer(PushingTrainer):
         Raises:
             RunFailed: if the disk does not take them.
         """
-        state, projectors = self.gathered_student(), self.gathered_projectors()
+        weights = self.weights
+        state, projectors = weights.gathered_student(), weights.projectors()
         written, checksums = False, dict[str, str]()
 
         def write() -> None:
             nonlocal written, checksums
             if self.args.should_save:
-                save = partial(self.save_student, merge_adapter=merge_adapter, state_dict=state)
+                save = partial(weights.export_student, merge_adapter=merge_adapter, state_dict=state)
                 written = write_folder_atomically(student_folder, save, is_same_student)
                 write_projectors(projectors, projector)
                 checksums = final_checksums(student_folder, projector)
@@ -146,7 +125,7 @@ class SavingTrainer(PushingTrainer):
         if (problem := all_succeed(write)) is not None:
             raise RunFailed(
                 f"The finished student could not be written to {student_folder} ({problem}). If there is no room, make "
-                f"some, or name another final_dir. {self.advice()}"
+                f"some, or name another final_dir. {self.incidents.advice()}"
             )
         return written, checksums
 
@@ -156,50 +135,58 @@ class SavingTrainer(PushingTrainer):
         Raises:
             RunFailed: if a weight is no finite number, before anything is written.
         """
-        if any_rank(not all(own_part(parameter).isfinite().all() for parameter in self.model.parameters())):
-            raise self.not_finite("weights")
-        state = self.gathered_student()
-        projectors = self.gathered_projectors(with_decoders=True) if _internal_call else {}
-        if self.is_fsdp_enabled:  # Trainer would not write the student
-            self._save(output_dir, state)
-        else:
-            super().save_model(output_dir, _internal_call=_internal_call)
+        weights = self.weights
+        if not weights.are_finite():
+            raise self.incidents.not_finite("weights")
+        state = weights.gathered_student()
+        projectors = weights.projectors(with_decoders=True) if _internal_call else {}
+        folder = Path(output_dir or str(self.args.output_dir))
+        weights.write_student(folder, state)
         if _internal_call and self.args.should_save:
-            write_projectors(projectors, Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
+            write_projectors(projectors, folder / PROJECTOR_FILE)
+        elif self.args.push_to_hub and not _internal_call:  # a user has called it
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def before_optimizer_step(self, grad_norm: torch.Tensor | float) -> None:
-        """Called once for each optimizer step, with the norm of its gradient before clipping."""
-
-    def progress_state(self) -> dict[str, Any]:
-        """What this rank needs beside weights, optimizer and random numbers to go on as if it had not stopped."""
+    def state_dict(self) -> dict[str, Any]:
+        """Trainer's own sums, and when the run began, for a checkpoint."""
         return {
             "loss": self._tr_loss.cpu(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "problems": self.problems,
             "run_time": self.run_time and self.run_time(),
-            "evaluation_pending": self.emergency.evaluation_pending,
         }
 
-    def restore_progress(self, state: dict[str, Any]) -> None:
-        """Undo `progress_state`, after Trainer has set its own counters to zero.
-
-        With another number of ranks the next log line covers the steps from here on.
-        """
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put Trainer's sums back; with another number of ranks the next log line covers the steps from here on."""
         self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], self.state.global_step
         if state["same_ranks"]:
             self._tr_loss, self._globalstep_last_logged = state["loss"].to(self.args.device), state["last_logged"]
-        self.problems[:] = [*state["problems"], *self.problems]
-        self.state.compute_steps(self.args, self.state.max_steps)  # Trainer would keep the checkpoint's intervals
 
-    def catch_up(self, state: dict[str, Any], checkpoint: str) -> None:
-        """Do what was due at a checkpoint and gave way to a signal."""
-        if state["evaluation_pending"] and self._determine_best_metric(self._evaluate(None, None), None):
+    def take_up_finished(self, checkpoint: str) -> TrainOutput | None:
+        """Load a checkpoint with no step left to train, as if it had just been trained; None where steps are left."""
+        state = self.finished_state(checkpoint)
+        if state is None:
+            return None
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        progress = read_progress(checkpoint, self.args.process_index, self.args.world_size)
+        self.clock.load_state_dict(progress)
+        self.incidents.problems[:] = progress["problems"]
+        best = state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best and Path(best).is_dir():
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
+
+    def finished_state(self, checkpoint: str) -> TrainerState | None:
+        """The state of a checkpoint with no step left to train, else None."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return state if state.global_step >= max_steps else None
+
+    def evaluate_late(self, checkpoint: str) -> None:
+        """Do the evaluation that was due at a checkpoint and gave way to a signal."""
+        if self._determine_best_metric(self._evaluate(None, None), None):
             self.state.best_model_checkpoint = checkpoint
-
-    def read_progress(self, checkpoint: str) -> dict[str, Any]:
-        """What `progress_state` put into a checkpoint, see `progress.read_progress`."""
-        return read_progress(checkpoint, self.args.process_index, self.args.world_size)
 
     def _write_weights(self, folder: Path) -> None:
         """Write student and projectors into a folder."""
@@ -212,7 +199,7 @@ class SavingTrainer(PushingTrainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            save_progress(folder, self.args.process_index, self.args.world_size, self.progress_state())
+            self.run_state.save(folder, self.args.process_index, self.args.world_size)
         if self.args.should_save:
             callbacks: list[Any] = [*self.callback_handler.callbacks, self.control]
             stateful: list[Any] = [callback for callback in callbacks if isinstance(callback, ExportableState)]
@@ -250,8 +237,8 @@ class SavingTrainer(PushingTrainer):
         try:
             rotate(run_dir, self.args.save_total_limit, kept)
         except OSError as error:
-            self.console.warn(f"An old checkpoint in {run_dir} could not be deleted: {reason_of(error)}.")
-            self.note_problem("save", "left an old checkpoint")
+            self.incidents.console.warn(f"An old checkpoint in {run_dir} could not be deleted: {reason_of(error)}.")
+            self.incidents.note("save", "left an old checkpoint")
 
     def _tell_failed_save(self, folder: Path, problem: str) -> None:
         """Note a save that failed. Raises `RunFailed` for one too many in a row, while the training goes on."""
@@ -260,18 +247,23 @@ class SavingTrainer(PushingTrainer):
         free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
         told = f"{folder} could not be written ({problem}; {free / 1e9:.2f} GB are free there)."
         if self._failed_saves >= MOST_FAILED_SAVES and not ends:
-            raise RunFailed(f"{told} It is save number {self._failed_saves} that failed in a row. {self.advice()}")
+            raise RunFailed(
+                f"{told} It is save number {self._failed_saves} that failed in a row. {self.incidents.advice()}"
+            )
         goes_on = "The training ends here, without it." if ends else "The training tries again at the next save."
-        self.console.warn(f"{told} {goes_on} {self.advice()}")
-        self.note_problem("save", f"went on without {folder.name}")
+        self.incidents.console.warn(f"{told} {goes_on} {self.incidents.advice()}")
+        self.incidents.note("save", f"went on without {folder.name}")
 
     # The private methods of Trainer that KAVA overrides are below; all were read in transformers 5.23.0 and 5.17.0.
-    # What it calls or reads beside them: the parts of a checkpoint, the best metric and the loss sums above, the loss
-    # sum also in `fitting.py`; `_train_batch_size` in `stepping.py`; `_prepare_inputs` in `evaluating.py`;
-    # `_hp_search_setup`, `_trial` and `_get_output_dir` in `trainer.py`.
+    # What it calls or reads beside them: the parts of a checkpoint, the best metric, the loss sums and the size of a
+    # micro-batch above; `_prepare_inputs`, `_hp_search_setup`, `_trial` and `_get_output_dir` in `trainer.py`.
+    # `tests/trainer/test_private_methods.py` knows all of them.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint that is whole or absent, then rotate and send. Trainer would write it in place."""
+        """Write a checkpoint that is whole or absent, then rotate and send.
+
+        Trainer would write it in place, and has no hook that could put another way of writing there.
+        """
         run_dir = Path(self._get_output_dir(trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.store_flos()
@@ -287,19 +279,16 @@ class SavingTrainer(PushingTrainer):
         if self.args.should_save:
             kept = [folder, *([Path(found)] if (found := self.state.best_model_checkpoint) else [])]
             self._rotate(run_dir, kept)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """As Trainer's; it is the last thing known before the optimizer's step."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        self.before_optimizer_step(grad_norm)
-        return grad_norm
+        if self.pusher is not None:
+            self.pusher.push(folder, self.state.global_step)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """As Trainer's; where a signal ends the evaluation, save at once and stop."""
+        """As Trainer's; where a signal ends the evaluation, save at once and stop.
+
+        An evaluation has no hook that could end it early and still have Trainer save.
+        """
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except Interrupted as interruption:
@@ -307,40 +296,14 @@ class SavingTrainer(PushingTrainer):
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read student and projectors, each from its own file. Trainer would look for the weights of the two in one."""
+        load = partial(super()._load_from_checkpoint, resume_from_checkpoint)
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            self.weights.load(resume_from_checkpoint, load, sharded=self.is_fsdp_enabled)
         except UNREADABLE as error:
-            raise unreadable_checkpoint(checkpoint, error) from error
+            raise unreadable_checkpoint(resume_from_checkpoint, error) from error
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_rng_state(checkpoint)
-        except UNREADABLE as error:
-            raise unreadable_checkpoint(checkpoint, error) from error
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Send a checkpoint to the hub as `hub_strategy` asks, in the background.
-
-        Trainer would send all of `output_dir` with its pickled arguments, and those hold the hub token.
-        """
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self._pusher is None:
-            self._pusher = CheckpointPusher(cast(str, self.hub_model_id), self.args, self.problems)
-        self._pusher.push(Path(checkpoint_folder), self.state.global_step)
-
-    def _finish_current_push(self) -> None:
-        """Wait for the checkpoints that are on their way, but not for ever."""
-        if self._pusher is not None:
-            self._pusher.finish()
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, which would delete all but the best checkpoint, also the one that a signal has just left."""
-        best = self.state.best_model_checkpoint
-        if self.emergency.received is not None:
-            self.state.best_model_checkpoint = None
-        try:
-            return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
-        finally:
-            self.state.best_model_checkpoint = best
+    def _load_best_model(self) -> None:
+        """As `_load_from_checkpoint`; Trainer reads the best weights with other code than a checkpoint's."""
+        self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))

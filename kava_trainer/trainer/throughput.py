@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..utils.memory import peak_memory_bytes
 
 
 class Stopwatch:
@@ -48,3 +51,111 @@ class Stopwatch:
             self._add(name, start.elapsed_time(end) / 1000)
         self._events.clear()
         return dict(self._seconds)
+
+
+class Throughput(TrainerCallback):
+    """Counts the tokens, examples and seconds of a training, with those of the sessions that it goes on from.
+
+    Args:
+        device: where the training runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self._seen = torch.zeros(3, dtype=torch.int64)
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._earlier: dict[str, float] = {}
+        self._seen_before_line = 0
+        self._line_began: float | None = None
+        self.stopwatch = Stopwatch(self._device)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The `with` block is one training; what comes after it counts no more."""
+        self.reset()
+        try:
+            yield
+        finally:
+            self._ended = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to count time and tokens, at the first step."""
+        self.reset()
+        self._began = time.monotonic()
+
+    def begin_line(self) -> None:
+        """The first step of a log line begins, if none has yet."""
+        self._line_began = self._line_began or time.monotonic()
+
+    def count(self, counts: torch.Tensor) -> None:
+        """Add an optimizer step: real tokens, answer tokens, positions and examples [4] of all ranks."""
+        self._seen = self._seen.to(counts.device) + counts[[0, 2, 3]]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all ranks so far."""
+        return int(self._seen[0])
+
+    def line(self) -> dict[str, float]:
+        """What a training log line tells of speed and memory. Read it where the device was waited for already.
+
+        Returns:
+            `tokens_per_second`: real tokens of all ranks since the last such line, over the time since then, with
+            evaluations and saves in between; `peak_memory_bytes`: of this rank since its start, where it can be told.
+        """
+        now, tokens = time.monotonic(), self.tokens
+        self.stopwatch.seconds()  # so that events do not pile up
+        figures: dict[str, float] = {}
+        if self._line_began is not None and now > self._line_began:
+            figures["tokens_per_second"] = (tokens - self._seen_before_line) / (now - self._line_began)
+        if (peak := peak_memory_bytes(self._device)) is not None:
+            figures["peak_memory_bytes"] = peak
+        self._seen_before_line, self._line_began = tokens, now
+        return figures
+
+    def spent(self) -> dict[str, float]:
+        """Seconds and counts of the training so far, with those of the sessions that it goes on from."""
+        tokens, positions, examples = self._seen.tolist()
+        seconds = self.stopwatch.seconds()
+        spent = {
+            "train_seconds": 0.0 if self._began is None else (self._ended or time.monotonic()) - self._began,
+            "teacher_seconds": seconds.get("teacher", 0.0),
+            "step_seconds": seconds.get("step", 0.0),
+            "tokens": tokens,
+            "positions": positions,
+            "examples": examples,
+        }
+        return {name: value + self._earlier.get(name, 0) for name, value in spent.items()}
+
+    def figures(self) -> dict[str, float | None]:
+        """What the last training came to, with the sessions that it resumed; empty before it.
+
+        Returns:
+            Real tokens and examples a second of all ranks, evaluations and saves included, the share of padding, and
+            the seconds that this rank's teacher and student (forward and backward, with projectors and losses) took.
+        """
+        spent = self.spent()
+        if spent["positions"] == 0:
+            return {}
+        return {
+            "tokens_per_second": spent["tokens"] / spent["train_seconds"],
+            "samples_per_second": spent["examples"] / spent["train_seconds"],
+            "padding_fraction": 1 - spent["tokens"] / spent["positions"],
+            "teacher_seconds": spent["teacher_seconds"],
+            "student_seconds": spent["step_seconds"] - spent["teacher_seconds"],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was spent so far, for a checkpoint."""
+        return {"spent": self.spent()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self._earlier = state.get("spent", {})

@@ -1,124 +1,52 @@
 """`KavaTrainer`: a `transformers.Trainer` whose loss aligns the student's hidden states with a frozen teacher's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from copy import deepcopy
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from ..config.arguments import KavaTrainingArguments
-from ..config.launcher import is_fsdp_asked
 from ..data.collators import DistillationCollator, choose_collator
-from ..data.formats import IGNORED
-from ..data.streaming import ExampleStream
+from ..data.streaming import ExampleStream, stream_loader
 from ..distillation.calibration import calibrate, check_enough_tokens
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
-from ..distillation.pairing import check_student, pair_up
+from ..distillation.pairing import Pairing
 from ..distillation.targets import HiddenStateTarget
 from ..distillation.teacher_cache import CachedTeacher
-from ..distillation.token_means import TokenMeans
-from ..evaluation.answers import perplexity
 from ..evaluation.probe import choose_examples
 from ..models.lm_head import vocabulary_size
 from ..models.teacher import OnlineTeacher, TeacherSource
-from ..utils.distributed import give_up_whole_weights, is_sharded
-from ..utils.errors import BadRequest, RunFailed
+from ..utils.distributed import from_main_process, is_sharded
+from ..utils.errors import BadRequest
 from ..utils.memory import needs_memory
+from ..utils.progress_bar import show_progress_bars
 from ..utils.signals import WATCH
-from .callbacks.probe import ProbeCallback, ProbingTrainer
+from .batches import StepBatches, with_spared_workers
+from .callbacks.emergency import EmergencyCheckpointCallback
+from .callbacks.hub import CheckpointPusher
+from .callbacks.probe import ProbeCallback, progress_of
 from .callbacks.projector_save import ProjectorSaveCallback
-from .callbacks.resume import ResumeCallback
+from .callbacks.status import StatusCallback
 from .callbacks.trackers import guard_trackers
-from .checkpoint import TRAINER_STATE_FILE, find_newest_checkpoint
-from .optimizers import check_holds_projectors, settle_torchao
+from .checkpoint import resolve_checkpoint, unreadable_checkpoint
+from .incidents import Incidents
+from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, rate_of, settled
+from .run_state import Part, RunState
+from .saving import UNREADABLE
+from .step import StepRunner
+from .student_trainer import StudentTrainer
+from .throughput import Throughput
 
 
-class EvaluatingTrainer(ProbingTrainer):
-    """The part of `KavaTrainer` that runs evaluations and predictions."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.eval_means = TokenMeans()
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Loss on one evaluation batch; also logits at every position and labels where they are asked for.
-
-        Raises:
-            Interrupted: on all ranks, if any has got a signal.
-        """
-        WATCH.check()
-        inputs = self._without_repeated(self._prepare_inputs(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            if prediction_loss_only:
-                return loss, None, None
-            return loss, self.model.head(outputs["last_hidden_state"]), inputs["labels"]
-
-    def _without_repeated(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Take the examples out of every mean that accelerate repeats to give all ranks equally many."""
-        state, rows = self.accelerator.gradient_state, len(inputs["input_ids"])
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        first = self.args.process_index * self.args.eval_batch_size
-        repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
-        counted = inputs["attention_mask"].bool() & ~repeated.unsqueeze(1)
-        ignored = ~counted.flatten()[inputs["answer_index"]]
-        return {
-            **inputs,
-            "counted": counted,
-            "labels": inputs["labels"].masked_fill(~counted, IGNORED),
-            "next_tokens": inputs["next_tokens"].masked_fill(ignored, IGNORED),
-        }
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
-
-        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it. An
-        evaluation also runs the probe; its figures have the same prefix. Of several sets only the first does, from
-        which the probe is taken.
-        """
-        prefix = metric_key_prefix
-        # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.smaller_evaluation):
-            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, prefix)
-        metrics = cast(dict[str, float], output.metrics)
-        means = self.eval_means.drain(self._sum_over_ranks)
-        give_up_whole_weights(self.model)
-        metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
-        metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        if "lm_loss" in means:
-            metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
-        probes = description == "Evaluation" and self.probe_belongs_to(prefix)
-        if probes and (probed := self.run_probe()) is not None:
-            self.note_probe(probed)
-            metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in metrics})
-        return output
-
-
-class KavaTrainer(EvaluatingTrainer):
+class KavaTrainer(StudentTrainer):
     """Distils a frozen teacher into a student.
 
     The model that Trainer sees is a `DistillationModel`: student and projectors in one module, so that wrappers,
@@ -159,29 +87,50 @@ class KavaTrainer(EvaluatingTrainer):
             student = self._first_student(args, model_init)
         elif model_init is not None:
             raise ValueError("Give either a student or model_init, not both.")
-        check_student(student)
-        self._given = (teacher, target if model_init is None else deepcopy(target))
-        source, target = pair_up(args, student, teacher, target)
+        self._pairing = Pairing(args, teacher, target, again=model_init is not None)
+        model, source = self._pairing.pair(student)
         kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
-        super().__init__(model=self._together(args, student, target), args=args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
         self.model_init = cast(Any, model_init)
+        self._make_parts()
         self._set_terms(source)
-        self.forget_throughput()
         own = [c for c in self.callback_handler.callbacks if type(c) in (ProgressCallback, PrinterCallback)]
         for callback in own[-1:]:  # Trainer adds its own last; one that the user gave stays
             self.remove_callback(callback)
-        self.trackers = guard_trackers(self.callback_handler.callbacks, args, self.console, self.problems)
+        self.trackers = guard_trackers(self.callback_handler.callbacks, self.args, self.console, self.problems)
         self._choose_packing()
         if isinstance(source, CachedTeacher):
             self.read_cache(source)
         else:
-            self.probe = self.make_probe()
-        self.add_callback(ResumeCallback(self._restore))
-        self.add_callback(self.emergency)
-        self.add_callback(self.status)
-        if args.aligns:
-            self.add_callback(ProbeCallback(self.log_first_probe, self.log_probe))
-            self.add_callback(ProjectorSaveCallback(self._save_projector_of_trial))
+            self.choose_probe()
+        self._add_parts()
+
+    def _make_parts(self) -> None:
+        """What does the work of a training; each can be tried without a trainer."""
+        args = self.args
+        show_progress_bars(not (args.plain_output or args.disable_tqdm))
+        self.incidents = Incidents(args, lambda: self.state.global_step)
+        self.console, self.problems = self.incidents.console, self.incidents.problems
+        self.clock = Throughput(args.device)
+        self.batches = StepBatches(args, self.incidents)
+        self.steps = StepRunner(args, self.accelerator, self.incidents, super().training_step)
+        self.status = StatusCallback(args.plain_output)
+        self.emergency = EmergencyCheckpointCallback(self.try_to_save_projector)
+        self.probe = ProbeCallback(args, self.incidents, self.log)
+        parts: list[Part] = [self, self.incidents, self.clock, self.batches, self.steps, self.probe, self.emergency]
+        self.run_state = RunState(parts, self._catch_up)
+        if args.push_to_hub and args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            self.pusher = CheckpointPusher(str(self.hub_model_id), args, self.incidents)
+
+    def _add_parts(self) -> None:
+        """Let Trainer call the parts, those first that begin anew with a training, then what a checkpoint holds."""
+        for callback in (self.clock, self.batches, self.steps, self.run_state, self.emergency, self.status):
+            self.add_callback(callback)
+        if self.args.aligns:
+            self.add_callback(self.probe)
+            self.add_callback(ProjectorSaveCallback(self.try_to_save_projector, self._folder_of_trial))
+        if self.pusher is not None:
+            self.add_callback(self.pusher)
 
     def _first_student(
         self, args: KavaTrainingArguments, model_init: Callable[..., PreTrainedModel] | None
@@ -191,16 +140,6 @@ class KavaTrainer(EvaluatingTrainer):
         self.model_init = model_init
         set_seed(args.seed)
         return cast(PreTrainedModel, super().call_model_init())
-
-    @staticmethod
-    def _together(
-        args: KavaTrainingArguments, student: PreTrainedModel, target: HiddenStateTarget
-    ) -> DistillationModel:
-        if not args.aligns:
-            target.requires_grad_(False)
-        if getattr(student, "is_quantized", False):
-            target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
-        return DistillationModel(student, target)
 
     def _set_terms(self, source: TeacherSource | None) -> None:
         size = vocabulary_size(self.student)
@@ -218,15 +157,13 @@ class KavaTrainer(EvaluatingTrainer):
         if found := self.args.problems():
             raise BadRequest("\n".join(found))
         student = cast(PreTrainedModel, super().call_model_init(trial))
-        check_student(student)
         if isinstance(self.teacher, OnlineTeacher):
             self.teacher.close()
-        teacher, target = self._given
-        source, target = pair_up(self.args, student, teacher, deepcopy(target))
-        self.model = self.model_wrapped = self._together(self.args, student, target)
+        self.model, source = self._pairing.pair(student)
+        self.model_wrapped = self.model
         self._set_terms(source)
         self._choose_packing()
-        self.probe = self.make_probe()
+        self.choose_probe()
         self._make_ready()
         return self.model
 
@@ -245,14 +182,14 @@ class KavaTrainer(EvaluatingTrainer):
             raise ValueError("A cached teacher needs DistillationCollator as data_collator: it reads the states.")
         self.terms.teacher = teacher
         self.data_collator = self.data_collator.reading(teacher.read)
-        self.probe = self.make_probe()
+        self.choose_probe()
 
     def _choose_packing(self) -> None:
         """Pack where both models can; else say why in one line."""
         models = {"student": self.student}
         if isinstance(self.teacher, OnlineTeacher):
             models["teacher"] = self.teacher.model
-        if reason := self.choose_packing(models):
+        if reason := self.batches.choose_packing(models, self.data_collator):
             self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
 
     def calibration_examples(self) -> list[dict[str, Any]]:
@@ -281,8 +218,50 @@ class KavaTrainer(EvaluatingTrainer):
         size, fit = self.args.per_device_eval_batch_size, self.args.projector_init == "least_squares"
         examples = self.calibration_examples()
         calibrate(
-            self.model, cast(TeacherSource, self.teacher), examples, self.data_collator, size, self._sum_over_ranks, fit
+            self.model, cast(TeacherSource, self.teacher), examples, self.data_collator, size, self.sum_over_ranks, fit
         )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's loader of the training examples, which pads or, for packing, only joins them."""
+        padding, collator = self.data_collator, self.batches.collator(self.data_collator)
+        if isinstance(self.train_dataset, ExampleStream):
+            self.args.ignore_data_skip = True  # the stream itself goes on where it stood
+            self.batches.stream = self.train_dataset
+            return with_spared_workers(stream_loader(self.train_dataset, collator, self.args, self.micro_batch_size))
+        self.data_collator = collator
+        try:
+            return with_spared_workers(super().get_train_dataloader())
+        finally:
+            self.data_collator = padding
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """Fetch the micro-batches of one optimizer step and count real tokens and answer tokens over all ranks.
+
+        Trainer's own would count the labels first, with a gather over the ranks that nothing here needs. With packing
+        each micro-batch is a list of rows under `rows`, beside their tokens for Trainer's own counting.
+        """
+        self.clock.begin_line()
+        sharded, limit = is_sharded(self.model), self.steps.row_limit
+        batches, rows, counts = self.batches.gather(epoch_iterator, num_batches, self.micro_batch_size, limit, sharded)
+        if not batches:
+            return batches, None
+        self.steps.begin(rows, sharded)
+        counts = self.sum_over_ranks(counts.to(device))
+        self.clock.count(counts)
+        return batches, counts[:2]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch; with packing, of each of its rows.
+
+        Args:
+            model: the wrapped student and projectors.
+            inputs: of `get_batch_samples`.
+            num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step.
+        """
+        with self.clock.stopwatch.measure("step"):
+            return self.steps.run(model, inputs.get("rows", [inputs]), num_items_in_batch)
 
     def compute_loss(
         self,
@@ -300,9 +279,9 @@ class KavaTrainer(EvaluatingTrainer):
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
         """
         training = torch.is_grad_enabled()
-        means, progress = (self.train_means, self.progress) if training else (self.eval_means, 0.0)
+        means, progress = (self.steps.means, progress_of(self.state)) if training else (self.eval_means, 0.0)
         weights = self.terms.weights(progress)
-        with self.stopwatch.measure("teacher") if training else nullcontext():
+        with self.clock.stopwatch.measure("teacher") if training else nullcontext():
             teacher_states = self.terms.teacher_states(inputs)
         outputs = self.terms.student_outputs(model, inputs, teacher_states, weights)
         loss = self.terms.loss(outputs, inputs, weights, num_items_in_batch, means)
@@ -331,54 +310,47 @@ class KavaTrainer(EvaluatingTrainer):
             RunFailed: if the training broke.
             Interrupted: if a signal came before the first step.
         """
-        if resume_from_checkpoint is True:
-            newest = find_newest_checkpoint(self.args.output_dir).checkpoint
-            resume_from_checkpoint = str(newest) if newest else None
-        self.resumed_from = resume_from_checkpoint or None
-        with WATCH, WATCH.deferred(), closing(self.status), self.timed():
-            return self._train(self.resumed_from, trial, ignore_keys_for_eval)
+        asked = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        found = from_main_process(lambda: resolve_checkpoint(asked, str(self.args.output_dir)).checkpoint)
+        self.run_state.checkpoint, self.run_state.began = None if found is None else str(found), False
+        with WATCH, WATCH.deferred(), closing(self.status), self.clock.timed():
+            return self._train(self.run_state.checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: str | None, *args: Any) -> TrainOutput:
-        self.forget()
-        if resume_from_checkpoint and (state := self.finished_state(resume_from_checkpoint)):
-            self._load_from_checkpoint(resume_from_checkpoint)
-            self.state = state
-            self.add_earlier(progress := self.read_progress(resume_from_checkpoint))
-            self.problems[:] = progress["problems"]
-            best = state.best_model_checkpoint
-            if self.args.load_best_model_at_end and best and Path(best).is_dir():
-                self._load_best_model()
-            return TrainOutput(state.global_step, 0.0, {})
+        self.steps.forget()
+        self.probe.forget()
+        if resume_from_checkpoint and (output := self.take_up_finished(resume_from_checkpoint)):
+            return output
         if self.model_init is None:  # else there will be another model
             self._make_ready()
         try:
             return super().train(resume_from_checkpoint, *args)
         except torch.OutOfMemoryError as error:  # passes and evaluations have messages of their own
-            raise self.out_of_memory_between_passes() from error
+            raise self.steps.out_of_memory_between_passes(self.model) from error
+        except UNREADABLE as error:
+            if resume_from_checkpoint and self.optimizer is not None and not self.run_state.began:
+                raise unreadable_checkpoint(resume_from_checkpoint, error) from error
+            raise
 
     def _make_ready(self) -> None:
         """What a new model needs before it is trained."""
         if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
             apply_liger_kernel(self.student, self.args.liger_kernel_config)
-        if self.args.calibrates and not self.resumed_from:
-            with needs_memory("while the projectors were calibrated", self.smaller_evaluation):
+        if self.args.calibrates and self.run_state.checkpoint is None:
+            with needs_memory("while the projectors were calibrated", self.incidents.smaller_evaluation):
                 self.calibrate()
 
-    def _restore(self) -> None:
-        if is_fsdp_asked() and not is_sharded(self.model):
-            raise RunFailed("FSDP was asked for, but transformers has not sharded the model; nothing was trained.")
-        self.start_clock()
-        self.rewind()
-        if self.resumed_from is not None:
-            state = self.read_progress(self.resumed_from)
-            self.restore_progress(state)
-            self.catch_up(state, self.resumed_from)
+    def _catch_up(self, saved: dict[str, Any], checkpoint: str) -> None:
+        """Do what was due at a checkpoint and gave way to a signal."""
+        if saved["evaluation_pending"]:
+            self.evaluate_late(checkpoint)
+        if saved["probe_due"] and self.args.aligns:  # it follows the save
+            self.probe.log_measured(self.model, self.state)
 
-    def finished_state(self, checkpoint: str) -> TrainerState | None:
-        """The state of a checkpoint with no step left to train, else None."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
-        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return state if state.global_step >= max_steps else None
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """As Trainer's, with the optimizers of torchao as `optimizers.settled` makes them."""
+        return settled(*StudentTrainer.get_optimizer_cls_and_kwargs(args, model), args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer that `args.optim` names, with the projectors in groups of their own learning rate.
@@ -392,16 +364,12 @@ class KavaTrainer(EvaluatingTrainer):
         if self.optimizer is not None:
             check_holds_projectors(self.optimizer, self.target)
             return super().create_optimizer(model)
+        if self.optimizer_cls_and_kwargs is not None:
+            self.optimizer_cls_and_kwargs = settled(*self.optimizer_cls_and_kwargs, self.args.device)
         optimizer = super().create_optimizer(model)
-        settle_torchao(optimizer, self.args.device, lambda: self.args.seed + self.state.global_step)
-        own = {id(parameter) for parameter in self.target.parameters()}
-        for group in list(optimizer.param_groups):
-            projector = [parameter for parameter in group["params"] if id(parameter) in own]
-            if projector:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                rest = {name: value for name, value in group.items() if name != "params"}
-                rest |= {"params": projector, "lr": self.args.projector_learning_rate}
-                optimizer.add_param_group(rest)
+        if isinstance(optimizer, OwnRounding):
+            optimizer.seed = lambda: self.args.seed + self.state.global_step
+        give_own_rate(optimizer, self.target, self.args.projector_learning_rate)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -411,22 +379,12 @@ class KavaTrainer(EvaluatingTrainer):
             RunFailed: after `max_nonfinite_steps` steps in a row whose loss or gradient was no finite number.
         """
         if "loss" in logs:
-            self.read_nonfinite(everything=True)
-            steps, lost = self.nonfinite.drain()
+            self.steps.read_nonfinite(everything=True)
+            steps, lost = self.steps.nonfinite.drain()
             logs["loss"] *= steps / (steps - lost) if steps > lost else math.nan
-            means = self.train_means.drain(self._sum_over_ranks)
+            means = self.steps.means.drain(self.sum_over_ranks)
             logs |= means
-            logs |= self.line_throughput()  # the line has waited for the device anyway
-            logs["projector_learning_rate"] = self._projector_learning_rate()
+            logs |= self.clock.line()  # the line has waited for the device anyway
+            logs["projector_learning_rate"] = rate_of(self.optimizer, self.target)
             logs["collapsed"] = float(self.collapse is not None)
         super().log(logs, start_time)
-
-    def _projector_learning_rate(self) -> float:
-        own = {id(parameter) for parameter in self.target.parameters()}
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        rates = [g["lr"] for g in groups if any(id(p) in own for p in g["params"])]
-        return float(rates[0]) if rates else 0.0
-
-    def _save_projector_of_trial(self, path: Path) -> None:
-        """In a hyperparameter search each trial has a folder of its own, as its checkpoints do."""
-        self.try_to_save_projector(Path(self._get_output_dir(self._trial)) / path.name)

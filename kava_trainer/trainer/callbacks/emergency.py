@@ -28,6 +28,7 @@ class EmergencyCheckpointCallback(TrainerCallback):
         """Whether an evaluation was due and gave way to the signal."""
         self.save_was_due = False
         """Whether the checkpoint would have been written without the signal."""
+        self._best: str | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,3 +62,28 @@ class EmergencyCheckpointCallback(TrainerCallback):
             self.received, control.should_training_stop = number, True
         if self.received is not None:
             self._save_projector(Path(cast(str, args.output_dir)) / EMERGENCY_PROJECTOR)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """At the end Trainer would delete all but the best checkpoint, also the one that a signal has just left.
+
+        The last log line comes right before; what is best is named again in `on_train_end`.
+        """
+        if self.received is not None and "train_loss" in kwargs["logs"]:
+            self._best, state.best_model_checkpoint = state.best_model_checkpoint, None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `on_log`."""
+        if self.received is not None:
+            state.best_model_checkpoint = self._best
+
+    def state_dict(self) -> dict[str, Any]:
+        """What gave way to the signal, and is due when the run is resumed."""
+        return {
+            "evaluation_pending": self.evaluation_pending,
+            "probe_due": self.received is None or self.save_was_due,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing is kept: what is due is done at once, see `KavaTrainer.catch_up`."""

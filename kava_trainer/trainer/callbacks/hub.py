@@ -1,17 +1,30 @@
 """Checkpoints on their way to the hub while the training goes on."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ...config.arguments import KavaTrainingArguments
-from ...utils.console import Console
-from ...utils.errors import reason_of
-from ...utils.hub import CHECKPOINT_SECONDS, Place, hub_reason, in_background, push_command, show_bars
+from ...utils.errors import BadRequest, reason_of
+from ...utils.hub import (
+    ANSWER_SECONDS,
+    CHECKPOINT_SECONDS,
+    Place,
+    check_private,
+    hub_reason,
+    in_background,
+    in_time,
+    make_branch,
+    push_command,
+    show_bars,
+)
+from ..incidents import Incidents
 
 _STATE_FILES = [
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "projector.pth",
@@ -39,7 +52,38 @@ def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> str
     )
 
 
-class CheckpointPusher:
+def make_repository(
+    make: Callable[[], None], repo_id: Callable[[], str], arguments: KavaTrainingArguments, token: str | None
+) -> None:
+    """Make the repository of a run, and its branch.
+
+    Args:
+        make: makes the repository, as Trainer does.
+        repo_id: tells its full name, once it is made.
+        arguments: of the run.
+        token: in place of that of the arguments.
+
+    Raises:
+        BadRequest: if that does not work.
+    """
+
+    def work() -> None:
+        make()
+        if arguments.process_index == 0:
+            private, revision = arguments.hub_private_repo, arguments.hub_revision
+            place = Place(repo_id(), token or arguments.hub_token, private, revision)
+            make_branch(place)
+            check_private(place)
+
+    try:
+        in_time(work, ANSWER_SECONDS)
+    except BadRequest:
+        raise
+    except Exception as error:  # the network fails in many ways
+        raise BadRequest(no_repository(error, arguments)) from error
+
+
+class CheckpointPusher(TrainerCallback):
     """Sends checkpoints to the hub in the background. What fails is told and noted, and harms nothing.
 
     Args:
@@ -47,18 +91,22 @@ class CheckpointPusher:
         arguments: `every_save` sends the student alone, `checkpoint` all of a checkpoint as `last-checkpoint`,
             `all_checkpoints` all of it under its own name. A checkpoint is left out while another is on its way,
             unless `hub_always_push` is set.
-        problems: takes a note of each failure.
+        incidents: takes a note of each failure.
     """
 
-    def __init__(self, repo_id: str, arguments: KavaTrainingArguments, problems: list[dict[str, Any]]) -> None:
-        self._repo_id, self._arguments, self._problems = repo_id, arguments, problems
-        self._console = Console(arguments.plain_output)
-        self._running: dict[Future, tuple[Path, int]] = {}
+    def __init__(self, repo_id: str, arguments: KavaTrainingArguments, incidents: Incidents) -> None:
+        self._repo_id, self._arguments, self._incidents = repo_id, arguments, incidents
+        self._running: dict[Future[None], tuple[Path, int]] = {}
         self._told: set[str] = set()
-        self._bars_were_on = show_bars(False)  # a bar of the background would stand among the status lines
+        self._bars_were_on: bool | None = None
 
     def push(self, folder: Path, step: int) -> None:
-        """Begin to send a checkpoint, which must be complete."""
+        """Begin to send a checkpoint, which must be complete.
+
+        Trainer would send all of `output_dir` with its pickled arguments, and those hold the hub token.
+        """
+        if self._bars_were_on is None:
+            self._bars_were_on = show_bars(False)  # a bar of the background would stand among the status lines
         self._note_done()
         if self._running and not self._arguments.hub_always_push:
             return
@@ -67,13 +115,21 @@ class CheckpointPusher:
     def finish(self) -> None:
         """Wait for what is on its way, `CHECKPOINT_SECONDS` at most; what takes longer is told and left alone."""
         if not all(job.done() for job in self._running):
-            self._console.print(f"Waiting for the hub, {CHECKPOINT_SECONDS:g} seconds at most.")
+            self._incidents.console.print(f"Waiting for the hub, {CHECKPOINT_SECONDS:g} seconds at most.")
             wait(self._running, timeout=CHECKPOINT_SECONDS)
         self._note_done()
         for folder, step in self._running.values():
             self._tell(folder, step, f"the hub has not taken it within {CHECKPOINT_SECONDS:g} seconds")
         self._running.clear()
-        show_bars(self._bars_were_on)
+        if self._bars_were_on is not None:
+            show_bars(self._bars_were_on)
+        self._bars_were_on = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for the checkpoints that are on their way, but not for ever."""
+        self.finish()
 
     def _note_done(self) -> None:
         """Tell of the failures since the last time, from the thread that trains."""
@@ -95,8 +151,8 @@ class CheckpointPusher:
         )
 
     def _tell(self, folder: Path, step: int, reason: str) -> None:
-        self._problems.append({"step": step, "kind": "hub", "action": f"did not send {folder.name}: {reason}"})
+        self._incidents.note("hub", f"did not send {folder.name}: {reason}", step)
         if reason not in self._told:
             kept = f" It is whole in {folder}." if folder.is_dir() else ""  # save_total_limit may have deleted it
-            self._console.warn(f"{folder.name} was not sent to the hub ({reason}).{kept}")
+            self._incidents.console.warn(f"{folder.name} was not sent to the hub ({reason}).{kept}")
         self._told.add(reason)

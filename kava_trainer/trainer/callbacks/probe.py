@@ -1,4 +1,4 @@
-"""What a trainer does with the alignment probe: measures, logs, calls a collapse, and remembers."""
+"""The alignment on a fixed probe: measured at the start, beside every checkpoint and with every evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,145 +6,134 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ...config.arguments import KavaTrainingArguments
 from ...distillation.loss_terms import LossTerms
+from ...distillation.model import DistillationModel
 from ...evaluation.diagnostics import Diagnostics, collapse_remedy
 from ...evaluation.probe import MINIMUM_SHARE, AlignmentProbe, ProbeResult, ShareWatch, choose_examples
 from ...utils.memory import needs_memory
-from ..batches import SteppingTrainer
+from ..incidents import Incidents
 
 
-class ProbingTrainer(SteppingTrainer):
-    """The part of `KavaTrainer` that measures the alignment on a fixed probe."""
+class ProbeCallback(TrainerCallback):
+    """Measures the alignment, logs it, calls a collapse, and remembers what was seen.
 
-    terms: LossTerms
-    resumed_from: str | None = None
-    """The checkpoint that the training goes on from, or None."""
+    Args:
+        args: of the run.
+        incidents: warns, and advises where memory runs out.
+        log: writes a log line.
+    """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.probe: AlignmentProbe | None = None
+    def __init__(
+        self, args: KavaTrainingArguments, incidents: Incidents, log: Callable[[dict[str, float]], None]
+    ) -> None:
+        self._args, self._incidents, self._log = args, incidents, log
+        self.fixed: AlignmentProbe | None = None
+        """The probe, where something is aligned and there are held-out examples."""
+        self._set = ""
         self.forget()
 
     def forget(self) -> None:
-        """Also what the probe has shown."""
-        super().forget()
-        self.last_probe: ProbeResult | None = None
+        """Begin a training without what an earlier one has shown."""
+        self.last: ProbeResult | None = None
         self._probed_at = -1
-        fading = {"mercator", "mse"} if self.args.alignment_schedule != "constant" else set()
+        fading = {"mercator", "mse"} if self._args.alignment_schedule != "constant" else set()
         self._shares = ShareWatch({"anchor", *fading})
 
-    @property
-    def progress(self) -> float:
-        """Share of the optimizer steps that are done, from 0 to 1."""
-        return self.state.global_step / max(self.state.max_steps, 1)
+    def choose(self, held_out: Any, collator: Callable[[list[Any]], dict[str, Any]], terms: LossTerms) -> None:
+        """Fix the examples: the first ones that are held out, of several sets the first one's.
 
-    def smaller_evaluation(self) -> str:
-        """What to write where memory runs out in an evaluation, as a sentence with the checkpoint to resume from."""
-        return f"Lower per_device_eval_batch_size (now {self.args.per_device_eval_batch_size}). {self.advice()}"
-
-    def make_probe(self) -> AlignmentProbe | None:
-        """The fixed probe, where something is aligned and there are held-out examples; of several sets the first's."""
-        held_out, self._probed_set = self.eval_dataset, ""
+        Args:
+            held_out: `eval_dataset` of the trainer.
+            collator: pads them.
+            terms: run the models and compute the losses.
+        """
+        self._set, self._terms, self.fixed = "", terms, None
         if isinstance(held_out, dict) and held_out:
             name, held_out = next(iter(held_out.items()))
-            self._probed_set = f"eval_{name}"
-        if self.terms.teacher is None or not self.args.aligns or not has_length(held_out):
-            return None
-        sizes = (self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
-        return AlignmentProbe(choose_examples(held_out), self.data_collator, *sizes)
+            self._set = f"eval_{name}"
+        if terms.teacher is not None and self._args.aligns and has_length(held_out):
+            sizes = (self._args.per_device_eval_batch_size, self._args.per_device_train_batch_size)
+            self.fixed = AlignmentProbe(choose_examples(held_out), collator, *sizes)
 
-    def probe_belongs_to(self, prefix: str) -> bool:
+    def belongs_to(self, prefix: str) -> bool:
         """Whether an evaluation, told by the prefix of its metrics, runs the probe: of several sets only the first."""
-        return self._probed_set in ("", prefix)
+        return self._set in ("", prefix)
 
-    def run_probe(self) -> ProbeResult | None:
-        """Measure the alignment on the probe; None where there is no probe. Terms that do nothing are named once."""
-        if self.probe is None:
+    @property
+    def collapse(self) -> str | None:
+        """Why the alignment counted as collapsed at the last measurement; None where it did not."""
+        return None if self.last is None else self.last.collapse
+
+    def measure(self, model: DistillationModel, progress: float) -> ProbeResult | None:
+        """Measure the alignment; None where there is no probe. Terms that do nothing are named once.
+
+        Args:
+            model: student and projectors, not wrapped.
+            progress: share of the training that is done, for the weights of the terms.
+        """
+        if self.fixed is None:
             return None
-        with needs_memory("while the probe measured the alignment", self.smaller_evaluation):
-            result = self.probe.measure(self.model, self.terms, self.progress)
+        with needs_memory("while the probe measured the alignment", self._incidents.smaller_evaluation):
+            result = self.fixed.measure(model, self._terms, progress)
         for name in self._shares.without_effect(result.gradient_shares):
-            self.console.warn(
+            self._incidents.console.warn(
                 f"The term {name} gives less than {MINIMUM_SHARE:.0%} of the student's gradient; raise {name}_weight, "
                 "or set it to 0 to save its cost."
             )
         return result
 
-    def log_first_probe(self) -> None:
-        """Log where the run starts. It is not called collapsed: an untrained pair has nothing to agree on."""
-        if self.resumed_from is not None:
-            return
-        result = self.run_probe()
-        if result is not None:
-            self.log(result.metrics("probe"))
-
-    def log_probe(self) -> None:
-        """Log the alignment so far, and call a collapse, unless an evaluation has just done so."""
-        if self._probed_at == self.state.global_step:
-            return
-        result = self.run_probe()
-        if result is not None:
-            self.note_probe(result)
-            self.log(result.metrics("probe"))
-
-    @property
-    def collapse(self) -> str | None:
-        """Why the alignment counted as collapsed at the last evaluation; None where it did not."""
-        return None if self.last_probe is None else self.last_probe.collapse
-
-    def note_probe(self, probed: ProbeResult) -> None:
+    def note(self, probed: ProbeResult, step: int) -> None:
         """Keep a measurement; say once why the alignment counts as collapsed, and what to change."""
         if probed.collapse is not None and self.collapse is None:
-            trained, held = self.args.projector_direction == "teacher_to_student", bool(self.target.decoders)
-            supervised = self.args.lm_weight > 0 or self.args.kd_weight > 0
-            remedy = collapse_remedy(trained and self.args.projector_anchor != "pca", held, supervised)
-            self.console.warn(f"{probed.collapse} CosSim says nothing here. {remedy}")
-        self.last_probe, self._probed_at = probed, self.state.global_step
+            trained = self._args.projector_direction == "teacher_to_student" and self._args.projector_anchor != "pca"
+            supervised = self._args.lm_weight > 0 or self._args.kd_weight > 0
+            remedy = collapse_remedy(trained, bool(self._terms.target.decoders), supervised)
+            self._incidents.console.warn(f"{probed.collapse} CosSim says nothing here. {remedy}")
+        self.last, self._probed_at = probed, step
 
-    def progress_state(self) -> dict[str, Any]:
-        """Also what the probe has shown so far."""
-        probed = self.last_probe
-        return super().progress_state() | {
-            "collapse": probed and [[pair.to_dict() for pair in probed.pairs], probed.shares, probed.collapse],
-            "shares": self._shares.state(),
-            "probed_at": self._probed_at,
-            "probe_due": self.emergency.received is None or self.emergency.save_was_due,
-        }
-
-    def restore_progress(self, state: dict[str, Any]) -> None:
-        """Undo `progress_state`."""
-        if state["collapse"] is not None:
-            pairs, shares, collapse = state["collapse"]
-            self.last_probe = ProbeResult([Diagnostics(**pair) for pair in pairs], shares, collapse)
-        self._shares.restore(state["shares"])
-        self._probed_at = state["probed_at"]
-        super().restore_progress(state)
-
-    def catch_up(self, state: dict[str, Any], checkpoint: str) -> None:
-        """Do what was due at a checkpoint."""
-        super().catch_up(state, checkpoint)
-        if state["probe_due"] and self.args.aligns:  # it follows the save
-            self.log_probe()
-
-
-class ProbeCallback(TrainerCallback):
-    """Runs the probe when training begins and whenever a checkpoint was saved; evaluations run it themselves.
-
-    Args:
-        first_probe: measures and logs where the run starts.
-        probe: measures and logs the run so far.
-    """
-
-    def __init__(self, first_probe: Callable[[], Any], probe: Callable[[], Any]) -> None:
-        self._first_probe, self._probe = first_probe, probe
+    def log_measured(self, model: DistillationModel, state: TrainerState) -> None:
+        """Log the alignment so far, and call a collapse, unless an evaluation has just done so."""
+        if self._probed_at == state.global_step:
+            return
+        result = self.measure(model, progress_of(state))
+        if result is not None:
+            self.note(result, state.global_step)
+            self._log(result.metrics("probe"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the start."""
-        self._first_probe()
+        """Log where a run starts. It is not called collapsed: an untrained pair has nothing to agree on."""
+        if state.global_step > 0:  # it is resumed
+            return
+        result = self.measure(kwargs["model"], progress_of(state))
+        if result is not None:
+            self._log(result.metrics("probe"))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure what was saved, unless the training ends here."""
         if not control.should_training_stop:
-            self._probe()
+            self.log_measured(kwargs["model"], state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the probe has shown so far, for a checkpoint."""
+        last = self.last
+        return {
+            "collapse": last and [[pair.to_dict() for pair in last.pairs], last.shares, last.collapse],
+            "shares": self._shares.state(),
+            "probed_at": self._probed_at,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint knows."""
+        if state["collapse"] is not None:
+            pairs, shares, collapse = state["collapse"]
+            self.last = ProbeResult([Diagnostics(**pair) for pair in pairs], shares, collapse)
+        self._shares.restore(state["shares"])
+        self._probed_at = state["probed_at"]
+
+
+def progress_of(state: TrainerState) -> float:
+    """Share of the optimizer steps that are done, from 0 to 1."""
+    return state.global_step / max(state.max_steps, 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -12,11 +12,12 @@ class ProjectorSaveCallback(TrainerCallback):
 
     Args:
         save_projector: writes the projectors to a file.
+        folder: tells where to; in a hyperparameter search each trial has a folder of its own.
     """
 
-    def __init__(self, save_projector: Callable[[Path], Any]) -> None:
-        self._save_projector = save_projector
+    def __init__(self, save_projector: Callable[[Path], Any], folder: Callable[[], Path]) -> None:
+        self._save_projector, self._folder = save_projector, folder
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the projectors as they are after this step."""
-        self._save_projector(Path(cast(str, args.output_dir)) / f"proj_step_{state.global_step}.pth")
+        self._save_projector(self._folder() / f"proj_step_{state.global_step}.pth")

@@ -1,0 +1,229 @@
+"""What is done with a student beside training it: it is measured on held-out examples, written, and sent."""
+
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data.formats import IGNORED
+from ..distillation.loss_terms import LossTerms
+from ..distillation.targets import HiddenStateTarget
+from ..distillation.token_means import TokenMeans
+from ..evaluation.answers import perplexity
+from ..evaluation.probe import ProbeResult
+from ..utils.distributed import give_up_whole_weights
+from ..utils.memory import needs_memory
+from ..utils.signals import WATCH
+from .batches import with_spared_workers
+from .callbacks.probe import ProbeCallback, progress_of
+from .saving import SavingTrainer
+from .step import StepRunner
+
+
+class StudentTrainer(SavingTrainer):
+    """A `SavingTrainer` that measures its student, and gives it out."""
+
+    terms: LossTerms
+    probe: ProbeCallback
+    steps: StepRunner
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.eval_means = TokenMeans()
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The student alone, as `AutoModelForCausalLM` would load it."""
+        return self.model.student
+
+    @property
+    def target(self) -> HiddenStateTarget:
+        """What is aligned, with its projectors."""
+        return self.model.target
+
+    def throughput(self) -> dict[str, float | None]:
+        """What the last `train()` came to, see `Throughput.figures`; empty before it."""
+        return self.clock.figures()
+
+    def _folder_of_trial(self) -> Path:
+        """In a hyperparameter search each trial has a folder of its own, as its checkpoints do."""
+        return Path(self._get_output_dir(self._trial))
+
+    def choose_probe(self) -> None:
+        """Fix the examples of the probe, for the teacher and the loss terms that there are now."""
+        self.probe.choose(self.eval_dataset, self.data_collator, self.terms)
+
+    def run_probe(self) -> ProbeResult | None:
+        """Measure the alignment on the probe; None where there is no probe. Terms that do nothing are named once."""
+        return self.probe.measure(self.model, progress_of(self.state))
+
+    @property
+    def collapse(self) -> str | None:
+        """Why the alignment counted as collapsed at the last evaluation; None where it did not."""
+        return self.probe.collapse
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Trainer's loader, whose workers leave signals to the trainer."""
+        return with_spared_workers(super().get_eval_dataloader(eval_dataset))
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Loss on one evaluation batch; also logits at every position and labels where they are asked for.
+
+        Raises:
+            Interrupted: on all ranks, if any has got a signal.
+        """
+        WATCH.check()
+        inputs = self._without_repeated(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            if prediction_loss_only:
+                return loss, None, None
+            return loss, self.model.head(outputs["last_hidden_state"]), inputs["labels"]
+
+    def _without_repeated(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Take the examples out of every mean that accelerate repeats to give all ranks equally many."""
+        state, rows = self.accelerator.gradient_state, len(inputs["input_ids"])
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        first = self.args.process_index * self.args.eval_batch_size
+        repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
+        counted = inputs["attention_mask"].bool() & ~repeated.unsqueeze(1)
+        ignored = ~counted.flatten()[inputs["answer_index"]]
+        return {
+            **inputs,
+            "counted": counted,
+            "labels": inputs["labels"].masked_fill(~counted, IGNORED),
+            "next_tokens": inputs["next_tokens"].masked_fill(ignored, IGNORED),
+        }
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
+
+        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it. An
+        evaluation also runs the probe; its figures have the same prefix. Of several sets only the first does, from
+        which the probe is taken.
+        """
+        prefix = metric_key_prefix
+        # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.incidents.smaller_evaluation):
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, prefix)
+        metrics = cast(dict[str, float], output.metrics)
+        means = self.eval_means.drain(self.sum_over_ranks)
+        give_up_whole_weights(self.model)
+        metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
+        metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        if "lm_loss" in means:
+            metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
+        probes = description == "Evaluation" and self.probe.belongs_to(prefix)
+        if probes and (probed := self.run_probe()) is not None:
+            self.probe.note(probed, self.state.global_step)
+            metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in metrics})
+        return output
+
+    def save_projector(self, path: str | Path) -> None:
+        """Write the projectors to one `.pth` file, from the main process; every rank has to call this."""
+        self.weights.save_projector(path)
+
+    def save_student(self, output_dir: str | Path, merge_adapter: bool = True) -> None:
+        """Write the student alone, with tokenizer and generation config, as `from_pretrained` expects it.
+
+        Args:
+            output_dir: the folder.
+            merge_adapter: merge adapters into the student; else they are written alone.
+        """
+        weights = self.weights
+        weights.export_student(output_dir, weights.gathered_student(), merge_adapter)
+
+    def whole_student(self) -> PreTrainedModel:
+        """The student with all its weights on this rank; a copy where they are sharded. Every rank must ask."""
+        return self.weights.whole_student()
+
+    def advice(self) -> str:
+        """What to resume from after the training went wrong, as a sentence."""
+        return self.incidents.advice()
+
+    def release(self) -> None:
+        """Give the memory of the optimizer and of the wrapped model back; the trainer cannot train any more."""
+        self.optimizer = self.lr_scheduler = None
+        self.steps.release()
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.model.to("cpu")
+
+    def push_to_hub(  # type: ignore[override]  # Trainer gives a future too, and says it does not
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Send the student as it is now, with its tokenizer and a card of Trainer's, to `hub_model_id`.
+
+        Trainer's own would send all of `output_dir`, and its pickled arguments, which may hold a token, too. What
+        `run_kava.py` measured goes to the hub with `python -m kava_trainer push`.
+
+        Args:
+            commit_message: of the commit.
+            blocking: wait until all is sent.
+            token: in place of `args.hub_token`, or of a login.
+            revision: a branch, in place of `args.hub_revision`.
+            private: of a repository that is made for it; `args.hub_private_repo` by default.
+            kwargs: of `Trainer.create_model_card`.
+
+        Returns:
+            The commit, or its future where `blocking` is false; None on other ranks than the first.
+
+        Raises:
+            BadRequest: if there is no repository and none can be made.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        state = self.weights.gathered_student()
+        if not self.is_world_process_zero():
+            return None
+        folder = TemporaryDirectory()
+        self.weights.export_student(folder.name, state)
+        name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(model_name=name, **kwargs)
+        shutil.copy(Path(str(self.args.output_dir)) / "README.md", folder.name)
+        if self.pusher is not None:
+            self.pusher.finish()
+        sent: Future[CommitInfo] = HfApi(token=token).upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=folder.name,
+            commit_message=commit_message,
+            revision=revision or self.args.hub_revision,
+            run_as_future=True,
+        )
+        sent.add_done_callback(lambda _: folder.cleanup())
+        return sent.result() if blocking else sent
+
+    def sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        """A tensor added up over the ranks, each of which must ask."""
+        return self.accelerator.reduce(sums, reduction="sum")
