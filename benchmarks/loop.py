@@ -25,10 +25,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
+from transformers import Trainer  # noqa: E402
 
 import run_kava  # noqa: E402
-from kava_trainer.trainer.batches import SteppingTrainer  # noqa: E402
-from kava_trainer.trainer.saving import SavingTrainer  # noqa: E402
 from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
 
 COLUMNS = ("part", "seconds", "share", "steps", "device", "torch")
@@ -85,9 +84,9 @@ def measure(words: list[str]) -> Clock:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(KavaTrainer, "compute_loss", clock.timed("forward", KavaTrainer.compute_loss)),
         mock.patch.object(Accelerator, "backward", clock.timed("backward", Accelerator.backward)),
-        mock.patch.object(SteppingTrainer, "training_step", clock.step(SteppingTrainer.training_step)),
+        mock.patch.object(KavaTrainer, "training_step", clock.step(KavaTrainer.training_step)),
         mock.patch.object(AcceleratedOptimizer, "step", clock.optimizer(AcceleratedOptimizer.step)),
-        mock.patch.object(SavingTrainer, "train", clock.timed("all", SavingTrainer.train, False), create=True),
+        mock.patch.object(Trainer, "train", clock.timed("all", Trainer.train, False)),
     ):
         recipe = str(ROOT / "training_args" / "quickstart.json")
         quick = ["--run_control", "false", "--evaluate_generation", "false", "--output_dir", folder]

@@ -100,7 +100,7 @@ def test_the_pca_targets_are_the_teachers_principal_subspace_and_never_move(tmp_
     trainer.train()
     for name, buffer in trainer.target.named_buffers():
         assert torch.equal(buffer, first[name]), name
-    assert trainer.last_probe is None
+    assert trainer.probe.last is None
     assert trainer.evaluate()["eval_target_effective_rank"] > 8
 
 

@@ -23,7 +23,7 @@ from kava_trainer.runs.resources import (
     optimizer_bytes,
     optimizer_step_bytes,
 )
-from kava_trainer.trainer.optimizers import settle_torchao
+from kava_trainer.trainer.optimizers import settled
 from kava_trainer.utils.errors import BadRequest
 
 QUICKSTART = str(ROOT / "training_args" / "quickstart.json")
@@ -91,8 +91,8 @@ def test_the_states_of_torchao_are_counted_as_it_keeps_them(bits, block):
     weights = [
         nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes for dtype in (torch.float32, torch.bfloat16)
     ]
-    optimizer = getattr(optim, f"AdamW{bits}bit")(weights, block_size=block)
-    settle_torchao(optimizer, torch.device("cpu"), int)
+    kind, options = settled(getattr(optim, f"AdamW{bits}bit"), {"block_size": str(block)}, torch.device("cpu"))
+    optimizer = kind(weights, **options)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizer.step()

@@ -67,7 +67,7 @@ def test_in_an_evaluation(tmp_path, tokenizer, monkeypatch, name, stage):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "projector_init": "least_squares"}
     trainer = make_trainer(tmp_path, tokenizer, **settings)
     owner, _, method = name.rpartition(".")
-    monkeypatch.setattr(trainer.probe if owner else trainer, method, no_memory)
+    monkeypatch.setattr(trainer.probe.fixed if owner else trainer, method, no_memory)
     told = f"Out of memory {stage} (tried to allocate 2 GiB). Lower per_device_eval_batch_size (now 3). There is no"
     assert failed(trainer).startswith(told)
 

@@ -13,7 +13,7 @@ from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.runs.advice import long_warmup, planned_steps, rounding_problem
 from kava_trainer.trainer import optimizers
-from kava_trainer.trainer.optimizers import settle_torchao
+from kava_trainer.trainer.optimizers import settled
 from kava_trainer.utils.errors import BadRequest
 
 CPU = torch.device("cpu")
@@ -152,14 +152,22 @@ def test_a_missing_torchao_is_one_sentence_before_anything_is_loaded(monkeypatch
     assert parse_arguments([str(ROOT / "training_args" / "quickstart.json")])
 
 
-def rounded(settled, seed, generator):
+def of_torchao(weights, seed, **options):
+    """An optimizer as KAVA makes it, whose rounding is drawn from what `seed` gives at each step."""
+    optim = pytest.importorskip("torchao.optim")
+    kind, options = settled(optim.AdamW8bit, options, CPU)
+    optimizer = kind(weights, **options)
+    optimizer.seed = seed
+    return optimizer
+
+
+def rounded(own, seed, generator):
     """A large and a small weight after three steps, drawn from a generator in a given state."""
     optim = pytest.importorskip("torchao.optim")
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape).to(HALF)) for shape in ((64, 64), (50,))]
-    optimizer = optim.AdamW8bit(weights, lr=1e-4, bf16_stochastic_round=True)
-    if settled:
-        settle_torchao(optimizer, CPU, lambda: seed)
+    options = {"lr": 1e-4, "bf16_stochastic_round": True}
+    optimizer = of_torchao(weights, lambda: seed, **options) if own else optim.AdamW8bit(weights, **options)
     torch.manual_seed(generator)
     with torch.compiler.set_stance("force_eager"):
         for _ in range(3):
@@ -183,13 +191,12 @@ def test_rounding_leaves_the_generator_of_the_run_alone():
 
 
 def test_rounding_at_random_moves_bfloat16_weights_by_the_whole_update_in_the_mean():
-    optim = pytest.importorskip("torchao.optim")
     moved = {}
     for stochastic in (False, True):
         weight = nn.Parameter(torch.ones(256, 256, dtype=HALF))
-        optimizer = optim.AdamW8bit([weight], lr=1e-4, weight_decay=0.0, bf16_stochastic_round=stochastic)
         steps = iter(range(20))
-        settle_torchao(optimizer, CPU, lambda steps=steps: next(steps, 0))
+        options = {"lr": 1e-4, "weight_decay": 0.0, "bf16_stochastic_round": stochastic}
+        optimizer = of_torchao([weight], lambda steps=steps: next(steps, 0), **options)
         for _ in range(10):
             weight.grad = torch.ones_like(weight)
             optimizer.step()

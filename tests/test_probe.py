@@ -18,7 +18,7 @@ def test_the_first_examples_with_enough_tokens_are_chosen():
 @pytest.mark.parametrize("mapping", ["last", "uniform:2"])
 def test_the_probe_sees_the_real_tokens_of_both_models(tmp_path, tokenizer, mapping):
     trainer = make_trainer(tmp_path, tokenizer, layer_mapping=mapping)
-    result = trainer.probe.measure(trainer.model, trainer.terms)
+    result = trainer.probe.fixed.measure(trainer.model, trainer.terms)
     assert trainer.model.training
     trainer.model.eval()
     for (layer, teacher_layer), projector, figures in zip(

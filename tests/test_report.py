@@ -21,7 +21,7 @@ from kava_trainer.reports.run_reader import read_run, record_of
 from kava_trainer.reports.summary import RunSummary
 from kava_trainer.reports.tables import figure_text, verdict_of
 from kava_trainer.runs import finish as closing
-from kava_trainer.trainer import batches as stepping
+from kava_trainer.trainer import throughput
 from kava_trainer.trainer.checkpoint import write_manifest
 from kava_trainer.trainer.run_state import save_progress
 from kava_trainer.utils.console import Console
@@ -459,13 +459,13 @@ def test_what_is_no_finite_number_is_no_point():
 
 def test_each_training_line_tells_the_tokens_since_the_last_one(tmp_path, tokenizer, monkeypatch):
     ticks = iter(range(0, 100, 2))
-    monkeypatch.setattr(stepping, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(throughput, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
     trainer = make_trainer(tmp_path, tokenizer, max_steps=5, logging_steps=2, eval_strategy="steps", eval_steps=3)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 5]
     tokens = [2 * line["tokens_per_second"] for line in lines]
-    assert sum(tokens) == pytest.approx(int(trainer._seen[0]))
+    assert sum(tokens) == pytest.approx(int(trainer.clock.tokens))
     assert all(count > 0 for count in tokens)
     peaks = [line["peak_memory_bytes"] for line in lines]
     assert peaks == sorted(peaks)

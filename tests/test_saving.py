@@ -18,6 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from kava_trainer.trainer import checkpoint as checkpoint_io
 from kava_trainer.trainer import saving
 from kava_trainer.trainer.checkpoint import MANIFEST_FILE, broken_reason, list_checkpoints
+from kava_trainer.trainer.weights import Weights
 from kava_trainer.utils.errors import BadRequest, RunFailed
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "constant"}
@@ -31,8 +32,8 @@ FAILURES = {
     "no space for the optimizer": (torch, "save", RuntimeError("[enforce fail] file write failed")),
     "no space for the folder": (saving, "stage", OSError(errno.ENOSPC, "No space left on device")),
     "a read-only disk": (saving, "stage", OSError(errno.EROFS, "Read-only file system")),
-    "no space for the weights": (saving.SavingTrainer, "_save", SafetensorError("I/O error: No space left on device")),
-    "no space for the tokenizer": (saving.SavingTrainer, "_save", Exception("No space left on device (os error 28)")),
+    "no space for the weights": (Weights, "write_student", SafetensorError("I/O error: No space left on device")),
+    "no space for the tokenizer": (Weights, "write_student", Exception("No space left on device (os error 28)")),
     "no space for the manifest": (saving, "write_manifest", OSError(errno.ENOSPC, "No space left on device")),
     "a rename that fails": (saving, "publish", OSError(errno.EIO, "Input/output error")),
 }

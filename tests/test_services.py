@@ -216,7 +216,7 @@ def test_a_hub_that_never_answers_delays_the_end_only_so_long(tmp_path, tokenize
 
 
 def test_a_hub_that_does_not_answer_before_the_training_is_a_bad_request(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kava_trainer.trainer.saving.ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("kava_trainer.trainer.callbacks.hub.ANSWER_SECONDS", 0.3)
     with server(None) as (address, _):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)

@@ -74,7 +74,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path, tokenizer, mapping)
     with torch.enable_grad():
         loss = trainer.compute_loss(trainer.model, batch)
     torch.testing.assert_close(loss, 0.7 * mercator + 0.3 * lm)
-    means = trainer.train_means.drain(lambda sums: sums)
+    means = trainer.steps.means.drain(lambda sums: sums)
     assert means["mercator_loss"] == pytest.approx(mercator.item(), rel=1e-5)
     assert means["lm_loss"] == pytest.approx(lm.item(), rel=1e-5)
 

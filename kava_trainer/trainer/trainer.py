@@ -83,26 +83,25 @@ class KavaTrainer(StudentTrainer):
             raise ValueError("The loss is the sum of KAVA's terms; leave compute_loss_func out and set their weights.")
         if model_init is not None and kwargs.get("optimizers", (None, None)) != (None, None):
             raise ValueError("model_init makes a new student for every training; give optimizer_cls_and_kwargs.")
-        if student is None:
-            student = self._first_student(args, model_init)
-        elif model_init is not None:
+        if student is None and model_init is None:
+            raise ValueError("Give a student, or model_init, a function that makes one.")
+        if student is not None and model_init is not None:
             raise ValueError("Give either a student or model_init, not both.")
+        if student is None:
+            self.model_init = cast(Any, model_init)
+            set_seed(args.seed)
+            student = cast(PreTrainedModel, super().call_model_init())
         self._pairing = Pairing(args, teacher, target, again=model_init is not None)
         model, source = self._pairing.pair(student)
         kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
         self.model_init = cast(Any, model_init)
         self._make_parts()
-        self._set_terms(source)
         own = [c for c in self.callback_handler.callbacks if type(c) in (ProgressCallback, PrinterCallback)]
         for callback in own[-1:]:  # Trainer adds its own last; one that the user gave stays
             self.remove_callback(callback)
         self.trackers = guard_trackers(self.callback_handler.callbacks, self.args, self.console, self.problems)
-        self._choose_packing()
-        if isinstance(source, CachedTeacher):
-            self.read_cache(source)
-        else:
-            self.choose_probe()
+        self._take_up(source)
         self._add_parts()
 
     def _make_parts(self) -> None:
@@ -132,18 +131,19 @@ class KavaTrainer(StudentTrainer):
         if self.pusher is not None:
             self.add_callback(self.pusher)
 
-    def _first_student(
-        self, args: KavaTrainingArguments, model_init: Callable[..., PreTrainedModel] | None
-    ) -> PreTrainedModel:
-        if model_init is None:
-            raise ValueError("Give a student, or model_init, a function that makes one.")
-        self.model_init = model_init
-        set_seed(args.seed)
-        return cast(PreTrainedModel, super().call_model_init())
-
-    def _set_terms(self, source: TeacherSource | None) -> None:
+    def _take_up(self, source: TeacherSource | None) -> None:
+        """Make what depends on student and teacher."""
         size = vocabulary_size(self.student)
         self.terms = LossTerms(self.args, self.target, source, size, lambda: self.accelerator.autocast())
+        models = {"student": self.student}
+        if isinstance(source, OnlineTeacher):
+            models["teacher"] = source.model
+        if reason := self.batches.choose_packing(models, self.data_collator):
+            self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
+        if isinstance(source, CachedTeacher):
+            self.read_cache(source)
+        else:
+            self.choose_probe()
 
     def call_model_init(self, trial: Any = None) -> DistillationModel:
         """A new student of `model_init`, beside new projectors, as the trial's arguments ask.
@@ -161,9 +161,7 @@ class KavaTrainer(StudentTrainer):
             self.teacher.close()
         self.model, source = self._pairing.pair(student)
         self.model_wrapped = self.model
-        self._set_terms(source)
-        self._choose_packing()
-        self.choose_probe()
+        self._take_up(source)
         self._make_ready()
         return self.model
 
@@ -183,14 +181,6 @@ class KavaTrainer(StudentTrainer):
         self.terms.teacher = teacher
         self.data_collator = self.data_collator.reading(teacher.read)
         self.choose_probe()
-
-    def _choose_packing(self) -> None:
-        """Pack where both models can; else say why in one line."""
-        models = {"student": self.student}
-        if isinstance(self.teacher, OnlineTeacher):
-            models["teacher"] = self.teacher.model
-        if reason := self.batches.choose_packing(models, self.data_collator):
-            self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
 
     def calibration_examples(self) -> list[dict[str, Any]]:
         """The training examples that the projectors start from: drawn with the run's seed where the data can be.
