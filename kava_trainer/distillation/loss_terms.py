@@ -106,7 +106,7 @@ class LossTerms:
 
         Args:
             model: the student and the projectors, wrapped or not.
-            inputs: a batch of `data`.
+            inputs: a batch of `collators`.
             teacher_states: of the same batch; None where no term reads the teacher.
             weights: of the terms to compute; the next-token loss always is in evaluation. With None the two sides are
                 brought together and no term on logits is computed.
@@ -160,7 +160,7 @@ class LossTerms:
 
         Args:
             outputs: of the student and the projectors, with the same weights.
-            inputs: the batch of `data` that gave them; `counted` [B, T] leaves tokens out.
+            inputs: the batch of `collators` that gave them; `counted` [B, T] leaves tokens out.
             weights: of the terms.
             num_items: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
             means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted.

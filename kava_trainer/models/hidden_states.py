@@ -29,7 +29,7 @@ def run_decoder(
         model: a causal language model.
         input_ids: tokens [B, T].
         attention_mask: 1 at real tokens [B, T]; not read where the row is packed.
-        packed_lengths: tokens of each example of a packed row [1, T]; see `packing`.
+        packed_lengths: tokens of each example of a packed row [1, T]; see `packed_attention`.
 
     Returns:
         The last hidden state [B, T, d].

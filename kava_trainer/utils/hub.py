@@ -94,12 +94,12 @@ def check_private(place: Place) -> None:
         )
 
 
-def in_background(work: Callable[[], Any], after: Iterable[Future] = ()) -> Future:
+def in_background(work: Callable[[], Any], after: Iterable[Future[Any]] = ()) -> Future[Any]:
     """Do work on a thread of its own, once other jobs are done.
 
     The thread does not keep the program from ending, as that of an executor would: the hub may never answer.
     """
-    job: Future = Future()
+    job: Future[Any] = Future()
 
     def run() -> None:
         wait(after)
