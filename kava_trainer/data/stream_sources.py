@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -41,7 +41,7 @@ class _Opened:
 
 def _open(arguments: DataArguments) -> _Opened:
     """The data set a name stands for, opened and not read."""
-    name = arguments.dataset_name
+    name = cast(str, arguments.dataset_name)
     path = Path(name).expanduser()
     if name == QUICKSTART:
         problems = {split: generate_problems(count, split) for split, count in SPLIT_SIZES.items()}
@@ -167,7 +167,7 @@ def open_rows(arguments: DataArguments) -> tuple[Rows, Dataset]:
     Raises:
         BadRequest: if the data cannot be found or read, a split does not exist, or nothing is left to train on.
     """
-    name, count = arguments.dataset_name, arguments.max_eval_samples or HELD_OUT_LIMIT
+    name, count = cast(str, arguments.dataset_name), arguments.max_eval_samples or HELD_OUT_LIMIT
     with loading(name):
         opened = _open(arguments)
     train, test = find_train_split(opened.splits, arguments), find_test_split(opened.splits, arguments)

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ..data.selection import choose_examples
+from ..data.streaming import ExampleStream
 from ..models.teacher import TeacherSource
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import own_batches
@@ -103,6 +105,37 @@ class Moments:
         return weight, -weight @ means[:size]
 
 
+def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenStateTarget) -> list[dict[str, Any]]:
+    """The training examples that the projectors start from.
+
+    Args:
+        dataset: drawn from where it can be shuffled; of a stream, or of anything else, the first ones are taken.
+        tokens: they hold at least so many, or are all there are.
+        seed: of the draw.
+        target: says how many tokens its projectors need.
+
+    Raises:
+        BadRequest: as `check_enough_tokens`.
+    """
+    if isinstance(dataset, ExampleStream):
+        dataset = dataset.one_pass()
+    elif hasattr(dataset, "shuffle"):
+        dataset = dataset.shuffle(seed=seed)
+    examples = choose_examples(dataset, tokens)
+    check_enough_tokens(target, sum(len(example["input_ids"]) for example in examples))
+    return examples
+
+
+def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
+    """Make sure that there are more tokens than inputs of any fit. Raises `BadRequest` if not."""
+    size = max(_sizes(projector)[0] for projector in target.projectors)
+    if tokens <= size:
+        raise BadRequest(
+            f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
+            "calibration_tokens or use more training data."
+        )
+
+
 @torch.no_grad()
 def calibrate(
     model: DistillationModel,
@@ -122,7 +155,7 @@ def calibrate(
     Args:
         model: student and projectors; their mode is kept.
         teacher: the teacher's states.
-        examples: the same on every rank, which share them out; see `check_enough_tokens`.
+        examples: the same on every rank, which share them out; see `calibration_examples`.
         collator: pads them.
         batch_size: examples at a time.
         sum_over_ranks: sums a tensor over all ranks.
@@ -148,16 +181,6 @@ def _sizes(projector: nn.Module) -> tuple[int, int]:
         return projector.config.input_size, projector.config.output_size
     down = cast(ElasticBottleneck, projector).down
     return down.in_features, down.out_features
-
-
-def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
-    """Make sure that there are more tokens than inputs of any fit. Raises `BadRequest` if not."""
-    size = max(_sizes(projector)[0] for projector in target.projectors)
-    if tokens <= size:
-        raise BadRequest(
-            f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
-            "calibration_tokens or use more training data."
-        )
 
 
 def _add_batch(

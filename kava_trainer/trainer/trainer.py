@@ -18,8 +18,7 @@ from ..config.arguments import KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
 from ..data.collators import DistillationCollator, choose_collator
 from ..data.formats import IGNORED
-from ..data.streaming import ExampleStream
-from ..distillation.calibration import calibrate, check_enough_tokens
+from ..distillation.calibration import calibrate, calibration_examples
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
 from ..distillation.pairing import check_student, pair_up
@@ -27,7 +26,6 @@ from ..distillation.targets import HiddenStateTarget
 from ..distillation.teacher_cache import CachedTeacher
 from ..distillation.token_means import TokenMeans
 from ..evaluation.answers import perplexity
-from ..evaluation.probe import choose_examples
 from ..models.lm_head import vocabulary_size
 from ..models.teacher import OnlineTeacher, TeacherSource
 from ..utils.distributed import give_up_whole_weights, is_sharded
@@ -261,14 +259,7 @@ class KavaTrainer(EvaluatingTrainer):
         Raises:
             BadRequest: if they hold too few tokens for a fit.
         """
-        data: Any = self.train_dataset
-        if isinstance(data, ExampleStream):
-            data = data.one_pass()
-        elif hasattr(data, "shuffle"):
-            data = data.shuffle(seed=self.args.seed)
-        examples = choose_examples(data, self.args.calibration_tokens)
-        check_enough_tokens(self.target, sum(len(example["input_ids"]) for example in examples))
-        return examples
+        return calibration_examples(self.train_dataset, self.args.calibration_tokens, self.args.seed, self.target)
 
     def calibrate(self) -> None:
         """Start the projectors from training examples, as `projector_anchor` and `projector_init` ask.

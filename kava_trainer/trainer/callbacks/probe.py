@@ -6,9 +6,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ...data.selection import choose_examples
 from ...distillation.loss_terms import LossTerms
 from ...evaluation.diagnostics import Diagnostics, collapse_remedy
-from ...evaluation.probe import MINIMUM_SHARE, AlignmentProbe, ProbeResult, ShareWatch, choose_examples
+from ...evaluation.probe import MINIMUM_SHARE, PROBE_TOKENS, AlignmentProbe, ProbeResult, ShareWatch
 from ...utils.memory import needs_memory
 from ..batches import SteppingTrainer
 
@@ -51,7 +52,7 @@ class ProbingTrainer(SteppingTrainer):
         if self.terms.teacher is None or not self.args.aligns or not has_length(held_out):
             return None
         sizes = (self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
-        return AlignmentProbe(choose_examples(held_out), self.data_collator, *sizes)
+        return AlignmentProbe(choose_examples(held_out, PROBE_TOKENS), self.data_collator, *sizes)
 
     def probe_belongs_to(self, prefix: str) -> bool:
         """Whether an evaluation, told by the prefix of its metrics, runs the probe: of several sets only the first."""
