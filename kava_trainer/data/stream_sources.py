@@ -17,6 +17,7 @@ from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART
 from ..quickstart import SPLIT_SIZES
 from ..quickstart.problems import generate_problems
+from ..utils.digests import read_samples
 from ..utils.errors import BadRequest
 from .files import BUILDERS, find_files, loading
 from .formats import find_format, prompt_and_answer
@@ -27,8 +28,6 @@ TABLE_ROWS = 100
 
 CHECKED_LINES = 1000
 """Lines at the beginning of each jsonl file that are looked at before anything is loaded."""
-
-_SAMPLE_BYTES = 2**12
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,10 @@ def files_digest(files: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in files:
         path = Path(name)
-        if not path.is_file():
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + read_samples(path, 2, 2**12))
+        else:
             digest.update(f"{name}\n".encode())
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in (0, max(0, size - _SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -22,9 +22,10 @@ from ..models.loading import model_folder
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
 from ..models.teacher import OnlineTeacher
 from ..utils.atomic_files import write_atomically
+from ..utils.digests import read_samples
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import check_cache_space
-from ..utils.progress_bar import progress_bar
+from ..utils.progress_bar import progress_bar, with_progress
 from ..utils.signals import WATCH
 from .state_shards import Shards, ShardWriter, bytes_per_token, example_key
 
@@ -32,8 +33,6 @@ MANIFEST = "teacher_cache.json"
 
 GROUP = 256
 """Examples that are packed or sorted by length together while a cache is built."""
-
-_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 def weights_digest(folder: Path) -> str:
@@ -44,12 +43,7 @@ def weights_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".pt"))
     for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + read_samples(path, 64, 2**16))
     return digest.hexdigest()
 
 
@@ -139,7 +133,7 @@ class TeacherCache:
     def verify(self) -> None:
         """Compare the checksums of all shards, shared out over the ranks. Raises `BadRequest` for a broken one."""
         with PartialState().split_between_processes(self.shards.paths) as share:
-            self.shards.verify(_shown(share, "Checking the teacher cache", "file"))
+            self.shards.verify(with_progress(share, "Checking the teacher cache", "file"))
 
     def build(
         self,
@@ -254,13 +248,6 @@ class TeacherCache:
     def read(self, input_ids: Sequence[int]) -> dict[int, torch.Tensor]:
         """The wanted states [T, d_t] of one example by layer, in bfloat16."""
         return self.shards.read(input_ids, self.wanted)
-
-
-def _shown(paths: Sequence[Path], description: str, unit: str) -> Iterator[Path]:
-    with progress_bar(len(paths), description, unit) as bar:
-        for path in paths:
-            yield path
-            bar.update()
 
 
 def _rows(examples: list[Sequence[int]], budget: int, packed: bool) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from ..models.teacher import OnlineTeacher, load_teacher, quantization_config
 from ..utils.console import Console, size_text
 from ..utils.distributed import from_main_process
 from ..utils.memory import free_memory_bytes
-from ..utils.progress_bar import progress_bar
+from ..utils.progress_bar import with_progress
 from .answers import answer_loss_sum, perplexity
 from .diagnostics import STATUSES, centred_cosine
 from .probe import PROBE_TOKENS
@@ -87,15 +87,13 @@ def read_examples(
     teacher = OnlineTeacher(model, sorted({*layers, depth}))
     kept: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     total, count = 0.0, 0
-    with progress_bar(len(examples), description, "example") as bar:
-        for example in examples:
-            batch = send_to_device(collator([example]), model.device)
-            states = teacher.features(batch)
-            total += answer_loss_sum(model, states[depth], batch)
-            count += len(batch["next_tokens"])
-            for layer, parts in kept.items():
-                parts.append(states[layer][0].cpu())
-            bar.update()
+    for example in with_progress(examples, description, "example"):
+        batch = send_to_device(collator([example]), model.device)
+        states = teacher.features(batch)
+        total += answer_loss_sum(model, states[depth], batch)
+        count += len(batch["next_tokens"])
+        for layer, parts in kept.items():
+            parts.append(states[layer][0].cpu())
     states = {layer: torch.cat(parts) for layer, parts in kept.items()}
     return Reading(states, total / max(count, 1), str(model.dtype).removeprefix("torch."))
 
@@ -149,7 +147,7 @@ def poor_fidelity(figures: dict[str, Any]) -> str | None:
     return " and ".join(found) or None
 
 
-def choose_place(weights: int, device: torch.device) -> torch.device | str:
+def choose_device(weights: int, device: torch.device) -> torch.device | str:
     """Where an unquantised teacher can be run for a moment: on the device, else on the CPU; else why nowhere.
 
     Args:
@@ -228,7 +226,7 @@ class TeacherFidelity:
             return
         with torch.device("meta"):
             weights = model_bytes(build_causal_lm(config, model.teacher_dtype, model))
-        self._where = choose_place(weights, device)
+        self._where = choose_device(weights, device)
         if isinstance(self._where, str):
             return
         self._examples = choose_examples(self._dataset, PROBE_TOKENS)

@@ -1,4 +1,4 @@
-"""The layer convention: where a model holds its blocks, and how many there are."""
+"""The parts of a decoder: where it holds its blocks, how many there are, and how wide and long it is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -46,9 +46,9 @@ def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
     return cast(PreTrainedModel, cast(Any, model).to(device))  # transformers gives `to` a type that fits no device
 
 
-def _load(what: str, name: str, load: Callable[[], T]) -> T:
+def _load(what: str, name: str, load: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     try:
-        return load()
+        return load(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # broken files raise many kinds in transformers, tokenizers, safetensors and json
@@ -69,9 +69,10 @@ def load_config(name: str, role: str, revision: str | None, arguments: ModelArgu
     return _load(
         f"{role}'s config",
         name,
-        lambda: AutoConfig.from_pretrained(
-            _locate(name, role), revision=revision, trust_remote_code=arguments.trust_remote_code
-        ),
+        AutoConfig.from_pretrained,
+        _locate(name, role),
+        revision=revision,
+        trust_remote_code=arguments.trust_remote_code,
     )
 
 
@@ -80,9 +81,10 @@ def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelA
     tokenizer = _load(
         f"{role}'s tokenizer",
         name,
-        lambda: AutoTokenizer.from_pretrained(
-            _locate(name, role), revision=revision, trust_remote_code=arguments.trust_remote_code
-        ),
+        AutoTokenizer.from_pretrained,
+        _locate(name, role),
+        revision=revision,
+        trust_remote_code=arguments.trust_remote_code,
     )
     if tokenizer.eos_token_id is None:
         raise BadRequest(
@@ -90,10 +92,6 @@ def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelA
             "set eos_token in its tokenizer_config.json."
         )
     return tokenizer
-
-
-def _dtype(name: str) -> str | torch.dtype:
-    return "auto" if name == "auto" else getattr(torch, name)
 
 
 def load_causal_lm(
@@ -115,14 +113,13 @@ def load_causal_lm(
     return _load(
         role,
         name,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            _locate(name, role),
-            revision=revision,
-            dtype=_dtype(dtype),
-            attn_implementation=arguments.attn_implementation,
-            trust_remote_code=arguments.trust_remote_code,
-            **kwargs,
-        ),
+        AutoModelForCausalLM.from_pretrained,
+        _locate(name, role),
+        revision=revision,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=arguments.attn_implementation,
+        trust_remote_code=arguments.trust_remote_code,
+        **kwargs,
     )
 
 
@@ -132,12 +129,11 @@ def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArgume
     return _load(
         "student of type",
         config.model_type,
-        lambda: AutoModelForCausalLM.from_config(
-            config,
-            dtype=chosen,
-            attn_implementation=arguments.attn_implementation,
-            trust_remote_code=arguments.trust_remote_code,
-        ),
+        AutoModelForCausalLM.from_config,
+        config,
+        dtype=chosen,
+        attn_implementation=arguments.attn_implementation,
+        trust_remote_code=arguments.trust_remote_code,
     )
 
 

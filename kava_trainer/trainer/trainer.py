@@ -123,7 +123,7 @@ class KavaTrainer(EvaluatingTrainer):
     clipping and accumulation treat them as one. `trainer.student` is the plain student.
 
     Args:
-        student: the `PreTrainedModel` to train, or its adapters alone where `adapters.add_adapter` gave it any.
+        student: the `PreTrainedModel` to train, or its adapters alone where `lora.add_adapter` gave it any.
         teacher: a model, or another source of the teacher's states; None where no term needs them.
         target: what is aligned, with its projectors; made as `args` ask where the teacher is a model. Projectors that
             need no gradient stay as they are.
@@ -286,7 +286,7 @@ class KavaTrainer(EvaluatingTrainer):
 
         Args:
             model: the wrapped student and projectors.
-            inputs: a batch of `collating`.
+            inputs: a batch of `collators`.
             return_outputs: also return the student's `last_hidden_state` [B, T, d_s].
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
         """
