@@ -1,4 +1,4 @@
-"""Talking to the hub: in time, without harm to a run, and with a reason where it fails; sending checkpoints."""
+"""Talking to the hub: in time, without harm to a run, and with a reason where it fails."""
 
 import json
 import logging
