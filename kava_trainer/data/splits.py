@@ -41,7 +41,7 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
         )
     total, test = len(train), find_test_split(splits, arguments)
     if test is None and total > 1:
-        held_out = share_held_out(total)
+        held_out = max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * total)))
         train, test = train.train_test_split(test_size=held_out, seed=0).values()
     return _first(train, arguments.max_train_samples), _first(test, arguments.max_eval_samples), total
 
@@ -72,11 +72,6 @@ def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
         )
     names = [wanted] if wanted is not None else ["test", "validation"]
     return next((splits[name] for name in names if name in splits and name != train), None)
-
-
-def share_held_out(rows: int) -> int:
-    """How many of a training split's rows are held out where the data set has no test split."""
-    return max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * rows)))
 
 
 def is_saved_folder(path: Path) -> bool:

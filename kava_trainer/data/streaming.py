@@ -6,6 +6,7 @@ the rows it has come past, so that a resumed run reads up to there without token
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -173,7 +174,7 @@ def stream_loader(
     return DataLoader(
         stream,
         batch_size=batch_size,
-        collate_fn=_PlacedCollator(collator),
+        collate_fn=partial(_placed, collator),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
@@ -183,12 +184,9 @@ def stream_loader(
     )
 
 
-class _PlacedCollator:
-    """Collates as another collator does and adds where the batch ends in the stream, or why there is none."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self._collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        last = examples[-1]
-        return last if "problem" in last else {**self._collator(examples), "place": last["place"]}
+def _placed(
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch of the collator's with where it ends in the stream, or why there is none."""
+    last = examples[-1]
+    return last if "problem" in last else {**collator(examples), "place": last["place"]}

@@ -75,11 +75,6 @@ class LossTerms:
         }
         self._weights = {name: weight for name, weight in weights.items() if weight > 0}
 
-    @property
-    def names(self) -> list[str]:
-        """The terms that are computed."""
-        return list(self._weights)
-
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term when the share `progress` of the training is done.
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..data.packing import pack_step
-from ..models.layers import find_decoder, hidden_size, number_of_layers
+from ..models.layers import hidden_size, number_of_layers
 from ..models.lm_head import vocabulary_logits
 from ..models.loading import model_folder
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
@@ -323,7 +323,7 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     """
     head = model.get_output_embeddings()
     kept = {id(parameter) for parameter in head.parameters()} if keep_head else set()
-    for module in list(find_decoder(model).modules()):  # blocks go as a whole: quantised ones keep more than parameters
+    for module in list(model.get_decoder().modules()):  # blocks go as a whole: quantised ones keep more than parameters
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ModuleList):
                 setattr(module, name, nn.ModuleList())

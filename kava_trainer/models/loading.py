@@ -159,8 +159,8 @@ def check_tokenizers_agree(teacher: PreTrainedTokenizerBase, student: PreTrained
         )
 
 
-def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that a model has an embedding for every id of the tokenizer. Raises `BadRequest` if not."""
+def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make sure that a model reads every token and examples of `max_length` of them. Raises `BadRequest` if not."""
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -168,11 +168,6 @@ def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrain
             f"The tokenizer has ids up to {highest}, but the {role} has embeddings for {rows} tokens only; "
             f"give the {role} a vocab_size of at least {highest + 1}."
         )
-
-
-def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Make sure that a model reads every token and examples of `max_length` of them. Raises `BadRequest` if not."""
-    check_vocabulary_fits(model, role, tokenizer)
     limit = context_length(model)
     if limit is not None and max_length > limit:
         raise BadRequest(

@@ -28,14 +28,8 @@ _LOOK_SECONDS = 0.2
 """So often is looked whether a signal wants the process to end."""
 
 
-class _Quiet(logging.Filter):
-    """Keeps the hub's client from logging each of its attempts in the background: the outcome is told in the end."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.threadName != _THREAD
-
-
-logging.getLogger("huggingface_hub.utils._http").addFilter(_Quiet())
+# In the background its client does not log each of its attempts: the outcome is told in the end.
+logging.getLogger("huggingface_hub.utils._http").addFilter(lambda record: record.threadName != _THREAD)
 
 _STATUS_WORDS = {
     401: "the token is missing or not accepted",
