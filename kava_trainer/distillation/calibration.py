@@ -166,7 +166,8 @@ def calibrate(
     device = model.student.device
     # In float64, which a Mac's GPU lacks; and for many pairs the sums would fill a small GPU.
     where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
-    moments = [Moments(*_fitted(projector).weight.shape[::-1], device=where) for projector in model.target.projectors]
+    weights = [_fitted(projector).weight for projector in model.target.projectors]
+    moments = [Moments(weight.shape[1], weight.shape[0], where) for weight in weights]
     for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
         _add_batch(moments, model, teacher, collator(batch))
     model.train(training)

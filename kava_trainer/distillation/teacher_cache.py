@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
@@ -262,12 +263,10 @@ def _rows(examples: list[Sequence[int]], budget: int, packed: bool) -> Iterator[
         return
     waiting = sorted(examples, key=len, reverse=True)
     while waiting:
-        width = len(waiting[0])
-        taken, waiting = waiting[: max(1, budget // width)], waiting[max(1, budget // width) :]
-        tokens, mask = torch.zeros(2, len(taken), width, dtype=torch.int64)
-        for row, ids in enumerate(taken):
-            tokens[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
-        yield {"input_ids": tokens, "attention_mask": mask}
+        count = max(1, budget // len(waiting[0]))
+        taken, waiting = [torch.tensor(ids) for ids in waiting[:count]], waiting[count:]
+        mask = [torch.ones_like(ids) for ids in taken]
+        yield {"input_ids": pad_sequence(taken, True), "attention_mask": pad_sequence(mask, True)}
 
 
 def _examples(

@@ -64,28 +64,22 @@ def _reason(error: Exception, folder: Path) -> str:
     return reason_of(error) if problem is None else f"{problem}."
 
 
+def _from_pretrained(
+    what: str, kind: Any, name: str, role: str, revision: str | None, arguments: ModelArguments, **kwargs: Any
+) -> Any:
+    """What an Auto class reads from the hub or a folder."""
+    kwargs |= {"revision": revision, "trust_remote_code": arguments.trust_remote_code}
+    return _load(what, name, kind.from_pretrained, _locate(name, role), **kwargs)
+
+
 def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
     """The config of a model. Raises `BadRequest` where it cannot be had."""
-    return _load(
-        f"{role}'s config",
-        name,
-        AutoConfig.from_pretrained,
-        _locate(name, role),
-        revision=revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    return _from_pretrained(f"{role}'s config", AutoConfig, name, role, revision, arguments)
 
 
 def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises `BadRequest` where it cannot be had or has no end-of-text token."""
-    tokenizer = _load(
-        f"{role}'s tokenizer",
-        name,
-        AutoTokenizer.from_pretrained,
-        _locate(name, role),
-        revision=revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    tokenizer = _from_pretrained(f"{role}'s tokenizer", AutoTokenizer, name, role, revision, arguments)
     if tokenizer.eos_token_id is None:
         raise BadRequest(
             f"The {role}'s tokenizer {name!r} has no end-of-text token, so a student could never learn to stop; "
@@ -110,17 +104,11 @@ def load_causal_lm(
     Raises:
         BadRequest: if the model cannot be found, read or built.
     """
-    return _load(
-        role,
-        name,
-        AutoModelForCausalLM.from_pretrained,
-        _locate(name, role),
-        revision=revision,
-        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-        attn_implementation=arguments.attn_implementation,
-        trust_remote_code=arguments.trust_remote_code,
-        **kwargs,
-    )
+    kwargs |= {
+        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": arguments.attn_implementation,
+    }
+    return _from_pretrained(role, AutoModelForCausalLM, name, role, revision, arguments, **kwargs)
 
 
 def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArguments) -> PreTrainedModel:
