@@ -5,7 +5,7 @@ from datasets import Dataset, DatasetDict
 
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.data.encoding import encode_dataset, encode_example
-from kava_trainer.data.row_locations import places, source_rows
+from kava_trainer.data.row_locations import locate_rows, source_rows
 from kava_trainer.data.splits import load_splits
 from kava_trainer.utils.errors import BadRequest
 
@@ -99,12 +99,12 @@ def test_rows_are_named_by_file_and_line_where_a_row_is_a_line(tmp_path):
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     first.write_text("".join(f'{{"text": "{n}"}}\n\n' for n in range(4)))
     second.write_text("".join(f'{{"text": "{n}"}}\n' for n in range(9)))
-    assert places(str(first), [0, 2]) == f"lines 1, 5 of {first}"
-    assert places(str(tmp_path / "*.jsonl"), [3, 4, 8]) == f"line 7 of {first}; lines 1, 5 of {second}"
-    assert places(str(second), range(9)) == f"lines 1, 2, 3, 4, 5, ... of {second}"
+    assert locate_rows(str(first), [0, 2]) == f"lines 1, 5 of {first}"
+    assert locate_rows(str(tmp_path / "*.jsonl"), [3, 4, 8]) == f"line 7 of {first}; lines 1, 5 of {second}"
+    assert locate_rows(str(second), range(9)) == f"lines 1, 2, 3, 4, 5, ... of {second}"
     second.write_text('{\n"text": "a"\n}\n{\n"text": "b"\n}\n')
-    assert places(str(second), [1]) == f"row 2 of {second}"
-    assert places("openai/gsm8k", [1, 3]) == "rows 2, 4 of openai/gsm8k"
+    assert locate_rows(str(second), [1]) == f"row 2 of {second}"
+    assert locate_rows("openai/gsm8k", [1, 3]) == "rows 2, 4 of openai/gsm8k"
 
 
 def test_rows_are_told_where_they_stood_before_the_data_was_split():

@@ -20,7 +20,7 @@ from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.evaluation import teacher_fidelity as fidelity
 from kava_trainer.evaluation.teacher_fidelity import (
     TeacherFidelity,
-    choose_place,
+    choose_device,
     compare_readings,
     poor_fidelity,
     read_examples,
@@ -118,7 +118,7 @@ GB = 10**9
 )
 def test_an_unquantised_teacher_runs_where_it_fits(monkeypatch, weights, device, free, place):
     monkeypatch.setattr(fidelity, "free_memory_bytes", free.__getitem__)
-    found = choose_place(weights, device)
+    found = choose_device(weights, device)
     assert (place in found) if isinstance(place, str) else (found == place)
 
 

@@ -3,8 +3,8 @@ import torch
 from conftest import random_examples
 from test_trainer import loss_lines, make_trainer
 
+from kava_trainer.data.selection import choose_examples
 from kava_trainer.evaluation.diagnostics import diagnose
-from kava_trainer.evaluation.probe import choose_examples
 
 
 def test_the_first_examples_with_enough_tokens_are_chosen():

@@ -17,9 +17,10 @@ from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.data import streaming
 from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.data.selection import first_examples
 from kava_trainer.data.splits import load_splits
 from kava_trainer.data.stream_sources import open_rows
-from kava_trainer.data.streaming import first_examples, open_stream, stream_loader
+from kava_trainer.data.streaming import open_stream, stream_loader
 from kava_trainer.utils.errors import BadRequest
 
 ROWS = 41

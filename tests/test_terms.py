@@ -37,7 +37,7 @@ def test_every_term_is_computed_from_both_models(tmp_path, tokenizer):
         tmp_path, tokenizer, projector_anchor="reconstruction", kd_temperature=2.0, kd_beta=0.5, **ALL_TERMS
     )
     batch, outputs, loss, means = measured(trainer)
-    assert trainer.terms.names == ["mercator", "mse", "anchor", "lm", "kd"]
+    assert list(trainer.terms.weights(0.0)) == ["mercator", "mse", "anchor", "lm", "kd"]
     terms = means.drain(lambda sums: sums)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     teacher = trainer.teacher.model(**inputs).logits.detach()

@@ -1,4 +1,4 @@
-"""From tokenised examples to what a forward pass reads: padded batches, or packed rows of one optimizer step.
+"""From tokenised examples to batches: padded, or joined end to end for `packing` to make rows of.
 
 Both forms name the positions where a next token is to be learned: `answer_index` [K] counts through the flattened
 tokens of the batch and `next_tokens` [K] holds the tokens that follow, so the vocabulary head runs nowhere else and
@@ -21,21 +21,6 @@ StatesReader = Callable[[Sequence[int]], dict[int, torch.Tensor]]
 
 _NOT_PASSED_ON = ("position_ids", "inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """What other collators put into a batch and a model would have to read for its output to be right."""
-
-
-def _check_examples(examples: list[dict[str, Any]]) -> None:
-    if missing := [name for name in ("input_ids", "labels") if name not in examples[0]]:
-        raise ValueError(
-            f"An example has no {' and no '.join(missing)}, but only {', '.join(sorted(examples[0]))}. Give every "
-            "example input_ids, and labels that are -100 where no answer is to be learned."
-        )
-
-
-def _answers(labels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of one example that have a next token to learn, and these tokens."""
-    following = torch.as_tensor(labels[1:])
-    positions = (following != IGNORED).nonzero().flatten()
-    return positions, following[positions]
 
 
 class DistillationCollator:
@@ -78,6 +63,30 @@ class DistillationCollator:
             "answer_index": torch.cat([row * width + positions for row, (positions, _) in enumerate(answers)]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
             **states,
+        }
+
+
+class JoiningCollator:
+    """Joins examples end to end; `pack_step` makes rows of them once a whole optimizer step is there.
+
+    Args:
+        read_states: as for `DistillationCollator`.
+    """
+
+    def __init__(self, read_states: StatesReader | None = None) -> None:
+        self.read_states = read_states
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate examples with `input_ids` and `labels`: flat tensors, and how many entries each example has."""
+        _check_examples(examples)
+        answers = [_answers(example["labels"]) for example in examples]
+        return {
+            "input_ids": torch.cat([torch.as_tensor(example["input_ids"]) for example in examples]),
+            "lengths": [len(example["input_ids"]) for example in examples],
+            "answer_index": torch.cat([positions for positions, _ in answers]),
+            "next_tokens": torch.cat([tokens for _, tokens in answers]),
+            "answers": [len(positions) for positions, _ in answers],
+            **_states(examples, self.read_states, torch.cat),
         }
 
 
@@ -131,28 +140,19 @@ def choose_collator(
     return given if isinstance(given, DistillationCollator) else CompletingCollator(given or default_data_collator)
 
 
-class JoiningCollator:
-    """Joins examples end to end; `pack_step` makes rows of them once a whole optimizer step is there.
+def _check_examples(examples: list[dict[str, Any]]) -> None:
+    if missing := [name for name in ("input_ids", "labels") if name not in examples[0]]:
+        raise ValueError(
+            f"An example has no {' and no '.join(missing)}, but only {', '.join(sorted(examples[0]))}. Give every "
+            "example input_ids, and labels that are -100 where no answer is to be learned."
+        )
 
-    Args:
-        read_states: as for `DistillationCollator`.
-    """
 
-    def __init__(self, read_states: StatesReader | None = None) -> None:
-        self.read_states = read_states
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate examples with `input_ids` and `labels`: flat tensors, and how many entries each example has."""
-        _check_examples(examples)
-        answers = [_answers(example["labels"]) for example in examples]
-        return {
-            "input_ids": torch.cat([torch.as_tensor(example["input_ids"]) for example in examples]),
-            "lengths": [len(example["input_ids"]) for example in examples],
-            "answer_index": torch.cat([positions for positions, _ in answers]),
-            "next_tokens": torch.cat([tokens for _, tokens in answers]),
-            "answers": [len(positions) for positions, _ in answers],
-            **_states(examples, self.read_states, torch.cat),
-        }
+def _answers(labels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of one example that have a next token to learn, and these tokens."""
+    following = torch.as_tensor(labels[1:])
+    positions = (following != IGNORED).nonzero().flatten()
+    return positions, following[positions]
 
 
 def _states(

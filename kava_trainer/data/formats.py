@@ -1,9 +1,12 @@
-"""The columns of a row that are a prompt and an answer."""
+"""The columns that a data set may have, and what of a row is its prompt and what its answer."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..utils.errors import BadRequest
+
+IGNORED = -100
+"""Label of a token that carries no language-model loss, as those of a prompt."""
 
 _FORMATS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
 
@@ -22,24 +25,7 @@ def find_format(columns: list[str]) -> tuple[str, ...]:
     )
 
 
-def _text(value: Any, name: str) -> str:
-    """A cell as text: nothing for a missing one, `42` for the number 42."""
-    if value is None or isinstance(value, (str, int, float)):
-        return "" if value is None else str(value)
-    raise ValueError(f"{name} must be text, but it is a {type(value).__name__}")
-
-
-def _messages(value: Any, name: str) -> list[dict[str, str]]:
-    """Chat messages with a role and text each."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f"{name} must be a list of messages, but it is a {type(value).__name__}")
-    for message in value:
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ValueError(f'{name} must hold messages such as {{"role": "user", "content": "text"}}')
-    return value
-
-
-def prompt_and_answer(example: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, Any]:
+def prompt_and_answer(example: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Any, Any]:
     """Prompt and answer of one example: two texts, or two lists of chat messages.
 
     Of a conversation the last message is the answer; plain `text` is all answer.
@@ -50,22 +36,14 @@ def prompt_and_answer(example: dict[str, Any], names: tuple[str, ...]) -> tuple[
     if names == ("text",):
         return "", _text(example["text"], "text")
     if names == ("messages",):
-        messages = _messages(example["messages"] or [], "messages")
-        prompt, answer = messages[:-1], messages[-1:]
-    elif isinstance(example[names[0]], list) or isinstance(example[names[1]], list):
-        prompt, answer = (_messages(example[name] or [], name) for name in names)
-    else:
-        prompt, answer = (_text(example[name], name) for name in names)
-        if names == ("question", "answer"):
-            return PROMPT.format(question=prompt), f" {answer}" if answer else ""
-        return prompt, answer
-    if answer and answer[-1]["role"] != "assistant":
-        raise ValueError(f"a conversation must end with the assistant, but this one ends with {answer[-1]['role']!r}")
+        messages = _messages(example["messages"], "messages")
+        return _conversation(messages[:-1], messages[-1:])
+    if any(isinstance(example[name], list) for name in names):
+        return _conversation(*(_messages(example[name], name) for name in names))
+    prompt, answer = (_text(example[name], name) for name in names)
+    if names == ("question", "answer"):
+        return PROMPT.format(question=prompt), f" {answer}" if answer else ""
     return prompt, answer
-
-
-IGNORED = -100
-"""Label of a token that carries no language-model loss."""
 
 
 def prompt_kind(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -73,3 +51,28 @@ def prompt_kind(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
     if names in (("question", "answer"), ("text",)):
         return names[0]
     return "messages" if isinstance(row[names[0]], list) else "prompt"
+
+
+def _text(value: Any, name: str) -> str:
+    """A cell as text: nothing for a missing one, `42` for the number 42."""
+    if value is None or isinstance(value, (str, int, float)):
+        return "" if value is None else str(value)
+    raise ValueError(f"{name} must be text, but it is a {type(value).__name__}")
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    """Chat messages with a role and text each; none where the cell is empty."""
+    value = value or []
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError(f"{name} must be a list of messages, but it is a {type(value).__name__}")
+    for message in value:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f'{name} must hold messages such as {{"role": "user", "content": "text"}}')
+    return value
+
+
+def _conversation(prompt: list[dict[str, str]], answer: list[dict[str, str]]) -> tuple[Any, Any]:
+    """Both parts, unless it is not the assistant that answers."""
+    if answer and answer[-1]["role"] != "assistant":
+        raise ValueError(f"a conversation must end with the assistant, but this one ends with {answer[-1]['role']!r}")
+    return prompt, answer

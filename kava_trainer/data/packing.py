@@ -1,4 +1,4 @@
-"""The examples of an optimizer step in rows of about equally many tokens."""
+"""Packed rows: which examples of an optimizer step stand in one row, and how rows are dealt out, split and halved."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,44 +22,6 @@ def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]
     examples = [example for batch in batches for example in _examples(batch)]
     packs = plan_packs([len(example.input_ids) for example in examples], budget)
     return [_row([examples[i] for i in pack]) for pack in packs]
-
-
-@dataclass(frozen=True)
-class _Example:
-    input_ids: torch.Tensor
-    answer_index: torch.Tensor
-    next_tokens: torch.Tensor
-    teacher_states: dict[int, torch.Tensor]
-
-
-def _examples(batch: dict[str, Any]) -> list[_Example]:
-    """The examples that a batch of `JoiningCollator` holds end to end."""
-    tokens = batch["input_ids"].split(batch["lengths"])
-    index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
-    states = {layer: part.split(batch["lengths"]) for layer, part in batch.get("teacher_states", {}).items()}
-    return [
-        _Example(*parts, teacher_states={layer: own[i] for layer, own in states.items()})
-        for i, parts in enumerate(zip(tokens, index, following, strict=True))
-    ]
-
-
-def _row(examples: list[_Example]) -> dict[str, Any]:
-    input_ids = torch.cat([example.input_ids for example in examples]).unsqueeze(0)
-    lengths = tuple(len(example.input_ids) for example in examples)
-    starts = accumulate(lengths[:-1], initial=0)
-    row = {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "packed_lengths": lengths,
-        "answer_index": torch.cat(
-            [example.answer_index + start for example, start in zip(examples, starts, strict=True)]
-        ),
-        "next_tokens": torch.cat([example.next_tokens for example in examples]),
-    }
-    if layers := examples[0].teacher_states.keys():
-        joined = {layer: torch.cat([example.teacher_states[layer] for example in examples]) for layer in layers}
-        row["teacher_states"] = {layer: part.unsqueeze(0) for layer, part in joined.items()}
-    return row
 
 
 def as_many_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -107,21 +69,6 @@ def halve(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     return parts
 
 
-def _span(row: dict[str, Any], axis: int, start: int, stop: int) -> dict[str, Any]:
-    """The part of a row or batch from `start` to `stop` along the axis of tokens (1) or of examples (0)."""
-    width = row["input_ids"].shape[1] if axis == 0 else 1
-    first, last = start * width, stop * width
-    kept = (row["answer_index"] >= first) & (row["answer_index"] < last)
-    part = {"answer_index": row["answer_index"][kept] - first, "next_tokens": row["next_tokens"][kept]}
-    for name in ("input_ids", "attention_mask", "labels"):
-        if name in row:
-            part[name] = row[name].narrow(axis, start, stop - start)
-    if "teacher_states" in row:
-        states = row["teacher_states"].items()
-        part["teacher_states"] = {layer: own.narrow(axis, start, stop - start) for layer, own in states}
-    return part
-
-
 def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Distribute examples over packs of at most `budget` tokens: the longest first, each where it fits best.
 
@@ -147,3 +94,56 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
         used[best] += lengths[index]
     order = sorted(range(len(packs)), key=lambda pack: (-used[pack], packs[pack]))
     return [sorted(packs[pack]) for pack in order]
+
+
+@dataclass(frozen=True)
+class _Example:
+    input_ids: torch.Tensor
+    answer_index: torch.Tensor
+    next_tokens: torch.Tensor
+    teacher_states: dict[int, torch.Tensor]
+
+
+def _examples(batch: dict[str, Any]) -> list[_Example]:
+    """The examples that a batch of `JoiningCollator` holds end to end."""
+    tokens = batch["input_ids"].split(batch["lengths"])
+    index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
+    states = {layer: part.split(batch["lengths"]) for layer, part in batch.get("teacher_states", {}).items()}
+    return [
+        _Example(*parts, teacher_states={layer: own[i] for layer, own in states.items()})
+        for i, parts in enumerate(zip(tokens, index, following, strict=True))
+    ]
+
+
+def _row(examples: list[_Example]) -> dict[str, Any]:
+    input_ids = torch.cat([example.input_ids for example in examples]).unsqueeze(0)
+    lengths = tuple(len(example.input_ids) for example in examples)
+    starts = accumulate(lengths[:-1], initial=0)
+    row = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "packed_lengths": lengths,
+        "answer_index": torch.cat(
+            [example.answer_index + start for example, start in zip(examples, starts, strict=True)]
+        ),
+        "next_tokens": torch.cat([example.next_tokens for example in examples]),
+    }
+    if layers := examples[0].teacher_states.keys():
+        joined = {layer: torch.cat([example.teacher_states[layer] for example in examples]) for layer in layers}
+        row["teacher_states"] = {layer: part.unsqueeze(0) for layer, part in joined.items()}
+    return row
+
+
+def _span(row: dict[str, Any], axis: int, start: int, stop: int) -> dict[str, Any]:
+    """The part of a row or batch from `start` to `stop` along the axis of tokens (1) or of examples (0)."""
+    width = row["input_ids"].shape[1] if axis == 0 else 1
+    first, last = start * width, stop * width
+    kept = (row["answer_index"] >= first) & (row["answer_index"] < last)
+    part = {"answer_index": row["answer_index"][kept] - first, "next_tokens": row["next_tokens"][kept]}
+    for name in ("input_ids", "attention_mask", "labels"):
+        if name in row:
+            part[name] = row[name].narrow(axis, start, stop - start)
+    if "teacher_states" in row:
+        states = row["teacher_states"].items()
+        part["teacher_states"] = {layer: own.narrow(axis, start, stop - start) for layer, own in states}
+    return part

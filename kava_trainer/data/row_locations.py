@@ -9,18 +9,18 @@ from datasets import Dataset
 from .broken_files import lines_of_rows
 from .files import matching_files
 
-MOST_PLACES = 5
+MOST_LOCATED = 5
 """So many rows are named where more have the same fault."""
 
 
-def places(name: str, rows: Sequence[int]) -> str:
-    """Where rows of a data set stand, for people, such as `lines 3, 9 of my_data.jsonl`; at most `MOST_PLACES`.
+def locate_rows(name: str, rows: Sequence[int]) -> str:
+    """Where rows of a data set stand, for people, such as `lines 3, 9 of my_data.jsonl`; at most `MOST_LOCATED`.
 
     Args:
         name: of the data set.
         rows: numbers from 0, rising.
     """
-    shown, more = rows[:MOST_PLACES], ", ..." if len(rows) > MOST_PLACES else ""
+    shown, more = rows[:MOST_LOCATED], ", ..." if len(rows) > MOST_LOCATED else ""
     path = Path(name).expanduser()
     files = [file for file in matching_files(path) if file.is_file()] if path.suffix == ".jsonl" else []
     lines = lines_of_rows(files, shown)
@@ -54,4 +54,4 @@ def empty_problem(name: str, which: str, rows: Sequence[int]) -> str:
         rows: where they stood, see `source_rows`.
     """
     count = f"1 {which} example has" if len(rows) == 1 else f"{len(rows)} {which} examples have"
-    return f"{count} an empty answer: {places(name, rows)}."
+    return f"{count} an empty answer: {locate_rows(name, rows)}."

@@ -1,8 +1,8 @@
-"""From a named data set to padded batches: loading, prompt and answer, masking, truncation, collating."""
+"""From the name of a data set to the rows that are trained on and those that are held out."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
@@ -15,26 +15,6 @@ from .files import BUILDERS, find_files, loading
 
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
 """Where a data set has no test split, this share of the training split is held out, up to this many examples."""
-
-
-def _read(arguments: DataArguments) -> Dataset | DatasetDict:
-    """The data set a name stands for, with whatever splits it has."""
-    name = arguments.dataset_name
-    if name == QUICKSTART:
-        return DatasetDict(
-            {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
-        )
-    path = Path(name).expanduser()
-    if builder := BUILDERS.get(path.suffix):
-        return load_dataset(builder, data_files=find_files(name))
-    if is_saved_folder(path):
-        return load_from_disk(str(path))
-    return load_dataset(name, arguments.dataset_config_name)
-
-
-def is_saved_folder(path: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]:
@@ -51,7 +31,7 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
     Raises:
         BadRequest: if the data cannot be found or read, a split does not exist, or there are no examples.
     """
-    with loading(arguments.dataset_name):
+    with loading(cast(str, arguments.dataset_name)):
         loaded = _read(arguments)
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
     train = find_train_split(splits, arguments)
@@ -61,14 +41,9 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
         )
     total, test = len(train), find_test_split(splits, arguments)
     if test is None and total > 1:
-        held_out = share_held_out(total)
+        held_out = max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * total)))
         train, test = train.train_test_split(test_size=held_out, seed=0).values()
     return _first(train, arguments.max_train_samples), _first(test, arguments.max_eval_samples), total
-
-
-def share_held_out(rows: int) -> int:
-    """How many of a training split's rows are held out where the data set has no test split."""
-    return max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * rows)))
 
 
 def has_test_split(arguments: DataArguments) -> bool:
@@ -97,6 +72,26 @@ def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
         )
     names = [wanted] if wanted is not None else ["test", "validation"]
     return next((splits[name] for name in names if name in splits and name != train), None)
+
+
+def is_saved_folder(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _read(arguments: DataArguments) -> Dataset | DatasetDict:
+    """The data set a name stands for, with whatever splits it has."""
+    name = cast(str, arguments.dataset_name)
+    if name == QUICKSTART:
+        return DatasetDict(
+            {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
+        )
+    path = Path(name).expanduser()
+    if builder := BUILDERS.get(path.suffix):
+        return load_dataset(builder, data_files=find_files(name))
+    if is_saved_folder(path):
+        return load_from_disk(str(path))
+    return load_dataset(name, arguments.dataset_config_name)
 
 
 def _first(dataset: Dataset | None, count: int | None) -> Dataset | None:

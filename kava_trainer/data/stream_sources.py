@@ -3,10 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -17,6 +16,7 @@ from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART
 from ..quickstart import SPLIT_SIZES
 from ..quickstart.problems import generate_problems
+from ..utils.digests import read_samples
 from ..utils.errors import BadRequest
 from .files import BUILDERS, find_files, loading
 from .formats import find_format, prompt_and_answer
@@ -28,35 +28,25 @@ TABLE_ROWS = 100
 CHECKED_LINES = 1000
 """Lines at the beginning of each jsonl file that are looked at before anything is loaded."""
 
-_SAMPLE_BYTES = 2**12
 
-
-@dataclass(frozen=True)
-class _Opened:
-    """Splits that can be read from their beginning any number of times, and the files of each."""
-
-    splits: dict[str, datasets.IterableDataset]
-    files: dict[str, list[str]]
-
-
-def _open(arguments: DataArguments) -> _Opened:
-    """The data set a name stands for, opened and not read."""
-    name = arguments.dataset_name
+def _open(arguments: DataArguments) -> tuple[dict[str, datasets.IterableDataset], dict[str, list[str]]]:
+    """The splits of a data set, opened and not read, each as often as is asked for; and the files of each."""
+    name = cast(str, arguments.dataset_name)
     path = Path(name).expanduser()
     if name == QUICKSTART:
         problems = {split: generate_problems(count, split) for split, count in SPLIT_SIZES.items()}
         digests = {split: [hashlib.sha256(json.dumps(rows).encode()).hexdigest()] for split, rows in problems.items()}
-        return _Opened({s: Dataset.from_list(rows).to_iterable_dataset() for s, rows in problems.items()}, digests)
+        return {s: Dataset.from_list(rows).to_iterable_dataset() for s, rows in problems.items()}, digests
     if is_saved_folder(path):
         saved = load_from_disk(str(path))
         splits = saved if isinstance(saved, DatasetDict) else {arguments.dataset_train_split: saved}
         files = {split: [file["filename"] for file in part.cache_files] for split, part in splits.items()}
-        return _Opened({split: part.to_iterable_dataset() for split, part in splits.items()}, files)
+        return {split: part.to_iterable_dataset() for split, part in splits.items()}, files
     if kind := BUILDERS.get(path.suffix):
         builder = load_dataset_builder(kind, data_files=find_files(name, CHECKED_LINES))
     else:
         builder = load_dataset_builder(name, arguments.dataset_config_name)
-    return _Opened(dict(builder.as_streaming_dataset()), dict(builder.config.data_files or {}))
+    return dict(builder.as_streaming_dataset()), dict(builder.config.data_files or {})
 
 
 def files_digest(files: Sequence[str]) -> str:
@@ -67,15 +57,10 @@ def files_digest(files: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in files:
         path = Path(name)
-        if not path.is_file():
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + read_samples(path, 2, 2**12))
+        else:
             digest.update(f"{name}\n".encode())
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in (0, max(0, size - _SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -167,11 +152,11 @@ def open_rows(arguments: DataArguments) -> tuple[Rows, Dataset]:
     Raises:
         BadRequest: if the data cannot be found or read, a split does not exist, or nothing is left to train on.
     """
-    name, count = arguments.dataset_name, arguments.max_eval_samples or HELD_OUT_LIMIT
+    name, count = cast(str, arguments.dataset_name), arguments.max_eval_samples or HELD_OUT_LIMIT
     with loading(name):
-        opened = _open(arguments)
-    train, test = find_train_split(opened.splits, arguments), find_test_split(opened.splits, arguments)
-    files = opened.files.get(arguments.dataset_train_split) or [f"{name} {arguments.dataset_config_name}"]
+        splits, files_of = _open(arguments)
+    train, test = find_train_split(splits, arguments), find_test_split(splits, arguments)
+    files = files_of.get(arguments.dataset_train_split) or [f"{name} {arguments.dataset_config_name}"]
     rows = Rows(name, "train", train, files, count if test is None else 0, arguments.max_train_samples)
     held_out = (rows if test is None else Rows(name, "evaluate", test)).first(count)
     if next(rows.tables(0, [0]), None) is None:

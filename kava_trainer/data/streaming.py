@@ -6,11 +6,11 @@ the rows it has come past, so that a resumed run reads up to there without token
 """
 
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
-from datasets import Dataset
 from fsspec.asyn import reset_lock
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from ..config.arguments import KavaTrainingArguments
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import progress_bar
 from .encoding import NO_ANSWERS, encode_row, encoding_fingerprint
-from .row_locations import places
+from .row_locations import locate_rows
 from .stream_sources import Rows
 
 
@@ -75,7 +75,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
             start: rows to pass over; they are read and not tokenised.
 
         Returns:
-            What `data.encode_row` gives, and `row`: how many rows have been passed with this one.
+            What `encode_row` gives, and `row`: how many rows have been passed with this one.
 
         Raises:
             BadRequest: where a file is broken, or a row cannot be used.
@@ -94,7 +94,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
             return encode_row(row, self._rows.columns, self._tokenizer, self._max_length)
         except ValueError as error:
             name, number = self._rows.name, self._rows.bad_row()
-            where = name if number is None else places(name, [number])
+            where = name if number is None else locate_rows(name, [number])
             raise BadRequest(f"The data cannot be used: in {where}, {error}.") from error
 
     def count_rows(self, limit: int) -> int:
@@ -150,24 +150,6 @@ def open_stream(
     return stream
 
 
-def first_examples(examples: Dataset | ExampleStream, number: int) -> Dataset:
-    """The first examples of a data set, or of the first pass over a stream; fewer where it holds fewer."""
-    if isinstance(examples, ExampleStream):
-        return Dataset.from_list(list(islice(examples.one_pass(), number)))
-    return examples.select(range(min(number, len(examples))))
-
-
-class _PlacedCollator:
-    """Collates as another collator does and adds where the batch ends in the stream, or why there is none."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self._collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        last = examples[-1]
-        return last if "problem" in last else {**self._collator(examples), "place": last["place"]}
-
-
 def stream_loader(
     stream: ExampleStream,
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
@@ -192,7 +174,7 @@ def stream_loader(
     return DataLoader(
         stream,
         batch_size=batch_size,
-        collate_fn=_PlacedCollator(collator),
+        collate_fn=partial(_placed, collator),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
@@ -200,3 +182,11 @@ def stream_loader(
         multiprocessing_context=args.dataloader_multiprocessing_context,
         generator=torch.Generator(),  # the seed of the workers is no draw from the training's random numbers
     )
+
+
+def _placed(
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch of the collator's with where it ends in the stream, or why there is none."""
+    last = examples[-1]
+    return last if "problem" in last else {**collator(examples), "place": last["place"]}

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ..data.selection import choose_examples
+from ..data.streaming import ExampleStream
 from ..models.teacher import TeacherSource
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import own_batches
@@ -103,6 +105,37 @@ class Moments:
         return weight, -weight @ means[:size]
 
 
+def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenStateTarget) -> list[dict[str, Any]]:
+    """The training examples that the projectors start from.
+
+    Args:
+        dataset: drawn from where it can be shuffled; of a stream, or of anything else, the first ones are taken.
+        tokens: they hold at least so many, or are all there are.
+        seed: of the draw.
+        target: says how many tokens its projectors need.
+
+    Raises:
+        BadRequest: as `check_enough_tokens`.
+    """
+    if isinstance(dataset, ExampleStream):
+        dataset = dataset.one_pass()
+    elif hasattr(dataset, "shuffle"):
+        dataset = dataset.shuffle(seed=seed)
+    examples = choose_examples(dataset, tokens)
+    check_enough_tokens(target, sum(len(example["input_ids"]) for example in examples))
+    return examples
+
+
+def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
+    """Make sure that there are more tokens than inputs of any fit. Raises `BadRequest` if not."""
+    size = max(_fitted(projector).weight.shape[1] for projector in target.projectors)
+    if tokens <= size:
+        raise BadRequest(
+            f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
+            "calibration_tokens or use more training data."
+        )
+
+
 @torch.no_grad()
 def calibrate(
     model: DistillationModel,
@@ -122,7 +155,7 @@ def calibrate(
     Args:
         model: student and projectors; their mode is kept.
         teacher: the teacher's states.
-        examples: the same on every rank, which share them out; see `check_enough_tokens`.
+        examples: the same on every rank, which share them out; see `calibration_examples`.
         collator: pads them.
         batch_size: examples at a time.
         sum_over_ranks: sums a tensor over all ranks.
@@ -133,31 +166,22 @@ def calibrate(
     device = model.student.device
     # In float64, which a Mac's GPU lacks; and for many pairs the sums would fill a small GPU.
     where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
-    moments = [Moments(*_sizes(projector), where) for projector in model.target.projectors]
+    weights = [_fitted(projector).weight for projector in model.target.projectors]
+    moments = [Moments(weight.shape[1], weight.shape[0], where) for weight in weights]
     for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
         _add_batch(moments, model, teacher, collator(batch))
     model.train(training)
     for projector, sums in zip(model.target.projectors, moments, strict=True):
         sums.reduce(sum_over_ranks, device)
-        _set(projector, sums, least_squares)
+        principal = isinstance(projector, PrincipalProjection)
+        weight, bias = sums.principal(turn=least_squares) if principal else sums.ridge()
+        _fitted(projector).weight.copy_(weight)
+        _fitted(projector).bias.copy_(bias)
 
 
-def _sizes(projector: nn.Module) -> tuple[int, int]:
-    """Widths in and out of the linear map that is fitted."""
-    if isinstance(projector, PrincipalProjection):
-        return projector.config.input_size, projector.config.output_size
-    down = cast(ElasticBottleneck, projector).down
-    return down.in_features, down.out_features
-
-
-def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
-    """Make sure that there are more tokens than inputs of any fit. Raises `BadRequest` if not."""
-    size = max(_sizes(projector)[0] for projector in target.projectors)
-    if tokens <= size:
-        raise BadRequest(
-            f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
-            "calibration_tokens or use more training data."
-        )
+def _fitted(projector: nn.Module) -> PrincipalProjection | nn.Linear:
+    """The linear map of a projector that is fitted, with its weight [out, in] and bias."""
+    return projector if isinstance(projector, PrincipalProjection) else cast(ElasticBottleneck, projector).down
 
 
 def _add_batch(
@@ -172,15 +196,3 @@ def _add_batch(
         if model.target.direction == "student_to_teacher":
             source, other = other, source
         sums.add(projector.hidden(source) if isinstance(projector, ElasticBottleneck) else normalise(source), other)
-
-
-def _set(projector: nn.Module, moments: Moments, least_squares: bool) -> None:
-    if isinstance(projector, PrincipalProjection):
-        weight, bias = moments.principal(turn=least_squares)
-        projector.weight.copy_(weight)
-        projector.bias.copy_(bias)
-    else:
-        weight, bias = moments.ridge()
-        down = cast(ElasticBottleneck, projector).down
-        down.weight.copy_(weight)
-        down.bias.copy_(bias)

@@ -1,7 +1,7 @@
 """The loss terms of one micro-batch, by name, and the weights that they are added with."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -11,9 +11,9 @@ from torch import nn
 from ..config.arguments import KavaTrainingArguments
 from ..data.formats import IGNORED
 from ..models.teacher import TeacherSource
-from .chunked_loss import sum_in_chunks
-from .losses import generalized_jsd_per_token, next_token_sum, token_mean, token_sum
-from .model import Head, LogitsTerms, StudentOutput
+from .logits_terms import LogitsTerms
+from .losses import token_mean, token_sum
+from .model import StudentOutput
 from .targets import HiddenStateTarget
 from .token_means import TokenMeans
 
@@ -75,16 +75,6 @@ class LossTerms:
         }
         self._weights = {name: weight for name, weight in weights.items() if weight > 0}
 
-    @property
-    def names(self) -> list[str]:
-        """The terms that are computed."""
-        return list(self._weights)
-
-    @property
-    def _source(self) -> TeacherSource:
-        """The teacher, where a term is known to need it."""
-        return cast(TeacherSource, self.teacher)
-
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term when the share `progress` of the training is done.
 
@@ -111,64 +101,47 @@ class LossTerms:
 
         Args:
             model: the student and the projectors, wrapped or not.
-            inputs: a batch of `data`.
+            inputs: a batch of `collators`.
             teacher_states: of the same batch; None where no term reads the teacher.
             weights: of the terms to compute; the next-token loss always is in evaluation. With None the two sides are
                 brought together and no term on logits is computed.
         """
         named = weights or {}
-        names = [name for name in LOGITS_TERMS if name in named or (name == "lm" and weights and not model.training)]
+        asked = [name for name in LOGITS_TERMS if name in named or (name == "lm" and weights and not model.training)]
+        on_logits = {name: named.get(name, 0.0) for name in asked}
         aligns = self.args.aligns and (weights is None or not named.keys().isdisjoint(ALIGNMENT_TERMS))
         return model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             packed_lengths=inputs.get("packed_lengths"),
             teacher_states=teacher_states if aligns else None,
-            logits_terms=self._logits_terms(inputs, teacher_states, names, named) if names else None,
+            logits_terms=self._logits_terms(inputs, teacher_states, on_logits) if on_logits else None,
         )
 
     def _logits_terms(
-        self,
-        inputs: Mapping[str, Any],
-        teacher_states: dict[int, torch.Tensor] | None,
-        names: list[str],
-        weights: dict[str, float],
+        self, inputs: Mapping[str, Any], teacher_states: dict[int, torch.Tensor] | None, weights: dict[str, float]
     ) -> LogitsTerms:
-        """What computes the terms on logits inside the model's forward pass, at the answers alone."""
-        index, targets = inputs["answer_index"], inputs["next_tokens"]
-        temperature, beta = self.args.kd_temperature, self.args.kd_beta
-
-        def terms(
-            head: Head, parameters: Sequence[torch.Tensor], last_state: torch.Tensor
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
-
-            def chunk(states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
-                logits = head(states)
-                found = {"lm": next_token_sum(logits, targets, smoothing)} if "lm" in names else {}
-                if "kd" in names:
-                    size, reference = self._teacher_logits(teacher[0], logits.shape[-1])
-                    divergence = generalized_jsd_per_token(logits[:, :size], reference, temperature, beta)
-                    found["kd"] = token_sum(divergence, targets != IGNORED)
-                return torch.stack([found[name] for name in names])
-
-            rows = [last_state.flatten(0, 1)[index], targets]
-            if "kd" in names:
-                states = cast(dict[int, torch.Tensor], teacher_states)[self._source.num_layers]
-                rows.append(states.flatten(0, 1)[index])
-            mixture = torch.tensor([weights.get(name, 0.0) for name in names]).to(last_state.device, non_blocking=True)
-            total, sums = sum_in_chunks(chunk, tuple(rows), mixture, parameters, self._vocabulary)
-            return total, dict(zip(names, sums, strict=True))
-
-        return terms
+        """What computes the terms on logits that have weights inside the model's forward pass."""
+        args, teacher = self.args, None
+        if "kd" in weights:
+            last = cast(TeacherSource, self.teacher).num_layers
+            teacher = cast(dict[int, torch.Tensor], teacher_states)[last], self._teacher_head
+        return LogitsTerms(
+            weights,
+            inputs["answer_index"],
+            inputs["next_tokens"],
+            self._vocabulary,
+            args.label_smoothing_factor if torch.is_grad_enabled() else 0.0,
+            args.kd_temperature,
+            args.kd_beta,
+            teacher,
+        )
 
     @torch.no_grad()
-    def _teacher_logits(self, states: torch.Tensor, size: int) -> tuple[int, torch.Tensor]:
-        """The teacher's logits [n, s] and s: embeddings padded to a round number have a common first part."""
+    def _teacher_head(self, states: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits [n, vocabulary] of its last states [n, d_t]."""
         with self.autocast():
-            logits = self._source.head(states)
-        size = min(size, logits.shape[-1])
-        return size, logits[:, :size]
+            return cast(TeacherSource, self.teacher).head(states)
 
     def loss(
         self,
@@ -182,7 +155,7 @@ class LossTerms:
 
         Args:
             outputs: of the student and the projectors, with the same weights.
-            inputs: the batch of `data` that gave them; `counted` [B, T] leaves tokens out.
+            inputs: the batch of `collators` that gave them; `counted` [B, T] leaves tokens out.
             weights: of the terms.
             num_items: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
             means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted.

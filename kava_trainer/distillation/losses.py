@@ -21,14 +21,10 @@ def token_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum()
 
 
-def _divisor(mask: torch.Tensor, num_items: torch.Tensor | float | None) -> torch.Tensor:
-    """What a sum over tokens is divided by: `num_items`, by default the unmasked tokens here; never less than 1."""
-    return (mask.sum() if num_items is None else torch.as_tensor(num_items, device=mask.device)).clamp(min=1)
-
-
 def token_mean(values: torch.Tensor, mask: torch.Tensor, num_items: torch.Tensor | float | None = None) -> torch.Tensor:
     """Sum over unmasked tokens divided by `num_items`, by default the number of unmasked tokens here."""
-    return token_sum(values, mask) / _divisor(mask, num_items)
+    count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=mask.device)
+    return token_sum(values, mask) / count.clamp(min=1)
 
 
 def mercator_per_token(

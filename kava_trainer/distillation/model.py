@@ -1,6 +1,6 @@
 """Student and projectors in one module, and what its forward pass gives."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,8 @@ from transformers import PreTrainedModel
 from ..models.hidden_states import HiddenStateCapture, run_decoder
 from ..models.lm_head import vocabulary_logits
 from ..utils.distributed import is_sharded
+from .logits_terms import LogitsTerms
 from .targets import AlignedStates, HiddenStateTarget
-
-Head = Callable[[torch.Tensor], torch.Tensor]
-"""Maps last hidden states [..., d] to logits [..., vocabulary]."""
-
-LogitsTerms = Callable[[Head, Sequence[torch.Tensor], torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""Computes the terms on logits from the vocabulary head, its trained parameters and the last hidden state [B, T, d_s]:
-their weighted total, and the sums by name."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .targets import HiddenStateTarget, build_target
 def check_student(student: PreTrainedModel) -> None:
     """Raise `ValueError` for a student that cannot be trained as it is."""
     if isinstance(student, PeftModel):
-        raise ValueError("The student is a PeftModel. Give the model itself, with adapters from adapters.add_adapter.")
+        raise ValueError("The student is a PeftModel. Give the model itself, with adapters from lora.add_adapter.")
     if is_fsdp_asked() and has_adapter(student):
         raise ValueError("Adapters are not supported under FSDP2; start without it.")
 

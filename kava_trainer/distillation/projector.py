@@ -1,4 +1,4 @@
-"""The projectors that map hidden states of one model into the other's space, what holds them, and their files."""
+"""The projectors that map hidden states of one model into the other's space."""
 
 from dataclasses import dataclass
 from typing import Literal

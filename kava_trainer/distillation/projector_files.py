@@ -60,7 +60,11 @@ def export_projectors(projectors: nn.ModuleList, folder: str | Path, use: dict[s
         folder: it is made where it is missing; `load_projectors` reads it.
         use: what they map, as for `save_projectors`.
     """
-    _write_folder(projector_content(projectors, use), Path(folder))
+    content, folder = projector_content(projectors, use), Path(folder)
+    config = json.dumps({"use": content["use"], "config": content["config"]}, indent=2) + "\n"
+    weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
+    write_atomically(folder / FOLDER_WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
+    write_atomically(folder / FOLDER_CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
 
 
 def export_projector_file(path: str | Path, folder: str | Path) -> bool:
@@ -76,13 +80,6 @@ def export_projector_file(path: str | Path, folder: str | Path) -> bool:
     if projectors:
         export_projectors(projectors, folder, payload["use"])
     return len(projectors) > 0
-
-
-def _write_folder(content: dict[str, Any], folder: Path) -> None:
-    config = json.dumps({"use": content["use"], "config": content["config"]}, indent=2) + "\n"
-    weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
-    write_atomically(folder / FOLDER_WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
-    write_atomically(folder / FOLDER_CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:

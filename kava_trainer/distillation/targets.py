@@ -46,7 +46,7 @@ class HiddenStateTarget(nn.Module):
     the projector. With `student_to_teacher` the student's states are projected and the teacher's own are the target.
 
     Args:
-        pairs: (student layer, teacher layer) pairs in the convention of `capture`.
+        pairs: (student layer, teacher layer) pairs in the convention of `hidden_states`.
         config: shape of each projector.
         alpha: weight of the direction in the Mercator loss.
         beta: weight of the log-magnitude in the Mercator loss.

@@ -12,19 +12,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..data.packing import pack_step
-from ..models.layers import find_decoder, hidden_size, number_of_layers
+from ..models.layers import hidden_size, number_of_layers
 from ..models.lm_head import vocabulary_logits
 from ..models.loading import model_folder
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
 from ..models.teacher import OnlineTeacher
 from ..utils.atomic_files import write_atomically
+from ..utils.digests import read_samples
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import check_cache_space
-from ..utils.progress_bar import progress_bar
+from ..utils.progress_bar import progress_bar, with_progress
 from ..utils.signals import WATCH
 from .state_shards import Shards, ShardWriter, bytes_per_token, example_key
 
@@ -32,8 +34,6 @@ MANIFEST = "teacher_cache.json"
 
 GROUP = 256
 """Examples that are packed or sorted by length together while a cache is built."""
-
-_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 def weights_digest(folder: Path) -> str:
@@ -44,12 +44,7 @@ def weights_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".pt"))
     for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + read_samples(path, 64, 2**16))
     return digest.hexdigest()
 
 
@@ -139,7 +134,7 @@ class TeacherCache:
     def verify(self) -> None:
         """Compare the checksums of all shards, shared out over the ranks. Raises `BadRequest` for a broken one."""
         with PartialState().split_between_processes(self.shards.paths) as share:
-            self.shards.verify(_shown(share, "Checking the teacher cache", "file"))
+            self.shards.verify(with_progress(share, "Checking the teacher cache", "file"))
 
     def build(
         self,
@@ -256,13 +251,6 @@ class TeacherCache:
         return self.shards.read(input_ids, self.wanted)
 
 
-def _shown(paths: Sequence[Path], description: str, unit: str) -> Iterator[Path]:
-    with progress_bar(len(paths), description, unit) as bar:
-        for path in paths:
-            yield path
-            bar.update()
-
-
 def _rows(examples: list[Sequence[int]], budget: int, packed: bool) -> Iterator[dict[str, Any]]:
     """What the teacher reads at once: packed rows, or batches of examples of like lengths, padded."""
     if packed:
@@ -275,12 +263,10 @@ def _rows(examples: list[Sequence[int]], budget: int, packed: bool) -> Iterator[
         return
     waiting = sorted(examples, key=len, reverse=True)
     while waiting:
-        width = len(waiting[0])
-        taken, waiting = waiting[: max(1, budget // width)], waiting[max(1, budget // width) :]
-        tokens, mask = torch.zeros(2, len(taken), width, dtype=torch.int64)
-        for row, ids in enumerate(taken):
-            tokens[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
-        yield {"input_ids": tokens, "attention_mask": mask}
+        count = max(1, budget // len(waiting[0]))
+        taken, waiting = [torch.tensor(ids) for ids in waiting[:count]], waiting[count:]
+        mask = [torch.ones_like(ids) for ids in taken]
+        yield {"input_ids": pad_sequence(taken, True), "attention_mask": pad_sequence(mask, True)}
 
 
 def _examples(
@@ -336,7 +322,7 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     """
     head = model.get_output_embeddings()
     kept = {id(parameter) for parameter in head.parameters()} if keep_head else set()
-    for module in list(find_decoder(model).modules()):  # blocks go as a whole: quantised ones keep more than parameters
+    for module in list(model.get_decoder().modules()):  # blocks go as a whole: quantised ones keep more than parameters
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ModuleList):
                 setattr(module, name, nn.ModuleList())

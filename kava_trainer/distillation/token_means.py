@@ -1,4 +1,4 @@
-"""What is noted during the steps and read by a log line: token means that stay on the device, and times."""
+"""Token means that are noted during the steps, stay on the device, and are read by a log line."""
 
 from collections.abc import Callable
 

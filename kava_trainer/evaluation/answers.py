@@ -27,7 +27,7 @@ def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[st
     Args:
         model: a causal language model.
         states: its last hidden state [B, T, d].
-        batch: of a `collating.DistillationCollator`, on the device of the states.
+        batch: of a `DistillationCollator`, on the device of the states.
     """
 
     def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -46,8 +46,8 @@ def answer_cross_entropy(
 
     Args:
         model: a causal language model; it is left in the mode it came in.
-        dataset: examples of `data.encode_dataset`.
-        collator: a `collating.DistillationCollator`.
+        dataset: examples of `encode_dataset`.
+        collator: a `DistillationCollator`.
         batch_size: examples at a time.
     """
     training = model.training
@@ -149,8 +149,8 @@ def evaluate_with_answers(
     Args:
         model: a causal language model.
         tokenizer: of the data set.
-        dataset: examples of `data.encode_dataset`.
-        collator: a `collating.DistillationCollator`.
+        dataset: examples of `encode_dataset`.
+        collator: a `DistillationCollator`.
         batch_size: examples at a time.
         max_new_tokens: of an answer; None for no answers.
     """

@@ -49,17 +49,6 @@ class ProbeResult:
         return {**figures, f"{prefix}_collapsed": float(self.collapse is not None)}
 
 
-def choose_examples(dataset: Any, tokens: int = PROBE_TOKENS) -> list[dict[str, Any]]:
-    """The first examples of a data set that together hold at least `tokens` tokens."""
-    chosen, count = [], 0
-    for example in dataset:
-        chosen.append(example)
-        count += len(example["input_ids"])
-        if count >= tokens:
-            break
-    return chosen
-
-
 class ShareWatch:
     """Notices terms whose share of the student's gradient stays under `MINIMUM_SHARE`, and names each one once.
 

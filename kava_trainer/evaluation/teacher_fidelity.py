@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.arguments import KavaArguments
 from ..config.layer_mapping import resolve_layer_pairs
+from ..data.selection import choose_examples
 from ..models.layers import config_layers, number_of_layers
 from ..models.loading import build_causal_lm, check_reads, load_config
 from ..models.sizes import model_bytes
@@ -25,10 +26,10 @@ from ..models.teacher import OnlineTeacher, load_teacher, quantization_config
 from ..utils.console import Console, size_text
 from ..utils.distributed import from_main_process
 from ..utils.memory import free_memory_bytes
-from ..utils.progress_bar import progress_bar
+from ..utils.progress_bar import with_progress
 from .answers import answer_loss_sum, perplexity
 from .diagnostics import STATUSES, centred_cosine
-from .probe import choose_examples
+from .probe import PROBE_TOKENS
 
 FAITHFUL_COS_SIM = STATUSES[0][0]
 """A student succeeds with this CosSim to its teacher. A quantised teacher that is further than that from what it was
@@ -70,31 +71,29 @@ def read_examples(
     model: PreTrainedModel,
     layers: list[int],
     examples: list[dict[str, Any]],
-    collator: Callable[[list], dict[str, torch.Tensor]],
+    collator: Callable[[list[Any]], dict[str, Any]],
     description: str = "Reading the probe",
 ) -> Reading:
     """Let a teacher read examples one by one, which takes the least memory.
 
     Args:
         model: the teacher; it is frozen.
-        layers: whose states are kept, in the convention of `capture`.
+        layers: whose states are kept, in the convention of `hidden_states`.
         examples: with `input_ids` and `labels`.
-        collator: a `collating.DistillationCollator`.
+        collator: a `DistillationCollator`.
         description: of the progress bar.
     """
     depth = number_of_layers(model)
     teacher = OnlineTeacher(model, sorted({*layers, depth}))
     kept: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     total, count = 0.0, 0
-    with progress_bar(len(examples), description, "example") as bar:
-        for example in examples:
-            batch = send_to_device(collator([example]), model.device)
-            states = teacher.features(batch)
-            total += answer_loss_sum(model, states[depth], batch)
-            count += len(batch["next_tokens"])
-            for layer, parts in kept.items():
-                parts.append(states[layer][0].cpu())
-            bar.update()
+    for example in with_progress(examples, description, "example"):
+        batch = send_to_device(collator([example]), model.device)
+        states = teacher.features(batch)
+        total += answer_loss_sum(model, states[depth], batch)
+        count += len(batch["next_tokens"])
+        for layer, parts in kept.items():
+            parts.append(states[layer][0].cpu())
     states = {layer: torch.cat(parts) for layer, parts in kept.items()}
     return Reading(states, total / max(count, 1), str(model.dtype).removeprefix("torch."))
 
@@ -148,7 +147,7 @@ def poor_fidelity(figures: dict[str, Any]) -> str | None:
     return " and ".join(found) or None
 
 
-def choose_place(weights: int, device: torch.device) -> torch.device | str:
+def choose_device(weights: int, device: torch.device) -> torch.device | str:
     """Where an unquantised teacher can be run for a moment: on the device, else on the CPU; else why nowhere.
 
     Args:
@@ -188,7 +187,7 @@ class TeacherFidelity:
         tokenizer: PreTrainedTokenizerBase,
         dataset: Any,
         held_out: bool,
-        collator: Callable[[list], dict[str, torch.Tensor]],
+        collator: Callable[[list[Any]], dict[str, Any]],
     ) -> None:
         self._console, self._arguments, self._tokenizer = console, arguments, tokenizer
         self._dataset, self._held_out, self._collator = dataset, held_out, collator
@@ -221,16 +220,16 @@ class TeacherFidelity:
     def _read_unquantised(self) -> None:
         quantization_config(self._kind)  # a missing package is told before a long load
         model, device = self._arguments.model, self._arguments.training.device
-        config = load_config(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+        config = load_config(cast(str, model.teacher_model_name_or_path), "teacher", model.teacher_revision, model)
         if getattr(config, "quantization_config", None) is not None:
             self._where = "The teacher's weights are stored quantised, so there is nothing to compare with."
             return
         with torch.device("meta"):
             weights = model_bytes(build_causal_lm(config, model.teacher_dtype, model))
-        self._where = choose_place(weights, device)
+        self._where = choose_device(weights, device)
         if isinstance(self._where, str):
             return
-        self._examples = choose_examples(self._dataset)
+        self._examples = choose_examples(self._dataset, PROBE_TOKENS)
         self._console.print(f"Unquantised teacher, to compare with: {size_text(weights)} on {self._where} for a moment")
         try:
             self._reference = self._read_and_free(self._where)

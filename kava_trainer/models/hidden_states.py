@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layers import find_blocks, find_decoder, number_of_layers
+from .layers import find_blocks, number_of_layers
 from .packed_attention import packed_arguments
 
 
@@ -29,7 +29,7 @@ def run_decoder(
         model: a causal language model.
         input_ids: tokens [B, T].
         attention_mask: 1 at real tokens [B, T]; not read where the row is packed.
-        packed_lengths: tokens of each example of a packed row [1, T]; see `packing`.
+        packed_lengths: tokens of each example of a packed row [1, T]; see `packed_attention`.
 
     Returns:
         The last hidden state [B, T, d].
@@ -38,7 +38,7 @@ def run_decoder(
         arguments = {"attention_mask": attention_mask, "use_cache": False}
     else:
         arguments = packed_arguments(model, packed_lengths, input_ids.device)
-    return _first_tensor(find_decoder(model)(input_ids=input_ids, **arguments))
+    return _first_tensor(model.get_decoder()(input_ids=input_ids, **arguments))
 
 
 def _first_tensor(output: Any) -> torch.Tensor:
@@ -65,7 +65,7 @@ class HiddenStateCapture:
         blocks: Sequence[nn.Module] = list(find_blocks(model)) if inner else []
         self._hooks = [blocks[layer - 1].register_forward_hook(self._recorder(layer)) for layer in inner]
         if depth in self.layers:
-            self._hooks.append(find_decoder(model).register_forward_hook(self._recorder(depth)))
+            self._hooks.append(model.get_decoder().register_forward_hook(self._recorder(depth)))
 
     def remove(self) -> None:
         """Take the hooks off the model; nothing is captured any more."""

@@ -1,4 +1,4 @@
-"""The layer convention: where a model holds its blocks, and how many there are."""
+"""The parts of a decoder: where it holds its blocks, how many there are, and how wide and long it is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +29,6 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module whose output is the last hidden state: the model without its vocabulary head."""
-    return model.get_decoder()
-
-
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The list of transformer blocks of a decoder.
 
@@ -41,7 +36,7 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
         BadRequest: if the model keeps no list of as many modules as its config counts layers.
     """
     depth = number_of_layers(model)
-    for module in find_decoder(model).modules():
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise BadRequest(
@@ -59,7 +54,7 @@ def truncated(model: PreTrainedModel, depth: int) -> Iterator[None]:
     blocks = find_blocks(model)
     owner, name = next(
         (module, name)
-        for module in find_decoder(model).modules()
+        for module in model.get_decoder().modules()
         for name, child in module.named_children()
         if child is blocks
     )

@@ -46,9 +46,9 @@ def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
     return cast(PreTrainedModel, cast(Any, model).to(device))  # transformers gives `to` a type that fits no device
 
 
-def _load(what: str, name: str, load: Callable[[], T]) -> T:
+def _load(what: str, name: str, load: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     try:
-        return load()
+        return load(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # broken files raise many kinds in transformers, tokenizers, safetensors and json
@@ -64,36 +64,28 @@ def _reason(error: Exception, folder: Path) -> str:
     return reason_of(error) if problem is None else f"{problem}."
 
 
+def _from_pretrained(
+    what: str, kind: Any, name: str, role: str, revision: str | None, arguments: ModelArguments, **kwargs: Any
+) -> Any:
+    """What an Auto class reads from the hub or a folder."""
+    kwargs |= {"revision": revision, "trust_remote_code": arguments.trust_remote_code}
+    return _load(what, name, kind.from_pretrained, _locate(name, role), **kwargs)
+
+
 def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
     """The config of a model. Raises `BadRequest` where it cannot be had."""
-    return _load(
-        f"{role}'s config",
-        name,
-        lambda: AutoConfig.from_pretrained(
-            _locate(name, role), revision=revision, trust_remote_code=arguments.trust_remote_code
-        ),
-    )
+    return _from_pretrained(f"{role}'s config", AutoConfig, name, role, revision, arguments)
 
 
 def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises `BadRequest` where it cannot be had or has no end-of-text token."""
-    tokenizer = _load(
-        f"{role}'s tokenizer",
-        name,
-        lambda: AutoTokenizer.from_pretrained(
-            _locate(name, role), revision=revision, trust_remote_code=arguments.trust_remote_code
-        ),
-    )
+    tokenizer = _from_pretrained(f"{role}'s tokenizer", AutoTokenizer, name, role, revision, arguments)
     if tokenizer.eos_token_id is None:
         raise BadRequest(
             f"The {role}'s tokenizer {name!r} has no end-of-text token, so a student could never learn to stop; "
             "set eos_token in its tokenizer_config.json."
         )
     return tokenizer
-
-
-def _dtype(name: str) -> str | torch.dtype:
-    return "auto" if name == "auto" else getattr(torch, name)
 
 
 def load_causal_lm(
@@ -112,18 +104,11 @@ def load_causal_lm(
     Raises:
         BadRequest: if the model cannot be found, read or built.
     """
-    return _load(
-        role,
-        name,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            _locate(name, role),
-            revision=revision,
-            dtype=_dtype(dtype),
-            attn_implementation=arguments.attn_implementation,
-            trust_remote_code=arguments.trust_remote_code,
-            **kwargs,
-        ),
-    )
+    kwargs |= {
+        "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": arguments.attn_implementation,
+    }
+    return _from_pretrained(role, AutoModelForCausalLM, name, role, revision, arguments, **kwargs)
 
 
 def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArguments) -> PreTrainedModel:
@@ -132,12 +117,11 @@ def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArgume
     return _load(
         "student of type",
         config.model_type,
-        lambda: AutoModelForCausalLM.from_config(
-            config,
-            dtype=chosen,
-            attn_implementation=arguments.attn_implementation,
-            trust_remote_code=arguments.trust_remote_code,
-        ),
+        AutoModelForCausalLM.from_config,
+        config,
+        dtype=chosen,
+        attn_implementation=arguments.attn_implementation,
+        trust_remote_code=arguments.trust_remote_code,
     )
 
 
@@ -163,8 +147,8 @@ def check_tokenizers_agree(teacher: PreTrainedTokenizerBase, student: PreTrained
         )
 
 
-def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that a model has an embedding for every id of the tokenizer. Raises `BadRequest` if not."""
+def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Make sure that a model reads every token and examples of `max_length` of them. Raises `BadRequest` if not."""
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -172,11 +156,6 @@ def check_vocabulary_fits(model: PreTrainedModel, role: str, tokenizer: PreTrain
             f"The tokenizer has ids up to {highest}, but the {role} has embeddings for {rows} tokens only; "
             f"give the {role} a vocab_size of at least {highest + 1}."
         )
-
-
-def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Make sure that a model reads every token and examples of `max_length` of them. Raises `BadRequest` if not."""
-    check_vocabulary_fits(model, role, tokenizer)
     limit = context_length(model)
     if limit is not None and max_length > limit:
         raise BadRequest(

@@ -6,6 +6,7 @@ Trainer makes checkpoint its activations.
 """
 
 from importlib.metadata import version
+from typing import Any, cast
 
 import transformers
 from packaging.version import Version
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 from transformers.integrations import peft as peft_integration
 
-from ..config.model_arguments import ALL_LINEAR, ModelArguments
+from ..config.model_arguments import ModelArguments
 from ..utils.errors import BadRequest, reason_of
 from .loading import model_folder
 
@@ -48,12 +49,12 @@ def add_adapter(student: PreTrainedModel, arguments: ModelArguments) -> None:
         BadRequest: if the student lacks a module that they name or cannot be adapted there, or transformers refuses
             the installed peft.
     """
-    targets, saved = arguments.lora_target_modules, arguments.lora_modules_to_save
+    targets, saved = arguments.lora_target_modules, cast(list[str], arguments.lora_modules_to_save)
     _check_versions()
-    if targets != ALL_LINEAR:
+    if isinstance(targets, list):
         _check_names("lora_target_modules", targets, student)
     _check_names("lora_modules_to_save", saved, student)
-    if arguments.merge_adapter:
+    if arguments.merge_adapter and isinstance(targets, list):
         _check_can_be_merged(student, targets)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -68,7 +69,8 @@ def add_adapter(student: PreTrainedModel, arguments: ModelArguments) -> None:
         student.add_adapter(config, ADAPTER)
     except ValueError as error:
         raise BadRequest(f"LoRA adapters cannot be put into the student: {reason_of(error)}") from error
-    config.target_modules = sorted(config.target_modules)  # peft makes it a set, whose order differs from run to run
+    # peft makes it a set, whose order differs from run to run
+    config.target_modules = sorted(cast(set[str], config.target_modules))
     config.base_model_name_or_path = _base_name(arguments)
     for name, parameter in student.named_parameters():
         if "lora_" in name:
@@ -103,7 +105,7 @@ def _keep_differentiable(student: PreTrainedModel) -> None:
     """
     for module in student.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def _is_named(module: str, names: list[str]) -> bool:
@@ -125,10 +127,10 @@ def _check_names(argument: str, names: list[str], student: PreTrainedModel) -> N
         )
 
 
-def _check_can_be_merged(student: PreTrainedModel, targets: list[str] | str) -> None:
+def _check_can_be_merged(student: PreTrainedModel, targets: list[str]) -> None:
     """An adapter beside a weight that stands in two places cannot be added to one of them alone."""
     head, embeddings = student.get_output_embeddings(), student.get_input_embeddings()
-    if targets == ALL_LINEAR or head is None or head.weight is not embeddings.weight:
+    if head is None or head.weight is not embeddings.weight:
         return
     tied = [name for name, module in student.named_modules() if module is head or module is embeddings]
     if found := [name.rpartition(".")[2] for name in tied if _is_named(name, targets)]:

@@ -2,9 +2,10 @@
 
 import copy
 from pathlib import Path
+from typing import cast
 
 import torch
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -82,12 +83,12 @@ def merged_student(student: PreTrainedModel) -> PreTrainedModel:
     plain.load_state_dict({name: base[name] for name in plain.state_dict()}, assign=True)
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(student.generation_config)
-    adapter = copy.deepcopy(student.peft_config[ADAPTER])
+    adapter = cast(LoraConfig, copy.deepcopy(student.peft_config[ADAPTER]))
     adapter.base_model_name_or_path = None
     adapted = get_peft_model(plain, adapter, ADAPTER)
     weights = {f"{_PREFIX}{name}": weight for name, weight in adapter_weights(student).items()}
     set_peft_model_state_dict(adapted, weights, ADAPTER)
-    return adapted.merge_and_unload()
+    return cast(PreTrainedModel, adapted.merge_and_unload())
 
 
 def base_weights(student: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -113,4 +114,4 @@ def _dequantised(layer: nn.Module) -> torch.Tensor:
     """The weight of a layer that bitsandbytes has quantised."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # it imports bitsandbytes, if need be
 
-    return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    return dequantize_bnb_weight(cast(nn.Parameter, layer.weight), getattr(layer, "state", None))

@@ -1,4 +1,4 @@
-"""Several examples in one row without padding: which go together, and attention that stays within each.
+"""Attention over several examples that stand in one row without padding: it stays within each.
 
 A packed row [1, T] holds examples one after another, with position ids that start again at each. Attention over the
 whole row under a dense mask would grow with the square of T; here it runs example by example, so its cost is that of

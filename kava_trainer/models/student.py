@@ -1,4 +1,4 @@
-"""The student: loading it, starting it from random weights or teacher layers, and training it beside projectors."""
+"""The student: loading it, starting it from random weights or from the teacher's layers."""
 
 import re
 from typing import Any, cast

@@ -111,7 +111,7 @@ class OnlineTeacher:
 
     Args:
         model: the teacher; it is frozen here.
-        layers: the layers whose states are wanted, in the convention of `capture`.
+        layers: the layers whose states are wanted, in the convention of `hidden_states`.
     """
 
     def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
@@ -128,7 +128,7 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
-        """Run the teacher on a batch of `data` and return the wanted states [B, T, d_t] by layer index."""
+        """Run the teacher on a batch of `collators` and return the wanted states [B, T, d_t] by layer index."""
         with truncated(self.model, self._depth), self._capture as states:
             run_decoder(self.model, inputs["input_ids"], inputs["attention_mask"], inputs.get("packed_lengths"))
         return states

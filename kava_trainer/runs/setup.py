@@ -15,9 +15,10 @@ from ..data.collators import DistillationCollator
 from ..data.encoding import Encoded, encode_dataset
 from ..data.formats import find_format, prompt_kind
 from ..data.row_locations import empty_problem
+from ..data.selection import first_examples
 from ..data.splits import load_splits
 from ..data.stream_sources import open_rows
-from ..data.streaming import ExampleStream, first_examples, open_stream
+from ..data.streaming import ExampleStream, open_stream
 from ..distillation.pairing import pair_up
 from ..evaluation.answers import answer_cross_entropy
 from ..models.layers import hidden_size, number_of_layers

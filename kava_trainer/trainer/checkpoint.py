@@ -17,7 +17,8 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..utils.atomic_files import DELETED, PREVIOUS, STAGING, checksum, remove
+from ..utils.atomic_files import DELETED, PREVIOUS, STAGING, remove
+from ..utils.digests import checksum
 from ..utils.errors import BadRequest, reason_of
 
 PROJECTOR_FILE = "projector.pth"

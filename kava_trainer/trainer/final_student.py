@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..utils.atomic_files import checksum
+from ..utils.digests import checksum
 
 FINAL_STUDENT, FINAL_PROJECTOR = "final_student", "final_projector.pth"
 """The finished student's folder and its projector, in `final_dir`."""

@@ -15,13 +15,12 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from ..config.arguments import KavaTrainingArguments
 from ..data.collators import DistillationCollator, choose_collator
 from ..data.streaming import ExampleStream, stream_loader
-from ..distillation.calibration import calibrate, check_enough_tokens
+from ..distillation.calibration import calibrate, calibration_examples
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
 from ..distillation.pairing import Pairing
 from ..distillation.targets import HiddenStateTarget
 from ..distillation.teacher_cache import CachedTeacher
-from ..evaluation.probe import choose_examples
 from ..models.lm_head import vocabulary_size
 from ..models.teacher import OnlineTeacher, TeacherSource
 from ..utils.distributed import from_main_process, is_sharded
@@ -53,7 +52,7 @@ class KavaTrainer(StudentTrainer):
     clipping and accumulation treat them as one. `trainer.student` is the plain student.
 
     Args:
-        student: the `PreTrainedModel` to train, or its adapters alone where `adapters.add_adapter` gave it any.
+        student: the `PreTrainedModel` to train, or its adapters alone where `lora.add_adapter` gave it any.
         teacher: a model, or another source of the teacher's states; None where no term needs them.
         target: what is aligned, with its projectors; made as `args` ask where the teacher is a model. Projectors that
             need no gradient stay as they are.
@@ -183,19 +182,8 @@ class KavaTrainer(StudentTrainer):
         self.choose_probe()
 
     def calibration_examples(self) -> list[dict[str, Any]]:
-        """The training examples that the projectors start from: drawn with the run's seed where the data can be.
-
-        Raises:
-            BadRequest: if they hold too few tokens for a fit.
-        """
-        data: Any = self.train_dataset
-        if isinstance(data, ExampleStream):
-            data = data.one_pass()
-        elif hasattr(data, "shuffle"):
-            data = data.shuffle(seed=self.args.seed)
-        examples = choose_examples(data, self.args.calibration_tokens)
-        check_enough_tokens(self.target, sum(len(example["input_ids"]) for example in examples))
-        return examples
+        """The training examples that the projectors start from. Raises as `calibration.calibration_examples`."""
+        return calibration_examples(self.train_dataset, self.args.calibration_tokens, self.args.seed, self.target)
 
     def calibrate(self) -> None:
         """Start the projectors from training examples, as `projector_anchor` and `projector_init` ask.
@@ -264,7 +252,7 @@ class KavaTrainer(StudentTrainer):
 
         Args:
             model: the wrapped student and projectors.
-            inputs: a batch of `collating`.
+            inputs: a batch of `collators`.
             return_outputs: also return the student's `last_hidden_state` [B, T, d_s].
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
         """

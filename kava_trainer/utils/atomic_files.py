@@ -1,6 +1,5 @@
 """Files and folders that are written whole or not at all."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -102,12 +101,3 @@ def write_folder_atomically(
         return True
     finally:
         discard(path)
-
-
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file, a hexadecimal number."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside tensors: small numbers, on the host, so that no device is waited for."""
+"""The ranks of a run: what they tell each other, on the host so that no device is waited for, and sharded weights."""
 
 import gc
 from collections.abc import Callable

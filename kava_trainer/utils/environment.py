@@ -1,4 +1,4 @@
-"""The machine a run stands on: what it is, how it is used, and how the run was started."""
+"""The machine and the packages that a run stands on."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""Talking to the hub: in time, without harm to a run, and with a reason where it fails; sending checkpoints."""
+"""Talking to the hub: in time, without harm to a run, and with a reason where it fails."""
 
 import json
 import logging
@@ -28,14 +28,8 @@ _LOOK_SECONDS = 0.2
 """So often is looked whether a signal wants the process to end."""
 
 
-class _Quiet(logging.Filter):
-    """Keeps the hub's client from logging each of its attempts in the background: the outcome is told in the end."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.threadName != _THREAD
-
-
-logging.getLogger("huggingface_hub.utils._http").addFilter(_Quiet())
+# In the background its client does not log each of its attempts: the outcome is told in the end.
+logging.getLogger("huggingface_hub.utils._http").addFilter(lambda record: record.threadName != _THREAD)
 
 _STATUS_WORDS = {
     401: "the token is missing or not accepted",
@@ -94,12 +88,12 @@ def check_private(place: Place) -> None:
         )
 
 
-def in_background(work: Callable[[], Any], after: Iterable[Future] = ()) -> Future:
+def in_background(work: Callable[[], Any], after: Iterable[Future[Any]] = ()) -> Future[Any]:
     """Do work on a thread of its own, once other jobs are done.
 
     The thread does not keep the program from ending, as that of an executor would: the hub may never answer.
     """
-    job: Future = Future()
+    job: Future[Any] = Future()
 
     def run() -> None:
         wait(after)

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .signals import WATCH
+
+T = TypeVar("T")
 
 _switch = {"shown": True}
 
@@ -41,6 +43,14 @@ def progress_bar(
         disable=None if wanted else True,  # None: hidden but on a terminal and in a notebook
         dynamic_ncols=True,
     )
+
+
+def with_progress(items: Sequence[T], description: str, unit: str) -> Iterator[T]:
+    """The items, each counted on a `progress_bar` once it is done with."""
+    with progress_bar(len(items), description, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def own_batches(items: Sequence[Any], size: int, description: str) -> Iterator[Any]:

@@ -7,10 +7,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 
 from ...config.arguments import KavaTrainingArguments
+from ...data.selection import choose_examples
 from ...distillation.loss_terms import LossTerms
 from ...distillation.model import DistillationModel
 from ...evaluation.diagnostics import Diagnostics, collapse_remedy
-from ...evaluation.probe import MINIMUM_SHARE, AlignmentProbe, ProbeResult, ShareWatch, choose_examples
+from ...evaluation.probe import MINIMUM_SHARE, PROBE_TOKENS, AlignmentProbe, ProbeResult, ShareWatch
 from ...utils.memory import needs_memory
 from ..incidents import Incidents
 
@@ -54,7 +55,7 @@ class ProbeCallback(TrainerCallback):
             self._set = f"eval_{name}"
         if terms.teacher is not None and self._args.aligns and has_length(held_out):
             sizes = (self._args.per_device_eval_batch_size, self._args.per_device_train_batch_size)
-            self.fixed = AlignmentProbe(choose_examples(held_out), collator, *sizes)
+            self.fixed = AlignmentProbe(choose_examples(held_out, PROBE_TOKENS), collator, *sizes)
 
     def belongs_to(self, prefix: str) -> bool:
         """Whether an evaluation, told by the prefix of its metrics, runs the probe: of several sets only the first."""

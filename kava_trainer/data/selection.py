@@ -1,0 +1,26 @@
+"""Some of the examples there are: the first ones, by their number or by their tokens."""
+
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+
+from .streaming import ExampleStream
+
+
+def first_examples(examples: Dataset | ExampleStream, number: int) -> Dataset:
+    """The first examples of a data set, or of the first pass over a stream; fewer where it holds fewer."""
+    if isinstance(examples, ExampleStream):
+        return Dataset.from_list(list(islice(examples.one_pass(), number)))
+    return examples.select(range(min(number, len(examples))))
+
+
+def choose_examples(dataset: Any, tokens: int) -> list[dict[str, Any]]:
+    """The first examples of a data set that together hold at least `tokens` tokens."""
+    chosen, count = [], 0
+    for example in dataset:
+        chosen.append(example)
+        count += len(example["input_ids"])
+        if count >= tokens:
+            break
+    return chosen

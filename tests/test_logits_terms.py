@@ -1,0 +1,55 @@
+from functools import partial
+
+import pytest
+import torch
+
+from kava_trainer.distillation.chunked_loss import sum_in_chunks
+from kava_trainer.distillation.logits_terms import LogitsTerms
+
+STUDENT_WIDTH, TEACHER_WIDTH, TEMPERATURE = 6, 5, 2.0
+
+
+def naive_sums(logits, teacher_logits, targets, smoothing):
+    kept, size = targets != -100, min(logits.shape[1], teacher_logits.shape[1])
+    logs = logits[kept].log_softmax(-1)
+    lm = -(1 - smoothing) * logs[range(len(logs)), targets[kept]].sum() - smoothing * logs.mean(-1).sum()
+    p, q = ((side[kept, :size] / TEMPERATURE).softmax(-1) for side in (teacher_logits, logits))
+    return {"lm": lm, "kd": TEMPERATURE**2 * (p * (p.log() - q.log())).sum()}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("teacher_vocabulary", [7, 5, 9])
+@pytest.mark.parametrize("weights", [{"lm": 1.5}, {"kd": 0.5}, {"lm": 1.5, "kd": 0.5}, {"lm": 0.0, "kd": 0.5}])
+@pytest.mark.parametrize("shape", [(2, 5), (1, 1), (3, 7)])
+def test_value_and_gradient_equal_the_naive_reference(shape, weights, teacher_vocabulary, smoothing, monkeypatch):
+    in_fours = partial(sum_in_chunks, chunk_bytes=4 * 7 * 4)
+    monkeypatch.setattr("kava_trainer.distillation.logits_terms.sum_in_chunks", in_fours)
+    torch.manual_seed(0)
+    states = torch.randn(*shape, STUDENT_WIDTH, requires_grad=True)
+    weight = torch.randn(7, STUDENT_WIDTH, requires_grad=True)
+    teacher_states, teacher_weight = torch.randn(*shape, TEACHER_WIDTH), torch.randn(teacher_vocabulary, TEACHER_WIDTH)
+    answers = torch.randperm(shape[0] * shape[1])[: max(1, shape[0] * shape[1] - 3)].sort().values
+    targets = torch.randint(5, answers.shape)
+    targets[3:4] = -100
+    teacher = (teacher_states, lambda own: own @ teacher_weight.T)
+    kd = {"temperature": TEMPERATURE, "teacher": teacher} if "kd" in weights else {}
+    terms = LogitsTerms(weights, answers, targets, 7, smoothing, **kd)
+    total, sums = terms(lambda own: own @ weight.T, [weight], states)
+    rows, teacher_rows = states.flatten(0, 1)[answers], teacher_states.flatten(0, 1)[answers]
+    expected = naive_sums(rows @ weight.T, teacher_rows @ teacher_weight.T, targets, smoothing)
+    reference = sum(own * expected[name] for name, own in weights.items())
+    torch.testing.assert_close(total, reference)
+    torch.testing.assert_close(sums, {name: expected[name].detach() for name in weights})
+    found = torch.autograd.grad(total, (states, weight))
+    for ours, naive in zip(found, torch.autograd.grad(reference, (states, weight)), strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_without_answers_gives_nothing_and_no_gradient():
+    states, weight = torch.randn(2, 3, 6, requires_grad=True), torch.randn(7, 6, requires_grad=True)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    total, sums = LogitsTerms({"lm": 1.0}, nothing, nothing, 7)(lambda own: own @ weight.T, [weight], states)
+    total.backward()
+    assert total == sums["lm"] == 0
+    assert not states.grad.any()
+    assert not weight.grad.any()
