@@ -14,7 +14,7 @@ from conftest import ROOT, random_examples
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["conftest", "test_trainer", "run_kava", "kava_trainer.runs.pipeline", "processes"])
+CONTEXT.set_forkserver_preload(["conftest", "run_kava", "kava_trainer.runs.pipeline", "processes"])
 
 
 def free_port() -> int:

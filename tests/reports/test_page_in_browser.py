@@ -5,7 +5,7 @@ import re
 
 import pytest
 from chromium import Tab, browsing, find_chromium
-from test_report import EVIL, FEW, lookup, make_summary
+from test_page import EVIL, FEW, lookup, make_summary
 
 from kava_trainer.reports.comparison import write_comparison
 from kava_trainer.reports.page import report_page

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, shared_path
 from datasets import load_dataset
-from test_report import check_page
+from test_page import check_page
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import run_kava

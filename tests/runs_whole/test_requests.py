@@ -24,7 +24,7 @@ from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 from kava_trainer.trainer.checkpoint import write_manifest
 from kava_trainer.utils.files import missing_path
 
-SCRIPT = Path(__file__).parent / "signal_run.py"
+SCRIPT = ROOT / "tests/helpers/signal_run.py"
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 

@@ -16,7 +16,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.distillation.teacher_cache import CachedTeacher
 
-SCRIPT = Path(__file__).parent / "ddp_step.py"
+SCRIPT = ROOT / "tests/helpers/ddp_step.py"
 WEIGHTS = "1.0,1.0"
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import LORA, STUDENT_LAYERS, STUDENT_SIZE, random_examples, tiny_llama, tiny_lora_llama
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from processes import Run
-from test_fitting import STEADY, Poison, out_of_memory_above
+from test_step import STEADY, Poison, out_of_memory_above
 from test_invariants import weight_hash
 from test_trainer import loss_lines, make_trainer
 from transformers import TrainerCallback

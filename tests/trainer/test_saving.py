@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from test_checkpoint_io import FILES
+from test_checkpoint import FILES
 from test_trainer import loss_lines, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
