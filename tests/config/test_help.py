@@ -5,7 +5,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from helpers.places import ROOT
 from transformers import TrainingArguments
 
 from kava_trainer.cli import main

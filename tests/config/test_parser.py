@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.places import ROOT
 
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.utils.errors import BadRequest

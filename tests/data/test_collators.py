@@ -1,5 +1,5 @@
 import torch
-from conftest import random_examples
+from helpers.data import random_examples
 
 from kava_trainer.data.collators import DistillationCollator, JoiningCollator
 from kava_trainer.data.packing import pack_step, spread

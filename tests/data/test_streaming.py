@@ -9,8 +9,8 @@ from itertools import islice
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
-from processes import write_problems
-from stream_child import stream_of
+from helpers.data import write_problems
+from helpers.stream_child import stream_of
 
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.data_arguments import DataArguments

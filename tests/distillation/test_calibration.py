@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_trainer import make_trainer
+from helpers.trainers import make_trainer
 
 from kava_trainer.distillation.calibration import Moments
 from kava_trainer.utils.errors import BadRequest

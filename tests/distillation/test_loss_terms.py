@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from conftest import TEACHER_LAYERS, random_examples
-from test_trainer import loss_lines, make_trainer
+from helpers.data import random_examples
+from helpers.models import TEACHER_LAYERS
+from helpers.trainers import loss_lines, make_trainer
 
 from kava_trainer.distillation.loss_terms import needed_teacher_layers, schedule_factor
 from kava_trainer.distillation.losses import generalized_jsd_per_token

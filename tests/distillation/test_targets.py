@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers.models import tiny_llama
 
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.distillation.projector import PrincipalProjection, ProjectorConfig, build_projector, normalise

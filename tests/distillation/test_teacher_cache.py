@@ -1,14 +1,13 @@
 import json
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
-from test_trainer import loss_lines, make_trainer
+from helpers.caches import EXAMPLES, IDENTITY, LAYERS, build, build_on_all_ranks, cached_run, teacher_model
+from helpers.models import TEACHER_LAYERS, TEACHER_SIZE, tiny_llama
+from helpers.processes import Run
+from helpers.trainers import loss_lines, make_trainer
 from transformers import BloomConfig, BloomForCausalLM
 
 from kava_trainer.config.model_arguments import ModelArguments
@@ -26,24 +25,10 @@ from kava_trainer.models.teacher import OnlineTeacher, freeze
 from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.utils.errors import BadRequest
 
-LAYERS = [2, TEACHER_LAYERS]
-IDENTITY = {"teacher": "tiny", "version": "1", "quantization": "none", "dtype": "float32", "mixed_precision": "no"}
-EXAMPLES = [example["input_ids"] for example in random_examples(30)]
-
-
-def teacher_model():
-    return freeze(tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1))
-
 
 def bloom():
     torch.manual_seed(0)
     return freeze(BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=64, n_layer=4, n_head=2)))
-
-
-def build(folder, examples=EXAMPLES, model=None, layers=LAYERS, dtype="bfloat16", budget=64, **identity):
-    cache = TeacherCache(folder, IDENTITY | identity, layers, dtype)
-    cache.build(model or teacher_model(), examples, cache.missing(examples), budget)
-    return cache
 
 
 @pytest.mark.parametrize("model", [teacher_model, bloom])
@@ -176,20 +161,6 @@ def test_of_a_released_teacher_only_the_head_is_left(tie):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def cached_run(folder, tokenizer, dtype=None, **changes):
-    """Losses of a run with the teacher beside the student, or from a cache whose model is gone."""
-    settings = {"layer_mapping": "uniform:2", "projector_dropout": 0.0, "kd_weight": 0.5, "max_steps": 3, **changes}
-    trainer = make_trainer(folder, tokenizer, **settings)
-    if dtype is not None:
-        model, examples = trainer.teacher.model, trainer.train_dataset["input_ids"]
-        cache = build(folder / "cache", examples, model, trainer.teacher.layers, dtype)
-        trainer.read_cache(CachedTeacher(model, cache.read))
-        release_weights(model, keep_head=True)
-    trainer.train()
-    trainer.evaluate()
-    return trainer
-
-
 @pytest.mark.parametrize("changes", [{}, {"dataloader_num_workers": 2}, {"max_tokens_per_batch": 0}, {"bf16": True}])
 def test_calibration_evaluation_and_workers_read_the_cache_too(tmp_path, tokenizer, changes):
     changes = {"projector_init": "least_squares", "calibration_tokens": 200, **changes}
@@ -210,29 +181,11 @@ def test_a_cached_teacher_needs_the_collator_that_reads_its_states(tmp_path, tok
         trainer.read_cache(CachedTeacher(trainer.teacher.model, lambda ids: {}))
 
 
-SCRIPT = """
-import os, sys, json
-sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
-from accelerate import PartialState
-state = PartialState(cpu=True)
-assert state.num_processes == 2, state
-from test_teacher_cache import EXAMPLES, TEACHER_LAYERS, build
-cache = build(Path({folder!r}))
-cache.verify()
-assert cache.missing(EXAMPLES) == []
-state.wait_for_everyone()
-state.destroy_process_group()
-"""
-
-
 @pytest.mark.slow
 def test_two_ranks_build_one_cache(tmp_path):
-    script, folder = tmp_path / "build.py", tmp_path / "cache"
-    script.write_text(SCRIPT.format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(folder)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "cache"
+    run = Run(build_on_all_ranks, tmp_path, folder, ranks=2)
+    assert run.wait() == [0, 0], run.output()
     assert len(list(folder.glob("states-*.safetensors"))) == 2
     alone = build(tmp_path / "alone")
     both = TeacherCache(folder, IDENTITY, LAYERS, "bfloat16")

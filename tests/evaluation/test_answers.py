@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from conftest import random_examples, tiny_llama
 from datasets import Dataset
+from helpers.data import random_examples
+from helpers.models import tiny_llama
 
 from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.evaluation.answers import answer_cross_entropy, evaluate_model, generate_answers

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers.places import ROOT
 
 from kava_trainer.evaluation.final_answer_match.final_answer_match import is_exact_match
 from kava_trainer.quickstart import TEACHER_FOLDER

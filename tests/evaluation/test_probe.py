@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import random_examples
-from test_trainer import loss_lines, make_trainer
+from helpers.data import random_examples
+from helpers.trainers import loss_lines, make_trainer
 
 from kava_trainer.evaluation.diagnostics import diagnose
 from kava_trainer.evaluation.probe import choose_examples

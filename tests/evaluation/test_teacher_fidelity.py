@@ -8,9 +8,11 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_examples, tiny_llama
-from processes import Run
-from test_end_to_end import SHORT, summary_of, words
+from helpers.data import random_examples
+from helpers.models import tiny_llama
+from helpers.places import ROOT
+from helpers.processes import Run
+from helpers.programs import SHORT, summary_of, words
 from transformers import AutoTokenizer
 
 import run_kava
@@ -270,16 +272,11 @@ def test_a_teacher_that_is_stored_quantised_has_nothing_to_be_compared_with(tmp_
     assert measured["reason"] == "The teacher's weights are stored quantised, so there is nothing to compare with."
 
 
-def start(*argv):
-    """In a process of its own."""
-    return run_kava.main(list(argv))
-
-
 @pytest.mark.slow
 def test_only_the_main_process_measures_and_no_other_waits_for_ever(tmp_path):
     options = {**FEW, "teacher_quantization": "4bit", "output_dir": tmp_path / "out"}
     options |= {"per_device_train_batch_size": 4}
-    two = Run(start, tmp_path, RECIPE, *words(options), ranks=2)
+    two = Run(run_kava.main, tmp_path, [RECIPE, *words(options)], ranks=2)
     assert two.wait() == [0, 0], two.output()
     assert two.output().count("4-bit teacher against float32") == 1
     assert "processes: 2" in two.output()

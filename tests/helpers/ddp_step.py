@@ -1,27 +1,23 @@
-"""One optimizer step for `test_invariants.py`, in one process or one of several ranks; rank 0 writes the weights."""
+"""One optimizer step for `outcomes.one_step`, in one process or one of several ranks; rank 0 writes the weights."""
 
-import os
 import sys
-from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import torch
+from transformers import AutoTokenizer
 
-import conftest  # noqa: E402
-import torch  # noqa: E402
-from test_trainer import loss_lines, make_trainer  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
-
-from kava_trainer.utils.distributed import disconnect, whole  # noqa: E402
+from helpers import models
+from helpers.trainers import loss_lines, make_trainer
+from kava_trainer.quickstart import STUDENT_FOLDER
+from kava_trainer.utils.distributed import disconnect, whole
 
 
 def main(output: str, batch_size: str, accumulation: str, weighting: str, student: str = "tiny_llama") -> None:
     mercator_weight, lm_weight = map(float, weighting.split(","))
     trainer = make_trainer(
         output,
-        AutoTokenizer.from_pretrained(conftest.STUDENT_FOLDER),
+        AutoTokenizer.from_pretrained(STUDENT_FOLDER),
         count=8,
-        model=getattr(conftest, student),
+        model=getattr(models, student),
         max_steps=1,
         per_device_train_batch_size=int(batch_size),
         gradient_accumulation_steps=int(accumulation),

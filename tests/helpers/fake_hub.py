@@ -1,7 +1,7 @@
 """A hub of one's own: as much of the Hugging Face Hub's HTTP API as sending a model and loading it again needs.
 
-By hand: `python tests/fake_hub.py FOLDER [--port P]`, then export what it prints and push to it. What it receives lies
-in `FOLDER/<owner>/<name>/<branch>/`, to be looked at, and is forgotten when it ends.
+By hand: `python tests/helpers/fake_hub.py FOLDER [--port P]`, then export what it prints and push to it. What it gets
+lies in `FOLDER/<owner>/<name>/<branch>/`, to be looked at, and is forgotten when it ends.
 """
 
 import argparse
@@ -10,13 +10,16 @@ import hashlib
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from huggingface_hub import HfApi, constants
 
 OWNER = "me"
 """Whose token it is that everybody sends."""
@@ -297,6 +300,29 @@ def fake_hub(folder: Path | None = None, port: int = 0):
         hub.released.set()
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def asked_hub(patch, folder):
+    """A `FakeHub` that the hub's client asks, without the pauses between its attempts.
+
+    Args:
+        patch: a monkeypatch.
+        folder: where what is loaded from it is kept.
+    """
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    patch.setattr("huggingface_hub.utils._http.time", impatient)
+    with fake_hub() as hub:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        patch.setattr(constants, "ENDPOINT", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr("huggingface_hub.hf_api.api.endpoint", hub.address)  # which peft asks
+        # transformers keeps its client, and the first test that needed one may have made it for another address.
+        patch.setattr("transformers.trainer.hf_api", lambda: HfApi(endpoint=hub.address), raising=False)
+        yield hub
 
 
 def main() -> None:

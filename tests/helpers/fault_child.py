@@ -9,15 +9,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from conftest import STUDENT_FOLDER, tiny_llama
-from test_invariants import state_hash
-from test_trainer import loss_lines, make_trainer
 from transformers import AutoTokenizer
 
 import run_kava
+from helpers.hashes import state_hash
+from helpers.models import tiny_llama
+from helpers.trainers import loss_lines, make_trainer
 from kava_trainer.distillation import calibration, teacher_cache
-from kava_trainer.evaluation import answers as evaluation
-from kava_trainer.trainer import checkpoint as checkpoint_io
+from kava_trainer.evaluation import answers
+from kava_trainer.quickstart import STUDENT_FOLDER
 from kava_trainer.trainer import saving
 from kava_trainer.trainer.trainer import KavaTrainer
 from kava_trainer.utils.distributed import disconnect, whole
@@ -102,7 +102,7 @@ STAGES = {
     "calibration": (calibration, "_add_batch", 2),
     "final evaluation": (KavaTrainer, "prediction_step", 2 * 2 + 1),
     "cache": (teacher_cache, "_examples", 2),
-    "generation": (evaluation, "_own_defaults_off", 1),
+    "generation": (answers, "_own_defaults_off", 1),
     "control": (KavaTrainer, "compute_loss", 2 * STEPS + 2 * (2 + 2) + 2 + 5),
 }
 """Where a signal comes: in place of which call of which function."""
@@ -142,10 +142,11 @@ def plain(state):
     return (state.dequantize() if type(state).__name__.startswith("OptimState") else state).flatten()
 
 
-def train(folder, output, resume, settings):
-    """A trainer's run; rank 0 writes the hash of its weights and optimizer, and its losses."""
+def train(folder, output, resume, settings, prepare=lambda trainer: None):
+    """A trainer's run, prepared or not; rank 0 writes the hash of its weights and optimizer, and its losses."""
     settings = {"model": _dropout_student, "count": 20, "lr_scheduler_type": "cosine", **settings}
     trainer = make_trainer(folder, AutoTokenizer.from_pretrained(STUDENT_FOLDER), **settings)
+    prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     assert torch.distributed.is_initialized() == (int(os.environ.get("WORLD_SIZE", "1")) > 1)
     optimizer = trainer.optimizer.optimizer.state.values() if trainer.optimizer else ()
@@ -178,6 +179,3 @@ def train(folder, output, resume, settings):
 def seeded(number):
     """A generator of its own for each place in a matrix."""
     return random.Random(number)
-
-
-__all__ = ["OPTIONS", "STAGES", "STEPS", "checkpoint_io", "run", "run_and_die", "run_and_signal", "seeded", "train"]

@@ -1,20 +1,19 @@
 """Runs in processes of their own that start quickly: one server imports everything once and forks for each of them."""
 
-import json
 import multiprocessing
 import os
-import random
 import signal
 import socket
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from conftest import ROOT, random_examples
+from helpers.places import ROOT
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["conftest", "run_kava", "kava_trainer.runs.pipeline", "processes"])
+CONTEXT.set_forkserver_preload(["helpers.fault_child", "kava_trainer.runs.pipeline"])
 
 
 def free_port() -> int:
@@ -83,15 +82,8 @@ class Run:
         return "\n".join(log.read_text() for log in self.logs)
 
 
-def write_problems(path: Path, count: int = 40, seed: int = 0) -> Path:
-    """A small data set of arithmetic problems as jsonl."""
-    rng = random.Random(seed)
-    with path.open("w") as file:
-        for _ in range(count):
-            a, b = rng.randint(1, 99), rng.randint(1, 99)
-            question = f"What is {a}+{b}?" if rng.random() < 0.5 else f"Ben has {a} coins and buys {b} more. How many?"
-            file.write(json.dumps({"question": question, "answer": f"{a}+{b}={a + b}\n#### {a + b}"}) + "\n")
-    return path
-
-
-__all__ = ["CONTEXT", "Run", "free_port", "random_examples", "write_problems"]
+def launch(module, *words, ranks=1):
+    """A module started from the command line, with torchrun where there are several ranks; what it says is captured."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", module, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)

@@ -6,8 +6,13 @@ from unittest import mock
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.checkpoint import FileSystemWriter
 
-from kava_trainer.config import launcher as engines
+import run_kava
+from helpers import ddp_step, fault_child
+from kava_trainer.config import launcher
+from kava_trainer.trainer import saving, weights
+from kava_trainer.trainer.trainer import KavaTrainer
 
 LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -34,7 +39,7 @@ def sharding_on_cpu():
 
     with (
         mock.patch.dict(os.environ, LAUNCHED),
-        mock.patch.object(engines, "SHARDING_DEVICES", {"cpu"}),
+        mock.patch.object(launcher, "SHARDING_DEVICES", {"cpu"}),
         mock.patch.object(AcceleratorState, "__init__", init),
     ):
         yield
@@ -42,8 +47,6 @@ def sharding_on_cpu():
 
 def step(*arguments):
     """One optimizer step of `ddp_step.py` with sharded weights."""
-    import ddp_step
-
     with sharding_on_cpu():
         ddp_step.main(*arguments)
     return 0
@@ -51,46 +54,34 @@ def step(*arguments):
 
 def train(*arguments):
     """A trainer's run of `fault_child.py` with sharded weights."""
-    import fault_child
-
     with sharding_on_cpu():
         return fault_child.train(*arguments)
 
 
 def run(*arguments):
     """A whole run of `run_kava.py` with sharded weights, as `fault_child.py` starts it."""
-    import fault_child
-
     with sharding_on_cpu():
         return fault_child.run(*arguments)
 
 
 def run_and_signal(*arguments):
     """As `run`, and a signal comes in the middle of it."""
-    import fault_child
-
     with sharding_on_cpu():
         return fault_child.run_and_signal(*arguments)
 
 
 def main(arguments):
     """`run_kava.py` with a command line."""
-    import run_kava
-
     with sharding_on_cpu():
         return run_kava.main(arguments)
 
 
 def train_with_a_full_disk(place, *arguments):
     """As `train`; the first save finds no room, on one rank alone."""
-    import torch.distributed.checkpoint as shards
-
-    from kava_trainer.trainer import saving, weights
-
     owner, name, rank = {
         "student": (weights, "save_weights", "0"),
         "projector": (saving, "write_projectors", "0"),
-        "shard": (shards.FileSystemWriter, "write_data", "1"),
+        "shard": (FileSystemWriter, "write_data", "1"),
     }[place]
     original, calls = getattr(owner, name), 0
 
@@ -107,8 +98,6 @@ def train_with_a_full_disk(place, *arguments):
 
 def train_with_a_bad_step(*arguments):
     """As `train`; the loss of one rank is no number in its third step."""
-    from kava_trainer.trainer.trainer import KavaTrainer
-
     original = KavaTrainer.compute_loss
 
     def compute(self, model, inputs, return_outputs=False, num_items_in_batch=None):

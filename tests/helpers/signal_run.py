@@ -3,17 +3,13 @@
 import os
 import signal
 import sys
-from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from transformers import AutoTokenizer, TrainerCallback
 
-from conftest import STUDENT_FOLDER  # noqa: E402
-from test_trainer import make_trainer  # noqa: E402
-from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
-
-from kava_trainer.cli import exit_with  # noqa: E402
-from kava_trainer.utils.errors import exit_code  # noqa: E402
+from helpers.trainers import make_trainer
+from kava_trainer.cli import exit_with
+from kava_trainer.quickstart import STUDENT_FOLDER
+from kava_trainer.utils.errors import exit_code
 
 
 class SignalAtStep(TrainerCallback):

@@ -3,14 +3,14 @@
 import os
 
 import torch
-from conftest import STUDENT_FOLDER
-from test_invariants import weight_hash
-from test_trainer import loss_lines, make_trainer
 from transformers import AutoTokenizer
 
+from helpers.hashes import weight_hash
+from helpers.trainers import loss_lines, make_trainer
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.data.stream_sources import open_rows
 from kava_trainer.data.streaming import ExampleStream, open_stream
+from kava_trainer.quickstart import STUDENT_FOLDER
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers.models import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kava_trainer.config.layer_mapping import resolve_layer_pairs

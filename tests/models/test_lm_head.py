@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_packed_attention import model_of
+from helpers.models import model_of
 
 from kava_trainer.models.lm_head import check_head, vocabulary_logits
 from kava_trainer.utils.errors import BadRequest

@@ -2,16 +2,17 @@
 
 from functools import partial
 
-import ddp_step
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LORA, STUDENT_LAYERS, STUDENT_SIZE, random_examples, tiny_llama, tiny_lora_llama
+from helpers import ddp_step
+from helpers.data import random_examples
+from helpers.hashes import weight_hash
+from helpers.mishaps import STEADY, Poison, out_of_memory_above
+from helpers.models import LORA, STUDENT_LAYERS, STUDENT_SIZE, tiny_llama, tiny_lora_llama
+from helpers.processes import Run
+from helpers.trainers import loss_lines, make_trainer
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from processes import Run
-from test_step import STEADY, Poison, out_of_memory_above
-from test_invariants import weight_hash
-from test_trainer import loss_lines, make_trainer
 from transformers import TrainerCallback
 from transformers.integrations import peft as peft_integration
 

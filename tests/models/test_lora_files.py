@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import STUDENT_SIZE, tiny_llama
+from helpers.models import STUDENT_SIZE, tiny_llama
+from helpers.programs import QUICKSTART, SHORT, summary_of, words
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_end_to_end import QUICKSTART, SHORT, summary_of, words
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_kava

@@ -2,9 +2,10 @@ import random
 
 import pytest
 import torch
-from conftest import shared_path, tiny_llama
+from helpers.models import model_of, tiny_llama
+from helpers.places import shared_path
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.data.packing import plan_packs
@@ -19,20 +20,6 @@ from kava_trainer.models.packed_attention import (
 from kava_trainer.models.teacher import load_teacher
 
 LENGTHS = (7, 3, 12, 1)
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
-
-
-def model_of(kind, attention="sdpa", **changes):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES | changes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    for parameter in model.parameters():  # far from the start, where all examples look alike
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 def examples(seed=0):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_llama, tiny_qwen
+from helpers.models import tiny_llama, tiny_qwen
 from torch.utils._pytree import tree_leaves
 
 from kava_trainer.config.model_arguments import ModelArguments

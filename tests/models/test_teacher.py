@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_llama
+from helpers.models import tiny_llama
 
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.models.teacher import OnlineTeacher, load_teacher, quantization_config

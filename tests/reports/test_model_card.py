@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, tiny_llama, tiny_lora_llama
-from fake_hub import card_problems
+from helpers.fake_hub import card_problems
+from helpers.models import tiny_llama, tiny_lora_llama
+from helpers.places import ROOT
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 

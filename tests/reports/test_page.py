@@ -5,12 +5,13 @@ import math
 import re
 import sys
 import types
-from html.parser import HTMLParser
 
 import matplotlib
 import pytest
 import torch
-from test_trainer import make_trainer
+from helpers.pages import Page, check_page
+from helpers.summaries import EVIL, FEW, history_of, make_summary
+from helpers.trainers import make_trainer
 
 from kava_trainer import cli
 from kava_trainer.reports import charts as curves
@@ -24,125 +25,6 @@ from kava_trainer.runs import finish as closing
 from kava_trainer.trainer import batches as stepping
 from kava_trainer.trainer.checkpoint import save_progress, write_manifest
 from kava_trainer.utils.console import Console
-
-EVIL = "<script>alert(1)</script> </pre> $x$ & \"'"
-RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-
-
-def lookup(summary, place):
-    value = summary
-    for part in place.split("."):
-        value = (value or {}).get(part)
-    return value
-
-
-class Page(HTMLParser):
-    """What a page shows: its figures by their places, its headings, and the texts of its tags."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.figures, self.tags, self.texts, self._open = [], [], {}, []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        if tag not in ("meta", "link", "line", "path", "use"):
-            self._open.append((tag, attributes))
-        if "data-figure" in attributes:
-            self.figures.append([attributes["data-figure"], attributes.get("value"), ""])
-
-    def handle_endtag(self, tag):
-        while self._open and self._open.pop()[0] != tag:
-            pass
-
-    def handle_data(self, data):
-        tag, attributes = self._open[-1] if self._open else ("", {})
-        self.texts.setdefault(tag, []).append(data.strip())
-        if "data-figure" in attributes:
-            self.figures[-1][2] += data
-
-
-def check_page(text, summary):
-    """Every figure on the page is the summary's, exactly and as people read it, and none is left out."""
-    page = Page(text)
-    for place, exact, shown in page.figures:
-        value = lookup(summary, place)
-        if value is None:
-            assert (exact, shown) == (None, "not measured"), place
-            continue
-        assert json.loads(exact) == value, place
-        plain = re.sub(r" × 10([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)", lambda power: "e" + power[1].translate(RAISED), shown)
-        number, unit = re.fullmatch(r"(-?[\d.,e+-]+) ?(.*)", plain).groups()
-        scale = {"%": 0.01, "GB": 1e9, "MB": 1e6}.get(unit, 1)
-        read = float(number.replace(",", "")) * scale
-        if re.search(r"min|h", unit):
-            continue
-        decimals = len(number.partition(".")[2]) if "e" not in number else 4
-        assert read == pytest.approx(value, rel=0.0005, abs=0.51 * 10**-decimals * scale), place
-    wanted = {f"final.{name}" for name in summary["final"]} | {f"throughput.{name}" for name in summary["throughput"]}
-    wanted |= {f"cos_sim_at.{step}" for step in summary["cos_sim_at"]} | {"global_step", "duration_seconds"}
-    wanted |= {
-        f"evaluation.{who}.{name}"
-        for who in summary["evaluation"]
-        for name in ("perplexity", "cross_entropy", "exact_match")
-    }
-    assert wanted == {place for place, _, _ in page.figures}
-    return page
-
-
-def history_of(steps=60):
-    """Log lines of a made-up training: a probe at the start and in the middle, and a line every 10 steps."""
-    lines = []
-    for step in range(0, steps + 1, 10):
-        share = step / steps
-        if step:
-            lines.append({
-                "step": step, "loss": 30 - 20 * share, "mercator_loss": 1 - 0.9 * share, "lm_loss": 6 - 5 * share,
-                "kd_loss": 2 - share, "cos_sim": 0.1 + 0.87 * share, "learning_rate": 1e-3 * (1 - share),
-                "projector_learning_rate": 3e-3 * (1 - share), "collapsed": 0.0, "tokens_per_second": 5000 + step,
-                "peak_memory_bytes": 600_000_000 + step,
-            })  # fmt: skip
-        if step in (0, steps // 2):
-            lines.append({
-                "step": step, "probe_cos_sim": 0.1 + share, "probe_centred_cos_sim": share,
-                "probe_shuffled_cos_sim": 0.1, "probe_margin": share, "probe_cka": 0.3 + share / 2,
-                "probe_student_effective_rank": 50.0, "probe_target_effective_rank": 60.5,
-                "probe_teacher_effective_rank": 61.5, "probe_lm_gradient_share": 0.25, "probe_collapsed": 1 - share * 2,
-            })  # fmt: skip
-    return [*lines, {"step": steps, "train_runtime": 12.5}]
-
-
-def make_summary(history=None, **arguments):
-    """A summary with every figure measured, and with texts that are HTML."""
-    asked = {"teacher_model_name_or_path": EVIL, "student_model_name_or_path": "me/student", "dataset_name": "data",
-             "learning_rate": 1e-3, **arguments}  # fmt: skip
-    summary = RunSummary(asked, {"python": "3.11", "device": EVIL}, f"python run_kava.py {EVIL}")
-    summary.add_training(history_of() if history is None else history, 60)
-    names = list(summary.content["final"])
-    summary.add_final({f"eval_{name}": 0.123456 + index for index, name in enumerate(names)})
-    summary.content["final"] |= {"cos_sim": 0.961234, "margin": 0.7654321}
-    summary.content["cos_sim_at"] = {"50": 0.812345, "100": -0.25, "200": 0.9}
-    problems = [{"prompt": f"{EVIL} {number}", "reference": "18"} for number in range(10)]
-    for index, who in enumerate(summary.content["evaluation"]):
-        entropy = 0.0123456 * (index + 1)
-        summary.add_evaluation(
-            who, {"perplexity": math.exp(entropy), "cross_entropy": entropy, "exact_match": index / 7}
-        )
-        summary.add_answers(who, problems, ["18" if index % 2 else f"{EVIL} of {who}"] * 12, str.__eq__)
-    summary.content["throughput"] = {name: 1234.5 + i for i, name in enumerate(summary.content["throughput"])}
-    summary.content["throughput"] |= {
-        "padding_fraction": 0.125,
-        "peak_memory_bytes": 1_234_567_890,
-        "estimated_memory_bytes": 2_000_000,
-    }
-    summary.content["verdict"] = {"success": True, "collapsed": False, "reasons": ["All went well.", EVIL]}
-    summary.content["problems"] = [{"step": 3, "kind": "oom", "action": EVIL}]
-    return summary
-
-
-FEW = [{"step": step, "cos_sim": 0.1 + step / 100} for step in (10, 60)]
-"""Log lines with one chart, for tests of something else: drawing takes its time."""
 
 
 @pytest.fixture

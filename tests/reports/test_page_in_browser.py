@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from chromium import Tab, browsing, find_chromium
-from test_page import EVIL, FEW, lookup, make_summary
+from helpers.chromium import Tab, browsing, find_chromium
+from helpers.summaries import EVIL, FEW, lookup, make_summary
 
 from kava_trainer.reports.comparison import write_comparison
 from kava_trainer.reports.page import report_page

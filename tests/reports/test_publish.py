@@ -12,13 +12,13 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
-from conftest import ROOT, asked_hub
-from fake_hub import OWNER
+from helpers.fake_hub import OWNER, asked_hub
+from helpers.places import ROOT
+from helpers.programs import QUICKSTART, SHORT, words
+from helpers.trainers import make_trainer
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
-from test_end_to_end import QUICKSTART, SHORT, words
-from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_kava

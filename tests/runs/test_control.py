@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from test_end_to_end import SHORT, summary_of, words
+from helpers.places import ROOT
+from helpers.programs import SHORT, summary_of, words
 from transformers import TrainerCallback
 
 import run_kava

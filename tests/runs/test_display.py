@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import tiny_llama
-from test_end_to_end import QUICKSTART, SHORT, words
+from helpers.models import tiny_llama
+from helpers.programs import QUICKSTART, SHORT, words
 
 import run_kava
 from kava_trainer.cli import main

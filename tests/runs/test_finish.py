@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
+from helpers.programs import QUICKSTART, SHORT, summary_of, words
 from safetensors.torch import load_file, save_file
-from test_end_to_end import QUICKSTART, SHORT, summary_of, words
 
 import run_kava
 from kava_trainer.cli import main

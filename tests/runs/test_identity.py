@@ -2,7 +2,7 @@ import json
 
 import pytest
 from datasets import Dataset
-from test_checkpoint import FILES
+from helpers.trainers import FILES
 
 from kava_trainer.config.arguments import KavaArguments, KavaTrainingArguments
 from kava_trainer.config.data_arguments import DataArguments

@@ -3,8 +3,9 @@ import json
 
 import pytest
 import torch
-from conftest import LORA, ROOT, shared_path, tiny_llama, tiny_lora_llama
-from test_trainer import make_trainer
+from helpers.models import LORA, tiny_llama, tiny_lora_llama
+from helpers.places import ROOT, shared_path
+from helpers.trainers import make_trainer
 from torch import nn
 from transformers.training_args import OptimizerNames
 

@@ -17,9 +17,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny_lora_llama
-from test_end_to_end import SHORT, summary_of, words
-from test_trainer import make_trainer
+from helpers.models import tiny_lora_llama
+from helpers.places import ROOT
+from helpers.programs import SHORT, summary_of, words
+from helpers.trainers import make_trainer
 from transformers.integrations import TensorBoardCallback, integration_utils
 
 import run_kava

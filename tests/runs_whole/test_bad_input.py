@@ -10,16 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import STUDENT_SIZE, tiny_llama
 from datasets import Dataset
-from test_end_to_end import QUICKSTART, SHORT, words
-from transformers import AutoTokenizer, TrainerCallback
+from helpers.models import tiny_model
+from helpers.programs import QUICKSTART, SHORT, words
+from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 import run_kava
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.data.splits import load_splits
-from kava_trainer.quickstart import STUDENT_FOLDER
 from kava_trainer.runs.resources import checkpoint_bytes
 from kava_trainer.utils.console import size_text
 from kava_trainer.utils.errors import BadRequest
@@ -119,16 +118,6 @@ def test_folders_without_a_whole_data_set_are_refused(tmp_path):
         assert data_problem(tmp_path / name)
     (tmp_path / "texts" / "train.jsonl").write_text(ROW + "{\n")
     assert data_problem(tmp_path / "texts").startswith("in its train.jsonl, line 2 is not valid JSON")
-
-
-def tiny_model(folder, **files):
-    """A student with weights and tokenizer whose files are then replaced; None deletes one."""
-    tiny_llama(STUDENT_SIZE, 2).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(STUDENT_FOLDER).save_pretrained(folder)
-    for name, content in files.items():
-        name = name.replace("_json", ".json").replace("_safetensors", ".safetensors")
-        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-    return folder
 
 
 MODEL_FILES = {

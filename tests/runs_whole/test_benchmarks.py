@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from processes import write_problems
+from helpers.data import write_problems
+from helpers.places import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_updates

@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from documents import DOCUMENTS, MARKS, Block, blocks
+from helpers.documents import DOCUMENTS, MARKS, Block, blocks
+from helpers.places import ROOT
 
 import run_kava
 from kava_trainer import cli

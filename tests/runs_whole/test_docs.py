@@ -5,8 +5,8 @@ import json
 import re
 import sys
 
-from conftest import ROOT
-from documents import DOCUMENTS, blocks
+from helpers.documents import DOCUMENTS, blocks
+from helpers.places import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_table

@@ -3,47 +3,18 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, shared_path
 from datasets import load_dataset
-from test_page import check_page
+from helpers.pages import check_page
+from helpers.places import ROOT, shared_path
+from helpers.programs import QUICKSTART, RECIPES, SHORT, launch, summary_of, words
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import run_kava
 from kava_trainer.distillation.projector_files import load_projectors
-
-RECIPES = sorted(path.name for path in (ROOT / "training_args").glob("*.json"))
-QUICKSTART = {
-    "teacher_model_name_or_path": "quickstart",
-    "student_model_name_or_path": "quickstart",
-    "dataset_name": "quickstart",
-    "teacher_quantization": "none",
-}
-SHORT = {
-    "max_train_samples": 64,
-    "max_eval_samples": 8,
-    "max_steps": 3,
-    "generation_max_new_tokens": 8,
-    "use_cpu": True,
-}
-
-
-def words(options):
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def launch(*argv, cwd=ROOT, timeout=600):
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "run_kava.py"), *argv]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout)
-
-
-def summary_of(folder):
-    return json.loads((folder / "run_summary.json").read_text())
 
 
 def test_the_quickstart_leaves_everything_it_promises(tmp_path):

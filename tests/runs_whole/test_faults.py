@@ -1,6 +1,5 @@
 """Runs that are killed, signalled, stopped and damaged: each goes on as if nothing had happened."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -13,15 +12,20 @@ import time
 from functools import partial
 from pathlib import Path
 
-import fault_child
 import pytest
 import torch
-from conftest import a_quarter, matrix, tiny_lora_llama
-from processes import Run, write_problems
+from helpers import fault_child
+from helpers.data import write_problems
+from helpers.hashes import final_hash
+from helpers.matrices import a_quarter, matrix
+from helpers.models import tiny_lora_llama
+from helpers.outcomes import finish
+from helpers.processes import Run
 
 from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.trainer.checkpoint import broken_reason, find_newest_checkpoint, list_checkpoints
+from run_kava import main
 
 pytestmark = pytest.mark.slow
 
@@ -31,14 +35,6 @@ DEADLY = ("fsync", "replace", "rmtree", "manifest", "torch.save", "unlink")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_problems(tmp_path_factory.mktemp("data") / "problems.jsonl")
-
-
-def final_hash(folder):
-    """Of the student's and the projector's weights."""
-    digest = hashlib.sha256((folder / "out" / "final_student" / "model.safetensors").read_bytes())
-    for tensor in load_projectors(folder / "out" / "final_projector.pth").state_dict().values():
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +172,6 @@ def signalled_and_resumed(data, uninterrupted, folder, name, stage, ranks, chang
     assert_nothing_broken(output)
 
 
-def main(argv):
-    import run_kava
-
-    return run_kava.main(argv)
-
-
 @pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_second_signal_leaves_at_once_and_touches_nothing(data, tmp_path, first):
     run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "save", first, 0, 2)
@@ -292,14 +282,6 @@ def test_a_signal_to_a_run_with_adapters_loses_nothing(data, tmp_path, stage, ra
     resumed = Run(main, tmp_path, shlex.split(command), ranks=ranks)
     assert resumed.wait() == [0] * ranks, resumed.output()
     assert final_hash(tmp_path) == final_hash(tmp_path / "whole")
-
-
-def finish(folder, checkpoint, settings, ranks, function=fault_child.train):
-    resume = str(checkpoint) if checkpoint else None
-    output = folder / "result.pt"
-    run = Run(function, folder, str(folder / "run"), str(output), resume, settings, ranks=ranks)
-    assert run.wait() == [0] * ranks, run.output()
-    return torch.load(output, weights_only=True)
 
 
 def test_the_seed_of_the_signal_stages_is_where_it_says(data, tmp_path):

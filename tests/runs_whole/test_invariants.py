@@ -1,46 +1,18 @@
 """Properties of whole runs: how a batch is split does not matter, padding does not, nor does an interruption."""
 
-import hashlib
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import ROOT, random_examples, tiny_llama, tiny_qwen
+from helpers.caches import cached_run
+from helpers.data import random_examples
+from helpers.hashes import weight_hash
+from helpers.models import bfloat16_llama, tiny_qwen
+from helpers.outcomes import assert_same_step, one_step
+from helpers.trainers import loss_lines, make_trainer
 from safetensors.torch import load_file
-from test_teacher_cache import cached_run
-from test_trainer import loss_lines, make_trainer
 from transformers import BloomConfig, BloomForCausalLM
 
 from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.distillation.teacher_cache import CachedTeacher
-
-SCRIPT = ROOT / "tests/helpers/ddp_step.py"
-WEIGHTS = "1.0,1.0"
-
-
-def one_step(tmp_path, batch_size, accumulation, ranks, weights=WEIGHTS):
-    output = tmp_path / f"{ranks}x{batch_size}x{accumulation}"
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launcher, str(SCRIPT), str(output), str(batch_size), str(accumulation), weights]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return torch.load(f"{output}.pt", weights_only=True)
-
-
-def assert_same_step(split, whole_batch):
-    """Weights, log line and evaluation after a step are those of the whole batch in one process."""
-    assert split["weights"].keys() == whole_batch["weights"].keys()
-    for name, parameter in whole_batch["weights"].items():
-        torch.testing.assert_close(
-            split["weights"][name], parameter, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    for name in ("loss", "cos_sim", "mercator_loss", "lm_loss"):
-        assert split["line"][name] == pytest.approx(whole_batch["line"][name], rel=1e-5), name
-    assert split["evaluation"] == pytest.approx(whole_batch["evaluation"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -90,18 +62,6 @@ def test_padding_changed_to_garbage_leaves_loss_and_gradients_exactly_unchanged(
         assert torch.equal(gradient, dirty_gradients[name]), name
 
 
-def weight_hash(module):
-    return state_hash(module.state_dict())
-
-
-def state_hash(state):
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def test_a_finished_run_is_resumed_without_another_step(tmp_path, tokenizer):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     straight = make_trainer(tmp_path, tokenizer, **settings)
@@ -126,10 +86,6 @@ def test_the_teacher_is_the_same_before_and_after_and_out_of_optimizer_and_check
     saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     assert set(saved) <= set(trainer.student.state_dict())
     assert sum(tensor.numel() for tensor in saved.values()) < teacher.num_parameters()
-
-
-def bfloat16_llama(*sizes, seed):
-    return tiny_llama(*sizes, seed=seed).bfloat16()
 
 
 RESUMED = [

@@ -11,8 +11,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
 from datasets import Dataset
+from helpers.data import random_examples
+from helpers.models import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, tiny_llama
+from helpers.places import ROOT
 from transformers import TrainerCallback
 
 import kava_trainer

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from helpers.programs import QUICKSTART, SHORT, words
+from helpers.trainers import loss_lines, make_trainer
 from huggingface_hub import constants
-from test_end_to_end import QUICKSTART, SHORT, words
-from test_trainer import loss_lines, make_trainer
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 

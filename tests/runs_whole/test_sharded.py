@@ -6,22 +6,22 @@ import shlex
 from functools import partial
 from types import SimpleNamespace
 
-import fault_child
 import pytest
-import sharded_run
-import test_faults
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import ROOT, random_examples, tiny_llama
-from processes import Run, write_problems
+from helpers import fault_child, outcomes, sharded_run
+from helpers.data import random_examples, write_problems
+from helpers.models import bfloat16_llama, tiny_llama
+from helpers.outcomes import assert_same_step
+from helpers.places import ROOT
+from helpers.processes import Run
 from safetensors.torch import load_file
-from test_invariants import assert_same_step
 from transformers import AutoModelForCausalLM
 
 import run_kava
-from kava_trainer.config import launcher as engines
+from kava_trainer.config import launcher
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.data.collators import JoiningCollator
 from kava_trainer.data.packing import as_many_rows, pack_step
@@ -42,10 +42,6 @@ def test_a_sharded_step_is_that_of_one_process(tmp_path, whole_batch, batch_size
     assert_same_step(split, whole_batch)
 
 
-def bf16_llama(*args, **kwargs):
-    return tiny_llama(*args, **kwargs).bfloat16()
-
-
 SETTINGS = {
     "max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9, "logging_steps": 2,
     "eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
@@ -53,7 +49,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-finish = partial(test_faults.finish, function=sharded_run.train)
+finish = partial(outcomes.finish, function=sharded_run.train)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +60,7 @@ finish = partial(test_faults.finish, function=sharded_run.train)
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 (4, {}),
-                (2, {"model": bf16_llama, "max_tokens_per_batch": 0}),
+                (2, {"model": bfloat16_llama, "max_tokens_per_batch": 0}),
                 (4, {"optim": "adamw_torch_8bit"}),
             )
         ),
@@ -177,7 +173,7 @@ LAUNCHED = sharded_run.LAUNCHED
 def problems_of(**changes):
     training = SimpleNamespace(bf16=False, fp16=False, optim="adamw_torch_fused", save_on_each_node=False)
     training.__dict__.update(changes)
-    return engines.engine_problems(None, None) + engines.sharding_problems(training)
+    return launcher.engine_problems(None, None) + launcher.sharding_problems(training)
 
 
 @pytest.mark.parametrize(
@@ -213,11 +209,11 @@ def test_deepspeed_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "cpu", "xpu"])
 def test_the_config_that_comes_along_shards_on_cuda_alone(monkeypatch, device):
-    assert engines.device_problem(device) is None
+    assert launcher.device_problem(device) is None
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     assert problems_of(optim="adamw_torch_8bit") == []
-    problem = engines.device_problem(device)
+    problem = launcher.device_problem(device)
     assert (problem is None) == (device == "cuda")
     assert device != "cpu" or "plain data parallelism" in problem
 
@@ -225,7 +221,7 @@ def test_the_config_that_comes_along_shards_on_cuda_alone(monkeypatch, device):
 def test_adapters_are_refused_where_weights_are_sharded(monkeypatch):
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(engines, "SHARDING_DEVICES", {"cpu"})
+    monkeypatch.setattr(launcher, "SHARDING_DEVICES", {"cpu"})
     options = {"teacher_model_name_or_path": "quickstart", "student_model_name_or_path": "quickstart"}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     with pytest.raises(BadRequest, match="use_peft is not supported under FSDP2"):

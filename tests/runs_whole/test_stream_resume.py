@@ -5,13 +5,15 @@ import json
 import re
 import shlex
 
-import fault_child
 import pytest
-import stream_child
-import test_faults
 import torch
-from conftest import a_quarter, matrix
-from processes import Run, write_problems
+from helpers import fault_child, stream_child
+from helpers.data import write_problems
+from helpers.hashes import final_hash
+from helpers.matrices import a_quarter, matrix
+from helpers.processes import Run
+
+from run_kava import main
 
 ROWS = 24
 """Three of them are held out, so a pass has 21 examples: no batch size and no number of ranks divides them."""
@@ -122,9 +124,9 @@ def test_a_signal_leaves_a_checkpoint_that_the_printed_command_goes_on_from(tmp_
     run = Run(fault_child.run_and_signal, tmp_path, tmp_path, data, "training", "SIGTERM", 0, 1, changes)
     assert run.wait() == [143], run.output()
     command = re.search(r"^Resume with: .*run_kava.py (.*)$", run.output(), re.M)[1]
-    resumed = Run(test_faults.main, tmp_path, shlex.split(command))
+    resumed = Run(main, tmp_path, shlex.split(command))
     assert resumed.wait() == [0], resumed.output()
-    assert test_faults.final_hash(tmp_path) == test_faults.final_hash(tmp_path / "straight")
+    assert final_hash(tmp_path) == final_hash(tmp_path / "straight")
 
 
 MATRIX = list(itertools.product((1, 3), (0, 2), (0, 40), (0, 8)))

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from conftest import TEACHER_LAYERS
-from processes import write_problems
-from stream_child import Noting, stream_of
-from test_end_to_end import QUICKSTART, SHORT, summary_of, words
-from test_teacher_cache import IDENTITY, LAYERS, teacher_model
-from test_trainer import make_trainer
+from helpers.caches import IDENTITY, LAYERS, teacher_model
+from helpers.data import write_problems
+from helpers.models import TEACHER_LAYERS
+from helpers.programs import QUICKSTART, SHORT, summary_of, words
+from helpers.stream_child import Noting, stream_of
+from helpers.trainers import make_trainer
 
 import run_kava
 from kava_trainer.distillation import teacher_cache

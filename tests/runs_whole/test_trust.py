@@ -10,9 +10,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, STUDENT_SIZE, tiny_llama
-from test_end_to_end import QUICKSTART, SHORT, words
-from test_trainer import make_trainer
+from helpers.models import STUDENT_SIZE, tiny_llama
+from helpers.places import ROOT
+from helpers.programs import QUICKSTART, SHORT, words
+from helpers.trainers import make_trainer
 from transformers import AutoTokenizer
 
 import run_kava

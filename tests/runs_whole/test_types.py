@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers.places import ROOT
 
 pytestmark = [
     pytest.mark.slow,  # all of torch is read first

@@ -1,5 +1,5 @@
 import torch
-from test_trainer import make_trainer
+from helpers.trainers import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2"}

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+from helpers.trainers import FILES
 
 from kava_trainer.trainer.checkpoint import (
     MANIFEST_FILE,
@@ -15,8 +16,6 @@ from kava_trainer.trainer.checkpoint import (
 )
 from kava_trainer.utils.atomic_files import discard, publish, stage, write_atomically, write_folder_atomically
 from kava_trainer.utils.errors import BadRequest
-
-FILES = ("trainer_state.json", "projector.pth", "optimizer.pt", "scheduler.pt", "model.safetensors")
 
 
 def make_checkpoint(folder, step, files=FILES):

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SETTINGS, STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
 from datasets import Dataset, IterableDataset
+from helpers.library import DATA, EVERY_STEP, arguments, changed, make, new_student, new_teacher, weights
+from helpers.trainers import SETTINGS
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -17,34 +18,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from kava_trainer import KavaTrainer, KavaTrainingArguments, build_target
+from kava_trainer import KavaTrainer, build_target
 from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.utils.errors import BadRequest
-
-DATA = random_examples(16)
-EVERY_STEP = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
-
-
-def new_student(trial=None):
-    return tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2)
-
-
-def new_teacher():
-    return tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
-
-
-def arguments(folder, **changes):
-    ours = {"plain_output": True, "projector_init": "random", "projector_dropout": 0.0}
-    return KavaTrainingArguments(output_dir=str(folder), **{**SETTINGS, **ours, **changes})
-
-
-def make(folder, tokenizer, given=None, args=None, **changes):
-    """A trainer of plain models; `given` are its own parameters, `changes` its training arguments."""
-    given = {"processing_class": tokenizer, "train_dataset": Dataset.from_list(DATA), **(given or {})}
-    given.setdefault("eval_dataset", Dataset.from_list(DATA[:7]))
-    if "model_init" not in given:
-        given.setdefault("student", new_student())
-    return KavaTrainer(teacher=new_teacher(), args=args or arguments(folder, **changes), **given)
 
 
 def plain_trainer(folder, tokenizer, callbacks=None, **changes):
@@ -178,14 +154,6 @@ def test_input_tokens_seen_are_the_tokens_of_the_examples(tmp_path, tokenizer, c
     lines = [line["num_input_tokens_seen"] for line in trainer.state.log_history if "loss" in line]
     assert lines == sorted(lines)
     assert lines[-1] == seen
-
-
-def changed(trainer, before):
-    return {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-
-
-def weights(trainer):
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
 def test_an_optimizer_and_a_schedule_passed_in_train_what_they_hold(tmp_path, tokenizer):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import ROOT
-from test_end_to_end import SHORT, words
-from test_trainer import make_trainer
+from helpers.places import ROOT
+from helpers.programs import SHORT, words
+from helpers.trainers import make_trainer
 from transformers import TrainerCallback
 
 import run_kava

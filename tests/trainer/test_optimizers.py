@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import ROOT, tiny_llama
-from test_end_to_end import QUICKSTART, SHORT, words
-from test_trainer import make_trainer
+from helpers.models import tiny_llama
+from helpers.places import ROOT
+from helpers.programs import QUICKSTART, SHORT, words
+from helpers.trainers import make_trainer
 from torch import nn
 from transformers.training_args import OptimizerNames
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.trainers import FILES, loss_lines, make_trainer
 from safetensors import SafetensorError
-from test_checkpoint import FILES
-from test_trainer import loss_lines, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from kava_trainer.trainer import checkpoint as checkpoint_io

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_contracts import EVERY_STEP, changed, make, new_student, weights
+from helpers.library import EVERY_STEP, changed, make, new_student, weights
 
 from kava_trainer import build_target
 from kava_trainer.distillation.projector_files import load_projectors

@@ -1,12 +1,12 @@
 """Too little memory and numbers that are none: the step is done again, or skipped, on all ranks."""
 
-import fault_child
 import pytest
 import torch
-from conftest import random_examples
-from processes import Run
-from test_invariants import weight_hash
-from test_trainer import loss_lines, make_trainer
+from helpers.data import random_examples
+from helpers.hashes import weight_hash
+from helpers.mishaps import STEADY, Poison, out_of_memory_above, poisoned_rank, short_of_memory
+from helpers.processes import Run
+from helpers.trainers import loss_lines, make_trainer
 from transformers import TrainerCallback
 
 from kava_trainer.data.collators import DistillationCollator, JoiningCollator
@@ -58,35 +58,6 @@ def test_rows_are_split_down_to_single_examples_and_no_further(tokenizer, packed
     assert [example["input_ids"][0] for example in random_examples(5)] == [p["input_ids"][0, 0].item() for p in single]
 
 
-def out_of_memory_above(limit, where):
-    """A step whose forward or backward pass runs out of memory where it reads more than `limit` tokens."""
-
-    def change(trainer):
-        loss, backward = trainer.compute_loss, trainer.accelerator.backward
-        size = 0
-
-        def compute_loss(model, inputs, *args, **kwargs):
-            nonlocal size
-            if torch.is_grad_enabled():
-                size = inputs["input_ids"].numel()
-                if where == "forward" and size > limit:
-                    raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-            return loss(model, inputs, *args, **kwargs)
-
-        def run_backward(total, **kwargs):
-            backward(total, **kwargs)
-            if where == "backward" and size > limit:  # when the gradients have been added already
-                raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-
-        trainer.compute_loss, trainer.accelerator.backward = compute_loss, run_backward
-        return trainer
-
-    return change
-
-
-STEADY = {"max_steps": 4, "projector_dropout": 0.0, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 2}
-
-
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("packing", [0, 80])
 def test_too_little_memory_changes_neither_losses_nor_weights(tmp_path, tokenizer, packing, where, capsys):
@@ -122,22 +93,6 @@ def test_a_single_example_that_does_not_fit_ends_the_run_with_what_to_lower(tmp_
         assert remedy in told
 
 
-def short_of_memory(folder, output, rank, where, limit):
-    """In a process of its own: one rank of several has too little memory."""
-    import os
-
-    change = out_of_memory_above(limit, where)
-    original = fault_child.make_trainer
-
-    def make(*args, **kwargs):
-        trainer = original(*args, **kwargs)
-        return change(trainer) if int(os.environ["RANK"]) == rank else trainer
-
-    fault_child.make_trainer = make
-    settings = {**STEADY, "model": fault_child.tiny_llama, "max_tokens_per_batch": 60, "count": 32}
-    return fault_child.train(folder, output, None, settings)
-
-
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_one_rank_with_too_little_memory_makes_all_do_the_step_again(tmp_path, where):
     results = {}
@@ -153,32 +108,6 @@ def test_one_rank_with_too_little_memory_makes_all_do_the_step_again(tmp_path, w
     assert not results["roomy"]["problems"]
     for ours, theirs in zip(results["tight"]["losses"], results["roomy"]["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-class Poison(TrainerCallback):
-    """Makes the gradient or the loss of some steps no finite number."""
-
-    def __init__(self, trainer, steps, what):
-        self.trainer, self.steps = trainer, steps
-        original = trainer.compute_loss
-
-        def compute_loss(model, inputs, *args, **kwargs):
-            loss = original(model, inputs, *args, **kwargs)
-            if torch.is_grad_enabled() and trainer.state.global_step + 1 in steps:
-                return loss * float("nan") if what == "loss" else _NanGradient.apply(loss)
-            return loss
-
-        trainer.compute_loss = compute_loss
-
-
-class _NanGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss):
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * float("inf")
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"])
@@ -224,22 +153,6 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_chec
     with pytest.raises(RunFailed, match=r"for 3 steps in a row, up to step 7.* Resume from .*checkpoint-6, which"):
         trainer.train()
     assert [problem["step"] for problem in trainer.problems] == [2, 3, 5, 6, 7]
-
-
-def poisoned_rank(folder, output):
-    """In a process of its own: only rank 1 sees a loss that is no number."""
-    import os
-
-    original = fault_child.make_trainer
-
-    def make(*args, **kwargs):
-        trainer = original(*args, **kwargs)
-        if os.environ["RANK"] == "1":
-            Poison(trainer, {2}, "loss")
-        return trainer
-
-    fault_child.make_trainer = make
-    return fault_child.train(folder, output, None, {"max_steps": 3, "logging_steps": 3, "count": 64})
 
 
 def test_a_loss_that_is_no_number_on_one_rank_skips_the_step_on_all(tmp_path):

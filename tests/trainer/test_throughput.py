@@ -2,7 +2,7 @@ import time
 
 import pytest
 import torch
-from test_trainer import make_trainer
+from helpers.trainers import make_trainer
 
 from kava_trainer.distillation.token_means import TokenMeans
 from kava_trainer.trainer.throughput import Stopwatch

@@ -4,56 +4,16 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from conftest import SETTINGS, STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, random_examples, tiny_llama
-from datasets import Dataset
+from helpers.data import random_examples
+from helpers.trainers import loss_lines, make_trainer
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from kava_trainer.config.arguments import KavaTrainingArguments
-from kava_trainer.data.collators import DistillationCollator
-from kava_trainer.distillation.loss_terms import needed_teacher_layers
 from kava_trainer.distillation.losses import mercator_loss
 from kava_trainer.distillation.projector_files import load_projectors
-from kava_trainer.distillation.targets import build_target
-from kava_trainer.models.teacher import OnlineTeacher
 from kava_trainer.trainer.trainer import KavaTrainer
 from kava_trainer.utils.errors import RunFailed
-
-
-def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):
-    arguments = {
-        "output_dir": str(folder),
-        **SETTINGS,
-        "plain_output": True,
-        "mercator_weight": 1.0,
-        "projector_direction": "teacher_to_student",
-        "projector_init": "random",
-        **changes,
-    }
-    args = KavaTrainingArguments(**arguments)
-    teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
-    student = model(STUDENT_SIZE, STUDENT_LAYERS, seed=2)
-    torch.manual_seed(3)
-    target = build_target(args, student, teacher)
-    data = Dataset.from_list(random_examples(count))
-    return KavaTrainer(
-        student,
-        OnlineTeacher(teacher, needed_teacher_layers(args, target, TEACHER_LAYERS)),
-        target,
-        args,
-        train_dataset=data,
-        eval_dataset=data.select(range(7)),
-        data_collator=DistillationCollator(tokenizer),
-        processing_class=tokenizer,
-    )
-
-
-def loss_lines(trainer):
-    """The training log lines, without what differs from run to run."""
-    measured = ("tokens_per_second", "peak_memory_bytes")
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    return [{name: value for name, value in line.items() if name not in measured} for line in lines]
 
 
 @pytest.mark.parametrize("mapping", ["last", "uniform:2"])

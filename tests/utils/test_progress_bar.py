@@ -11,11 +11,12 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from conftest import ROOT, random_examples, tiny_llama
-from processes import write_problems
-from stream_child import stream_of
-from test_end_to_end import SHORT, words
-from test_trainer import make_trainer
+from helpers.data import random_examples, write_problems
+from helpers.models import tiny_llama
+from helpers.places import ROOT
+from helpers.programs import SHORT, words
+from helpers.stream_child import stream_of
+from helpers.trainers import make_trainer
 
 import run_kava
 from kava_trainer.data.collators import DistillationCollator

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MEMORY, ROOT
+from helpers.bad_requests import BAD_REQUESTS
+from helpers.data import write_dataset
+from helpers.models import tiny_model
+from helpers.places import ROOT
+from helpers.programs import MEMORY, QUICKSTART, RECIPES, SHORT, words
 from huggingface_hub import HfApi
-from test_bad_input import tiny_model
-from test_end_to_end import QUICKSTART, RECIPES, SHORT, words
-from test_requests import BAD_REQUESTS, write_dataset
 
 from kava_trainer.cli import main
 from kava_trainer.config.arguments import KavaTrainingArguments
