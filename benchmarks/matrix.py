@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import fault_child  # noqa: E402
-import sharded_run  # noqa: E402
-from processes import Run, write_problems  # noqa: E402
+from helpers import fault_child, sharded_run  # noqa: E402
+from helpers.data import write_problems  # noqa: E402
+from helpers.hashes import state_hash  # noqa: E402
+from helpers.processes import Run  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from test_invariants import state_hash  # noqa: E402
 
 from kava_trainer.distillation.projector_files import load_projectors  # noqa: E402
 from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402

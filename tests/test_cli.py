@@ -11,9 +11,10 @@ import sys
 
 import psutil
 import pytest
-from conftest import LORA, MEMORY, ROOT
-from test_end_to_end import QUICKSTART, SHORT, summary_of, words
-from test_requests import ENVIRONMENT, write_dataset
+from helpers.data import write_dataset
+from helpers.models import LORA
+from helpers.places import ROOT
+from helpers.programs import ENVIRONMENT, MEMORY, QUICKSTART, SHORT, summary_of, words
 
 from kava_trainer import cli
 from kava_trainer.cli import COMMANDS, main

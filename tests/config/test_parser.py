@@ -1,0 +1,262 @@
+import json
+from pathlib import Path
+
+import pytest
+from helpers.places import ROOT
+
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.utils.errors import BadRequest
+
+MINIMAL = {
+    "teacher_model_name_or_path": "quickstart",
+    "student_model_name_or_path": "quickstart",
+    "dataset_name": "quickstart",
+}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps({**MINIMAL, "output_dir": str(tmp_path / "out"), "use_cpu": True, **changes}))
+    return str(path)
+
+
+def refused(tmp_path, *argv, **changes):
+    with pytest.raises(BadRequest) as caught:
+        parse_arguments([write(tmp_path, **changes), *argv])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "training_args").glob("*.json")), ids=lambda path: path.name)
+def test_every_recipe_is_parsed(recipe):
+    assert parse_arguments([str(recipe), "--use_cpu"]).data.dataset_name
+
+
+def test_defaults_are_those_of_the_home_case(tmp_path):
+    arguments = parse_arguments([write(tmp_path)])
+    training = arguments.training
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 16)
+    assert (arguments.data.max_length, training.num_train_epochs) == (512, 1)
+    assert (training.learning_rate, training.projector_learning_rate) == (5e-5, 1e-3)
+    assert (training.projector_mlp_ratio, training.projector_dropout) == (1.0, 0.1)
+    assert (training.mercator_alpha, training.mercator_beta, training.lm_weight) == (1.0, 0.01, 1.0)
+    assert (training.save_steps, training.logging_steps) == (200, 50)
+    assert training.final_dir == training.output_dir
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    arguments = parse_arguments(
+        [write(tmp_path, max_steps=5, learning_rate=1e-4), "--max_steps", "7", "--lm-weight=0.5"]
+    )
+    assert (arguments.training.max_steps, arguments.training.learning_rate) == (7, 1e-4)
+    assert arguments.training.lm_weight == 0.5
+
+
+def test_arguments_of_transformers_work_as_users_know_them(tmp_path):
+    training = parse_arguments(
+        [
+            write(tmp_path, lr_scheduler_type="cosine", optim="adamw_torch", eval_strategy="steps", warmup_steps=10),
+            *(
+                "--gradient_checkpointing",
+                "true",
+                "--report_to",
+                "none",
+                "--lr_scheduler_kwargs",
+                '{"num_cycles": 0.25}',
+            ),
+        ]
+    ).training
+    assert training.lr_scheduler_type == "cosine"
+    assert training.eval_steps == training.logging_steps
+    assert training.gradient_checkpointing
+    assert training.lr_scheduler_kwargs == {"num_cycles": 0.25}
+
+
+def test_a_flag_that_is_on_by_default_can_be_turned_off(tmp_path):
+    argv = [write(tmp_path), "--remove_unused_columns", "false", "--no_average_tokens_across_devices"]
+    training = parse_arguments(argv).training
+    assert not training.remove_unused_columns
+    assert not training.average_tokens_across_devices
+
+
+def test_no_file_is_needed():
+    argv = [word for name, value in MINIMAL.items() for word in (f"--{name}", value)]
+    assert parse_arguments([*argv, "--use_cpu"]).model.teacher_model_name_or_path == "quickstart"
+
+
+@pytest.mark.parametrize("value", [True, "true"])
+def test_resume_takes_true_and_a_path(tmp_path, value):
+    assert parse_arguments([write(tmp_path, resume_from_checkpoint=value)]).training.resume_from_checkpoint == "true"
+    argv = [write(tmp_path), "--resume_from_checkpoint", "some/checkpoint-3"]
+    assert parse_arguments(argv).training.resume_from_checkpoint == "some/checkpoint-3"
+
+
+def test_layer_pairs_may_be_a_json_list(tmp_path):
+    assert parse_arguments([write(tmp_path, layer_mapping=[[1, 2]])]).training.layer_mapping == "[[1, 2]]"
+
+
+def test_all_mistakes_come_in_one_message(tmp_path):
+    message = refused(
+        tmp_path,
+        *("--max_stps", "3", "--save_steps", "often"),
+        mercator_wieght=1,
+        learning_rate="5e-5",
+        teacher_quantization="3bit",
+        bf16=1,
+        num_train_epochs="2",
+        max_length=1,
+        projector_dropout=2.0,
+        optim="adam",
+    )
+    for part in (
+        "'max_stps'; did you mean 'max_steps'?",
+        "'mercator_wieght'; did you mean 'mercator_weight'?",
+        'save_steps is "often"; write a number.',
+        'learning_rate is "5e-5"; write a number.',
+        'teacher_quantization is "3bit"; write one of none, 8bit, 4bit.',
+        "bf16 is 1; write true or false.",
+        'num_train_epochs is "2"; write a number.',
+        "max_length is 1;",
+        "projector_dropout is 2.0;",
+        'optim is "adam"; write one of',
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path is missing"),
+        ({"student_model_name_or_path": None}, "The student is missing"),
+        ({"student_config_name": "x"}, "exclude each other"),
+        (
+            {"student_init": "teacher_layers", "teacher_quantization": "8bit"},
+            "needs the teacher's own weights; write teacher_quantization none",
+        ),
+        ({"dataset_name": None}, "dataset_name is missing"),
+        ({"mercator_weight": 0, "lm_weight": 0}, "nothing would be trained"),
+        ({"mercator_weight": -1}, "cannot be negative"),
+        ({"gradient_accumulation_steps": 0}, "write 1 or more"),
+        ({"projector_mlp_ratio": 0}, "above 0"),
+        ({"max_train_samples": 0}, "max_train_samples is 0"),
+        ({"layer_mapping": "first"}, "layer_mapping is 'first'"),
+        ({"layer_mapping": [[0, 1]]}, "counted from 1"),
+        ({"layer_mapping": "uniform:0"}, "uniform:2"),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size is 2.5; write a whole number."),
+        ({"per_device_train_batch_size": True}, "write a whole number."),
+        ({"dataset_name": 3}, "dataset_name is 3; write text in quotes."),
+        ({"lr_scheduler_type": "cosin"}, "write one of cosine"),
+        ({"train_sampling_strategy": "grouped"}, "train_sampling_strategy is"),
+        ({"learning_rate": float("nan")}, "write a finite number"),
+        ({"seed": -1}, "seed is -1"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0"),
+        ({"max_steps": 0}, "max_steps is 0; write a number above 0, or -1 to go by num_train_epochs."),
+        ({"fsdp": "full_shard"}, "fsdp is not read from the arguments; start with accelerate launch"),
+        ({"deepspeed": "ds.json"}, "deepspeed is not supported; shard with FSDP2"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches true is not supported; leave it out"),
+        ({"load_best_model_at_end": True, "projector_dropout": 2.0}, "projector_dropout is 2.0"),
+        ({"generation_max_new_tokens": 0}, "generation_max_new_tokens is 0"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({"output_dir": "out-\udcff"}, r'output_dir is "out-\udcff", which is not UTF-8 text'),
+        ({"lora_target_modules": ["q\udcff"], "use_peft": True}, "which is not UTF-8 text"),
+        ({"hub_token": "hf_\udcff"}, "hub_token is of the wrong kind, which is not UTF-8 text"),
+    ],
+)
+def test_wrong_values_are_refused(tmp_path, changes, part):
+    assert part in refused(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.json", "training_args/quickstart.json"])
+def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # a folder of the user's hides no recipe
+    assert parse_arguments([name, "--use_cpu"]).training.output_dir == "checkpoints/quickstart"
+
+
+def test_a_file_of_the_users_goes_before_a_recipe_and_a_mistaken_path_starts_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(write(tmp_path, output_dir="mine")).rename("quickstart.json")
+    assert parse_arguments(["quickstart.json"]).training.output_dir == "mine"
+    for path in ("runs/quickstart.json", "../training_args/quickstart.json", "training_args/quick.json"):
+        with pytest.raises(BadRequest, match="There is no arguments file"):
+            parse_arguments([path, "--use_cpu"])
+
+
+def test_a_missing_file_and_broken_json_are_named(tmp_path):
+    with pytest.raises(BadRequest, match=r"There is no arguments file .*gone\.json; .* recipe: gsm8k_.*, quickstart,"):
+        parse_arguments([str(tmp_path / "gone.json")])
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(BadRequest, match="not valid JSON"):
+        parse_arguments([str(tmp_path / "broken.json")])
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(BadRequest, match="one JSON object"):
+        parse_arguments([str(tmp_path / "list.json")])
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"learning_rate": 1, "max_steps": 2, "learning_rate": 3}', "names learning_rate more than once"),
+        ('{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "names a more than once"),
+        ('{"output_dir": "caf\u00e9"}'.encode("latin-1"), "is not UTF-8 text; save it as UTF-8"),
+        ("[" * 100_000, "not valid JSON"),
+        ("", "not valid JSON"),
+        ('{\n"a": 1,\n\n}', "in line 2 a comma stands before }, with nothing between them; take that comma out"),
+        ('{"a": [1,\n2, ]}', "in line 2 a comma stands before ], with nothing between"),
+        ('{\n"a": 1\n"b": 2}', "not valid JSON: line 3, column 1: Expecting ',' delimiter"),
+        ('{"a": ,}', "not valid JSON: line 1, column 7: Expecting value"),
+        ('{"max_steps": 1e400}', "max_steps is Infinity; write a finite number."),
+        ('{"learning_rate": -Infinity}', "learning_rate is -Infinity; write a finite number."),
+        ('{"layer_weights": [1, NaN]}', "layer_weights is [1, NaN]; write a finite number."),
+        ('{"lr_scheduler_kwargs": {"num_cycles": NaN}}', "write a finite number."),
+        ('{"max_steps": 99999999999999999999}', "max_steps is 99999999999999999999; write a number up to 4294967295."),
+        ('{"seed": 4294967296}', "seed is 4294967296; write a number up to 4294967295."),
+        (f'{{"learning_rate": 1{"0" * 400}}}', "...; write a number up to 4294967295."),
+        ('{"num_train_epochs": 1e308}', "num_train_epochs is 1e+308; write a number up to 1e+30."),
+        ('{"projector_mlp_ratio": 1e9}', "projector_mlp_ratio is 1000000000.0; write a number above 0"),
+        ('{"output_dir": ["a", "b"]}', 'output_dir is ["a", "b"]; write text in quotes.'),
+        ('{"student_revision": {"a": 1}}', 'student_revision is {"a": 1}; write text in quotes.'),
+        ('{"max_length": null}', "max_length is null; write a whole number."),
+        ('{"hub_token": ["hf_planted"]}', "hub_token is of the wrong kind; write text in quotes."),
+    ],
+)
+def test_a_wrong_file_is_refused_in_words(tmp_path, text, part):
+    path = tmp_path / "args.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    argv = [word for name, value in MINIMAL.items() for word in (f"--{name}", value)]
+    with pytest.raises(BadRequest) as caught:
+        parse_arguments([str(path), *argv, "--use_cpu"])
+    assert part in str(caught.value)
+    assert "hf_planted" not in str(caught.value)
+
+
+def test_a_folder_is_no_arguments_file_and_a_byte_order_mark_does_no_harm(tmp_path):
+    with pytest.raises(BadRequest, match=rf"^The arguments file {tmp_path} cannot be read: Is a directory\.$"):
+        parse_arguments([str(tmp_path)])
+    path = tmp_path / "marked.json"
+    path.write_text(json.dumps({**MINIMAL, "use_cpu": True}), encoding="utf-8-sig")
+    assert parse_arguments([str(path)]).data.dataset_name == "quickstart"
+
+
+def test_a_micro_batch_that_no_device_holds_is_refused(tmp_path):
+    message = refused(tmp_path, per_device_train_batch_size=10**6, max_length=4096)
+    assert message.startswith("One micro-batch could hold 4096000000 tokens, more than 16777216; lower")
+
+
+def test_text_on_the_command_line_where_a_number_belongs(tmp_path):
+    message = refused(tmp_path, "--learning_rate", "fast", "--max_steps", "1.5", "--lm_weight", "nan")
+    assert message.splitlines() == [
+        'learning_rate is "fast"; write a number.',
+        'max_steps is "1.5"; write a whole number.',
+        "lm_weight is NaN; write a finite number.",
+    ]
+
+
+def test_secrets_are_masked_where_arguments_are_written(tmp_path):
+    arguments = parse_arguments([write(tmp_path, hub_token="hf_planted")])
+    assert "hf_planted" not in json.dumps(arguments.to_dict(), default=str)
+
+
+def test_a_word_of_the_command_line_that_is_no_text_is_refused_and_not_shown():
+    with pytest.raises(BadRequest, match="The command line holds text that is not UTF-8") as refusal:
+        parse_arguments(["--hub_token", "hf_secret\udcff"])
+    assert "secret" not in str(refusal.value)

@@ -1,0 +1,122 @@
+import pytest
+import torch
+from helpers.trainers import make_trainer
+
+from kava_trainer.distillation.calibration import Moments
+from kava_trainer.utils.errors import BadRequest
+
+
+def tokens(count, size, seed, mix=True):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, generator=generator)
+    return x @ torch.randn(size, size, generator=generator) + 3 if mix else x
+
+
+def filled(parts, x, y):
+    moments = Moments(x.shape[1], y.shape[1])
+    for rows in torch.arange(len(x)).tensor_split(parts):
+        moments.add(x[rows], y[rows])
+    return moments
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_ridge_equals_the_closed_form_on_all_tokens_at_once(parts):
+    x, y = tokens(200, 6, 0), tokens(200, 4, 1)
+    weight, bias = filled(parts, x, y).ridge(penalty=0.1)
+    a, b = (z.double() - z.double().mean(0) for z in (x, y))
+    damping = 0.1 * (a * a).mean() * len(a)
+    expected = torch.linalg.solve(a.T @ a + damping * torch.eye(6, dtype=torch.float64), a.T @ b).T
+    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(bias, y.double().mean(0) - expected @ x.double().mean(0))
+
+
+def test_a_linear_relation_is_found():
+    x = tokens(500, 6, 0)
+    y = x @ tokens(6, 4, 1, mix=False) + 2
+    weight, bias = filled(3, x, y).ridge(penalty=1e-9)
+    torch.testing.assert_close(x.double() @ weight.T + bias, y.double(), rtol=1e-4, atol=1e-4)
+
+
+def projected_on_principal_axes(x, weight):
+    axes = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False).Vh[: len(weight)]
+    return weight[: len(axes)] @ axes.T
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_the_principal_map_keeps_the_largest_axes_and_their_proportions(size):
+    x, y = tokens(400, 6, 0), tokens(400, size, 1)
+    weight, bias = filled(5, x, y).principal(turn=False)
+    along = projected_on_principal_axes(x, weight)
+    torch.testing.assert_close(along, along.diagonal().diag(), rtol=0, atol=1e-5)
+    projected = x.double() @ weight.T + bias
+    torch.testing.assert_close(projected.mean(0), torch.zeros(size, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert projected.square().sum().item() == pytest.approx(((y - y.mean(0)) ** 2).sum().item(), rel=1e-4)
+    kept = min(size, 6)
+    ratios = torch.linalg.svdvals(projected)[:kept] / torch.linalg.svdvals(x.double() - x.double().mean(0))[:kept]
+    torch.testing.assert_close(ratios, ratios[0].expand(kept), rtol=1e-4, atol=0)
+
+
+def test_the_principal_map_is_turned_towards_states_that_mean_something():
+    x = tokens(400, 6, 0)
+    axes = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:4]
+    rotation = torch.linalg.qr(tokens(4, 4, 2, mix=False)).Q
+    y = 7 * (x - x.mean(0)) @ axes.T @ rotation + 1
+    weight, bias = filled(3, x, y).principal(turn=True)
+    torch.testing.assert_close(x.double() @ weight.T + bias, y.double() - 1, rtol=1e-3, atol=1e-3)
+
+
+def test_ranks_add_up():
+    x, y = tokens(50, 3, 0), tokens(50, 2, 1)
+    whole, first, second = filled(1, x, y), filled(1, x[:20], y[:20]), filled(1, x[20:], y[20:])
+    parts = iter([second._inputs, second._squares])
+    first.reduce(lambda sums: sums + next(parts), "cpu")
+    for ours, theirs in zip(first.ridge(), whole.ridge(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher"])
+def test_the_least_squares_start_agrees_better_and_changes_the_last_layer_alone(tmp_path, tokenizer, direction):
+    changes = {"projector_direction": direction, "projector_anchor": "none", "layer_mapping": "uniform:2"}
+    trainer = make_trainer(tmp_path, tokenizer, count=60, projector_init="least_squares", **changes)
+    before = trainer.run_probe()
+    names = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    generator = torch.get_rng_state()
+    trainer.calibrate()
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert trainer.model.training
+    after = trainer.run_probe()
+    for first, second in zip(before.pairs, after.pairs, strict=True):
+        assert second.cos_sim > first.cos_sim + 0.2
+        assert second.margin > first.margin
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(names[name], parameter)}
+    assert changed == {f"target.projectors.{i}.down.{part}" for i in range(2) for part in ("weight", "bias")}
+
+
+def test_the_pca_targets_are_the_teachers_principal_subspace_and_never_move(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, count=60, projector_anchor="pca", max_steps=3)
+    trainer.calibrate()
+    first = {name: buffer.clone() for name, buffer in trainer.target.named_buffers()}
+    assert all(buffer.abs().sum() > 0 for buffer in first.values())
+    trainer.train()
+    for name, buffer in trainer.target.named_buffers():
+        assert torch.equal(buffer, first[name]), name
+    assert trainer.probe.last is None
+    assert trainer.evaluate()["eval_target_effective_rank"] > 8
+
+
+def test_a_resumed_run_is_not_calibrated_again(tmp_path, tokenizer, monkeypatch):
+    changes = {"projector_anchor": "pca", "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "count": 60}
+    trainer = make_trainer(tmp_path, tokenizer, **changes)
+    trainer.train()
+    final = trainer.target.state_dict()
+    again = make_trainer(tmp_path, tokenizer, **changes)
+    monkeypatch.setattr(again, "calibrate", lambda: pytest.fail("calibrated again"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, tensor in again.target.state_dict().items():
+        assert torch.equal(tensor, final[name]), name
+
+
+def test_too_few_tokens_are_refused(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, projector_anchor="pca", calibration_tokens=8)
+    with pytest.raises(BadRequest, match="raise calibration_tokens"):
+        trainer.train()

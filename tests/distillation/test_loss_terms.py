@@ -1,0 +1,156 @@
+import math
+
+import pytest
+import torch
+from helpers.data import random_examples
+from helpers.models import TEACHER_LAYERS
+from helpers.trainers import loss_lines, make_trainer
+
+from kava_trainer.distillation.loss_terms import needed_teacher_layers, schedule_factor
+from kava_trainer.distillation.losses import generalized_jsd_per_token
+from kava_trainer.distillation.token_means import TokenMeans
+from kava_trainer.evaluation.probe import GRADIENT_EXAMPLES, MINIMUM_SHARE, ShareWatch
+
+ALL_TERMS = {"mercator_weight": 0.8, "mse_weight": 0.2, "lm_weight": 1.0, "kd_weight": 0.5, "anchor_weight": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0])]
+)
+def test_schedules_fall_from_one_to_zero_or_stay(schedule, values):
+    assert [schedule_factor(schedule, progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx(values)
+    assert schedule_factor(schedule, 0.25) >= schedule_factor(schedule, 0.75)
+
+
+def measured(trainer):
+    batch = trainer.data_collator(random_examples(4, seed=3))
+    trainer.model.eval()
+    with torch.no_grad():
+        states = trainer.terms.teacher_states(batch)
+        weights = trainer.terms.weights(0.0)
+        outputs = trainer.terms.student_outputs(trainer.model, batch, states, weights)
+        means = TokenMeans()
+        return batch, outputs, trainer.terms.loss(outputs, batch, weights, means=means), means
+
+
+def test_every_term_is_computed_from_both_models(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, projector_anchor="reconstruction", kd_temperature=2.0, kd_beta=0.5, **ALL_TERMS
+    )
+    batch, outputs, loss, means = measured(trainer)
+    assert list(trainer.terms.weights(0.0)) == ["mercator", "mse", "anchor", "lm", "kd"]
+    terms = means.drain(lambda sums: sums)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    teacher = trainer.teacher.model(**inputs).logits.detach()
+    student = trainer.student(**inputs).logits.detach()
+    answers = batch["labels"][:, 1:] != -100
+    expected = generalized_jsd_per_token(student[:, :-1][answers], teacher[:, :-1][answers], 2.0, 0.5).mean()
+    assert terms["kd_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    mask = batch["attention_mask"].bool()
+    pair = outputs.pairs[0]
+    assert terms["mse_loss"] == pytest.approx(((pair.student - pair.target) ** 2).mean(-1)[mask].mean().item())
+    weights = {"mercator": 0.8, "mse": 0.2, "anchor": 2.0, "lm": 1.0, "kd": 0.5}
+    assert loss.item() == pytest.approx(sum(weight * terms[f"{name}_loss"] for name, weight in weights.items()))
+
+
+def test_log_lines_have_each_term_raw_and_weighted_and_add_up_to_the_loss(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, projector_anchor="reconstruction", max_steps=2, **ALL_TERMS)
+    trainer.train()
+    for line in loss_lines(trainer):
+        names = [name.removesuffix("_weighted") for name in line if name.endswith("_weighted")]
+        assert names == ["mercator", "mse", "anchor", "lm", "kd"]
+        assert all(line[f"{name}_loss"] > 0 for name in names)
+        assert sum(line[f"{name}_weighted"] for name in names) == pytest.approx(line["loss"], rel=1e-3)
+
+
+def test_the_schedule_moves_the_alignment_alone(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, projector_anchor="reconstruction", alignment_schedule="linear", **ALL_TERMS
+    )
+    expected = {"mercator": 0.2, "mse": 0.05, "anchor": 2.0, "lm": 1.0, "kd": 0.5}
+    assert trainer.terms.weights(0.75) == pytest.approx(expected)
+    plain = {"mercator_weight": 2.0, "lm_weight": 1.0, "alignment_schedule": "linear", "max_steps": 4}
+    trainer = make_trainer(tmp_path, tokenizer, **plain)
+    trainer.train()
+    factors = [line["mercator_weighted"] / line["mercator_loss"] for line in loss_lines(trainer)]
+    assert factors == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, [1, TEACHER_LAYERS]),
+        ({"mercator_weight": 0.0}, []),
+        ({"mercator_weight": 0.0, "kd_weight": 1.0}, [TEACHER_LAYERS]),
+        ({"mercator_weight": 0.0, "mse_weight": 1.0}, [1, TEACHER_LAYERS]),
+        ({"kd_weight": 1.0, "layer_mapping": "[[1, 2]]"}, [2, TEACHER_LAYERS]),
+    ],
+)
+def test_the_teacher_gives_only_the_layers_that_a_term_reads(tmp_path, tokenizer, changes, layers):
+    trainer = make_trainer(tmp_path, tokenizer, **{"layer_mapping": "uniform:2", **changes})
+    assert needed_teacher_layers(trainer.args, trainer.target, TEACHER_LAYERS) == layers
+
+
+def test_divergence_alone_trains_the_student_and_aligns_nothing(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, mercator_weight=0.0, lm_weight=0.0, kd_weight=1.0, max_steps=2)
+    trainer.train()
+    assert set(loss_lines(trainer)[0]) >= {"kd_loss", "kd_weighted"}
+    assert "cos_sim" not in loss_lines(trainer)[0]
+    assert trainer.evaluate()["eval_lm_loss"] > 0
+
+
+def test_gradient_shares_are_those_of_each_term_alone(tmp_path, tokenizer):
+    changes = {"mercator_weight": 3.0, "kd_weight": 0.5, "projector_dropout": 0.0}
+    trainer = make_trainer(tmp_path, tokenizer, projector_anchor="reconstruction", **changes)
+    generator = torch.get_rng_state()
+    shares = trainer.run_probe().gradient_shares
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    norms = {}
+    batch = trainer.data_collator(list(trainer.eval_dataset)[:GRADIENT_EXAMPLES])
+    for name, weight in trainer.terms.weights(0.0).items():
+        trainer.model.zero_grad()
+        trainer.model.train()
+        states = trainer.terms.teacher_states(batch)
+        weights = {name: weight}
+        outputs = trainer.terms.student_outputs(trainer.model, batch, states, weights)
+        trainer.terms.loss(outputs, batch, weights).backward()
+        grads = [parameter.grad for parameter in trainer.student.parameters() if parameter.grad is not None]
+        norms[name] = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
+    assert norms["anchor"] == 0
+    assert shares == pytest.approx({name: norm / sum(norms.values()) for name, norm in norms.items()}, rel=1e-4)
+
+
+def test_shares_are_logged_and_a_term_without_effect_is_named_once(tmp_path, tokenizer, capsys):
+    trainer = make_trainer(tmp_path, tokenizer, mercator_weight=1e-5, eval_strategy="steps", eval_steps=1, max_steps=3)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_mercator_gradient_share" in line]
+    assert [line["eval_mercator_gradient_share"] < MINIMUM_SHARE for line in lines] == [True, True, True]
+    assert capsys.readouterr().out.count("The term mercator gives less than 1% of the student's gradient") == 1
+
+
+def test_a_term_counts_as_without_effect_where_it_was_small_twice_and_is_named_once():
+    watch = ShareWatch({"anchor"})
+    assert watch.without_effect({"lm": 0.001, "kd": 0.5, "anchor": 0.0}) == []
+    assert watch.without_effect({"lm": 0.001, "kd": 0.0, "anchor": 0.0}) == ["lm"]
+    assert watch.without_effect({"lm": 0.001, "kd": 0.0, "anchor": 0.0}) == ["kd"]
+    assert watch.without_effect({"lm": 0.001, "kd": 0.0, "anchor": 0.0}) == []
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_shares_are_the_same_with_gradient_checkpointing(tmp_path, tokenizer, reentrant):
+    plain = make_trainer(tmp_path, tokenizer, projector_dropout=0.0)
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    checkpointed = make_trainer(tmp_path, tokenizer, projector_dropout=0.0, max_steps=1, learning_rate=0.0, **kwargs)
+    shares = plain.run_probe().gradient_shares
+    checkpointed.train()
+    first = next(line for line in checkpointed.state.log_history if "probe_lm_gradient_share" in line)
+    assert first["probe_lm_gradient_share"] == pytest.approx(shares["lm"], rel=1e-3)
+
+
+def test_the_probe_leaves_gradients_that_are_there_as_they_are(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    gradient = torch.ones_like(trainer.student.lm_head.weight)
+    trainer.student.lm_head.weight.grad = gradient
+    trainer.run_probe()
+    assert trainer.student.lm_head.weight.grad is gradient

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from helpers.models import tiny_llama
+
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.distillation.projector import PrincipalProjection, ProjectorConfig, build_projector, normalise
+from kava_trainer.distillation.targets import HiddenStateTarget, build_target
+from kava_trainer.utils.errors import BadRequest
+
+MASK = torch.tensor([[True, True, False]])
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    student = {layer: torch.randn(1, 3, 6, generator=generator, requires_grad=True) for layer in (1, 2)}
+    teacher = {layer: torch.randn(1, 3, 8, generator=generator) for layer in (1, 4)}
+    return student, teacher
+
+
+def make(direction, weights=None, anchor="none"):
+    sizes = (8, 6) if direction == "teacher_to_student" else (6, 8)
+    config = ProjectorConfig(*sizes, dropout=0.0, anchor=anchor)
+    return HiddenStateTarget([(1, 1), (2, 4)], config, direction=direction, weights=weights)
+
+
+def test_teacher_to_student_moves_the_target_and_leaves_the_student_as_it_is():
+    student, teacher = inputs()
+    target = make("teacher_to_student")
+    pair = target(student, teacher)[1]
+    assert pair.student is student[2]
+    assert torch.equal(pair.target, target.projectors[1](teacher[4]))
+
+
+def test_student_to_teacher_leaves_the_target_as_it_is():
+    student, teacher = inputs()
+    target = make("student_to_teacher")
+    pair = target(student, teacher)[1]
+    assert pair.target is teacher[4]
+    assert torch.equal(pair.student, target.projectors[1](student[2]))
+    assert target.student_size == 6
+    target.align([pair], MASK, {"mercator"})[0].terms["mercator"].sum().backward()
+    assert student[2].grad[MASK].abs().min() > 0
+
+
+def test_pairs_are_weighted_by_proportion():
+    target = make("teacher_to_student", weights=[1, 3])
+    assert target.mean([torch.tensor(1.0), torch.tensor(5.0)]).item() == pytest.approx(4.0)
+    assert make("teacher_to_student").mean([torch.tensor(1.0), torch.tensor(5.0)]).item() == pytest.approx(3.0)
+
+
+def test_the_reconstruction_anchor_is_the_share_of_variance_that_is_lost():
+    student, teacher = inputs()
+    target = make("teacher_to_student", anchor="reconstruction")
+    alignment = target.align(target(student, teacher), MASK, {"anchor"})[1]
+    assert set(alignment.terms) == {"anchor"}
+    rebuilt = target.decoders[1](target.projectors[1](teacher[4]))
+    expected = ((rebuilt - normalise(teacher[4])) ** 2).mean(-1)
+    torch.testing.assert_close(alignment.terms["anchor"][MASK], expected[MASK])
+    with torch.no_grad():
+        target.decoders[1].weight.zero_()
+        target.decoders[1].bias.zero_()
+    blind = target.align(target(student, teacher), MASK, {"anchor"})[1].terms["anchor"][MASK]
+    torch.testing.assert_close(blind, torch.ones(2), rtol=1e-3, atol=0)
+    gradients = torch.autograd.grad(alignment.terms["anchor"].sum(), list(student.values()), allow_unused=True)
+    assert gradients == (None, None)
+
+
+def test_the_pca_anchor_has_nothing_to_train():
+    projector = build_projector(ProjectorConfig(8, 6, anchor="pca"))
+    assert isinstance(projector, PrincipalProjection)
+    assert not list(projector.parameters())
+    assert set(projector.state_dict()) == {"weight", "bias"}
+
+
+def arguments(**changes):
+    defaults = {"projector_direction": "teacher_to_student", "projector_init": "random"}
+    return KavaTrainingArguments(output_dir="unused", use_cpu=True, **{**defaults, **changes})
+
+
+def test_the_arguments_decide_the_target():
+    models = (tiny_llama(16, 2), tiny_llama(32, 4))
+    target = build_target(arguments(layer_mapping="uniform:2", layer_weights=[1, 4]), *models)
+    assert target.pairs == [(1, 1), (2, 4)]
+    assert target.shares == [0.2, 0.8]
+    config = (
+        build_target(
+            arguments(projector_direction="student_to_teacher", projector_anchor="none", projector_mlp_ratio=2.0),
+            *models,
+        )
+        .projectors[0]
+        .config
+    )
+    assert (config.input_size, config.output_size, config.mlp_ratio) == (16, 32, 2.0)
+
+
+def test_as_many_weights_as_pairs_are_asked_for():
+    with pytest.raises(BadRequest, match=r"layer_weights has 3 numbers, but layer_mapping uniform:2 gives 2 pairs"):
+        build_target(
+            arguments(layer_mapping="uniform:2", layer_weights=[1, 1, 1]), tiny_llama(16, 2), tiny_llama(32, 4)
+        )

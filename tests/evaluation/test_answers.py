@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.data import random_examples
+from helpers.models import tiny_llama
+
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.evaluation.answers import answer_cross_entropy, evaluate_model, generate_answers
+from kava_trainer.evaluation.final_answer_match.final_answer_match import FinalAnswerMatch, is_exact_match
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("so 5+13=18\n#### 18", "... #### 18", True),
+        ("#### 18.", "#### 18", True),
+        ("#### 1,800", "#### 1800", True),
+        ("#### 1800", "#### 1,800", True),
+        ("It costs $18", "#### 18", True),
+        ("#### $18", "#### 18", True),
+        ("#### 18.0", "#### 18", True),
+        ("#### 18.5", "#### 18", False),
+        ("#### -3", "#### 3", False),
+        ("#### -$3", "#### -3", True),
+        ("#### 1/2", "#### 0.5", True),
+        ("#### 18 dollars", "#### 18", True),
+        ("#### 18", "#### 18 dollars", True),
+        ("#### \N{MINUS SIGN}3", "#### -3", True),
+        ("1" * 5000, "#### 18", False),
+        ("#### 18\n#### 20", "#### 18", True),
+        ("8 - 5 = 3, so 8-3", "#### 3", True),
+        ("the answer", "#### 18", False),
+        ("", "#### 18", False),
+        ("#### ", "#### 18", False),
+        ("18 and then 20", "#### 18", False),
+        ("Paris.", "paris", True),
+        ("London", "Paris", False),
+        ("in the year 1900 it was Paris", "Paris 1900", False),
+    ],
+)
+def test_answers_are_read_as_people_mean_them(prediction, reference, expected):
+    assert is_exact_match(prediction, reference) is expected
+
+
+def test_no_answers_have_no_exact_match():
+    with pytest.raises(ValueError, match="There are no predictions"):
+        FinalAnswerMatch(keep_in_memory=True).compute(predictions=[], references=[])
+
+
+def test_the_metric_is_an_evaluate_metric():
+    metric = FinalAnswerMatch(keep_in_memory=True)
+    assert metric.compute(predictions=["#### 1", "2"], references=["#### 1", "#### 3"]) == {"exact_match": 0.5}
+
+
+def test_answer_cross_entropy_is_the_mean_over_all_answer_tokens(tokenizer):
+    model, rows = tiny_llama(32, 2), random_examples(7)
+    ours = answer_cross_entropy(model, Dataset.from_list(rows), DistillationCollator(tokenizer), batch_size=3)
+    total, count = 0.0, 0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for t, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                total, count = total - logits[t, label].item(), count + 1
+    assert ours == pytest.approx(total / count, rel=1e-5)
+    assert model.training
+
+
+def test_batched_generation_equals_generation_one_by_one(tokenizer):
+    model, data = tiny_llama(32, 2), Dataset.from_list(random_examples(5))
+    together, alone = (generate_answers(model, tokenizer, data, size, max_new_tokens=6) for size in (5, 1))
+    assert together == alone
+    ids = torch.tensor([data[3]["input_ids"][: data[3]["prompt_length"]]])
+    greedy = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert together[3] == tokenizer.decode(greedy, skip_special_tokens=True)
+
+
+def test_generation_is_greedy_whatever_the_model_s_own_defaults_are(tokenizer):
+    model, data = tiny_llama(32, 2), Dataset.from_list(random_examples(4))
+    plain = generate_answers(model, tokenizer, data, 4, max_new_tokens=12)
+    own = model.generation_config
+    own.repetition_penalty, own.num_beams, own.min_new_tokens = 5.0, 3, 12
+    assert generate_answers(model, tokenizer, data, 4, max_new_tokens=12) == plain
+    assert model.generation_config is own
+
+
+def test_a_model_is_evaluated_with_and_without_generation(tokenizer):
+    data = Dataset.from_list([{**row, "answer_text": "#### 1"} for row in random_examples(3)])
+    model, collator = tiny_llama(32, 2), DistillationCollator(tokenizer)
+    figures = evaluate_model(model, tokenizer, data, collator, 2)
+    assert figures["exact_match"] is None
+    assert math.log(figures["perplexity"]) == pytest.approx(answer_cross_entropy(model, data, collator, 2))
+    assert evaluate_model(model, tokenizer, data, collator, 2, max_new_tokens=3)["exact_match"] in (0, 1 / 3, 2 / 3, 1)

@@ -1,0 +1,50 @@
+"""One optimizer step for `outcomes.one_step`, in one process or one of several ranks; rank 0 writes the weights."""
+
+import sys
+
+import torch
+from transformers import AutoTokenizer
+
+from helpers import models
+from helpers.trainers import loss_lines, make_trainer
+from kava_trainer.quickstart import STUDENT_FOLDER
+from kava_trainer.utils.distributed import disconnect, whole
+
+
+def main(output: str, batch_size: str, accumulation: str, weighting: str, student: str = "tiny_llama") -> None:
+    mercator_weight, lm_weight = map(float, weighting.split(","))
+    trainer = make_trainer(
+        output,
+        AutoTokenizer.from_pretrained(STUDENT_FOLDER),
+        count=8,
+        model=getattr(models, student),
+        max_steps=1,
+        per_device_train_batch_size=int(batch_size),
+        gradient_accumulation_steps=int(accumulation),
+        projector_dropout=0.0,
+        optim="sgd",
+        max_grad_norm=0.0,
+        learning_rate=1.0,
+        projector_learning_rate=1.0,
+        lr_scheduler_type="constant",
+        mercator_weight=mercator_weight,
+        lm_weight=lm_weight,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    weights = {name: whole(parameter.detach()) for name, parameter in trainer.model.named_parameters()}
+    if trainer.is_world_process_zero():
+        state = {
+            "weights": weights,
+            "line": {k: v for k, v in loss_lines(trainer)[0].items() if isinstance(v, float)},
+            "evaluation": {name: metrics[f"eval_{name}"] for name in ("loss", "cos_sim", "lm_loss", "cka")},
+            "throughput": trainer.throughput()["padding_fraction"],
+            "world_size": trainer.args.world_size,
+            "wrapper": type(trainer.model_wrapped).__name__,
+        }
+        torch.save(state, f"{output}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    disconnect()

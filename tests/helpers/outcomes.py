@@ -1,0 +1,36 @@
+"""What steps and trainings in processes of their own end with."""
+
+import pytest
+import torch
+
+from helpers import fault_child
+from helpers.processes import Run, launch
+
+
+def one_step(folder, batch_size, accumulation, ranks, weights="1.0,1.0"):
+    """What `ddp_step` writes of a step."""
+    output = folder / f"{ranks}x{batch_size}x{accumulation}"
+    result = launch("helpers.ddp_step", output, batch_size, accumulation, weights, ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    return torch.load(f"{output}.pt", weights_only=True)
+
+
+def assert_same_step(split, whole_batch):
+    """Weights, log line and evaluation after a step are those of the whole batch in one process."""
+    assert split["weights"].keys() == whole_batch["weights"].keys()
+    for name, parameter in whole_batch["weights"].items():
+        torch.testing.assert_close(
+            split["weights"][name], parameter, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name in ("loss", "cos_sim", "mercator_loss", "lm_loss"):
+        assert split["line"][name] == pytest.approx(whole_batch["line"][name], rel=1e-5), name
+    assert split["evaluation"] == pytest.approx(whole_batch["evaluation"], rel=1e-4)
+
+
+def finish(folder, checkpoint, settings, ranks, function=fault_child.train):
+    """What a training writes that began anew or from a checkpoint."""
+    resume = str(checkpoint) if checkpoint else None
+    output = folder / "result.pt"
+    run = Run(function, folder, str(folder / "run"), str(output), resume, settings, ranks=ranks)
+    assert run.wait() == [0] * ranks, run.output()
+    return torch.load(output, weights_only=True)

@@ -1,0 +1,109 @@
+"""FSDP2 on gloo ranks. Of all that takes part only accelerate keeps sharding to accelerators; here it does not."""
+
+import os
+from contextlib import contextmanager
+from unittest import mock
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.checkpoint import FileSystemWriter
+
+import run_kava
+from helpers import ddp_step, fault_child
+from kava_trainer.config import launcher
+from kava_trainer.trainer import saving, weights
+from kava_trainer.trainer.trainer import KavaTrainer
+
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}  # fmt: skip
+"""What `accelerate launch --config_file training_args/accelerate/fsdp2.yaml` puts into the environment."""
+
+
+@contextmanager
+def sharding_on_cpu():
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        new = not AcceleratorState._shared_state
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if new:
+            assert self.distributed_type == DistributedType.MULTI_CPU
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    with (
+        mock.patch.dict(os.environ, LAUNCHED),
+        mock.patch.object(launcher, "SHARDING_DEVICES", {"cpu"}),
+        mock.patch.object(AcceleratorState, "__init__", init),
+    ):
+        yield
+
+
+def step(*arguments):
+    """One optimizer step of `ddp_step.py` with sharded weights."""
+    with sharding_on_cpu():
+        ddp_step.main(*arguments)
+    return 0
+
+
+def train(*arguments):
+    """A trainer's run of `fault_child.py` with sharded weights."""
+    with sharding_on_cpu():
+        return fault_child.train(*arguments)
+
+
+def run(*arguments):
+    """A whole run of `run_kava.py` with sharded weights, as `fault_child.py` starts it."""
+    with sharding_on_cpu():
+        return fault_child.run(*arguments)
+
+
+def run_and_signal(*arguments):
+    """As `run`, and a signal comes in the middle of it."""
+    with sharding_on_cpu():
+        return fault_child.run_and_signal(*arguments)
+
+
+def main(arguments):
+    """`run_kava.py` with a command line."""
+    with sharding_on_cpu():
+        return run_kava.main(arguments)
+
+
+def train_with_a_full_disk(place, *arguments):
+    """As `train`; the first save finds no room, on one rank alone."""
+    owner, name, rank = {
+        "student": (weights, "save_weights", "0"),
+        "projector": (saving, "write_projectors", "0"),
+        "shard": (FileSystemWriter, "write_data", "1"),
+    }[place]
+    original, calls = getattr(owner, name), 0
+
+    def refuse(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 1 and os.environ["RANK"] == rank:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    with mock.patch.object(owner, name, refuse):
+        return train(*arguments)
+
+
+def train_with_a_bad_step(*arguments):
+    """As `train`; the loss of one rank is no number in its third step."""
+    original = KavaTrainer.compute_loss
+
+    def compute(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = original(self, model, inputs, return_outputs, num_items_in_batch)
+        bad = num_items_in_batch is not None and self.state.global_step == 2 and os.environ["RANK"] == "1"
+        return loss * float("nan") if bad else loss
+
+    with mock.patch.object(KavaTrainer, "compute_loss", compute):
+        return train(*arguments)

@@ -1,0 +1,104 @@
+import json
+
+import pytest
+from datasets import Dataset
+from helpers.trainers import FILES
+
+from kava_trainer.config.arguments import KavaArguments, KavaTrainingArguments
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.runs.identity import check_output_dir, check_resumable, compare, data_digest, run_identity
+from kava_trainer.trainer.checkpoint import write_manifest
+from kava_trainer.utils.atomic_files import publish, stage
+from kava_trainer.utils.errors import BadRequest
+
+
+def identity(tmp_path, data="d", **changes):
+    model = ModelArguments(teacher_model_name_or_path="quickstart", student_model_name_or_path="quickstart")
+    for name in [name for name in changes if hasattr(model, name)]:
+        setattr(model, name, changes.pop(name))
+    training = KavaTrainingArguments(**{"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", **changes})
+    return run_identity(KavaArguments(model, DataArguments(dataset_name="quickstart"), training), data)
+
+
+def checkpoint(folder, run, step=2):
+    staging = stage(folder / f"checkpoint-{step}")
+    for file in FILES:
+        (staging / file).write_text("x")
+    write_manifest(staging, run)
+    publish(folder / f"checkpoint-{step}")
+    return folder / f"checkpoint-{step}"
+
+
+def test_an_identity_is_plain_json_without_secrets_and_equal_to_itself(tmp_path):
+    here = identity(tmp_path, hub_token="hf_planted")
+    assert json.loads(json.dumps(here)) == here
+    assert "hf_planted" not in json.dumps(here)
+    found = compare(here, identity(tmp_path, hub_token="hf_other"))
+    assert (found.incompatible, found.training, found.harmless) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"layer_mapping": "uniform:2"}, "layer_mapping was last, is uniform:2"),
+        ({"teacher_quantization": "4bit"}, "teacher_quantization was none, is 4bit"),
+        ({"teacher_model_name_or_path": "some/other"}, "teacher differs"),
+        ({"data": "other"}, "data differs"),
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"use_peft": True}, "use_peft was False, is True"),
+        ({"lora_r": 8}, "lora_r was 16, is 8"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules was all-linear, is .*q_proj.*"),
+        ({"student_quantization": "4bit"}, "student_quantization was none, is 4bit"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size was 2, is 4"),
+        ({"bf16": True}, "bf16 was False, is True"),
+    ],
+)
+def test_another_run_is_not_resumed(tmp_path, changes, told):
+    path = checkpoint(tmp_path, identity(tmp_path))
+    with pytest.raises(BadRequest, match=rf"checkpoint-2 was written by another run: {told}\."):
+        check_resumable(path, identity(tmp_path, **changes))
+
+
+def test_another_number_of_processes_is_not_resumed(tmp_path):
+    path = checkpoint(tmp_path, identity(tmp_path) | {"world_size": 4})
+    with pytest.raises(BadRequest, match="world_size was 4, is 1"):
+        check_resumable(path, identity(tmp_path))
+
+
+def test_harmless_and_other_differences_are_named(tmp_path):
+    path = checkpoint(tmp_path, identity(tmp_path))
+    found = check_resumable(path, identity(tmp_path, logging_steps=5, max_steps=70, learning_rate=1e-4))
+    assert found.harmless == ["logging_steps was 50, is 5"]
+    assert found.training == ["learning_rate was 5e-05, is 0.0001", "max_steps was -1, is 70"]
+
+
+def test_a_folder_with_checkpoints_of_a_different_run_is_left_alone(tmp_path):
+    checkpoint(tmp_path, identity(tmp_path))
+    (tmp_path / "checkpoint-9").mkdir()
+    check_output_dir(tmp_path, identity(tmp_path, logging_steps=5), resuming=False)
+    with pytest.raises(BadRequest, match=r"holds checkpoint-2 of a different run: learning_rate was 5e-05, is 0.01\."):
+        check_output_dir(tmp_path, identity(tmp_path, learning_rate=0.01), resuming=False)
+    check_output_dir(tmp_path, identity(tmp_path, learning_rate=0.01), resuming=True)
+    with pytest.raises(BadRequest, match="different run: seed"):
+        check_output_dir(tmp_path, identity(tmp_path, seed=1), resuming=True)
+
+
+def test_a_trainer_used_as_a_library_writes_no_identity_and_is_resumed(tmp_path):
+    found = check_resumable(checkpoint(tmp_path, None), identity(tmp_path))
+    assert (found.incompatible, found.training, found.harmless) == ([], [], [])
+
+
+def rows(*lengths):
+    return [{"input_ids": list(range(n)), "labels": [-100] * (n - 1) + [n - 1], "answer_text": "x"} for n in lengths]
+
+
+def test_the_digest_knows_tokens_labels_order_and_where_examples_end():
+    data = Dataset.from_list(rows(3, 4, 5))
+    assert data_digest(data) == data_digest(Dataset.from_list(rows(3, 4, 5)))
+    assert data_digest(data) == data_digest(Dataset.from_list(rows(9, 3, 4, 5)).select([1, 2, 3]))
+    others = [rows(4, 3, 5), rows(3, 4), [*rows(3, 4), {**rows(5)[0], "labels": [-100] * 5}]]
+    assert len({data_digest(Dataset.from_list(other)) for other in (rows(3, 4, 5), *others)}) == 4
+    joined = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3], "labels": [3]}]
+    apart = [{"input_ids": [1], "labels": [1]}, {"input_ids": [2, 3], "labels": [2, 3]}]
+    assert data_digest(Dataset.from_list(joined)) != data_digest(Dataset.from_list(apart))

@@ -1,0 +1,80 @@
+"""The benchmarks measure what they say: every way of doing a step does the same work."""
+
+import csv
+import sys
+
+import pytest
+import torch
+from helpers.data import write_problems
+from helpers.places import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bf16_updates
+import matrix
+import step
+
+
+@pytest.mark.parametrize("terms", ["hidden", "all"])
+def test_every_way_of_a_step_has_the_same_gradients(terms):
+    bench = step.Bench(step.SIZES["quickstart"], terms, torch.device("cpu"))
+    gradients = {}
+    bench.write_cache()
+    for way in "abcde":
+        bench.prepare()
+        getattr(bench, way)()
+        gradients[way] = {n: p.grad.clone() for n, p in bench.trainer.model.named_parameters() if p.grad is not None}
+    reference = gradients.pop("a")
+    for way, found in gradients.items():
+        assert found.keys() == reference.keys()
+        for name, gradient in found.items():
+            difference = (gradient - reference[name]).norm()
+            tolerance = 1e-2 if way == "e" else 1e-3  # the cache holds bfloat16
+            assert difference <= tolerance * reference[name].norm() + 1e-6, (way, name)
+
+
+def test_the_step_benchmark_writes_a_row_for_each_way(tmp_path, monkeypatch):
+    out = tmp_path / "folder" / "step.csv"
+    command = ["step.py", "--size", "quickstart", "--ways", "a,d,e,f,g", "--repeats", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    step.main()
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["way"] for row in rows] == ["a", "d", "e", "f", "g"]
+    assert tuple(rows[0]) == step.COLUMNS
+    assert all(float(row["seconds"]) > 0 and int(row["peak_memory_bytes"]) > 0 for row in rows)
+    assert float(rows[0]["ratio_to_usual"]) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_updates_tells_the_ways_apart(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    out = tmp_path / "updates.csv"
+    ways = ["float32", "bf16", "bf16, 8-bit states, rounded at random"]
+    command = ["bf16_updates.py", "--cases", "continued", "--ways", *ways, "--seeds", "0", "--steps", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, "--examples", "64", "--out", str(out)])
+    bf16_updates.main()
+    with out.open(newline="") as file:
+        rows = {
+            row["way"]: {k: row[k] for k in ("changed", "progress", "distance", "bytes_per_parameter")}
+            for row in csv.DictReader(file)
+        }
+    figures = {way: {name: float(value) for name, value in row.items()} for way, row in rows.items()}
+    assert list(figures) == ways
+    assert figures["float32"]["changed"] > 0.9
+    assert figures["float32"]["distance"] == 0
+    assert figures["float32"]["progress"] == pytest.approx(1)
+    assert figures["bf16"]["distance"] > 0
+    assert [figures[way]["bytes_per_parameter"] for way in ways] == pytest.approx([16, 8, 6.36], abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_cell_of_the_support_matrix_is_run_or_refused(tmp_path):
+    data = str(write_problems(tmp_path / "data.jsonl"))
+    outcomes = {}
+    for engine, changes in (("one process", matrix.TEACHERS["4-bit"]), ("DeepSpeed", {}), ("DDP", {"optim": "none"})):
+        folder = tmp_path / engine
+        folder.mkdir()
+        outcomes[engine] = matrix.cell(engine, matrix.CHANGES | changes, folder, data)
+    assert outcomes["one process"] == ("run", "resumed")
+    assert outcomes["DeepSpeed"][0].startswith("refused: deepspeed is not supported")
+    assert outcomes["DDP"][0].startswith("refused: optim is ")
