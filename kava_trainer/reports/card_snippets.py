@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from ..data.formats import PROMPT
+from .summary import Summary
 
 PROJECTOR_FOLDER = "projector"
 """Where the projector is in a repository."""
@@ -63,7 +64,7 @@ def _loading(name: str, revision: str | None, arguments: dict[str, Any]) -> str:
     return "\n".join([*lines, f"tokenizer = {_call('AutoTokenizer', name, revision, trusting)}"])
 
 
-def usage_code(name: str, revision: str | None, summary: dict[str, Any]) -> str:
+def usage_code(name: str, revision: str | None, summary: Summary) -> str:
     """Code that loads a student and prints its answer to a prompt of the kind that it was trained on.
 
     Args:
@@ -71,7 +72,7 @@ def usage_code(name: str, revision: str | None, summary: dict[str, Any]) -> str:
         revision: the branch it is on, where that is not the main one.
         summary: of the run.
     """
-    kind, arguments = summary.get("prompt_kind") or "prompt", summary["arguments"]
+    kind, arguments = summary.prompt_kind or "prompt", summary.arguments
     asked = _CHAT if kind == "messages" else [_PROMPTS[kind], _TOKENISED]
     length = arguments["generation_max_new_tokens"] or MOST_TOKENS
     lines = [

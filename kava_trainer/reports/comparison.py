@@ -4,11 +4,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .charts import compared_charts
 from .page import drawn, render, write_text
 from .run_reader import RunRecord
+from .summary import Summary
 from .tables import Figure, alignment_figures, cost_figures, evaluation_rows, verdict_of
 
 _WHERE = {"output_dir", "final_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
@@ -25,15 +25,15 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def differing_arguments(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+def differing_arguments(summaries: Sequence[Summary]) -> list[tuple[str, list[str]]]:
     """The arguments that are not the same in all runs, with the value of each; `-` where a run does not tell."""
-    asked = [summary["arguments"] for summary in summaries]
+    asked = [summary.arguments for summary in summaries]
     names = dict.fromkeys(name for arguments in asked for name in arguments if name not in _WHERE)
     shown = [(name, [json.dumps(a[name], ensure_ascii=False) if name in a else "-" for a in asked]) for name in names]
     return [(name, values) for name, values in shown if len(set(values)) > 1]
 
 
-def _results(summary: dict[str, Any]) -> list[Figure]:
+def _results(summary: Summary) -> list[Figure]:
     """The figures of one run that are compared."""
     evaluated = [
         Figure(figure.place, f"{label}: {figure.label.lower()}", figure.value)

@@ -12,7 +12,7 @@ from ..utils.redaction import without_secrets
 from .charts import Chart, charts
 from .plots import COLOURS, DASHES, Bars, bars_svg, chart_svg, write_png
 from .run_reader import RunRecord
-from .summary import REPORT_PAGE, REPORT_PICTURE
+from .summary import REPORT_PAGE, REPORT_PICTURE, Summary
 from .tables import (
     EVALUATED,
     NOT_MEASURED,
@@ -60,7 +60,7 @@ def flat(values: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def bars_of(summary: dict[str, Any]) -> dict[str, Bars]:
+def bars_of(summary: Summary) -> dict[str, Bars]:
     """What is drawn as bars, by title."""
     titles = {"Cross-entropy, nats: lower is better": "cross_entropy", "Exact match: higher is better": "exact_match"}
     place = list(EVALUATED).index
@@ -75,23 +75,16 @@ def _bars_in_words(title: str, bars: Bars) -> str:
     return f"{title}. {', '.join(f'{label} {text}' for label, _, text in bars)}."
 
 
-def _samples(summary: dict[str, Any]) -> list[dict[str, Any]]:
+def _samples(summary: Summary) -> list[dict[str, Any]]:
     """The held-out problems with the answer of each model and whether it is right; None where it gave none."""
     return [
         {
-            "prompt": sample["prompt"],
-            "reference": sample["reference"],
-            "answers": [
-                (label, sample["answers"].get(who), sample.get("matches", {}).get(who)) for who, label in WHO.items()
-            ],
+            "prompt": sample.prompt,
+            "reference": sample.reference,
+            "answers": [(label, sample.answers.get(who), sample.matches.get(who)) for who, label in WHO.items()],
         }
-        for sample in summary["samples"]
+        for sample in summary.samples
     ]
-
-
-def _fidelity(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What quantising cost the teacher, as rows; none where it was not quantised."""
-    return flat(summary["teacher_fidelity"] or {})
 
 
 def report_page(record: RunRecord) -> str:
@@ -122,9 +115,9 @@ def report_page(record: RunRecord) -> str:
         charts=drawn(made),
         empty=empty,
         samples=_samples(summary),
-        fidelity=_fidelity(summary),
-        environment=flat(summary["environment"]),
-        arguments=flat(summary["arguments"]),
+        fidelity=flat(summary.teacher_fidelity or {}),
+        environment=flat(summary.environment),
+        arguments=flat(summary.arguments),
     )
 
 
@@ -134,7 +127,7 @@ def _write_picture(record: RunRecord, path: Path) -> None:
     made = {chart.name: chart for chart in charts(record.log_history)[0]}
     chosen = [made.pop(name) for name in _IN_PICTURE if name in made]
     chosen = [*chosen, *made.values()][:4]
-    title = f"{teacher} \N{RIGHTWARDS ARROW} {student} on {data}, {record.summary['global_step']} steps"
+    title = f"{teacher} \N{RIGHTWARDS ARROW} {student} on {data}, {record.summary.global_step} steps"
     colour = _VERDICT_COLOURS[verdict.kind]
     lines = [without_secrets(line) for line in verdict.reasons]
     write_png(path, without_secrets(title), verdict.word, colour, lines, chosen, bars_of(record.summary))

@@ -6,6 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
 _FEW = 40
 """A curve with at most so many points shows each of them."""
 
-_SVG = {"svg.fonttype": "none", "svg.hashsalt": "kava"}
+_SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kava"}
 
 _VARIABLES = {
     **{colour: f"var(--{name})" for name, colour in INKS.items()},
@@ -174,7 +175,7 @@ def write_png(
         bars: two of them by title.
     """
     figure = Figure(figsize=(16, 9), dpi=100, facecolor=INKS["paper"])
-    plain = {"parse_math": False, "va": "top"}  # a name may hold dollar signs
+    plain: dict[str, Any] = {"parse_math": False, "va": "top"}  # a name may hold dollar signs
     figure.text(0.03, 0.965, textwrap.shorten(title, 110), size=17, color=INKS["quiet"], **plain)
     figure.text(0.03, 0.925, verdict, size=34, weight="bold", color=colour, **plain)
     told = [line for text in lines for line in textwrap.wrap(text, 150)]
@@ -194,7 +195,7 @@ def write_png(
         axes = figure.add_subplot(grid[row, 2])
         _draw_bars(axes, rows)
         axes.set_title(name, loc="left", color=INKS["ink"], size=14, weight="bold", pad=24, x=-0.28)
-        axes.set_position([0.76, axes.get_position().y0, 0.225, axes.get_position().height])
+        axes.set_position((0.76, axes.get_position().y0, 0.225, axes.get_position().height))
     with warnings.catch_warnings():  # a name in a script that matplotlib's font lacks shows as boxes, and that is all
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, format="png")

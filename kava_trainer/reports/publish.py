@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -24,7 +24,7 @@ from ..utils.redaction import without_secrets
 from .card_snippets import PROJECTOR_FOLDER
 from .model_card import is_untouched, render_model_card
 from .recipe import RECIPE_FILE, recipe_text
-from .summary import REPORT_PAGE, REPORT_PICTURE, SUMMARY_FILE
+from .summary import REPORT_PAGE, REPORT_PICTURE, SUMMARY_FILE, Summary
 
 CARD_FILE = "README.md"
 
@@ -82,7 +82,7 @@ def make_repository(place: Place, student: Path, output_dir: str | Path) -> Repo
         raise RunFailed(not_sent(place, student, output_dir, error)) from error
 
 
-def write_card(student: Path, name: str, summary: dict[str, Any], revision: str | None = None) -> bool:
+def write_card(student: Path, name: str, summary: Summary, revision: str | None = None) -> bool:
     """Write the model card into the student's folder; False where somebody has changed the one that is there."""
     path = student / CARD_FILE
     if path.is_file() and not is_untouched(path.read_text(encoding="utf-8")):
@@ -92,15 +92,13 @@ def write_card(student: Path, name: str, summary: dict[str, Any], revision: str 
     return True
 
 
-def gather(
-    output_dir: str | Path, student: Path, summary: dict[str, Any], place: Place, staging: Path
-) -> dict[str, Path]:
+def gather(output_dir: str | Path, student: Path, summary: Summary, place: Place, staging: Path) -> dict[str, Path]:
     """The files that a repository receives, by their paths in it. Nothing local is changed.
 
     Args:
         output_dir: of the run.
         student: the folder of the finished student; its `final_projector.pth` is beside it.
-        summary: the content of `run_summary.json`.
+        summary: of the run.
         place: where they go.
         staging: an empty folder for what is made for the hub alone.
     """
@@ -139,7 +137,7 @@ def _clean(path: Path, staging: Path) -> Path:
 
 
 def publish(
-    console: Console, output_dir: str | Path, student: Path, summary: dict[str, Any], place: Place, bars: bool = True
+    console: Console, output_dir: str | Path, student: Path, summary: Summary, place: Place, bars: bool = True
 ) -> str | None:
     """Send a finished run to its repository, which must be there, in one commit.
 
@@ -149,7 +147,7 @@ def publish(
         console: says what is sent.
         output_dir: of the run.
         student: the folder of the finished student.
-        summary: the content of `run_summary.json`.
+        summary: of the run.
         place: where to.
         bars: show progress bars.
 
@@ -216,7 +214,7 @@ def _commit(files: dict[str, Path], size: int, place: Place) -> None:
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     there = api.list_repo_files(place.repo_id, revision=place.revision)
     deletions = [CommitOperationDelete(name) for name in there if name not in files and _is_replaced(name)]
-    with tqdm(total=size, unit="B", unit_scale=True, desc="Sent") as bar:
+    with cast(Any, tqdm)(total=size, unit="B", unit_scale=True, desc="Sent") as bar:
         for addition in additions:
             api.preupload_lfs_files(place.repo_id, [addition], revision=place.revision, free_memory=False)
             bar.update(addition.upload_info.size)

@@ -11,6 +11,7 @@ from ..config.arguments import KavaTrainingArguments
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART, ModelArguments
 from ..utils.redaction import is_secret_name
+from .summary import Summary
 
 RECIPE_FILE = "recipe.json"
 
@@ -30,23 +31,20 @@ _BECOMES = {
 """What `TrainingArguments` makes of the defaults of some fields."""
 
 
-def recipe_of(summary: dict[str, Any]) -> dict[str, Any]:
+def recipe_of(summary: Summary) -> dict[str, Any]:
     """What differs from the defaults in the arguments of a run, without secrets.
-
-    Args:
-        summary: the content of `run_summary.json`.
 
     Returns:
         Arguments as `run_kava.py` reads them from a JSON file. Local paths are as they were. What the run was called,
         where it was sent on the hub and which checkpoint it went on from are left out.
     """
-    given = summary["arguments"]
+    given = summary.arguments
     found = {}
     for field in (field for group in _GROUPS for field in fields(group) if field.init and field.name in given):
         name, value = field.name, given[field.name]
         if name not in _OF_ONE_RUN and not is_secret_name(name) and not _is_default(name, value, _default(field)):
             found[name] = value
-    found = {name: value for name, value in found.items() if not _follows(name, value, given, summary["environment"])}
+    found = {name: value for name, value in found.items() if not _follows(name, value, given, summary.environment)}
     if "accelerator_config" in found:
         usual = AcceleratorConfig(dispatch_batches=False).to_dict()  # as the arguments set it
         own = {key: value for key, value in found.pop("accelerator_config").items() if value != usual.get(key)}
@@ -54,7 +52,7 @@ def recipe_of(summary: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def recipe_text(summary: dict[str, Any]) -> str:
+def recipe_text(summary: Summary) -> str:
     """`recipe_of` as the text of a JSON file."""
     return json.dumps(recipe_of(summary), indent=2, ensure_ascii=False) + "\n"
 
@@ -64,8 +62,8 @@ def with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     return {field.name: _default(field) for group in _GROUPS for field in fields(group) if field.init} | arguments
 
 
-def _default(field: Field) -> Any:
-    value = field.default if field.default is not MISSING else field.default_factory()
+def _default(field: Field[Any]) -> Any:
+    value = field.default_factory() if field.default_factory is not MISSING else field.default
     return value.value if isinstance(value, Enum) else value
 
 

@@ -1,9 +1,8 @@
 """What a run has left on disk, read back: also of a run that was cut off and wrote no summary."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from itertools import starmap
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..trainer.final_student import FINAL_PROJECTOR, FINAL_STUDENT, difference, 
 from ..trainer.run_state import read_progress
 from ..utils.errors import BadRequest, reason_of
 from .recipe import with_defaults
-from .summary import HISTORY_FILE, SUMMARY_FILE, RunSummary, finite
+from .summary import HISTORY_FILE, SCHEMA_VERSION, SUMMARY_FILE, Evaluations, RunSummary, Sample, Summary, finite
 
 CUT_OFF = "cut_off"
 """Status of a run that wrote no summary when it ended, beside those that a summary can have."""
@@ -45,8 +44,8 @@ class RunRecord:
 
     folder: Path
     """Its `output_dir`."""
-    summary: dict[str, Any]
-    """The content of `run_summary.json`; for a run that was cut off one of the same shape, with status `cut_off`."""
+    summary: Summary
+    """For a run that was cut off, one with status `cut_off`."""
     log_history: list[dict[str, Any]]
     """The log lines of its training."""
     note: str | None = None
@@ -55,7 +54,7 @@ class RunRecord:
 
 def record_of(output_dir: str | Path, summary: RunSummary) -> RunRecord:
     """The record of a run that has just written its summary."""
-    return RunRecord(Path(output_dir), json.loads(summary.to_json()), json.loads(summary.history_to_json()))
+    return RunRecord(Path(output_dir), summary.as_written(), json.loads(summary.history_to_json()))
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -73,7 +72,7 @@ def read_run(folder: str | Path) -> RunRecord:
     summary = read_summary(folder)
     saved = list_checkpoints(folder)
     last = int(saved[-1].name.rsplit("-", 1)[1]) if saved else -1
-    if summary is None or last > summary["global_step"]:
+    if summary is None or last > summary.global_step:
         cut_off = _from_checkpoint(folder, summary)
         if cut_off is not None:
             return cut_off
@@ -100,98 +99,33 @@ def _read_json(path: Path) -> Any:
     return content
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary in a run's folder, with every entry there is today, null where an older one lacks it.
-
-    Returns:
-        None where there is none.
-
-    Raises:
-        BadRequest: if it cannot be read, or is not what KAVA writes.
-    """
+def read_summary(folder: Path) -> Summary | None:
+    """The summary in a run's folder; None where there is none. Raises `BadRequest` if it is not what KAVA writes."""
     path = folder / SUMMARY_FILE
     if not path.exists():
         return None
-    found, empty = _read_json(path), RunSummary({}, {}).content
+    found = finite(_read_json(path))
     if not isinstance(found, dict) or "schema_version" not in found:
         raise BadRequest(f"{path} is no summary of a run.")
-    if found["schema_version"] != empty["schema_version"]:
+    if found["schema_version"] != SCHEMA_VERSION:
         raise BadRequest(
-            f"{path} has schema_version {found['schema_version']}, but this version of KAVA reads "
-            f"{empty['schema_version']}; use the version that wrote it."
+            f"{path} has schema_version {found['schema_version']}, but this version of KAVA reads {SCHEMA_VERSION}; "
+            "use the version that wrote it."
         )
-    wrong = [name for name, is_sound in _SOUND.items() if name in found and not is_sound(found[name])]
-    if wrong:
-        raise BadRequest(f"{path} is not as it was written: look at {', '.join(wrong)}.")
-    for name, value in empty.items():
-        found[name] = {**value, **found.get(name, {})} if isinstance(value, dict) else found.get(name, value)
-    return finite(found)
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _is_truth(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _each(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether all values of an object are sound."""
-    return lambda value: isinstance(value, dict) and all(map(is_sound, value.values()))
-
-
-def _list_of(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(is_sound, value))
-
-
-def _is_measured(value: Any) -> bool:
-    """Whether this can be what `evaluation.evaluate_model` found of one model."""
-    return value is None or (_each(_is_number)(value) and {"perplexity", "exact_match"} <= value.keys())
-
-
-def _is_sample(value: Any) -> bool:
-    texts = isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("prompt", "reference"))
-    return texts and _each(_is_text)(value.get("answers")) and _each(_is_truth)(value.get("matches", {}))
-
-
-def _is_argument(name: str, value: Any) -> bool:
-    """Whether an argument that a card, or a measurement, goes by has its own type; others are only shown."""
-    return fits_type(name, value) if name in _READ else True
-
-
-def _is_verdict(value: Any) -> bool:
-    truths = isinstance(value, dict) and all(_is_truth(value.get(name)) for name in ("success", "collapsed"))
-    return truths and _list_of(lambda reason: isinstance(reason, str))(value.get("reasons", []))
-
-
-_SOUND: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("status", "command", "started_at", "finished_at", "prompt_kind"), _is_text),
-    **dict.fromkeys(("duration_seconds", "student_parameters", "held_out_examples"), _is_number),
-    **dict.fromkeys(("cos_sim_at", "final", "throughput"), _each(_is_number)),
-    "environment": lambda value: isinstance(value, dict),
-    "arguments": lambda value: isinstance(value, dict) and all(starmap(_is_argument, value.items())),
-    "global_step": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "final_checksums": lambda value: value is None or _each(lambda digest: isinstance(digest, str))(value),
-    "teacher_fidelity": lambda value: value is None or isinstance(value, dict),
-    "evaluation": _each(_is_measured),
-    "samples": _list_of(_is_sample),
-    "verdict": _is_verdict,
-    "problems": _list_of(lambda value: isinstance(value, dict) and value.keys() >= {"step", "kind", "action"}),
-    "checkpoints": _list_of(lambda value: isinstance(value, str)),
-}
-"""Whether the entries of a summary are of the kind that KAVA writes; somebody may have changed them."""
+    try:
+        summary = Summary.from_dict(found)
+        if not all(fits_type(name, value) for name, value in summary.arguments.items() if name in _READ):
+            raise ValueError("arguments")
+    except ValueError as error:
+        raise BadRequest(f"{path} is not as it was written: look at {error}.") from error
+    return summary
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
     return finite(_read_json(checkpoint / TRAINER_STATE_FILE))
 
 
-def _with_lines_of_checkpoint(folder: Path, summary: dict[str, Any]) -> RunRecord:
+def _with_lines_of_checkpoint(folder: Path, summary: Summary) -> RunRecord:
     """A run whose summary has no log lines beside it, as those of earlier versions."""
     newest = find_newest_checkpoint(folder).checkpoint
     if newest is None:
@@ -200,16 +134,25 @@ def _with_lines_of_checkpoint(folder: Path, summary: dict[str, Any]) -> RunRecor
     return RunRecord(folder, summary, _trainer_state(newest)["log_history"], note)
 
 
-def _of_untrained(sample: dict[str, Any]) -> dict[str, Any]:
+def _of_untrained(sample: Sample) -> Sample:
     """A held-out problem without the answers that training changes."""
-    known = {name: sample.get(name, {}) for name in ("answers", "matches")}
-    return sample | {
-        name: {who: value if who in _UNTRAINED else None for who, value in values.items()}
-        for name, values in known.items()
-    }
+
+    def untrained(by_name: dict[str, Any]) -> dict[str, Any]:
+        return {who: value if who in _UNTRAINED else None for who, value in by_name.items()}
+
+    return replace(sample, answers=untrained(sample.answers), matches=untrained(sample.matches))
 
 
-def _from_checkpoint(folder: Path, before: dict[str, Any] | None) -> RunRecord | None:
+def _take_over(summary: Summary, before: Summary) -> None:
+    """Add to the summary of a run that was cut off what that of its earlier part knows."""
+    summary.environment, summary.command = before.environment, before.command
+    summary.teacher_fidelity = before.teacher_fidelity
+    summary.evaluation = Evaluations(**{who: getattr(before.evaluation, who) for who in _UNTRAINED})
+    summary.samples = [_of_untrained(sample) for sample in before.samples]
+    summary.started_at = summary.started_at or before.started_at
+
+
+def _from_checkpoint(folder: Path, before: Summary | None) -> RunRecord | None:
     """What is known of a run that was cut off.
 
     Args:
@@ -224,36 +167,31 @@ def _from_checkpoint(folder: Path, before: dict[str, Any] | None) -> RunRecord |
         return None
     state = _trainer_state(newest)
     step, history = state["global_step"], state["log_history"]
-    if before is not None and step <= before["global_step"]:
+    if before is not None and step <= before.global_step:
         return None
     asked = read_manifest(newest)["run"] or {}
     arguments = {name: value for name, value in asked.items() if name not in _NO_ARGUMENTS}
-    summary = RunSummary(arguments or (before or {}).get("arguments", {}), {})
-    summary.add_training(history, step)
-    content = summary.content | {"status": CUT_OFF, "started_at": None}
-    progress = read_progress(newest, 0, 1)
-    content["problems"] = progress.get("problems", [])
+    collected = RunSummary(arguments or (before.arguments if before else {}), {})
+    collected.add_training(history, step)
+    summary, progress = collected.content, read_progress(newest, 0, 1)
+    summary.status, summary.started_at = CUT_OFF, None
+    summary.problems = progress.get("problems", [])
     if (run_time := progress.get("run_time")) is not None:
-        content |= {"started_at": run_time["started_at"], "duration_seconds": round(run_time["seconds"], 1)}
-    content["checkpoints"] = [str(path) for path in list_checkpoints(folder)]
+        summary.started_at, summary.duration_seconds = run_time["started_at"], round(run_time["seconds"], 1)
+    summary.checkpoints = [str(path) for path in list_checkpoints(folder)]
     peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
-    content["throughput"]["peak_memory_bytes"] = max(peaks, default=None)
+    summary.throughput.peak_memory_bytes = max(peaks, default=None)
     note = (
         f"The run was cut off, or is still running: there is no {SUMMARY_FILE} of its end. What is shown is what "
         f"{newest.name} holds; whatever came after step {step} is lost or not yet there."
     )
     if before is not None:
-        for name in ("environment", "command", "teacher_fidelity"):
-            content[name] = before[name]
-        for who in _UNTRAINED:
-            content["evaluation"][who] = before["evaluation"][who]
-        content["samples"] = [_of_untrained(sample) for sample in before["samples"]]
-        content["started_at"] = content["started_at"] or before["started_at"]
-        note += f" It had been resumed after step {before['global_step']}."
-    return RunRecord(folder, content, history, note)
+        _take_over(summary, before)
+        note += f" It had been resumed after step {before.global_step}."
+    return RunRecord(folder, summary, history, note)
 
 
-def finished_summary(output_dir: str | Path) -> dict[str, Any]:
+def finished_summary(output_dir: str | Path) -> Summary:
     """The summary of a run that has ended, with today's defaults for arguments that it does not know.
 
     Raises:
@@ -265,26 +203,26 @@ def finished_summary(output_dir: str | Path) -> dict[str, Any]:
     summary = read_summary(folder)
     if summary is None:
         raise BadRequest(f"{folder} has no {SUMMARY_FILE}; name the output_dir of a run that has ended.")
-    return {**summary, "arguments": with_defaults(summary["arguments"])}
+    return replace(summary, arguments=with_defaults(summary.arguments))
 
 
-def completed_summary(output_dir: str | Path) -> dict[str, Any]:
+def completed_summary(output_dir: str | Path) -> Summary:
     """The summary of a run that was completed.
 
     Raises:
         BadRequest: as `finished_summary`, and if the run is not complete.
     """
     summary = finished_summary(output_dir)
-    if summary["status"] != "completed":
+    if summary.status != "completed":
         raise _not_completed(output_dir, summary)
     return summary
 
 
-def _not_completed(output_dir: str | Path, summary: Mapping[str, Any]) -> BadRequest:
-    status, step = summary["status"], summary["global_step"]
+def _not_completed(output_dir: str | Path, summary: Summary) -> BadRequest:
+    status, step = summary.status, summary.global_step
     ended = {"interrupted": "was interrupted", "failed": "failed"}.get(status, f"ended as {status!r}")
     when = "before its student was finished"
-    if summary["final_checksums"]:
+    if summary.final_checksums:
         when = "when its student was finished, but not all of it was measured"
     return BadRequest(
         f"The run in {output_dir} {ended} at step {step}, {when}. Go on with its own command and "
@@ -292,7 +230,7 @@ def _not_completed(output_dir: str | Path, summary: Mapping[str, Any]) -> BadReq
     )
 
 
-def find_student(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
+def find_student(output_dir: str | Path, summary: Summary) -> Path:
     """The folder of a run's finished student: in its output folder, else in the `final_dir` that its summary names.
 
     Args:
@@ -302,10 +240,10 @@ def find_student(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
     Raises:
         BadRequest: if it is in neither, those there are not this run's, or the run has not come to finishing one.
     """
-    checksums = summary["final_checksums"]
-    if summary["status"] != "completed" and not checksums:
+    checksums = summary.final_checksums
+    if summary.status != "completed" and not checksums:
         raise _not_completed(output_dir, summary)
-    asked = summary["arguments"]["final_dir"] or output_dir
+    asked = summary.arguments["final_dir"] or output_dir
     places = list(dict.fromkeys([Path(output_dir), Path(asked)]))
     found = [place for place in places if has_student(place / FINAL_STUDENT)]
     if not found:

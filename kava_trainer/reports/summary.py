@@ -6,10 +6,14 @@ A figure that was not measured is null.
 import json
 import math
 from collections.abc import Callable
-from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, cast, get_args, get_origin
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from ..trainer.callbacks.status import ALWAYS_LOGGED_STEPS
 from ..utils.atomic_files import write_atomically
@@ -21,22 +25,167 @@ HISTORY_FILE = "log_history.json"
 """The list of all log lines of the training, as in `TrainerState.log_history`."""
 
 REPORT_PAGE, REPORT_PICTURE = "report.html", "report.png"
-"""What `report.write_report` makes of the two."""
+"""What `page.write_report` makes of the two."""
+
+SCHEMA_VERSION = 1
 
 MOST_SAMPLES = 10
 """Held-out problems whose answers the summary shows."""
 
-_FINAL = (
-    "loss", "mercator_loss", "cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka",
-    "student_effective_rank", "target_effective_rank", "teacher_effective_rank",
-)  # fmt: skip
+Measured = int | float | None
+"""A figure; None where it was not measured."""
 
-_EVALUATED = ("teacher", "student_before", "student_after", "control_sft")
 
-_THROUGHPUT = (
-    "tokens_per_second", "samples_per_second", "padding_fraction", "peak_memory_bytes", "teacher_seconds",
-    "student_seconds", "estimated_memory_bytes",
-)  # fmt: skip
+@strict
+@dataclass
+class FinalFigures:
+    """The metrics of the finished student, named as Trainer logs them."""
+
+    loss: Measured = None
+    mercator_loss: Measured = None
+    cos_sim: Measured = None
+    centred_cos_sim: Measured = None
+    shuffled_cos_sim: Measured = None
+    margin: Measured = None
+    cka: Measured = None
+    student_effective_rank: Measured = None
+    target_effective_rank: Measured = None
+    teacher_effective_rank: Measured = None
+
+
+@strict
+@dataclass(kw_only=True)
+class ModelFigures:
+    """What one model is worth on the held-out problems; see `answers.Evaluation`."""
+
+    cross_entropy: Measured = None
+    perplexity: Measured
+    exact_match: Measured
+
+
+@strict
+@dataclass
+class Evaluations:
+    """The models that a run measures; None for one that it did not."""
+
+    teacher: ModelFigures | None = None
+    student_before: ModelFigures | None = None
+    student_after: ModelFigures | None = None
+    control_sft: ModelFigures | None = None
+
+    def measured(self) -> dict[str, ModelFigures]:
+        """Those that were measured, by their names."""
+        return {who: figures for who, figures in vars(self).items() if figures is not None}
+
+
+@strict
+@dataclass
+class Sample:
+    """A held-out problem with what each model answered, and whether that is right, by the names in `Evaluations`."""
+
+    prompt: str
+    reference: str
+    answers: dict[str, str | None]
+    matches: dict[str, bool | None] = field(default_factory=dict)
+
+
+@strict
+@dataclass
+class Verdict:
+    """Whether the run succeeded."""
+
+    success: bool | None = None
+    """None where it measured too little to tell."""
+    collapsed: bool | None = None
+    reasons: list[str] = field(default_factory=list)
+
+
+@strict
+@dataclass
+class Throughput:
+    """How fast the training was, and what it took."""
+
+    tokens_per_second: Measured = None
+    samples_per_second: Measured = None
+    padding_fraction: Measured = None
+    peak_memory_bytes: Measured = None
+    teacher_seconds: Measured = None
+    student_seconds: Measured = None
+    estimated_memory_bytes: Measured = None
+
+
+def _check_problems(problems: list[dict[str, Any]]) -> None:
+    if not all(problem.keys() >= {"step", "kind", "action"} for problem in problems):
+        raise ValueError("a problem has a step, a kind and an action")
+
+
+@strict
+@dataclass
+class Summary:
+    """The content of `run_summary.json`, in its order. Whatever is assigned to a field has to be of its type."""
+
+    schema_version: int = SCHEMA_VERSION
+    status: str = "failed"
+    started_at: str | None = None
+    finished_at: str | None = None
+    duration_seconds: Measured = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    """See `describe_environment`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Every argument with its value, secrets masked."""
+    command: str | None = None
+    """What started the run, tokens masked; None where that is not known."""
+    global_step: int = 0
+    cos_sim_at: dict[str, Measured] = field(default_factory=lambda: {str(step): None for step in ALWAYS_LOGGED_STEPS})
+    final: FinalFigures = field(default_factory=FinalFigures)
+    evaluation: Evaluations = field(default_factory=Evaluations)
+    samples: list[Sample] = field(default_factory=list)
+    teacher_fidelity: dict[str, Any] | None = None
+    prompt_kind: str | None = None
+    held_out_examples: int | None = None
+    student_parameters: int | None = None
+    final_checksums: dict[str, str] | None = None
+    verdict: Verdict = field(default_factory=Verdict)
+    throughput: Throughput = field(default_factory=Throughput)
+    problems: list[dict[str, Any]] = field(default_factory=list, metadata={"validator": _check_problems})
+    """As the trainer notes them: `step`, `kind` and `action`."""
+    checkpoints: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Summary":
+        """The summary that a file holds. What an older one lacks has its default; what is not known here is left out.
+
+        Raises:
+            ValueError: naming the entries that are not of their type.
+        """
+        summary, wrong = cls(), []
+        for entry in (entry for entry in fields(cls) if entry.name in content):
+            try:
+                value = _typed(entry.type, content[entry.name])
+                default = getattr(summary, entry.name)
+                setattr(summary, entry.name, default | value if isinstance(default, dict) else value)
+            except (TypeError, StrictDataclassError):
+                wrong.append(entry.name)
+        if wrong:
+            raise ValueError(", ".join(wrong))
+        return summary
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """A value of JSON as the dataclasses of a field's type; what does not fit stays for its validation.
+
+    Raises:
+        TypeError: if an entry of a dataclass is missing.
+        StrictDataclassError: if one is of another type.
+    """
+    if isinstance(kind, UnionType):
+        kind = next(filter(is_dataclass, get_args(kind)), kind)
+    if is_dataclass(kind) and isinstance(value, dict):
+        known = {entry.name: _typed(entry.type, value[entry.name]) for entry in fields(kind) if entry.name in value}
+        return cast(Any, kind)(**known)
+    if get_origin(kind) is list and isinstance(value, list):
+        return [_typed(get_args(kind)[0], item) for item in value]
+    return value
 
 
 def now() -> datetime:
@@ -65,61 +214,39 @@ class RunSummary:
     def __init__(self, arguments: dict[str, Any], environment: dict[str, Any], command: str | None = None) -> None:
         self._started, self._earlier_seconds = now(), 0.0
         self.log_history: list[dict[str, float]] = []
-        self.content: dict[str, Any] = {
-            "schema_version": 1,
-            "status": "failed",
-            "started_at": self._started.isoformat(timespec="seconds"),
-            "finished_at": None,
-            "duration_seconds": None,
-            "environment": environment,
-            "arguments": arguments,
-            "command": command,
-            "global_step": 0,
-            "cos_sim_at": {str(step): None for step in ALWAYS_LOGGED_STEPS},
-            "final": dict.fromkeys(_FINAL),
-            "evaluation": dict.fromkeys(_EVALUATED),
-            "samples": [],
-            "teacher_fidelity": None,
-            "prompt_kind": None,
-            "held_out_examples": None,
-            "student_parameters": None,
-            "final_checksums": None,
-            "verdict": {"success": None, "collapsed": None, "reasons": []},
-            "throughput": dict.fromkeys(_THROUGHPUT),
-            "problems": [],
-            "checkpoints": [],
-        }
+        started_at = self._started.isoformat(timespec="seconds")
+        self.content = Summary(started_at=started_at, environment=environment, arguments=arguments, command=command)
 
     def run_time(self) -> dict[str, Any]:
         """When the run began, and the seconds that it has taken so far, in all of its sessions."""
         seconds = self._earlier_seconds + (now() - self._started).total_seconds()
-        return {"started_at": self.content["started_at"], "seconds": seconds}
+        return {"started_at": self.content.started_at, "seconds": seconds}
 
     def go_on_from(self, earlier: dict[str, Any]) -> None:
         """Add the `run_time` that a checkpoint holds: this session goes on from there."""
-        self.content["started_at"], self._earlier_seconds = earlier["started_at"], earlier["seconds"]
+        self.content.started_at, self._earlier_seconds = earlier["started_at"], earlier["seconds"]
 
     def add_training(self, log_history: list[dict[str, float]], global_step: int) -> None:
         """Read the log lines of the training: CosSim at the named steps.
 
         The last loss and CosSim of the training stand in for final figures where no evaluation has set those.
         """
-        self.log_history = log_history
-        self.content["global_step"] = global_step
+        self.log_history, self.content.global_step = log_history, global_step
         lines = [line for line in log_history if "loss" in line]
         for line in lines:
-            if str(line["step"]) in self.content["cos_sim_at"]:
-                self.content["cos_sim_at"][str(line["step"])] = line.get("cos_sim")
-        if lines and self.content["final"]["loss"] is None:
-            self.content["final"] |= {name: lines[-1].get(name) for name in ("loss", "mercator_loss", "cos_sim")}
+            if str(line["step"]) in self.content.cos_sim_at:
+                self.content.cos_sim_at[str(line["step"])] = line.get("cos_sim")
+        if lines and self.content.final.loss is None:
+            last = {name: lines[-1].get(name) for name in ("loss", "mercator_loss", "cos_sim")}
+            self.content.final = replace(self.content.final, **last)
 
     def add_final(self, metrics: dict[str, float]) -> None:
         """Set the final figures from the metrics of `Trainer.evaluate`; what it did not measure becomes null."""
-        self.content["final"] = {name: metrics.get(f"eval_{name}") for name in _FINAL}
+        self.content.final = FinalFigures(**{name: metrics.get(f"eval_{name}") for name in _names(FinalFigures)})
 
     def add_evaluation(self, who: str, figures: dict[str, float | None]) -> None:
         """Set the figures of `teacher`, `student_before`, `student_after` or `control_sft`."""
-        self.content["evaluation"][who] = figures
+        setattr(self.content.evaluation, who, ModelFigures(**figures))
 
     def add_answers(
         self, who: str, problems: list[dict[str, str]], answers: list[str], is_right: Callable[[str, str], bool]
@@ -132,12 +259,11 @@ class RunSummary:
             answers: one for each problem, or more; none where nothing was generated.
             is_right: takes an answer and its reference.
         """
-        samples = self.content["samples"]
+        samples, models = self.content.samples, _names(Evaluations)
         if answers and not samples:
-            nothing = {"answers": dict.fromkeys(_EVALUATED), "matches": dict.fromkeys(_EVALUATED)}
-            samples += [{**problem, **deepcopy(nothing)} for problem in problems]
+            samples += [Sample(**it, answers=dict.fromkeys(models), matches=dict.fromkeys(models)) for it in problems]
         for sample, answer in zip(samples, answers, strict=False):
-            sample["answers"][who], sample["matches"][who] = answer, is_right(answer, sample["reference"])
+            sample.answers[who], sample.matches[who] = answer, is_right(answer, sample.reference)
 
     def write(self, output_dir: str | Path, status: str) -> Path:
         """Finish the summary with `completed`, `interrupted` or `failed`, unless it is finished so.
@@ -145,25 +271,32 @@ class RunSummary:
         Returns:
             Where it was written, with the log lines beside it.
         """
-        if self.content["finished_at"] is None or self.content["status"] != status:
-            self.content |= {
-                "status": status,
-                "finished_at": now().isoformat(timespec="seconds"),
-                "duration_seconds": round(self.run_time()["seconds"], 1),
-            }
+        if self.content.finished_at is None or self.content.status != status:
+            self.content.status, self.content.finished_at = status, now().isoformat(timespec="seconds")
+            self.content.duration_seconds = round(self.run_time()["seconds"], 1)
         path = Path(output_dir) / SUMMARY_FILE
         _write(path, self.to_json())
         _write(Path(output_dir) / HISTORY_FILE, self.history_to_json())
         return path
 
+    def as_written(self) -> Summary:
+        """The summary as whoever reads the file finds it: of JSON's types, without secrets."""
+        return Summary.from_dict(json.loads(self.to_json()))
+
     def to_json(self) -> str:
         """The summary as JSON text, without secrets."""
-        return without_secrets(json.dumps(finite(self.content), indent=2, ensure_ascii=False, default=str)) + "\n"
+        content = finite(asdict(self.content))
+        return without_secrets(json.dumps(content, indent=2, ensure_ascii=False, default=str)) + "\n"
 
     def history_to_json(self) -> str:
         """The log lines as JSON text, one a line, without secrets."""
         lines = [json.dumps(finite(line), ensure_ascii=False, default=str) for line in self.log_history]
         return without_secrets("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def _names(group: Any) -> list[str]:
+    """The fields of a dataclass."""
+    return [entry.name for entry in fields(group)]
 
 
 def _write(path: Path, text: str) -> None:

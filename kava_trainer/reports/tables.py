@@ -8,6 +8,7 @@ from ..evaluation.diagnostics import COLLAPSED
 from ..utils.console import size_text
 from .charts import number_text
 from .run_reader import CUT_OFF, RunRecord
+from .summary import Measured, Summary
 
 NOT_MEASURED = "not measured"
 
@@ -63,7 +64,7 @@ def seconds_text(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
 
 
-def figure_text(name: str, value: Any) -> str:
+def figure_text(name: str, value: Measured) -> str:
     """A figure for people.
 
     Args:
@@ -75,7 +76,7 @@ def figure_text(name: str, value: Any) -> str:
     if name in _SHARES:
         return f"{100 * value:.1f} %"
     if name.endswith("_bytes"):
-        return size_text(value)
+        return size_text(int(value))
     if name.endswith("_seconds"):
         return seconds_text(value)
     if name in _FIXED or name.isdigit():  # CosSim at a step
@@ -90,8 +91,8 @@ class Figure:
     place: str
     """Where it stands in the summary, such as `final.cos_sim`."""
     label: str
-    value: Any
-    """As in the summary; None where it was not measured."""
+    value: Measured
+    """As in the summary."""
 
     @property
     def text(self) -> str:
@@ -104,13 +105,13 @@ class Figure:
         return json.dumps(self.value)
 
 
-def evaluation_rows(summary: dict[str, Any]) -> list[tuple[str, list[Figure]]]:
+def evaluation_rows(summary: Summary) -> list[tuple[str, list[Figure]]]:
     """For each model its name and its `EVALUATED` figures."""
     return [
         (
             label,
             [
-                Figure(f"evaluation.{who}.{name}", title, (summary["evaluation"][who] or {}).get(name))
+                Figure(f"evaluation.{who}.{name}", title, getattr(getattr(summary.evaluation, who), name, None))
                 for name, title in EVALUATED.items()
             ],
         )
@@ -118,37 +119,37 @@ def evaluation_rows(summary: dict[str, Any]) -> list[tuple[str, list[Figure]]]:
     ]
 
 
-def alignment_figures(summary: dict[str, Any]) -> list[Figure]:
+def alignment_figures(summary: Summary) -> list[Figure]:
     """The final figures, and CosSim at the named steps."""
-    found = [Figure(f"final.{name}", label, summary["final"][name]) for name, label in _FINAL.items()]
-    steps = [Figure(f"cos_sim_at.{step}", f"CosSim at step {step}", x) for step, x in summary["cos_sim_at"].items()]
+    found = [Figure(f"final.{name}", label, getattr(summary.final, name)) for name, label in _FINAL.items()]
+    steps = [Figure(f"cos_sim_at.{step}", f"CosSim at step {step}", x) for step, x in summary.cos_sim_at.items()]
     return found + steps
 
 
-def cost_figures(summary: dict[str, Any]) -> list[Figure]:
+def cost_figures(summary: Summary) -> list[Figure]:
     """Steps, time, speed and memory."""
-    found = [
-        Figure("global_step", "Optimizer steps", summary["global_step"]),
-        Figure("duration_seconds", "Duration", summary["duration_seconds"]),
-    ]
-    return found + [Figure(f"throughput.{name}", label, summary["throughput"][name]) for name, label in _COST.items()]
-
-
-def headline_figures(summary: dict[str, Any]) -> list[Figure]:
-    """The few that stand at the top."""
-    final, after = summary["final"], summary["evaluation"]["student_after"] or {}
     return [
-        Figure("final.cos_sim", "CosSim", final["cos_sim"]),
-        Figure("final.margin", "Margin", final["margin"]),
-        Figure("final.cka", "CKA to the teacher", final["cka"]),
-        Figure("evaluation.student_after.perplexity", "Student's perplexity", after.get("perplexity")),
-        Figure("evaluation.student_after.exact_match", "Student's exact match", after.get("exact_match")),
-        Figure("duration_seconds", "Duration", summary["duration_seconds"]),
+        Figure("global_step", "Optimizer steps", summary.global_step),
+        Figure("duration_seconds", "Duration", summary.duration_seconds),
+        *(Figure(f"throughput.{name}", label, getattr(summary.throughput, name)) for name, label in _COST.items()),
+    ]
+
+
+def headline_figures(summary: Summary) -> list[Figure]:
+    """The few that stand at the top."""
+    final, after = summary.final, summary.evaluation.student_after
+    return [
+        Figure("final.cos_sim", "CosSim", final.cos_sim),
+        Figure("final.margin", "Margin", final.margin),
+        Figure("final.cka", "CKA to the teacher", final.cka),
+        Figure("evaluation.student_after.perplexity", "Student's perplexity", after.perplexity if after else None),
+        Figure("evaluation.student_after.exact_match", "Student's exact match", after.exact_match if after else None),
+        Figure("duration_seconds", "Duration", summary.duration_seconds),
     ]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ShownVerdict:
     """What a report says first."""
 
     word: str
@@ -157,17 +158,16 @@ class Verdict:
     reasons: list[str]
 
 
-def verdict_of(record: RunRecord) -> Verdict:
+def verdict_of(record: RunRecord) -> ShownVerdict:
     """The verdict of a run; of one that did not complete, how it ended, and whether it was collapsed by then."""
     summary = record.summary
-    judged, status, step = summary["verdict"], summary["status"], summary["global_step"]
-    reasons = list(judged["reasons"])
-    collapsed = judged["collapsed"]
+    judged, status, step = summary.verdict, summary.status, summary.global_step
+    reasons, collapsed = list(judged.reasons), judged.collapsed
     if status != "completed":
         collapsed = collapsed or _collapsed_at_last(record.log_history)
         if status == "interrupted":
             what = "the student was finished, but not all that the verdict needs was measured"
-            what = what if summary["final_checksums"] else "there was nothing to judge yet"
+            what = what if summary.final_checksums else "there was nothing to judge yet"
             reasons.append(f"A signal ended the run after step {step}: {what}.")
         if status == "failed":
             reasons.append(f"It broke off after step {step}.")
@@ -175,12 +175,12 @@ def verdict_of(record: RunRecord) -> Verdict:
             reasons.append(record.note)
         if collapsed:
             reasons.insert(0, "The alignment counted as collapsed when it was last measured, so CosSim means nothing.")
-    ended = {True: "Success", False: "No success", None: "No verdict"}[judged["success"]]
+    ended = {True: "Success", False: "No success", None: "No verdict"}[judged.success]
     word = _STATUS.get(status, ended)
     if collapsed:
-        return Verdict(f"{COLLAPSED} \N{EN DASH} {word.lower()}", "bad", reasons)
-    bad = judged["success"] is False or status == "failed"
-    return Verdict(word, "bad" if bad else "good" if word == "Success" else "open", reasons)
+        return ShownVerdict(f"{COLLAPSED} \N{EN DASH} {word.lower()}", "bad", reasons)
+    bad = judged.success is False or status == "failed"
+    return ShownVerdict(word, "bad" if bad else "good" if word == "Success" else "open", reasons)
 
 
 def _collapsed_at_last(history: list[dict[str, Any]]) -> bool:
@@ -190,9 +190,9 @@ def _collapsed_at_last(history: list[dict[str, Any]]) -> bool:
     return bool(found and found[-1])
 
 
-def model_names(summary: dict[str, Any]) -> tuple[str, str, str]:
+def model_names(summary: Summary) -> tuple[str, str, str]:
     """Teacher, student and data set as they were asked for."""
-    asked = summary["arguments"]
+    asked = summary.arguments
     student = asked.get("student_model_name_or_path") or asked.get("student_config_name")
     names = (asked.get("teacher_model_name_or_path"), student, asked.get("dataset_name"))
     teacher, student, data = ("unknown" if name is None else str(name) for name in names)

@@ -1,9 +1,9 @@
 """Whether a run succeeded, and why, in plain sentences, from the figures of its summary."""
 
 import math
-from typing import Any
 
 from ..evaluation.diagnostics import STATUSES
+from .summary import Evaluations, Measured, ModelFigures, Summary, Verdict
 
 REQUIRED_COS_SIM = STATUSES[0][0]
 """CosSim of a successful run; the lower edge of the best status."""
@@ -38,13 +38,13 @@ def few_examples(count: int | None) -> str | None:
 
 
 def judge(
-    summary: dict[str, Any],
+    summary: Summary,
     collapse: str | None,
     supervised: bool,
     broken: list[str],
     examples: int | None = None,
     taught: bool = True,
-) -> dict[str, Any]:
+) -> Verdict:
     """The verdict on a run that ended.
 
     Success needs a CosSim of at least 0.95 without collapse, a language head that some term supervised, no problem
@@ -53,37 +53,34 @@ def judge(
     no success away.
 
     Args:
-        summary: the content of `run_summary.json`, final figures and evaluation filled in.
+        summary: of the run, final figures and evaluation filled in.
         collapse: why the alignment counts as collapsed; None if it does not.
         supervised: whether a term trained the student's next-token predictions.
         broken: checkpoints that are not whole.
         examples: how many were held out; None where that is not known.
         taught: whether a term read the teacher.
-
-    Returns:
-        `success` (None where the run measured too little to tell), `collapsed` and `reasons`.
     """
-    cos_sim, evaluation = summary["final"]["cos_sim"], summary["evaluation"]
-    measured = summary["final"]["margin"] is not None and evaluation["student_after"] is not None
+    cos_sim, margin, evaluation = summary.final.cos_sim, summary.final.margin, summary.evaluation
+    measured = margin is not None and evaluation.student_after is not None
     failures = _alignment_failures(cos_sim, collapse) + _training_failures(summary, supervised, broken)
     failures += _perplexity_failures(evaluation)
-    if taught and any(problem["kind"] == TEACHER_AT_CHANCE for problem in summary["problems"]):
+    if taught and any(problem["kind"] == TEACHER_AT_CHANCE for problem in summary.problems):
         failures.append("The teacher was no better than chance on the answers, so there was nothing to learn from it.")
     reasons = failures or (_achievements(summary) if measured else [])
     if not measured:
         reasons = [*reasons, _missing(cos_sim, evaluation)]
     notes = [few_examples(examples), _teacher_without_match(evaluation) if taught else None]
     reasons = [*reasons, *filter(None, notes)]
-    return {
-        "success": False if failures else (True if measured else None),
-        "collapsed": None if summary["final"]["margin"] is None else collapse is not None,
-        "reasons": [*reasons, *_comparison(summary)],
-    }
+    return Verdict(
+        success=False if failures else (True if measured else None),
+        collapsed=None if margin is None else collapse is not None,
+        reasons=[*reasons, *_comparison(summary)],
+    )
 
 
-def _teacher_without_match(evaluation: dict[str, Any]) -> str | None:
+def _teacher_without_match(evaluation: Evaluations) -> str | None:
     """The sentence for a teacher that answered no held-out problem as the data does; None for any other."""
-    if (evaluation["teacher"] or {}).get("exact_match") != 0:
+    if evaluation.teacher is None or evaluation.teacher.exact_match != 0:
         return None
     return (
         "The teacher's own answers matched none of the held-out ones, so exact match does not tell what the student "
@@ -91,15 +88,15 @@ def _teacher_without_match(evaluation: dict[str, Any]) -> str | None:
     )
 
 
-def _missing(cos_sim: float | None, evaluation: dict[str, Any]) -> str:
-    if evaluation["student_after"] is None:
+def _missing(cos_sim: Measured, evaluation: Evaluations) -> str:
+    if evaluation.student_after is None:
         return "There were no held-out examples, so the student was not measured."
     if cos_sim is None:
         return "No hidden states were aligned, so there is no CosSim to judge the run by."
     return "There was no probe, so CosSim may mean nothing."
 
 
-def _alignment_failures(cos_sim: float | None, collapse: str | None) -> list[str]:
+def _alignment_failures(cos_sim: Measured, collapse: str | None) -> list[str]:
     if collapse is not None:
         return [f"The alignment collapsed, so CosSim means nothing. {collapse}"]
     if cos_sim is not None and not cos_sim >= REQUIRED_COS_SIM:  # so that NaN is no success either
@@ -107,14 +104,14 @@ def _alignment_failures(cos_sim: float | None, collapse: str | None) -> list[str
     return []
 
 
-def _training_failures(summary: dict[str, Any], supervised: bool, broken: list[str]) -> list[str]:
+def _training_failures(summary: Summary, supervised: bool, broken: list[str]) -> list[str]:
     found = []
     if not supervised:
         found.append(
             "The student's language head was never supervised: lm_weight and kd_weight are 0, so nothing taught it "
             "to answer."
         )
-    kinds = sorted({problem["kind"] for problem in summary["problems"]} & _UNSTABLE)
+    kinds = sorted({problem["kind"] for problem in summary.problems} & _UNSTABLE)
     if kinds:
         found.append(f"Training was not stable: {', '.join(kinds)} (see problems).")
     if broken:
@@ -122,41 +119,47 @@ def _training_failures(summary: dict[str, Any], supervised: bool, broken: list[s
     return found
 
 
-def _perplexity_failures(evaluation: dict[str, Any]) -> list[str]:
-    before, after = evaluation["student_before"], evaluation["student_after"]
-    if before is None or after is None or after["cross_entropy"] <= before["cross_entropy"]:
+def _perplexity_failures(evaluation: Evaluations) -> list[str]:
+    before, after = evaluation.student_before, evaluation.student_after
+    if before is None or after is None or _cross_entropy(after) <= _cross_entropy(before):
         return []
-    return [f"The student's answer perplexity rose from {before['perplexity']:.4g} to {after['perplexity']:.4g}."]
+    return [f"The student's answer perplexity rose from {before.perplexity:.4g} to {after.perplexity:.4g}."]
 
 
-def _achievements(summary: dict[str, Any]) -> list[str]:
-    final, evaluation = summary["final"], summary["evaluation"]
+def _achievements(summary: Summary) -> list[str]:
+    final, before, after = summary.final, summary.evaluation.student_before, summary.evaluation.student_after
     found = [
-        f"CosSim on held-out examples is {final['cos_sim']:.4f}, and on the probe it is {final['margin']:.2f} above "
+        f"CosSim on held-out examples is {final.cos_sim:.4f}, and on the probe it is {final.margin:.2f} above "
         "that with other tokens' targets."
     ]
-    if evaluation["student_before"] is not None:
-        before, after = (evaluation[name]["perplexity"] for name in ("student_before", "student_after"))
-        found.append(f"The student's answer perplexity went from {before:.4g} to {after:.4g}.")
+    if before is not None and after is not None:
+        found.append(f"The student's answer perplexity went from {before.perplexity:.4g} to {after.perplexity:.4g}.")
     return found
 
 
-def _comparison(summary: dict[str, Any]) -> list[str]:
+def _comparison(summary: Summary) -> list[str]:
     """What the control shows; nothing where none was asked for."""
-    if any(problem["kind"] == CONTROL_FAILED for problem in summary["problems"]):
+    if any(problem["kind"] == CONTROL_FAILED for problem in summary.problems):
         return ["The control broke off, so there is nothing to compare with."]
-    control, after = summary["evaluation"]["control_sft"], summary["evaluation"]["student_after"]
+    control, after = summary.evaluation.control_sft, summary.evaluation.student_after
     if control is None or after is None:
         return []
-    ratio = after["cross_entropy"] / max(control["cross_entropy"], 1e-12)
-    figures = f"{after['cross_entropy']:.4f} against {control['cross_entropy']:.4f} nats"
+    ours, theirs = _cross_entropy(after), _cross_entropy(control)
+    ratio = ours / max(theirs, 1e-12)
     word = "beat" if ratio <= 1 - TIE else "did not beat"
     found = (
-        f"KAVA {word} the control at equal steps: its answer cross-entropy is {_times(ratio)} the control's ({figures})"
+        f"KAVA {word} the control at equal steps: its answer cross-entropy is {_times(ratio)} the control's "
+        f"({ours:.4f} against {theirs:.4f} nats)"
     )
     if abs(ratio - 1) < TIE:
         found += f", and a difference under {100 * TIE:.0f} % counts as none"
     return [f"{found}{_matches(after, control)}. One pair of runs shows large differences only."]
+
+
+def _cross_entropy(figures: ModelFigures) -> float:
+    """The answer cross-entropy of a model that this run has measured: only a summary read back may lack it."""
+    assert figures.cross_entropy is not None
+    return figures.cross_entropy
 
 
 def _times(ratio: float) -> str:
@@ -167,9 +170,9 @@ def _times(ratio: float) -> str:
     return "equal to" if share == "0.0" else f"{share} % {'below' if ratio < 1 else 'above'}"
 
 
-def _matches(after: dict[str, Any], control: dict[str, Any]) -> str:
+def _matches(after: ModelFigures, control: ModelFigures) -> str:
     """How the exact matches compare, as words that go on; nothing where they were not measured."""
-    ours, theirs = after["exact_match"], control["exact_match"]
+    ours, theirs = after.exact_match, control.exact_match
     if ours is None or theirs is None:
         return ""
     if ours == theirs:

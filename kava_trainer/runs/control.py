@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate.utils import release_memory
@@ -39,7 +40,7 @@ def control_arguments(training: KavaTrainingArguments) -> KavaTrainingArguments:
     control.metric_for_best_model, control.load_best_model_at_end = None, False  # it may be one that only KAVA has
     control.output_dir = control.final_dir = str(Path(training.output_dir) / CONTROL_FOLDER)
     control.push_to_hub = control.run_control = False
-    control.report_to = [tracker for tracker in training.report_to if tracker == "tensorboard"]
+    control.report_to = [tracker for tracker in training.report_to or [] if tracker == "tensorboard"]
     return control
 
 
@@ -82,7 +83,7 @@ def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaT
     """
     teacher = models.teacher
     if not is_released(teacher):
-        teacher = teacher if getattr(teacher, "is_quantized", False) else teacher.to("cpu")
+        teacher = teacher if getattr(teacher, "is_quantized", False) else cast(Any, teacher).to("cpu")
     elif arguments.model.student_init == "teacher_layers":
         teacher = load_teacher(arguments.model, torch.device("cpu"))
     release_memory()

@@ -14,7 +14,7 @@ import transformers
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import describe_engine
 from ..evaluation.diagnostics import alignment_status
-from ..reports.summary import RunSummary
+from ..reports.summary import ModelFigures, RunSummary
 from ..reports.tables import LONG_NAMES
 from ..trainer.checkpoint import Resumption
 from ..utils.console import Console, status_text
@@ -61,28 +61,23 @@ def tell_alignment(console: Console, metrics: dict[str, float], collapse: str | 
     console.print(f"Alignment: CosSim {metrics['eval_cos_sim']:.4f} {status} ({figures})")
 
 
-def show_figures(console: Console, evaluation: Mapping[str, dict[str, float | None] | None]) -> None:
-    """A line for each model that was measured.
-
-    Args:
-        console: prints.
-        evaluation: figures of `evaluate_model` by the names in `LONG_NAMES`; None for what was not measured.
-    """
-    for name, figures in ((name, figures) for name, figures in evaluation.items() if figures is not None):
-        match = "" if figures["exact_match"] is None else f"   exact match {100 * figures['exact_match']:5.1f} %"
+def show_figures(console: Console, measured: Mapping[str, ModelFigures]) -> None:
+    """A line for each model that was measured, by the names in `LONG_NAMES`."""
+    for who, figures in measured.items():
+        match = "" if figures.exact_match is None else f"   exact match {100 * figures.exact_match:5.1f} %"
         console.print(
-            f"{LONG_NAMES[name]:<32} perplexity {figures['perplexity']:<9.4g} "
-            f"cross-entropy {figures['cross_entropy']:7.4f}{match}"
+            f"{LONG_NAMES[who]:<32} perplexity {figures.perplexity:<9.4g} "
+            f"cross-entropy {figures.cross_entropy:7.4f}{match}"
         )
 
 
 def show_verdict(console: Console, summary: RunSummary) -> None:
     """The measured models side by side, then the verdict in sentences."""
     console.stage("Verdict")
-    show_figures(console, summary.content["evaluation"])
-    verdict = summary.content["verdict"]
-    console.print({True: "Success.", False: "No success.", None: "No verdict."}[verdict["success"]])
-    for reason in verdict["reasons"]:
+    show_figures(console, summary.content.evaluation.measured())
+    verdict = summary.content.verdict
+    console.print({True: "Success.", False: "No success.", None: "No verdict."}[verdict.success])
+    for reason in verdict.reasons:
         console.print(f"- {reason}")
 
 

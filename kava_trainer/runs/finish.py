@@ -1,7 +1,7 @@
 """The end of a run: its verdict, and the files that tell of it."""
 
-import json
 from pathlib import Path
+from typing import cast
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import resume_command
@@ -23,10 +23,10 @@ from .tracking import RunTracking
 
 def save_student(console: Console, arguments: KavaArguments, trainer: KavaTrainer, summary: RunSummary) -> None:
     """Save the finished student and its projector, say where they are, and note their checksums in the summary."""
-    folder = Path(arguments.training.final_dir)
+    folder = Path(cast(str, arguments.training.final_dir))
     student, projector = folder / FINAL_STUDENT, folder / FINAL_PROJECTOR
     written, checksums = trainer.save_finals(student, projector, arguments.model.merge_adapter)
-    summary.content["final_checksums"] = checksums
+    summary.content.final_checksums = checksums
     console.stage("Saved")
     console.print(f"Student: {student}{'' if written else ', as it was saved before'}")
     console.print(f"Projector: {projector}")
@@ -38,22 +38,22 @@ def write_summary(console: Console, output_dir: str, summary: RunSummary, status
     All that is local comes before the network. A tracker that fails here is a problem that the summary tells of too.
     """
     if status == "failed":
-        summary.content["verdict"] |= {"success": False, "reasons": ["The run did not complete."]}
+        summary.content.verdict.success, summary.content.verdict.reasons = False, ["The run did not complete."]
     if (path := _try_to_write(console, output_dir, summary, status)) is not None:
         console.print(f"Summary: {path}")
         if (page := report_on(console, output_dir, summary)) is not None:
             console.print(f"Report: {page}")
-    known = len(summary.content["problems"])
+    known = len(summary.content.problems)
     tracking.tell()
     tracking.attach_report(output_dir)
     tracking.close(status == "completed")
-    if path is not None and len(summary.content["problems"]) > known:
+    if path is not None and len(summary.content.problems) > known:
         _try_to_write(console, output_dir, summary, status)
         report_on(console, output_dir, summary)
 
 
 def _try_to_write(console: Console, output_dir: str, summary: RunSummary, status: str) -> Path | None:
-    summary.content["checkpoints"] = [str(folder) for folder in list_checkpoints(output_dir)]
+    summary.content.checkpoints = [str(folder) for folder in list_checkpoints(output_dir)]
     try:
         return summary.write(output_dir, status)
     except OSError as error:
@@ -88,21 +88,21 @@ def conclude(
     supervised = training.lm_weight > 0 or training.kd_weight > 0
     broken = [str(folder) for folder in list_checkpoints(training.output_dir) if broken_reason(folder)]
     examples, taught = data.evaluation and len(data.evaluation), training.aligns or training.kd_weight > 0
-    summary.content["verdict"] = judge(summary.content, collapse, supervised, broken, examples, taught)
+    summary.content.verdict = judge(summary.content, collapse, supervised, broken, examples, taught)
     show_verdict(console, summary)
     if not training.should_save:
         return
     _try_to_write(console, training.output_dir, summary, "completed")  # all that is local comes before the network
-    student = Path(training.final_dir) / FINAL_STUDENT
+    student = Path(cast(str, training.final_dir)) / FINAL_STUDENT
     revision = training.hub_revision if training.push_to_hub else None
     try:
-        if not write_card(student, trainer.hub_model_id or FINAL_STUDENT, json.loads(summary.to_json()), revision):
+        if not write_card(student, trainer.hub_model_id or FINAL_STUDENT, summary.as_written(), revision):
             console.print(f"{student / CARD_FILE} was changed by hand, so it is left as it is.")
     except (OSError, UnicodeDecodeError) as error:
         console.warn(f"The model card could not be written to {student}: {reason_of(error)}.")
     if training.push_to_hub:
         report_on(console, training.output_dir, summary)
-        _push(console, training, trainer.hub_model_id, student, summary)
+        _push(console, training, cast(str, trainer.hub_model_id), student, summary)
 
 
 def _push(console: Console, training: KavaTrainingArguments, repo_id: str, student: Path, summary: RunSummary) -> None:
@@ -110,12 +110,12 @@ def _push(console: Console, training: KavaTrainingArguments, repo_id: str, stude
     place = Place(repo_id, training.hub_token, training.hub_private_repo, training.hub_revision)
     bars = not (training.plain_output or training.disable_tqdm)
     console.stage("Hub")
-    problem = publish(console, training.output_dir, student, json.loads(summary.to_json()), place, bars)
+    problem = publish(console, training.output_dir, student, summary.as_written(), place, bars)
     if problem is None:
         console.print(f"Pushed to {repo_id}")
     else:
         console.warn(problem)
-        summary.content["problems"].append({"step": None, "kind": "hub", "action": problem})
+        summary.content.problems.append({"step": None, "kind": "hub", "action": problem})
 
 
 def last_checkpoint(trainer: KavaTrainer) -> Path:
@@ -137,8 +137,8 @@ def tell_interruption(console: Console, stopped: KavaTrainer, main: KavaTrainer,
         main: the run's own, whose checkpoint the command names.
         argv: the command line without the program.
     """
-    saved = [last_checkpoint(stopped), Path(stopped.args.output_dir) / EMERGENCY_PROJECTOR]
-    saved = [str(path) for path in saved if path.exists()]
+    places = [last_checkpoint(stopped), Path(stopped.args.output_dir) / EMERGENCY_PROJECTOR]
+    saved = [str(path) for path in places if path.exists()]
     console.stage("Interrupted")
     if last_checkpoint(stopped).is_dir():
         console.print(f"Saved after step {stopped.state.global_step}: {' and '.join(saved)}")

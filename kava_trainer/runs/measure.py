@@ -13,7 +13,7 @@ from ..config.model_arguments import ModelArguments
 from ..data.collators import DistillationCollator
 from ..models.lora_files import load_adapter
 from ..reports.run_reader import find_student, finished_summary
-from ..reports.summary import finite
+from ..reports.summary import ModelFigures, Summary, finite
 from ..trainer.final_student import FINAL_STUDENT
 from ..utils.atomic_files import write_atomically
 from ..utils.errors import BadRequest, RunFailed, reason_of
@@ -76,8 +76,7 @@ def fill_cache(arguments: KavaArguments) -> None:
 class FinishedRun(NamedTuple):
     """What a run has left that its student can be measured by."""
 
-    summary: dict[str, Any]
-    """The content of its `run_summary.json`."""
+    summary: Summary
     arguments: dict[str, Any]
     """Those that name its models and data, with the finished student as the student."""
     adapter: Path | None
@@ -87,7 +86,7 @@ class FinishedRun(NamedTuple):
 def read_finished_run(folder: Path) -> FinishedRun:
     """Read the output folder of a run. Raises `BadRequest` without a summary, or without the student it finished."""
     summary = finished_summary(folder)
-    student, given = find_student(folder, summary), summary["arguments"]
+    student, given = find_student(folder, summary), summary.arguments
     names = [*(field.name for part in (ModelArguments, DataArguments) for field in fields(part)), *_ASKED]
     arguments = {name: given[name] for name in names if name in given}
     if (student / "adapter_config.json").is_file():
@@ -125,10 +124,10 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
         measured = measure(console, arguments, models, held_out, collator, ("teacher", "student"))
         evaluation = {name: one.figures for name, one in measured}
         console.stage("Measured")
-        show_figures(console, evaluation)
+        show_figures(console, {name: ModelFigures(**figures) for name, figures in evaluation.items()})
         if finished is not None:
             console.stage("In the run's summary")
-            show_figures(console, finished.summary["evaluation"])
+            show_figures(console, finished.summary.evaluation.measured())
         elif (note := _finished_student(arguments)) is not None:
             console.print(note)
     return evaluation

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +107,22 @@ def _run(arguments: KavaArguments, argv: list[str]) -> int:
     tokenizer = load_tokenizers(arguments)
     data = load_data(console, arguments, tokenizer)
     identity = from_main_process(lambda: _identify(console, arguments, data, resumption.checkpoint))
-    summary.content["throughput"]["estimated_memory_bytes"] = tell_memory(console, arguments)
+    summary.content.throughput.estimated_memory_bytes = tell_memory(console, arguments)
     console.stage("Models")
     probed = data.train if data.evaluation is None else data.evaluation
     fidelity = TeacherFidelity(console, arguments, tokenizer, probed, data.evaluation is not None, data.collator)
     fidelity.read_unquantised()
     with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
         models = load_models(console, arguments, tokenizer)
-        summary.content |= {"prompt_kind": data.prompt_kind, "student_parameters": own_parameters(models.student)}
-        summary.content["held_out_examples"] = None if data.evaluation is None else len(data.evaluation)
-        summary.content["teacher_fidelity"] = fidelity.compare(models.teacher)
+        summary.content.prompt_kind = data.prompt_kind
+        summary.content.student_parameters = own_parameters(models.student)
+        summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
+        summary.content.teacher_fidelity = fidelity.compare(models.teacher)
         trainer = build_trainer(console, arguments, models, data)
     if resumption.checkpoint is not None and training.should_save:
         _go_on_from(resumption.checkpoint, summary)
     trainer.identity, trainer.run_time = identity, summary.run_time
-    summary.content["problems"] = trainer.problems
+    summary.content.problems = trainer.problems
     tracking = RunTracking(trainer, summary.content)
     trainer.add_callback(tracking)
     cache = open_cache(arguments, models, trainer)
@@ -302,8 +304,8 @@ def _train(console: Console, trainer: KavaTrainer, checkpoint: Path | None, summ
         summary.add_training(trainer.state.log_history, trainer.state.global_step)
         earlier = [line.get("peak_memory_bytes") for line in trainer.state.log_history]
         peaks = filter(None, [peak_memory_bytes(trainer.args.device), *earlier])
-        summary.content["throughput"]["peak_memory_bytes"] = max(peaks, default=None)
-        summary.content["throughput"] |= trainer.throughput()
+        summary.content.throughput.peak_memory_bytes = max(peaks, default=None)
+        summary.content.throughput = replace(summary.content.throughput, **trainer.throughput())
 
 
 def _run_control(
@@ -323,7 +325,7 @@ def _run_control(
             raise
         console.warn(f"The control broke off, so there is nothing to compare with: {error}")
         action = "went on without the control"
-        summary.content["problems"].append({"step": None, "kind": CONTROL_FAILED, "action": action})
+        summary.content.problems.append({"step": None, "kind": CONTROL_FAILED, "action": action})
         return None
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..reports.summary import REPORT_PAGE, REPORT_PICTURE
+from ..reports.summary import REPORT_PAGE, REPORT_PICTURE, Summary
 from ..trainer.callbacks.trackers import GuardedTracker
 from ..trainer.trainer import KavaTrainer
 
@@ -44,10 +44,10 @@ class RunTracking(TrainerCallback):
 
     Args:
         trainer: of the run.
-        summary: the content of its summary, which is filled while it goes on.
+        summary: its summary, which is filled while it goes on.
     """
 
-    def __init__(self, trainer: KavaTrainer, summary: dict[str, Any]) -> None:
+    def __init__(self, trainer: KavaTrainer, summary: Summary) -> None:
         self._trainer, self._summary = trainer, summary
         self._told: set[str] = set()
         self._foreign = _wandb_run(trainer.trackers) is not None
@@ -60,9 +60,9 @@ class RunTracking(TrainerCallback):
 
     def tell(self) -> None:
         """Log the evaluations that were made since the last call, and the verdict once there is one."""
-        measured = {who: figures for who, figures in self._summary["evaluation"].items() if figures is not None}
-        found = {f"eval_{who}_{name}": value for who, row in measured.items() for name, value in row.items()}
-        success = self._summary["verdict"]["success"]
+        measured = self._summary.evaluation.measured()
+        found = {f"eval_{who}_{name}": value for who, row in measured.items() for name, value in vars(row).items()}
+        success = self._summary.verdict.success
         found["eval_success"] = None if success is None else float(success)
         new = {name: value for name, value in found.items() if value is not None and name not in self._told}
         self._told.update(new)
@@ -75,9 +75,9 @@ class RunTracking(TrainerCallback):
 
         TensorBoard, which takes no files, gets the picture and the place of the page.
         """
-        verdict = self._summary["verdict"]
-        judged = {True: "Success.", False: "No success.", None: "No verdict."}[verdict["success"]]
-        text = "\n".join([judged, *(f"- {reason}" for reason in verdict["reasons"])])
+        verdict = self._summary.verdict
+        judged = {True: "Success.", False: "No success.", None: "No verdict."}[verdict.success]
+        text = "\n".join([judged, *(f"- {reason}" for reason in verdict.reasons)])
         outcome = _Outcome(self._trainer, text, Path(folder) / REPORT_PAGE, Path(folder) / REPORT_PICTURE)
         for tracker in self._living():
             if tracker.name in _ATTACH:
@@ -106,7 +106,8 @@ def keep_apart(trackers: list[GuardedTracker], name: str) -> None:
     """Let TensorBoard write to a folder of its own although `TENSORBOARD_LOGGING_DIR` gives all runs one."""
     for tracker in trackers:
         if tracker.name == "tensorboard":
-            tracker.callback.logging_dir = str(Path(tracker.callback.logging_dir) / name)
+            callback = cast(Any, tracker.callback)
+            callback.logging_dir = str(Path(callback.logging_dir) / name)
 
 
 def _to_tensorboard(callback: Any, outcome: _Outcome) -> None:

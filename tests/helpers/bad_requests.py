@@ -3,12 +3,12 @@
 import json
 
 import torch
-from helpers.data import write_dataset
-from helpers.models import STUDENT_SIZE, tiny_llama
-from helpers.programs import QUICKSTART, SHORT, words
 from transformers import AutoTokenizer, LlamaConfig, T5Config
 
 import run_kava
+from helpers.data import write_dataset
+from helpers.models import STUDENT_SIZE, tiny_llama
+from helpers.programs import QUICKSTART, SHORT, words
 from kava_trainer.distillation.projector import ElasticBottleneck, ProjectorConfig
 from kava_trainer.distillation.projector_files import save_projectors
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER

@@ -2,7 +2,7 @@
 
 import math
 
-from kava_trainer.reports.summary import RunSummary
+from kava_trainer.reports.summary import RunSummary, Throughput, Verdict
 
 EVIL = "<script>alert(1)</script> </pre> $x$ & \"'"
 
@@ -42,25 +42,22 @@ def make_summary(history=None, **arguments):
              "learning_rate": 1e-3, **arguments}  # fmt: skip
     summary = RunSummary(asked, {"python": "3.11", "device": EVIL}, f"python run_kava.py {EVIL}")
     summary.add_training(history_of() if history is None else history, 60)
-    names = list(summary.content["final"])
+    names = vars(summary.content.final)
     summary.add_final({f"eval_{name}": 0.123456 + index for index, name in enumerate(names)})
-    summary.content["final"] |= {"cos_sim": 0.961234, "margin": 0.7654321}
-    summary.content["cos_sim_at"] = {"50": 0.812345, "100": -0.25, "200": 0.9}
+    summary.content.final.cos_sim, summary.content.final.margin = 0.961234, 0.7654321
+    summary.content.cos_sim_at = {"50": 0.812345, "100": -0.25, "200": 0.9}
     problems = [{"prompt": f"{EVIL} {number}", "reference": "18"} for number in range(10)]
-    for index, who in enumerate(summary.content["evaluation"]):
+    for index, who in enumerate(vars(summary.content.evaluation)):
         entropy = 0.0123456 * (index + 1)
         summary.add_evaluation(
             who, {"perplexity": math.exp(entropy), "cross_entropy": entropy, "exact_match": index / 7}
         )
         summary.add_answers(who, problems, ["18" if index % 2 else f"{EVIL} of {who}"] * 12, str.__eq__)
-    summary.content["throughput"] = {name: 1234.5 + i for i, name in enumerate(summary.content["throughput"])}
-    summary.content["throughput"] |= {
-        "padding_fraction": 0.125,
-        "peak_memory_bytes": 1_234_567_890,
-        "estimated_memory_bytes": 2_000_000,
-    }
-    summary.content["verdict"] = {"success": True, "collapsed": False, "reasons": ["All went well.", EVIL]}
-    summary.content["problems"] = [{"step": 3, "kind": "oom", "action": EVIL}]
+    figures = {name: 1234.5 + index for index, name in enumerate(vars(summary.content.throughput))}
+    figures |= {"padding_fraction": 0.125, "peak_memory_bytes": 1_234_567_890, "estimated_memory_bytes": 2_000_000}
+    summary.content.throughput = Throughput(**figures)
+    summary.content.verdict = Verdict(success=True, collapsed=False, reasons=["All went well.", EVIL])
+    summary.content.problems = [{"step": 3, "kind": "oom", "action": EVIL}]
     return summary
 
 

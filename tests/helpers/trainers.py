@@ -2,9 +2,9 @@
 
 import torch
 from datasets import Dataset
+
 from helpers.data import random_examples
 from helpers.models import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, tiny_llama
-
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.distillation.loss_terms import needed_teacher_layers

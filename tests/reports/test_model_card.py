@@ -2,6 +2,7 @@
 
 import ast
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kava_trainer.data.formats import prompt_kind
 from kava_trainer.reports.model_card import as_code, hub_id, is_untouched, local_sources, render_model_card
 from kava_trainer.reports.publish import check_card
 from kava_trainer.reports.recipe import recipe_of, recipe_text
-from kava_trainer.reports.summary import RunSummary
+from kava_trainer.reports.summary import Evaluations, RunSummary, Summary, Throughput, Verdict
 from kava_trainer.runs.setup import own_parameters
 from kava_trainer.utils.environment import describe_environment
 
@@ -33,7 +34,7 @@ def words(options):
 
 
 def summary_with(**changes):
-    """What the summary file of a run holds."""
+    """The summary that a reader of a run's file has."""
     asked = parse_arguments(words({**ARGUMENTS, **changes})).to_dict()
     environment = {**describe_environment(torch.device("cpu")), "local_sources": local_sources(asked)}
     summary = RunSummary(asked, environment)
@@ -41,10 +42,10 @@ def summary_with(**changes):
     summary.add_final({"eval_cos_sim": 0.98, "eval_centred_cos_sim": 0.75, "eval_margin": 0.6, "eval_cka": 0.87654})
     summary.add_evaluation("teacher", {"perplexity": 2.0, "cross_entropy": 0.7, "exact_match": 0.75})
     summary.add_evaluation("student_after", {"perplexity": 3.25, "cross_entropy": 1.18, "exact_match": None})
-    summary.content["throughput"] |= {"tokens_per_second": 12345.6, "peak_memory_bytes": 3 * 10**9}
-    summary.content["verdict"] = {"success": False, "collapsed": False, "reasons": ["Because.", "Why not."]}
-    summary.content["duration_seconds"] = 3725.0
-    return json.loads(summary.to_json())
+    summary.content.throughput = Throughput(tokens_per_second=12345.6, peak_memory_bytes=3 * 10**9)
+    summary.content.verdict = Verdict(success=False, collapsed=False, reasons=["Because.", "Why not."])
+    summary.content.duration_seconds = 3725.0
+    return summary.as_written()
 
 
 def card_of(summary, **options):
@@ -142,7 +143,7 @@ def test_the_base_is_the_model_whose_weights_it_has(tmp_path, monkeypatch, chang
     "name", ["quickstart", "data.jsonl", "a/b/c", "./x", "~/models", "s3://a/b", "da*ta/x", str(ROOT)]
 )
 def test_what_cannot_be_on_the_hub_is_not_said_to_be(name):
-    assert hub_id(name, "dataset_name", {"environment": {}}) is None
+    assert hub_id(name, "dataset_name", Summary()) is None
 
 
 def test_local_data_is_named_without_its_folder_in_the_metadata(tmp_path):
@@ -160,7 +161,7 @@ def test_the_embedded_data_are_no_data_set_of_the_hub():
 
 def usage_of(kind, **changes):
     """The first block of Python in a card."""
-    summary = {**summary_with(**changes), "prompt_kind": kind}
+    summary = replace(summary_with(**changes), prompt_kind=kind)
     code = card_of(summary).text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     return code
@@ -194,11 +195,11 @@ def test_what_a_prompt_is_follows_from_a_row(columns, kind):
 
 
 def test_the_card_tells_the_size_and_whose_licences_apply():
-    text = card_of({**summary_with(), "student_parameters": 494_032_768}).text
+    text = card_of(replace(summary_with(), student_parameters=494_032_768)).text
     assert " The student has 494.03 million parameters." in text
     assert f"the base model's ([{STUDENT}](https://huggingface.co/{STUDENT})), the teacher's ([{TEACHER}]" in text
     assert "and the data set's apply." in text
-    fresh = card_of({**summary_with(student_init="random"), "student_parameters": 1_540_000_000}).text
+    fresh = card_of(replace(summary_with(student_init="random"), student_parameters=1_540_000_000)).text
     assert " The student has 1.54 billion parameters." in fresh
     assert "the base model's" not in fresh
     assert "The student has" not in card_of(summary_with()).text
@@ -214,8 +215,7 @@ def test_adapters_do_not_count_as_the_student():
 
 def test_a_run_that_measured_nothing_has_a_valid_card():
     summary = summary_with(mercator_weight=0, lm_weight=1)
-    summary["evaluation"] = dict.fromkeys(summary["evaluation"])
-    summary["verdict"] = {"success": None, "collapsed": None, "reasons": []}
+    summary.evaluation, summary.verdict = Evaluations(), Verdict()
     card = card_of(summary)
     assert card.data.eval_results is None
     assert "No hidden states were aligned." in card.text
@@ -246,7 +246,7 @@ RECIPES = sorted((ROOT / "training_args").glob("*.json"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_asks_for_the_same_run_again(tmp_path, monkeypatch, recipe):
-    monkeypatch.setattr("kava_trainer.trainer.optimizers.is_torchao_available", lambda: False)
+    monkeypatch.setattr("kava_trainer.config.optimizer_names.is_torchao_available", lambda: False)
     monkeypatch.setattr("kava_trainer.config.arguments.missing_package", lambda optim: None)
     more = {
         "use_cpu": True, "bf16": False, "hub_token": "hf_planted", "push_to_hub": True, "hub_strategy": "end",
@@ -254,7 +254,7 @@ def test_the_recipe_asks_for_the_same_run_again(tmp_path, monkeypatch, recipe):
         "report_to": "tensorboard", "accelerator_config": '{"non_blocking": true}', "layer_weights": 1.5,
     }  # fmt: skip
     asked = parse_arguments([str(recipe), *words(more)]).to_dict()
-    summary = {"arguments": json.loads(json.dumps(asked, default=str)), "environment": {"device": "cpu"}}
+    summary = Summary(arguments=json.loads(json.dumps(asked, default=str)), environment={"device": "cpu"})
     (tmp_path / "recipe.json").write_text(recipe_text(summary))
     given = json.loads((tmp_path / "recipe.json").read_text())
     assert not [name for name in given if name.startswith(("hub", "push", "resume")) or name.endswith("token")]
@@ -266,20 +266,20 @@ def test_the_recipe_asks_for_the_same_run_again(tmp_path, monkeypatch, recipe):
     again = parse_arguments([str(tmp_path / "recipe.json")]).to_dict()
     left_out = {"push_to_hub", "hub_strategy", "hub_model_id", "resume_from_checkpoint"}
     assert {name for name in asked if asked[name] != again[name]} == left_out
-    assert recipe_of({**summary, "arguments": again}) == given
+    assert recipe_of(replace(summary, arguments=again)) == given
 
 
 def test_the_recipe_of_the_defaults_has_what_must_be_named_alone():
     asked = {"teacher_model_name_or_path": TEACHER, "student_model_name_or_path": STUDENT, "dataset_name": DATA}
     given = parse_arguments(words({**asked, "use_cpu": True})).to_dict()
-    assert recipe_of({"arguments": given, "environment": {"device": "cpu (x)"}}) == {**asked, "use_cpu": True}
+    assert recipe_of(Summary(arguments=given, environment={"device": "cpu (x)"})) == {**asked, "use_cpu": True}
 
 
 def test_names_have_no_meaning_as_markdown_or_code(tmp_path):
     """A folder may be called anything; none of it may become markup, or end a code block or a string."""
     name = 'a`b``c"d</summary>|[x](y)'
-    summary = {**summary_with(use_peft=True, merge_adapter=False), "held_out_examples": 50}
-    summary["arguments"] |= {"teacher_model_name_or_path": name, "student_model_name_or_path": name}
+    summary = replace(summary_with(use_peft=True, merge_adapter=False), held_out_examples=50)
+    summary.arguments |= {"teacher_model_name_or_path": name, "student_model_name_or_path": name}
     text = card_of(summary).text
     assert f"from ```{name}``` on" in text
     code = text.split("```python\n")[1].split("\n```")[0]
@@ -294,12 +294,12 @@ def test_any_text_can_be_shown_as_code(text, code):
 
 
 def test_the_card_says_on_how_many_examples_it_was_measured():
-    summary = {**summary_with(), "held_out_examples": 50}
+    summary = replace(summary_with(), held_out_examples=50)
     card = card_of(summary)
     assert "On 50 held-out examples (split `test`);" in card.text
     assert "Measured on held-out tokens:" in card.text
     assert card.data.eval_results[0].dataset_args == {"num_examples": 50}
-    summary["evaluation"]["student_after"] = None
+    summary.evaluation.student_after = None
     assert "Measured in the last training steps:" in card_of(summary).text
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import types
+from dataclasses import asdict
 
 import matplotlib
 import pytest
@@ -14,14 +15,13 @@ from helpers.summaries import EVIL, FEW, history_of, make_summary
 from helpers.trainers import make_trainer
 
 from kava_trainer import cli
-from kava_trainer.reports import charts as curves
-from kava_trainer.reports.charts import charts, number_text, thin_out
+from kava_trainer.reports.charts import MOST_POINTS, charts, number_text, points, thin_out
 from kava_trainer.reports.comparison import comparison_page, differing_arguments, run_names
 from kava_trainer.reports.page import report_page, write_report
 from kava_trainer.reports.run_reader import read_run, record_of
-from kava_trainer.reports.summary import RunSummary
+from kava_trainer.reports.summary import RunSummary, Summary, Verdict
 from kava_trainer.reports.tables import figure_text, verdict_of
-from kava_trainer.runs import finish as closing
+from kava_trainer.runs.finish import report_on
 from kava_trainer.trainer import throughput
 from kava_trainer.trainer.checkpoint import write_manifest
 from kava_trainer.trainer.run_state import save_progress
@@ -118,7 +118,7 @@ def test_a_figure_that_was_not_measured_is_never_0(tmp_path):
 
 
 def test_a_collapse_is_what_the_page_says_first(summary, tmp_path):
-    summary.content["verdict"] = {"success": False, "collapsed": True, "reasons": ["CosSim means nothing."]}
+    summary.content.verdict = Verdict(success=False, collapsed=True, reasons=["CosSim means nothing."])
     summary.write(tmp_path, "completed")
     record = read_run(tmp_path)
     assert (verdict_of(record).word, verdict_of(record).kind) == ("Collapsed – no success", "bad")
@@ -150,14 +150,14 @@ def test_a_killed_run_is_read_from_its_newest_sound_checkpoint(tmp_path):
     make_checkpoint(tmp_path, 40, lines, run)
     (make_checkpoint(tmp_path, 60, FEW) / "trainer_state.json").write_text("cut off")
     record = read_run(tmp_path)
-    assert record.summary["status"] == "cut_off"
-    assert record.summary["global_step"] == 40
-    assert record.summary["final"]["loss"] == 2.5
+    assert record.summary.status == "cut_off"
+    assert record.summary.global_step == 40
+    assert record.summary.final.loss == 2.5
     assert record.log_history[0] == {"step": 30, "loss": None}
-    assert record.summary["arguments"] == {"learning_rate": 0.5, "teacher_model_name_or_path": "the/teacher"}
-    assert record.summary["throughput"]["peak_memory_bytes"] == 600_000_040
-    assert record.summary["problems"][0]["kind"] == "nan"
-    page = check_page(report_page(record), record.summary)
+    assert record.summary.arguments == {"learning_rate": 0.5, "teacher_model_name_or_path": "the/teacher"}
+    assert record.summary.throughput.peak_memory_bytes == 600_000_040
+    assert record.summary.problems[0]["kind"] == "nan"
+    page = check_page(report_page(record), asdict(record.summary))
     assert page.texts["h2"][0] == "Cut off"
     assert "The run was cut off, or is still running" in page.texts["li"][0]
     assert "whatever came after step 40 is lost" in page.texts["li"][0]
@@ -165,15 +165,15 @@ def test_a_killed_run_is_read_from_its_newest_sound_checkpoint(tmp_path):
 
 def test_a_run_that_was_resumed_and_then_killed_is_not_shown_by_its_old_summary(summary, folder):
     make_checkpoint(folder, 60, FEW)
-    assert read_run(folder).summary["status"] == "completed"
+    assert read_run(folder).summary.status == "completed"
     make_checkpoint(folder, 80, [*FEW, {"step": 80, "loss": 1.0}], {"learning_rate": 2.0})
     record = read_run(folder)
-    assert (record.summary["status"], record.summary["global_step"]) == ("cut_off", 80)
+    assert (record.summary.status, record.summary.global_step) == ("cut_off", 80)
     assert record.note.endswith("It had been resumed after step 60.")
-    assert record.summary["evaluation"]["student_after"] is None
-    assert record.summary["evaluation"]["teacher"] == summary.content["evaluation"]["teacher"]
-    assert record.summary["final"]["margin"] is None
-    assert [sample["answers"]["student_after"] for sample in record.summary["samples"]] == [None] * 10
+    assert record.summary.evaluation.student_after is None
+    assert record.summary.evaluation.teacher == summary.content.evaluation.teacher
+    assert record.summary.final.margin is None
+    assert [sample.answers["student_after"] for sample in record.summary.samples] == [None] * 10
 
 
 def test_a_summary_without_log_lines_has_the_curves_of_a_checkpoint_or_none(folder):
@@ -198,7 +198,7 @@ def test_the_command_builds_reports_and_the_comparison(tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     for name, rate in (("a", 1e-3), ("b", 5e-2)):
         summary = make_summary(FEW, learning_rate=rate)
-        summary.content["final"]["cka"] = rate
+        summary.content.final.cka = rate
         summary.write(tmp_path / name / "out", "completed")
     assert cli.main(["report", "a/out", str(tmp_path / "b" / "out")]) == 0
     shown = capsys.readouterr().out
@@ -232,7 +232,7 @@ def test_the_command_builds_reports_and_the_comparison(tmp_path, capsys, monkeyp
 
 def test_only_arguments_that_differ_are_compared():
     runs = [{"output_dir": "a", "seed": 1, "same": [1]}, {"output_dir": "b", "seed": 2, "same": [1], "new": "x"}]
-    found = differing_arguments([{"arguments": arguments} for arguments in runs])
+    found = differing_arguments([Summary(arguments=arguments) for arguments in runs])
     assert found == [("seed", ["1", "2"]), ("new", ["-", '"x"'])]
 
 
@@ -292,7 +292,7 @@ def test_a_folder_named_twice_and_a_place_that_cannot_be_written_are_refused(fol
 def test_a_report_whose_packages_do_not_work_is_a_warning(summary, tmp_path, capsys, monkeypatch):
     summary.write(tmp_path, "completed")
     monkeypatch.setitem(sys.modules, "kava_trainer.reports.page", None)
-    assert closing.report_on(Console(plain=True), str(tmp_path), summary) is None
+    assert report_on(Console(plain=True), str(tmp_path), summary) is None
     shown = capsys.readouterr().out
     assert (
         f"Warning: The report could not be written to {tmp_path}: import of kava_trainer.reports.page halted" in shown
@@ -303,7 +303,7 @@ def test_a_report_whose_packages_do_not_work_is_a_warning(summary, tmp_path, cap
 def test_a_report_that_cannot_be_written_is_a_warning(summary, tmp_path, capsys):
     summary.write(tmp_path, "completed")
     (tmp_path / "report.html").mkdir()
-    assert closing.report_on(Console(plain=True), str(tmp_path), summary) is None
+    assert report_on(Console(plain=True), str(tmp_path), summary) is None
     shown = capsys.readouterr().out
     assert f"Warning: The report could not be written to {tmp_path}: " in shown
     assert "Is a directory" in shown
@@ -313,7 +313,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(summary, tmp_path, capsys)
 def test_a_secret_is_in_neither_page_nor_log_lines_and_matplotlib_stays_as_it_is(tmp_path, monkeypatch):
     summary = RunSummary({}, {})
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
-    summary.content["problems"].append({"step": 1, "kind": "hub", "action": "no planted-secret here"})
+    summary.content.problems.append({"step": 1, "kind": "hub", "action": "no planted-secret here"})
     summary.log_history = [*summary.log_history, {"step": 60, "note": "planted-secret"}]
     summary.write(tmp_path, "completed")
     before = dict(matplotlib.rcParams)
@@ -328,7 +328,7 @@ def test_a_long_run_has_a_page_of_the_same_size_with_its_extremes():
     found = [(step, math.sin(step / 500)) for step in range(50_000)]
     found[20_001], found[33_333] = (20_001, 9.0), (33_333, -9.0)
     thin = thin_out(found)
-    assert len(thin) <= curves.MOST_POINTS + 2
+    assert len(thin) <= MOST_POINTS + 2
     assert {found[0], found[-1], (20_001, 9.0), (33_333, -9.0)} <= set(thin)
     assert thin == sorted(thin)
     assert thin_out(found[:1000]) == found[:1000]
@@ -336,7 +336,7 @@ def test_a_long_run_has_a_page_of_the_same_size_with_its_extremes():
 
 def test_what_is_no_finite_number_is_no_point():
     lines = [{"step": 1, "x": math.nan}, {"step": 2, "x": None}, {"step": 3, "x": 1}, {"step": 3, "y": 2.0}, {"x": 5.0}]
-    assert curves.points(lines, ("x", "y")) == [(3, 2.0)]
+    assert points(lines, ("x", "y")) == [(3, 2.0)]
 
 
 def test_each_training_line_tells_the_tokens_since_the_last_one(tmp_path, tokenizer, monkeypatch):

@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("one", "two"):
         summary = make_summary(None if name == "one" else FEW, output_dir=str(folder), long_argument="x" * 500)
-        summary.content["samples"][0]["answers"]["teacher"] = "y" * 2000
-        summary.content["final"]["cka"] = 0.25 if name == "one" else None
+        summary.content.samples[0].answers["teacher"] = "y" * 2000
+        summary.content.final.cka = 0.25 if name == "one" else None
         summary.write(folder / name, "completed")
     (folder / "one" / "report.html").write_text(report_page(read_run(folder / "one")), encoding="utf-8")
     write_comparison([read_run(folder / "one"), read_run(folder / "two")], folder / "comparison.html")

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 
+from kava_trainer.reports.summary import Summary
 from kava_trainer.reports.verdict import CONTROL_FAILED, TEACHER_AT_CHANCE, few_examples, judge
 
 GOOD = {
@@ -18,18 +19,22 @@ GOOD = {
 NONE = ", and a difference under 2 % counts as none"
 
 
-def verdict(collapse=None, supervised=True, broken=(), **changes):
-    summary = copy.deepcopy(GOOD)
+def good(problems=(), **changes):
+    content = copy.deepcopy(GOOD) | {"problems": list(problems)}
     for path, value in changes.items():
         group, name = path.split("__")
-        summary[group][name] = value
-    return judge(summary, collapse, supervised, list(broken))
+        content[group][name] = value
+    return Summary.from_dict(content)
+
+
+def verdict(collapse=None, supervised=True, broken=(), **changes):
+    return judge(good(**changes), collapse, supervised, list(broken))
 
 
 def test_a_sound_run_is_a_success_and_says_by_how_much_it_beat_the_control():
     result = verdict()
-    assert (result["success"], result["collapsed"]) == (True, False)
-    text = " ".join(result["reasons"])
+    assert (result.success, result.collapsed) == (True, False)
+    text = " ".join(result.reasons)
     assert "CosSim on held-out examples is 0.9600, and on the probe it is 0.90 above that with other tokens'" in text
     assert "from 500 to 1.02" in text
     assert "0.10 times the control's (0.0200 against 0.2000 nats), its exact match 50.0 points higher." in text
@@ -51,25 +56,22 @@ def test_a_sound_run_is_a_success_and_says_by_how_much_it_beat_the_control():
 )
 def test_each_failure_alone_ends_the_success_and_is_named(arguments, part):
     result = verdict(**arguments)
-    assert result["success"] is False
-    assert part in result["reasons"][0]
-    assert result["collapsed"] is ("collapse" in arguments)
+    assert result.success is False
+    assert part in result.reasons[0]
+    assert result.collapsed is ("collapse" in arguments)
 
 
 def test_problems_during_training_end_the_success():
-    summary = {**copy.deepcopy(GOOD), "problems": [{"step": 3, "kind": "nan", "action": "skipped"}]}
-    result = judge(summary, None, True, [])
-    assert result["success"] is False
-    assert result["reasons"][0] == "Training was not stable: nan (see problems)."
+    result = verdict(problems=[{"step": 3, "kind": "nan", "action": "skipped"}])
+    assert result.success is False
+    assert result.reasons[0] == "Training was not stable: nan (see problems)."
 
 
 def test_a_broken_control_is_said_and_takes_no_success_away():
     problem = {"step": None, "kind": CONTROL_FAILED, "action": "went on without the control"}
-    summary = {**copy.deepcopy(GOOD), "problems": [problem]}
-    summary["evaluation"]["control_sft"] = None
-    result = judge(summary, None, True, [])
-    assert result["success"] is True
-    assert result["reasons"][-1] == "The control broke off, so there is nothing to compare with."
+    result = verdict(problems=[problem], evaluation__control_sft=None)
+    assert result.success is True
+    assert result.reasons[-1] == "The control broke off, so there is nothing to compare with."
 
 
 @pytest.mark.parametrize(
@@ -96,45 +98,44 @@ def test_a_small_difference_is_named_and_is_no_win(ours, theirs, matches, said):
         evaluation__student_before=before, evaluation__student_after=after, evaluation__control_sft=control
     )
     beginning = "KAVA did not beat the control at equal steps: its answer cross-entropy is "
-    assert result["reasons"][-1].startswith(beginning + said)
+    assert result.reasons[-1].startswith(beginning + said)
 
 
 def test_few_held_out_examples_are_named_and_take_no_success_away():
     for count, said in ((1, "Only 1 example is held out"), (49, "Only 49 examples are held out")):
-        result = judge(copy.deepcopy(GOOD), None, True, [], examples=count)
-        assert result["success"] is True
-        assert any(reason.startswith(f"{said}, fewer than 50, so the figures tell") for reason in result["reasons"])
+        result = judge(good(), None, True, [], examples=count)
+        assert result.success is True
+        assert any(reason.startswith(f"{said}, fewer than 50, so the figures tell") for reason in result.reasons)
     for count in (None, 50):
-        assert "held out" not in " ".join(judge(copy.deepcopy(GOOD), None, True, [], count)["reasons"][1:])
+        assert "held out" not in " ".join(judge(good(), None, True, [], count).reasons[1:])
     assert "standard error of 7 points" in few_examples(49)
     assert few_examples(50) is few_examples(0) is None
 
 
 def test_a_teacher_at_chance_ends_the_success_of_a_run_that_learned_from_it():
     problem = {"step": None, "kind": TEACHER_AT_CHANCE, "action": "went on"}
-    summary = {**copy.deepcopy(GOOD), "problems": [problem]}
-    result = judge(summary, None, True, [])
-    assert result["success"] is False
-    assert result["reasons"][0].startswith("The teacher was no better than chance on the answers")
-    assert judge(summary, None, True, [], taught=False)["success"] is True
+    result = verdict(problems=[problem])
+    assert result.success is False
+    assert result.reasons[0].startswith("The teacher was no better than chance on the answers")
+    assert judge(good([problem]), None, True, [], taught=False).success is True
 
 
 def test_the_edge_counts_as_reached():
-    assert verdict(final__cos_sim=0.95)["success"] is True
+    assert verdict(final__cos_sim=0.95).success is True
 
 
 def test_a_control_that_is_better_is_said_so():
     better = {"perplexity": 1.01, "cross_entropy": 0.01, "exact_match": 0.9}
-    text = verdict(evaluation__control_sft=better)["reasons"][-1]
+    text = verdict(evaluation__control_sft=better).reasons[-1]
     assert "KAVA did not beat the control" in text
     assert "2.00 times" in text
     assert "20.0 points lower" in text
 
 
 def test_without_a_control_or_generation_there_is_no_such_figure():
-    assert not any("control" in reason for reason in verdict(evaluation__control_sft=None)["reasons"])
+    assert not any("control" in reason for reason in verdict(evaluation__control_sft=None).reasons)
     control = {"perplexity": 1.22, "cross_entropy": 0.2, "exact_match": None}
-    assert "nats). One pair" in verdict(evaluation__control_sft=control)["reasons"][-1]
+    assert "nats). One pair" in verdict(evaluation__control_sft=control).reasons[-1]
 
 
 @pytest.mark.parametrize(
@@ -147,13 +148,13 @@ def test_without_a_control_or_generation_there_is_no_such_figure():
 )
 def test_what_was_not_measured_is_not_judged(changes, part):
     result = verdict(**changes)
-    assert result["success"] is None
-    assert any(part in reason for reason in result["reasons"])
-    assert result["collapsed"] is (None if "final__margin" in changes else False)
+    assert result.success is None
+    assert any(part in reason for reason in result.reasons)
+    assert result.collapsed is (None if "final__margin" in changes else False)
 
 
 @pytest.mark.parametrize(("match", "said"), [(0.0, True), (0.01, False), (None, False)])
 def test_a_teacher_without_a_single_exact_match_is_named_and_takes_no_success_away(match, said):
     result = verdict(evaluation__teacher={"perplexity": 1.5, "cross_entropy": 0.4, "exact_match": match})
-    assert result["success"] is True
-    assert any("The teacher's own answers matched none" in reason for reason in result["reasons"]) is said
+    assert result.success is True
+    assert any("The teacher's own answers matched none" in reason for reason in result.reasons) is said

@@ -118,8 +118,8 @@ def test_the_summary_reads_the_log_and_keeps_what_was_not_measured_null(summary,
 
 def test_a_collapse_is_in_the_summary(summary):
     summary.add_final({"eval_loss": 1.0, "eval_cos_sim": 0.99, "eval_margin": 0.01})
-    assert summary.content["final"]["margin"] == 0.01
-    assert summary.content["final"]["cka"] is None
+    assert summary.content.final.margin == 0.01
+    assert summary.content.final.cka is None
 
 
 def test_a_summary_that_is_written_again_is_the_same(summary, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -96,16 +97,16 @@ def test_a_summary_from_before_there_were_checksums_takes_what_is_there(alone):
 def test_a_summary_that_lacks_arguments_has_their_defaults(alone):
     asked = summary_of(alone)["arguments"]
     summary = change_summary(alone, arguments={name: asked[name] for name in ("output_dir", "dataset_name")})
-    assert (summary["arguments"]["use_peft"], summary["arguments"]["final_dir"]) == (False, None)
+    assert (summary.arguments["use_peft"], summary.arguments["final_dir"]) == (False, None)
     assert find_student(alone, summary) == alone / "final_student"
 
 
 def test_a_run_that_was_cut_short_has_no_student_even_where_an_earlier_one_left_its_own(alone):
-    summary = {**completed_summary(alone), "status": "interrupted"}
+    summary = replace(completed_summary(alone), status="interrupted")
     assert find_student(alone, summary) == alone / "final_student"  # as where its control was interrupted
     with pytest.raises(BadRequest, match="was interrupted at step 2, before its student was finished"):
-        find_student(alone, {**summary, "final_checksums": None})
-    (alone / "run_summary.json").write_text(json.dumps(summary))
+        find_student(alone, replace(summary, final_checksums=None))
+    (alone / "run_summary.json").write_text(json.dumps(asdict(summary)))
     with pytest.raises(BadRequest, match="at step 2, when its student was finished, but not all of it was measured"):
         completed_summary(alone)
 

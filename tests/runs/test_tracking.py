@@ -26,6 +26,7 @@ from transformers.integrations import TensorBoardCallback, integration_utils
 import run_kava
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.launcher import hide_tokens
+from kava_trainer.reports.summary import Evaluations, ModelFigures, Summary, Verdict
 from kava_trainer.runs.tracking import RunTracking
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -241,8 +242,8 @@ def test_several_trackers_are_named_with_commas(tmp_path):
 def test_without_trackers_nobody_is_told_anything(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, report_to="none")
     trainer.callback_handler.on_log = lambda *_: pytest.fail("something was logged")
-    content = {"evaluation": {"teacher": {"perplexity": 2.0}}, "verdict": {"success": True, "reasons": []}}
-    tracking = RunTracking(trainer, content)
+    teacher = ModelFigures(perplexity=2.0, exact_match=None)
+    tracking = RunTracking(trainer, Summary(evaluation=Evaluations(teacher=teacher), verdict=Verdict(success=True)))
     tracking.tell()
     tracking.attach_report(tmp_path)
     tracking.close(True)
@@ -252,8 +253,7 @@ def test_a_tracker_that_was_removed_is_left_alone(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, report_to="tensorboard")
     (tracker,) = trainer.trackers
     trainer.remove_callback(type(tracker.callback))
-    content = {"evaluation": {}, "verdict": {"success": True, "reasons": []}}
-    RunTracking(trainer, content).attach_report(tmp_path)
+    RunTracking(trainer, Summary(verdict=Verdict(success=True))).attach_report(tmp_path)
     assert not list(tmp_path.glob("**/events.*"))
 
 
