@@ -155,8 +155,8 @@ def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
     size = max(_sizes(projector)[0] for projector in target.projectors)
     if tokens <= size:
         raise BadRequest(
-            f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
-            "calibration_tokens or use more training data."
+            f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more;",
+            "raise calibration_tokens or use more training data.",
         )
 
 

@@ -98,7 +98,7 @@ class SavingTrainer(PushingTrainer):
         except BadRequest:
             raise
         except Exception as error:  # the network fails in many ways
-            raise BadRequest(no_repository(error, self.args)) from error
+            raise BadRequest.of(no_repository(error, self.args)) from error
 
     def _place(self, token: str | None) -> Place:
         args = self.args

@@ -216,7 +216,7 @@ class KavaTrainer(EvaluatingTrainer):
         """
         self._hp_search_setup(trial)  # Trainer does so too, but only afterwards
         if found := self.args.problems():
-            raise BadRequest("\n".join(found))
+            raise BadRequest.of(*found)
         student = cast(PreTrainedModel, super().call_model_init(trial))
         check_student(student)
         if isinstance(self.teacher, OnlineTeacher):

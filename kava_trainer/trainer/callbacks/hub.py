@@ -10,7 +10,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ...config.arguments import KavaTrainingArguments
 from ...utils.console import Console
-from ...utils.errors import reason_of
+from ...utils.errors import Problem, reason_of
 from ...utils.hub import CHECKPOINT_SECONDS, Place, hub_reason, in_background, push_command, show_bars
 
 _STATE_FILES = [
@@ -20,22 +20,25 @@ _STATE_FILES = [
 """What of a checkpoint only resuming needs."""
 
 
-def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> str:
-    """The sentences for a hub that did not make the run's repository before the training.
+def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> Problem:
+    """What is wrong where the hub did not make the run's repository before the training.
 
     Args:
         error: what it or the network answered.
         arguments: of the run, with `push_to_hub`.
     """
     if isinstance(error, HFValidationError):
-        return f"hub_model_id is {arguments.hub_model_id!r}; write it as owner/name ({reason_of(error).rstrip('.')})."
+        remedy = f"write it as owner/name ({reason_of(error).rstrip('.')})."
+        return Problem.of_value("hub_model_id", repr(arguments.hub_model_id), remedy)
     answered = getattr(error, "response", None) is not None
     what = "did not make the run's repository" if answered else "cannot be reached"
-    login = " Log in with hf auth login, or set HF_TOKEN." if answered else ""
+    login = "Log in with hf auth login, or set HF_TOKEN. " if answered else ""
     place = Place(arguments.hub_model_id or "NAME", None, arguments.hub_private_repo, arguments.hub_revision)
-    return (
-        f"push_to_hub true needs the hub, which {what} ({hub_reason(error)}).{login} Or write push_to_hub false, and "
-        f"send the student afterwards: {push_command(arguments.output_dir, place)}"
+    return Problem(
+        "push_to_hub",
+        f"push_to_hub true needs the hub, which {what} ({hub_reason(error)}).",
+        f"{login}Or write push_to_hub false, and send the student afterwards: "
+        f"{push_command(arguments.output_dir, place)}",
     )
 
 
