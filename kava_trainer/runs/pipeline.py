@@ -31,7 +31,7 @@ from .display import quieten, shows_bars, tell_alignment, use_all_cores
 from .fill_cache import read_from_cache, write_cache
 from .finish import conclude, save_student, tell_interruption, was_interrupted, write_summary
 from .setup import Models
-from .start import Run, begin, connect, estimate, load_examples, load_pair, try_teacher
+from .start import Run, begin, connect, load_examples, load_pair, try_teacher
 
 
 def run(arguments: KavaArguments, argv: list[str]) -> int:
@@ -49,8 +49,16 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         RunFailed: if the training broke.
         Interrupted: if a signal came before the training; there was nothing to save.
     """
-    with attended(), no_empty_folders_if_refused(arguments.training.output_dir, arguments.training.final_folder):
-        return _run(arguments, argv)
+    training = arguments.training
+    with attended(), no_empty_folders_if_refused(training.output_dir, training.final_folder):
+        run = begin(open_console(training), arguments, argv)
+        load_examples(run)
+        load_pair(run)
+        connect(run)
+        try_teacher(run)
+        _evaluate_start(run)
+        _read_from_cache(run)
+        return _train_to_the_end(run)
 
 
 @contextmanager
@@ -73,18 +81,6 @@ def open_console(training: KavaTrainingArguments) -> Console:
     hide_tokens()
     use_all_cores(training)
     return console
-
-
-def _run(arguments: KavaArguments, argv: list[str]) -> int:
-    run = begin(open_console(arguments.training), arguments, argv)
-    load_examples(run)
-    estimate(run)
-    load_pair(run)
-    connect(run)
-    try_teacher(run)
-    _evaluate_start(run)
-    _read_from_cache(run)
-    return _train_to_the_end(run)
 
 
 def _evaluate_start(run: Run) -> None:

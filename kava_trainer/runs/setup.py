@@ -245,13 +245,14 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
     check_evaluation(training, data.evaluation is not None)
     trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
-    if problem := rounding_problem(training.optim, training.optim_args, trained):
-        console.warn(str(problem))
-    if problem := slow_half_precision(arguments, models.teacher, models.student):
-        console.warn(str(problem))
     # A stream has no length, and its training is one of max_steps.
     examples = 0 if isinstance(data.train, ExampleStream) else len(data.train)
-    if problem := long_warmup(training, planned_steps(training, examples, training.world_size)):
+    problems = (
+        rounding_problem(training.optim, training.optim_args, trained),
+        slow_half_precision(arguments, models.teacher, models.student),
+        long_warmup(training, planned_steps(training, examples, training.world_size)),
+    )
+    for problem in filter(None, problems):
         console.warn(str(problem))
     if training.calibrates:
         trainer.calibration_examples()

@@ -72,7 +72,9 @@ class Run:
 def begin(console: Console, arguments: KavaArguments, argv: list[str]) -> Run:
     """The folders, the checkpoint to go on from, the name, and what the user sees of them."""
     training = arguments.training
-    _prepare_folders(arguments)
+    for name in ("output_dir", "final_dir"):
+        make_folder(name, getattr(training, name))
+    check_places(training)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
     training.run_name = from_main_process(lambda: name_run(training, resumption.checkpoint))
     asked = arguments.to_dict()
@@ -81,12 +83,6 @@ def begin(console: Console, arguments: KavaArguments, argv: list[str]) -> Run:
     show_environment(console, training.device)
     show_configuration(console, arguments, resumption)
     return Run(console, arguments, argv, resumption, summary)
-
-
-def _prepare_folders(arguments: KavaArguments) -> None:
-    for name in ("output_dir", "final_dir"):
-        make_folder(name, getattr(arguments.training, name))
-    check_places(arguments.training)
 
 
 def check_places(training: KavaTrainingArguments) -> None:
@@ -134,15 +130,10 @@ def _identify(run: Run) -> dict[str, Any]:
     return identity
 
 
-def estimate(run: Run) -> None:
-    """What the training will take of each device, before a weight is loaded."""
-    summary = run.summary
-    summary.content["throughput"]["estimated_memory_bytes"] = tell_memory(run.console, run.arguments)
-
-
 def load_pair(run: Run) -> None:
-    """The pair, what the teacher lost by quantisation, and the trainer around them."""
+    """What training will take of each device; the pair, what the teacher lost by quantisation, and the trainer."""
     console, arguments, tokenizer, data, summary = run.console, run.arguments, run.tokenizer, run.data, run.summary
+    summary.content["throughput"]["estimated_memory_bytes"] = tell_memory(console, arguments)
     console.stage("Models")
     probed = data.train if data.evaluation is None else data.evaluation
     fidelity = TeacherFidelity(console, arguments, tokenizer, probed, data.evaluation is not None, data.collator)
