@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import NoReturn
 
 from . import __version__
-from .utils.errors import BadRequest, Interrupted, RunFailed, exit_code
+from .utils.errors import BadRequest, Interrupted, Problem, RunFailed, exit_code
 from .utils.redaction import without_secrets
 
 NOTHING_TO_SAVE = "Interrupted before the first step, so there was nothing to save. Start again with the same command."
 
 _ARGUMENTS = "ARGS.json [--name value ...]"
+_FIGURES = "(ARGS.json | OUTPUT_DIR) [--output FILE.json] [--name value ...]"
 _ALL_ARGUMENTS = "The arguments are those of a run: see python -m kava_trainer train --help."
 
 
@@ -107,14 +108,15 @@ def evaluate(argv: list[str]) -> int:
     own.add_argument("--output", type=Path)  # whole words only, so that --output_dir is left alone
     options, argv = own.parse_known_args(argv)
     folder = Path(argv[0]) if argv and not argv[0].startswith("-") and Path(argv[0]).is_dir() else None
-    arguments = None if folder else parse_arguments(argv)
+    if folder is None:
+        arguments, finished = parse_arguments(argv), None
     from .runs.measure import are_figures, measure_models, read_finished_run, write_figures
     from .utils.files import check_output_file
 
     if options.output is not None:
         check_output_file(options.output, are_figures)
-    finished = read_finished_run(folder) if folder else None
-    if finished is not None:
+    if folder is not None:
+        finished = read_finished_run(folder)
         arguments = parse_arguments(argv[1:], finished.arguments)
     try:
         evaluation = measure_models(arguments, finished)
@@ -137,26 +139,27 @@ def report(options: argparse.Namespace) -> int:
     """
     from .reports.comparison import is_comparison, write_comparison
     from .reports.page import write_report
-    from .reports.run_reader import read_run
+    from .reports.run_reader import RunRecord, read_run
     from .utils.files import check_output_file
 
     folders = [Path(folder) for folder in options.folders]
-    records, problems = [], []
+    records: list[RunRecord] = []
+    problems: list[Problem] = []
     twice = sorted({str(folder) for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1})
     if twice:
-        problems.append(f"{', '.join(twice)} is named more than once; name each run once.")
+        problems.append(Problem(None, f"{', '.join(twice)} is named more than once;", "name each run once."))
     for folder in dict.fromkeys(folders):
         try:
             records.append(read_run(folder))
         except BadRequest as error:
-            problems.append(str(error))
+            problems += error.problems
     if len(folders) > 1:
         try:
             check_output_file(Path(options.output), is_comparison)
         except BadRequest as error:
-            problems.append(str(error))
+            problems += error.problems
     if problems:
-        raise BadRequest("\n".join(problems))
+        raise BadRequest.of(*problems)
     try:
         for record in records:
             print(f"Report: {write_report(record)}")
@@ -167,14 +170,10 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a run")
-    parser.add_argument(
-        "--output",
-        default="comparison.html",
-        metavar="FILE",
-        help="where the page that compares several runs is written (default: %(default)s in the current folder)",
-    )
+    told = "where the page that compares several runs is written (default: %(default)s in the current folder)"
+    parser.add_argument("--output", default="comparison.html", metavar="FILE", help=told)
 
 
 def push(options: argparse.Namespace) -> int:
@@ -216,14 +215,10 @@ def push(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output_dir of a run that was completed")
-    parser.add_argument(
-        "repo",
-        metavar="REPO",
-        help="owner/name on the hub, or name for one of your own; it is made where it is missing, else files of "
-        "the same names are replaced in it",
-    )
+    told = "owner/name on the hub, or name for one of your own; it is made where it is missing, else files of the same "
+    parser.add_argument("repo", metavar="REPO", help=f"{told}names are replaced in it")
     parser.add_argument("--private", action="store_true", help="make it private")
     parser.add_argument("--revision", help="branch to send to, made where it is missing; the main one by default")
     parser.epilog = "The token is that of hf auth login or HF_TOKEN."
@@ -248,7 +243,7 @@ def explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="*", metavar="NAME", help="an argument, or a part of the names of several")
     parser.add_argument("--markdown", action="store_true", help="print the text of docs/arguments.md")
 
@@ -270,16 +265,10 @@ COMMANDS = {
     ),
     "train": _Command(train, "distil a student, as run_kava.py does"),
     "cache": _Command(cache, "fill the teacher cache that a later run reads, and stop", usage=_ARGUMENTS),
-    "evaluate": _Command(
-        evaluate,
-        "measure teacher and student on the held-out examples",
-        usage="(ARGS.json | OUTPUT_DIR) [--output FILE.json] [--name value ...]",
-    ),
-    "report": _Command(report, "build the report of runs anew, and compare several", _add_report_arguments),
-    "push": _Command(push, "send a finished run to the hub", _add_push_arguments),
-    "explain": _Command(
-        explain, "say of every argument what it does, its default and its unit", _add_explain_arguments
-    ),
+    "evaluate": _Command(evaluate, "measure teacher and student on the held-out examples", usage=_FIGURES),
+    "report": _Command(report, "build the report of runs anew, and compare several", _add_report),
+    "push": _Command(push, "send a finished run to the hub", _add_push),
+    "explain": _Command(explain, "say of every argument what it does, its default and its unit", _add_explain),
 }
 """In the order of `--help`."""
 

@@ -5,31 +5,22 @@
 
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
+from .checks import training_problems
 from .data_arguments import DataArguments
-from .launcher import device_problem, engine_problems, is_fsdp_asked, sharding_problems
-from .layer_mapping import parse_layer_mapping
+from .launcher import device_problem, is_fsdp_asked, sharding_problems
 from .model_arguments import ModelArguments, help_text
-from .optimizer_names import missing_package
 from .recipes import accelerate_config
 
-LARGEST_MICRO_BATCH, LARGEST_MLP_RATIO = 2**24, 1024
-"""Beyond these no device has the memory, and working out how much is missing would take all of this machine's."""
-
-_NOT_NEGATIVE = (
-    "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
-    "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
-)  # fmt: skip
-
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "calibration_tokens",
-    "max_nonfinite_steps",
-)  # fmt: skip
+LARGEST_MICRO_BATCH = 2**24
+"""No device has the memory for more tokens, and working out how much is missing would take all of this machine's."""
 
 
 @dataclass
@@ -221,9 +212,9 @@ class KavaTrainingArguments(TrainingArguments):
             super().__post_init__()  # type: ignore[no-untyped-call]
             found += [*filter(None, [device_problem(self.device.type)]), *sharding_problems(self)]
         except (ValueError, ImportError) as error:
-            found.append(str(error))
+            found += problems_of(error)
         if found:
-            raise ValueError("\n".join(found))
+            raise WrongArguments.of(*found)
         # Else every tensor of an iterable data set's batches is cut to the batch size, the answers too.
         cast(AcceleratorConfig, self.accelerator_config).dispatch_batches = False
         self.auto_find_batch_size = False  # it would begin again from the weights reached, with another batch
@@ -246,6 +237,11 @@ class KavaTrainingArguments(TrainingArguments):
         return {name: without_secrets(value) if isinstance(value, str) else value for name, value in found.items()}
 
     @property
+    def final_folder(self) -> Path:
+        """Where the finished student and its projector go."""
+        return Path(self.final_dir or self.output_dir)
+
+    @property
     def aligns(self) -> bool:
         """Whether any term compares hidden states."""
         return self.mercator_weight > 0 or self.mse_weight > 0
@@ -255,77 +251,9 @@ class KavaTrainingArguments(TrainingArguments):
         """Whether the projectors start from a calibration pass."""
         return self.aligns and (self.projector_anchor == "pca" or self.projector_init == "least_squares")
 
-    def _engine_problems(self) -> list[str]:
-        config = self.accelerator_config
-        found = engine_problems(self.fsdp, self.deepspeed)
-        given = config if isinstance(config, dict) else {}
-        unwanted = {"dispatch_batches": True, "split_batches": True, "even_batches": False}
-        for name in (name for name, value in unwanted.items() if given.get(name, not value) == value):
-            found.append(f"accelerator_config.{name} {str(unwanted[name]).lower()} is not supported; leave it out.")
-        return found
-
-    def problems(self) -> list[str]:
-        """One sentence for each mistake in the distillation's own arguments; empty when there is none."""
-        found = [
-            f"{n} is {getattr(self, n)}; it cannot be negative." for n in _NOT_NEGATIVE if (getattr(self, n) or 0) < 0
-        ]
-        found += self._engine_problems()
-        found += filter(None, [missing_package(self.optim)])
-        if self.max_steps == 0:
-            found.append("max_steps is 0; write a number above 0, or -1 to go by num_train_epochs.")
-        if self.max_steps < 0 and self.num_train_epochs <= 0:
-            found.append(f"num_train_epochs is {self.num_train_epochs}; write a number above 0, or set max_steps.")
-        found += [f"{n} is {getattr(self, n)}; write 1 or more." for n in _AT_LEAST_ONE if getattr(self, n) < 1]
-        if not self.aligns and self.lm_weight == 0 and self.kd_weight == 0:
-            found.append("mercator_weight, mse_weight, lm_weight and kd_weight are all 0: nothing would be trained.")
-        if self.kd_temperature <= 0:
-            found.append(f"kd_temperature is {self.kd_temperature}; write a number above 0, such as 1.0.")
-        if not 0 <= self.kd_beta <= 1:
-            found.append(f"kd_beta is {self.kd_beta}; write a number from 0 to 1.")
-        if self.label_names not in (None, ["labels"]):
-            found.append(
-                f"label_names is {self.label_names}; KAVA reads the column labels alone. Rename the column, and leave "
-                "label_names out."
-            )
-        found += [*self._projector_problems(), *self._control_problems()]
-        if self.generation_max_new_tokens is not None and self.generation_max_new_tokens < 1:
-            found.append(f"generation_max_new_tokens is {self.generation_max_new_tokens}; write 1 or more.")
-        return found
-
-    def _control_problems(self) -> list[str]:
-        if not self.run_control:
-            return []
-        found = []
-        if not self.aligns and self.kd_weight == 0:
-            found.append("run_control is true, but the run itself has the next-token loss alone; write false.")
-        unrepeatable = {"lr_scheduler_type": "reduce_lr_on_plateau", "train_sampling_strategy": "group_by_length"}
-        for name in (name for name, value in unrepeatable.items() if getattr(self, name) == value):
-            found.append(f"run_control cannot repeat {name} {unrepeatable[name]}; write another, or run_control false.")
-        return found
-
-    def _projector_problems(self) -> list[str]:
-        found = []
-        if not 0 < self.projector_mlp_ratio <= LARGEST_MLP_RATIO:
-            found.append(
-                f"projector_mlp_ratio is {self.projector_mlp_ratio}; write a number above 0, such as 1.0, up to "
-                f"{LARGEST_MLP_RATIO}."
-            )
-        if not 0 <= self.projector_dropout < 1:
-            found.append(f"projector_dropout is {self.projector_dropout}; write a number from 0 to below 1.")
-        if self.projector_direction == "student_to_teacher" and self.projector_anchor != "none":
-            found.append(
-                f"projector_anchor {self.projector_anchor} holds a projector of the teacher's states, but "
-                "projector_direction student_to_teacher has none; its target cannot collapse. Write none."
-            )
-        if self.projector_anchor == "reconstruction" and self.anchor_weight == 0:
-            found.append("anchor_weight is 0, so projector_anchor reconstruction would hold nothing; raise it.")
-        if self.layer_weights is not None and not (self.layer_weights and min(self.layer_weights) > 0):
-            found.append(f"layer_weights is {self.layer_weights}; write one number above 0 for each pair of layers.")
-        try:
-            parse_layer_mapping(self.layer_mapping)
-        except ValueError as error:
-            found.append(str(error))
-        return found
+    def problems(self) -> list[Problem]:
+        """Every mistake in the distillation's own arguments."""
+        return training_problems(self)
 
 
 @dataclass
@@ -341,18 +269,18 @@ class KavaArguments:
             self.training.max_tokens_per_batch = self.training.per_device_train_batch_size * self.data.max_length
         self.training.stand_beside(self.model, self.data)
 
-    def problems(self) -> list[str]:
-        """One sentence for each mistake that only several arguments together make; empty when there is none."""
+    def problems(self) -> list[Problem]:
+        """Every mistake that only several arguments together make."""
         batch, length = self.training.per_device_train_batch_size, self.data.max_length
         tokens = max(batch * length, self.training.max_tokens_per_batch or 0)
-        found = self.data.stream_problems(self.training)
+        found = [*self.data.stream_problems(self.training)]
         if self.model.use_peft and is_fsdp_asked():
-            found.append(f"use_peft is not supported under FSDP2; start with DDP ({accelerate_config('ddp.yaml')}).")
+            remedy = f"start with DDP ({accelerate_config('ddp.yaml')})."
+            found.append(Problem("use_peft", "use_peft is not supported under FSDP2;", remedy))
         if tokens > LARGEST_MICRO_BATCH:
-            found.append(
-                f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH}; lower "
-                f"per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
-            )
+            what = f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH};"
+            remedy = f"lower per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
+            found.append(Problem(None, what, remedy))
         return found
 
     def to_dict(self) -> dict[str, Any]:

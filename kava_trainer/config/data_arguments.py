@@ -1,8 +1,13 @@
 """The arguments that say what is learned from."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from ..utils.errors import Problem
 from ..utils.files import missing_path
 from .model_arguments import help_text
 
@@ -49,45 +54,45 @@ class DataArguments:
         ),
     )
 
-    def problems(self) -> list[str]:
-        """One sentence for each mistake; empty when there is none."""
-        found = []
+    def problems(self) -> Iterator[Problem]:
+        """Every mistake."""
         if not self.dataset_name:
-            found.append("dataset_name is missing; write a hub id, a local file or folder, or 'quickstart'.")
-        found += filter(None, [missing_path("dataset_name", self.dataset_name)])
+            remedy = "write a hub id, a local file or folder, or 'quickstart'."
+            yield Problem("dataset_name", "dataset_name is missing;", remedy)
+        if problem := missing_path("dataset_name", self.dataset_name):
+            yield problem
         if self.max_length < 2:
-            found.append(f"max_length is {self.max_length}; an example needs at least 2 tokens.")
+            yield Problem("max_length", f"max_length is {self.max_length}; an example needs at least 2 tokens.")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                found.append(f"{name} is {value}; write a whole number above 0, or leave it out for all examples.")
+                yield Problem.of_value(name, value, "write a whole number above 0, or leave it out for all examples.")
         if self.shuffle_buffer < 0:
-            found.append(f"shuffle_buffer is {self.shuffle_buffer}; it cannot be negative.")
-        return found
+            yield Problem("shuffle_buffer", f"shuffle_buffer is {self.shuffle_buffer}; it cannot be negative.")
 
-    def stream_problems(self, training: Any) -> list[str]:
-        """One sentence for each training argument that a stream cannot do; empty when there is none.
+    def stream_problems(self, training: TrainingArguments) -> Iterator[Problem]:
+        """Every training argument that a stream cannot do.
 
         Args:
-            training: the `TrainingArguments` of the run.
+            training: of the run.
         """
         if not self.streaming:
-            return []
-        found = []
+            return
         if training.max_steps <= 0:
-            found.append("max_steps is missing: with streaming nobody knows how many examples there are; set it.")
+            what = "max_steps is missing: with streaming nobody knows how many examples there are;"
+            yield Problem("max_steps", what, "set it.")
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(training, name) == "epoch":
-                found.append(f"{name} is epoch, but a stream is read on without one; write steps.")
-        if training.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            found.append(
-                f"train_sampling_strategy {training.train_sampling_strategy} needs the lengths of all examples, which "
-                "streaming does not know; leave one of them out."
-            )
+                yield Problem(name, f"{name} is epoch, but a stream is read on without one;", "write steps.")
+        if (name := training.train_sampling_strategy) in ("group_by_length", "batch_rebalance"):
+            what = f"train_sampling_strategy {name} needs the lengths of all examples, which streaming does not know;"
+            yield Problem("train_sampling_strategy", what, "leave one of them out.")
         if training.ignore_data_skip:
-            found.append("ignore_data_skip has no use with streaming, which goes on where it was; leave it out.")
+            what = "ignore_data_skip has no use with streaming, which goes on where it was;"
+            yield Problem("ignore_data_skip", what, "leave it out.")
         if not training.dataloader_in_order:
-            found.append("dataloader_in_order is false, but a stream goes on where it was only in order; write true.")
-        if training.accelerator_config.split_batches:
-            found.append("accelerator_config.split_batches is not supported with streaming; leave it out.")
-        return found
+            what = "dataloader_in_order is false, but a stream goes on where it was only in order;"
+            yield Problem("dataloader_in_order", what, "write true.")
+        if cast(AcceleratorConfig, training.accelerator_config).split_batches:
+            what = "accelerator_config.split_batches is not supported with streaming;"
+            yield Problem("accelerator_config", what, "leave it out.")

@@ -4,11 +4,11 @@ import difflib
 import json
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..utils.errors import BadRequest
+from ..utils.errors import BadRequest, Problem
 from .arguments import KavaTrainingArguments
 from .data_arguments import DataArguments
 from .model_arguments import ModelArguments
@@ -77,7 +77,7 @@ def _group(name: str, owner: type) -> str:
     return next((group for group, prefixes in _PREFIXES.items() if name.startswith(prefixes)), TRAINING)
 
 
-def _default(argument: Field) -> str:
+def _default(argument: Field[Any]) -> str:
     value = argument.default if argument.default_factory is MISSING else argument.default_factory()
     return json.dumps(value, default=str)
 
@@ -86,7 +86,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return tuple(map(str, get_args(hint))) if get_origin(hint) is Literal else ()
 
 
-def _describe(argument: Field, owner: type, hint: Any) -> Argument:
+def _describe(argument: Field[Any], owner: type, hint: Any) -> Argument:
     group = _group(argument.name, owner)
     text = " ".join(str(argument.metadata.get("help") or "").replace("%%", "%").split())
     unit, effect = argument.metadata.get("unit"), text
@@ -105,6 +105,14 @@ def all_arguments() -> list[Argument]:
     return sorted(found, key=lambda argument: order.index(argument.group))
 
 
+def unknown_argument(word: str, name: str, known: Sequence[str]) -> Problem:
+    """What is wrong with a word, a name as the user wrote it, that is no name of an argument; with the nearest one."""
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return Problem(None, f"There is no argument {word!r};", f"did you mean {near[0]!r}?")
+    return Problem(None, f"There is no argument {word!r}.")
+
+
 def find_arguments(words: Iterable[str]) -> list[Argument]:
     """The arguments that some words mean: a whole name, or a part of one or more names.
 
@@ -114,17 +122,18 @@ def find_arguments(words: Iterable[str]) -> list[Argument]:
     Raises:
         BadRequest: for words in no name, with the nearest name.
     """
-    arguments, found, missing = all_arguments(), [], []
+    arguments = all_arguments()
+    found: list[Argument] = []
+    missing = []
     for word in words:
         name = word.strip().lstrip("-").replace("-", "_").lower()
         whole = [argument for argument in arguments if argument.name == name]
         matching = whole or [argument for argument in arguments if name and name in argument.name]
         if not matching:
-            near = difflib.get_close_matches(name, [argument.name for argument in arguments], n=1)
-            missing.append(f"There is no argument {word!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+            missing.append(unknown_argument(word, name, [argument.name for argument in arguments]))
         found += [argument for argument in matching if argument not in found]
     if missing:
-        raise BadRequest("\n".join(missing))
+        raise BadRequest.of(*missing)
     return found
 
 
@@ -141,7 +150,8 @@ def explain_in_full(arguments: Iterable[Argument]) -> str:
 
     Of those that are as in `TrainingArguments` only the first sentence.
     """
-    lines, group = [], None
+    lines: list[str] = []
+    group = None
     for argument in arguments:
         if argument.group != group:
             group = argument.group

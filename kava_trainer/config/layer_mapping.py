@@ -3,7 +3,7 @@
 import json
 from typing import Literal
 
-from ..utils.errors import BadRequest
+from ..utils.errors import BadRequest, Problem, WrongArguments
 
 LayerMapping = Literal["last", "all"] | int | list[tuple[int, int]]
 """A parsed `layer_mapping`: a whole number k stands for `uniform:k`, a list holds (student, teacher) pairs."""
@@ -18,7 +18,7 @@ def parse_layer_mapping(text: str) -> LayerMapping:
         text: `last`, `all`, `uniform:k`, or a JSON list of [student layer, teacher layer] pairs, counted from 1.
 
     Raises:
-        ValueError: if the text is none of these. Layer 0, the embeddings, is never accepted.
+        WrongArguments: if the text is none of these. Layer 0, the embeddings, is never accepted.
     """
     if text in _NAMED:
         return _NAMED[text]
@@ -31,10 +31,11 @@ def parse_layer_mapping(text: str) -> LayerMapping:
             return [tuple(pair) for pair in pairs]
     except (json.JSONDecodeError, TypeError):
         pass
-    raise ValueError(
-        f"layer_mapping is {text!r}; write last, all, uniform:2 (any number of pairs), or pairs of a student and a "
-        "teacher layer counted from 1, such as [[12, 14], [24, 28]]."
+    remedy = (
+        "write last, all, uniform:2 (any number of pairs), or pairs of a student and a teacher layer counted from 1, "
+        "such as [[12, 14], [24, 28]]."
     )
+    raise WrongArguments.of(Problem.of_value("layer_mapping", repr(text), remedy))
 
 
 def _spread(count: int, depth: int) -> list[int]:
@@ -67,14 +68,15 @@ def resolve_layer_pairs(mapping: str, student_layers: int, teacher_layers: int) 
         limit = min(student_layers, teacher_layers)
         if parsed > limit:
             raise BadRequest(
-                f"layer_mapping asks for {parsed} pairs, but the shallower model has {limit} layers; "
-                f"write uniform:{limit} or less."
+                f"layer_mapping asks for {parsed} pairs, but the shallower model has {limit} layers;",
+                f"write uniform:{limit} or less.",
             )
         return list(zip(_spread(parsed, student_layers), _spread(parsed, teacher_layers), strict=True))
     for student, teacher in parsed:
         if student > student_layers or teacher > teacher_layers:
             raise BadRequest(
                 f"layer_mapping names the pair [{student}, {teacher}], but the student has layers 1 to "
-                f"{student_layers} and the teacher 1 to {teacher_layers}; write pairs of these."
+                f"{student_layers} and the teacher 1 to {teacher_layers};",
+                "write pairs of these.",
             )
     return parsed

@@ -1,8 +1,10 @@
-"""Which teacher, which student, which examples: what a user can ask for, and every check on it that needs no model."""
+"""Which teacher and which student: what a user can ask for, and every check on it that needs no model."""
 
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, cast
 
+from ..utils.errors import Problem
 from ..utils.files import missing_path
 
 QUICKSTART = "quickstart"
@@ -112,73 +114,77 @@ class ModelArguments:
         ):
             self.student_init = "random"
 
-    def problems(self) -> list[str]:
-        """One sentence for each mistake; empty when there is none."""
-        found = []
+    def problems(self) -> Iterator[Problem]:
+        """Every mistake."""
         if not self.teacher_model_name_or_path:
-            found.append("teacher_model_name_or_path is missing; write a hub id, a local folder or 'quickstart'.")
+            name, remedy = "teacher_model_name_or_path", "write a hub id, a local folder or 'quickstart'."
+            yield Problem(name, f"{name} is missing;", remedy)
         if not self.student_model_name_or_path and not self.student_config_name:
-            found.append(
-                "The student is missing; write student_model_name_or_path, or student_config_name for random weights."
-            )
+            remedy = "write student_model_name_or_path, or student_config_name for random weights."
+            yield Problem(None, "The student is missing;", remedy)
         for name in ("teacher_model_name_or_path", "student_model_name_or_path", "student_config_name"):
-            found += filter(None, [missing_path(name, getattr(self, name))])
+            if problem := missing_path(name, getattr(self, name)):
+                yield problem
         if self.student_model_name_or_path and self.student_config_name:
-            found.append("student_model_name_or_path and student_config_name exclude each other; keep one of them.")
+            what = "student_model_name_or_path and student_config_name exclude each other;"
+            yield Problem("student_model_name_or_path", what, "keep one of them.")
         if self.student_init == "teacher_layers" and self.teacher_quantization != "none":
-            found.append(
-                "student_init teacher_layers needs the teacher's own weights; write teacher_quantization none."
-            )
-        return found + (self._adapter_problems() if self.use_peft else self._problems_without_adapter())
+            what = "student_init teacher_layers needs the teacher's own weights;"
+            yield Problem("student_init", what, "write teacher_quantization none.")
+        yield from self._adapter_problems() if self.use_peft else self._problems_without_adapter()
+
+    @property
+    def teacher_name(self) -> str:
+        """What the teacher is loaded from."""
+        return cast(str, self.teacher_model_name_or_path)
+
+    @property
+    def student_name(self) -> str:
+        """What the student or, where it has no weights of its own, its config is loaded from."""
+        return cast(str, self.student_model_name_or_path or self.student_config_name)
 
     @property
     def exports_adapter(self) -> bool:
         """Whether the finished student is its adapters alone."""
         return self.use_peft and not self.merge_adapter
 
-    def _problems_without_adapter(self) -> list[str]:
-        found = []
+    def _problems_without_adapter(self) -> Iterator[Problem]:
         if self.student_quantization != "none":
-            found.append(
-                f"student_quantization {self.student_quantization} leaves weights that cannot be trained themselves; "
-                "write use_peft true to train adapters on them, or student_quantization none."
+            yield Problem(
+                "student_quantization",
+                f"student_quantization {self.student_quantization} leaves weights that cannot be trained themselves;",
+                "write use_peft true to train adapters on them, or student_quantization none.",
             )
         own = [f for f in fields(self) if f.name.startswith("lora_") or f.name == "merge_adapter"]
         if given := [f.name for f in own if getattr(self, f.name) != _default(f)]:
-            be = "is" if len(given) == 1 else "are"
-            found.append(
-                f"{', '.join(given)} {be} given, but use_peft is false; write use_peft true, or leave out both."
-            )
-        return found
+            what = f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} given, but use_peft is false;"
+            yield Problem(given[0], what, "write use_peft true, or leave out both.")
 
-    def _adapter_problems(self) -> list[str]:
-        found = []
+    def _adapter_problems(self) -> Iterator[Problem]:
         if not 1 <= self.lora_r <= LARGEST_RANK:
-            found.append(f"lora_r is {self.lora_r}; write a whole number from 1 to {LARGEST_RANK}, such as 16.")
+            yield Problem.of_value("lora_r", self.lora_r, f"write a whole number from 1 to {LARGEST_RANK}, such as 16.")
         if self.lora_alpha < 1:
-            found.append(f"lora_alpha is {self.lora_alpha}; write 1 or more, such as 32.")
+            yield Problem.of_value("lora_alpha", self.lora_alpha, "write 1 or more, such as 32.")
         if not 0 <= self.lora_dropout < 1:
-            found.append(f"lora_dropout is {self.lora_dropout}; write a number from 0 to below 1.")
-        if not self.lora_target_modules or (
-            ALL_LINEAR in self.lora_target_modules and self.lora_target_modules != ALL_LINEAR
-        ):
-            found.append(
-                f"lora_target_modules is {self.lora_target_modules}; write {ALL_LINEAR} alone, or the modules' names."
-            )
+            yield Problem.of_value("lora_dropout", self.lora_dropout, "write a number from 0 to below 1.")
+        targets = self.lora_target_modules
+        if not targets or (ALL_LINEAR in targets and targets != ALL_LINEAR):
+            yield Problem.of_value("lora_target_modules", targets, f"write {ALL_LINEAR} alone, or the modules' names.")
         if self.student_init == "pretrained":
-            return found
+            return
         start = _STARTS[self.student_init]
         if self.student_quantization != "none":
-            found.append(
+            what = (
                 f"student_quantization {self.student_quantization} is for a student with weights of its own, but this "
-                f"one starts from {start}; write none."
+                f"one starts from {start};"
             )
+            yield Problem("student_quantization", what, "write none.")
         if not self.merge_adapter:
-            found.append(
+            what = (
                 f"merge_adapter is false, but the student starts from {start}, which nobody could load again to put "
-                "the adapters on; write merge_adapter true."
+                "the adapters on;"
             )
-        return found
+            yield Problem("merge_adapter", what, "write merge_adapter true.")
 
 
 def _names(value: list[str] | str) -> list[str]:

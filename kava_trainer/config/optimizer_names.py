@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers.utils import is_torchao_available
 
+from ..utils.errors import Problem
+
 TORCHAO_OPTIMIZERS = ("adamw_torch_8bit", "adamw_torch_4bit")
 """Values of `optim` that Trainer takes from torchao."""
 
@@ -20,14 +22,12 @@ def parse_optim_args(optim_args: str | None) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def missing_package(optim: Any) -> str | None:
-    """The sentence for an `optim` whose package is not installed; None where there is nothing to say."""
+def missing_package(optim: Any) -> Problem | None:
+    """What is wrong with an `optim` whose package is not installed; None where there is nothing to say."""
     if optimizer_name(optim) not in TORCHAO_OPTIMIZERS or is_torchao_available():
         return None
     checkout = Path(__file__).parents[2]  # its constraints name the version that was tried
     pinned = (checkout / "constraints.txt").is_file()
     command = 'pip install -c constraints.txt -e ".[bf16]"' if pinned else "pip install torchao"
-    return (
-        f"optim is {optimizer_name(optim)}, which needs torchao; run {command}, or write another optim, such as "
-        "adamw_torch_fused."
-    )
+    what = f"optim is {optimizer_name(optim)}, which needs torchao;"
+    return Problem("optim", what, f"run {command}, or write another optim, such as adamw_torch_fused.")

@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..utils.errors import BadRequest
+from ..utils.errors import BadRequest, Problem, problems_of
 from ..utils.files import json_mistake
 from ..utils.redaction import is_secret_name
 from .arguments import KavaArguments, KavaTrainingArguments
 from .data_arguments import DataArguments
-from .help import short_help
+from .help import short_help, unknown_argument
 from .launcher import started_as
 from .model_arguments import ModelArguments
 from .recipes import find_recipe, recipe_names
@@ -57,12 +57,25 @@ _TYPE_WORDS = {
 }
 
 
-class _Parser(HfArgumentParser):
-    """The command line alone: only what was given, and mistakes raised instead of printed."""
+_NOT_TAKEN = ("type", "choices", "required", "unit")
+"""What of a field the command line leaves to the checks that follow, which name every mistake at once."""
 
-    def add_argument(self, *names: Any, unit: str | None = None, **options: Any) -> argparse.Action:
-        """As any parser's. HfArgumentParser hands over all that a field tells of itself, also its unit."""
-        return super().add_argument(*names, **options)
+
+class _Parser(HfArgumentParser):
+    """The command line alone: only what was given, as it was given, and mistakes raised instead of printed."""
+
+    def __init__(self) -> None:
+        self.converters: dict[str, Callable[[str], Any] | None] = {}
+        """What makes a value of the words of an argument, by its name."""
+        super().__init__(cast(Any, _GROUPS), prog=f"python {shlex.join(started_as())}", allow_abbrev=False)
+        self.add_argument("json_file", nargs="?", metavar="ARGS.json", help="Arguments as one JSON object.")
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add what HfArgumentParser makes of a field. It hands over all that this tells of itself, also its unit."""
+        taken = {name: value for name, value in options.items() if name not in _NOT_TAKEN}
+        action = super().add_argument(*names, **{**taken, "default": argparse.SUPPRESS})
+        self.converters.setdefault(action.dest, options.get("type"))  # `--no_x` shares the name of `--x`
+        return action
 
     def error(self, message: str) -> typing.NoReturn:
         raise BadRequest(f"On the command line: {message}.")
@@ -72,29 +85,18 @@ class _Parser(HfArgumentParser):
         return short_help(self.prog)
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(_GROUPS, prog=f"python {shlex.join(started_as())}", allow_abbrev=False)
-    parser.add_argument("json_file", nargs="?", metavar="ARGS.json", help="Arguments as one JSON object.")
-    return parser
-
-
-def _explicit_arguments(argv: list[str], found: list[str]) -> dict[str, Any]:
+def _explicit_arguments(argv: list[str], found: list[Problem]) -> dict[str, Any]:
     """The options given on the command line, converted one by one so that every bad value is named at once."""
-    parser = _build_parser()
-    converters = {}
-    for action in parser._actions:  # argparse has no public way to learn which options were really given
-        if action.dest != "help":
-            converters.setdefault(action.dest, action.type)  # `--no_x` shares the name of `--x`
-            action.default, action.required, action.type, action.choices = argparse.SUPPRESS, False, None, None
+    parser = _Parser()
     namespace, unknown = parser.parse_known_args(argv)
     names = [name.lstrip("-").split("=")[0] for name in unknown if name.startswith("--")]
-    found += [_unknown_problem(name) for name in names or unknown]
+    found += [_unknown(name) for name in names or unknown]
     given = {}
     for name, raw in vars(namespace).items():
         try:
-            given[name] = _convert(raw, converters[name])
+            given[name] = _convert(raw, parser.converters[name])
         except (ValueError, TypeError, argparse.ArgumentTypeError):
-            found.append(f"{name} is {_shown(name, raw)}; write {_expected(_HINTS[name])}.")
+            found.append(_wrong(name, raw, _expected(name)))
     return given
 
 
@@ -121,12 +123,12 @@ def _read_json(path: str | None) -> dict[str, Any]:
     except FileNotFoundError as error:
         recipes = ", ".join(recipe_names())
         raise BadRequest(
-            f"There is no arguments file {path}; write the path of yours, or the name of a recipe: {recipes}."
+            f"There is no arguments file {path};", f"write the path of yours, or the name of a recipe: {recipes}."
         ) from error
     except OSError as error:
         raise BadRequest(f"The arguments file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise BadRequest(f"The arguments file {path} is not UTF-8 text; save it as UTF-8.") from error
+        raise BadRequest(f"The arguments file {path} is not UTF-8 text;", "save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise BadRequest(f"{path} is not valid JSON: {json_mistake(error)}.") from error
     except (ValueError, RecursionError) as error:
@@ -134,7 +136,7 @@ def _read_json(path: str | None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadRequest(f'{path} must hold one JSON object, such as {{"dataset_name": "quickstart"}}.')
     if repeated:
-        raise BadRequest(f"{path} names {', '.join(repeated)} more than once; keep one of each.")
+        raise BadRequest(f"{path} names {', '.join(repeated)} more than once;", "keep one of each.")
     return content
 
 
@@ -144,9 +146,10 @@ def _alternatives(hint: Any) -> list[Any]:
     return [p for p in parts if p is not type(None) and not (isinstance(p, type) and issubclass(p, Enum))]
 
 
-def _expected(hint: Any) -> str:
+def _expected(name: str) -> str:
+    """The type of an argument, in words."""
     words = []
-    for part in _alternatives(hint):
+    for part in _alternatives(_HINTS[name]):
         if typing.get_origin(part) is typing.Literal:
             words.append("one of " + ", ".join(str(choice) for choice in get_args(part)))
         else:
@@ -199,29 +202,35 @@ def _numbers(value: Any) -> list[int | float]:
     return [value] if isinstance(value, (int, float)) else []
 
 
-def _number_problem(name: str, value: Any) -> str | None:
+def _wrong(name: str, value: Any, wanted: str) -> Problem:
+    return Problem.of_value(name, _shown(name, value), f"write {wanted}.")
+
+
+def _number_problem(name: str, value: Any) -> Problem | None:
     for number in _numbers(value):
         if isinstance(number, float) and not math.isfinite(number):
-            return f"{name} is {_shown(name, value)}; write a finite number."
+            return _wrong(name, value, "a finite number")
         largest = LARGEST_NUMBER if isinstance(number, float) else LARGEST_WHOLE_NUMBER
         if abs(number) > largest:
-            return f"{name} is {_shown(name, value)}; write a number up to {largest}."
+            return _wrong(name, value, f"a number up to {largest}")
     return None
 
 
-def _type_problem(name: str, value: Any) -> str | None:
+def _type_problem(name: str, value: Any) -> Problem | None:
     if problem := _number_problem(name, value):
         return problem
     if name == "resume_from_checkpoint" and isinstance(value, bool):
         return None
     if not is_utf8(value):
-        return f"{name} is {_shown(name, value)}, which is not UTF-8 text, so no file could tell of it; write it anew."
+        what = f"{name} is {_shown(name, value)}, which is not UTF-8 text, so no file could tell of it;"
+        return Problem(name, what, "write it anew.")
     if not fits_type(name, value):
-        return f"{name} is {_shown(name, value)}; write {_expected(_HINTS[name])}."
+        return _wrong(name, value, _expected(name))
     choices = _choices(name)
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=3) or choices[:8]
-        return f"{name} is {json.dumps(value)}; write one of {', '.join(near)}{', ...' if len(choices) > 8 else ''}."
+        more = ", ..." if len(choices) > 8 else ""
+        return Problem.of_value(name, json.dumps(value), f"write one of {', '.join(near)}{more}.")
     return None
 
 
@@ -233,17 +242,16 @@ def _choices(name: str) -> list[str]:
     return list(metadata.get("choices", ()))
 
 
-def _unknown_problem(name: str) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), _NAMES, n=1)
-    return f"There is no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+def _unknown(name: str) -> Problem:
+    return unknown_argument(name, name.replace("-", "_"), _NAMES)
 
 
-def _construct(build: Callable[[], Any], found: list[str]) -> Any:
+def _construct(build: Callable[[], Any], found: list[Problem]) -> Any:
     """Build one dataclass; its own complaint about a value joins the list of mistakes."""
     try:
         return build()
     except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
-        found.extend(str(error).splitlines())
+        found += problems_of(error)
         return None
 
 
@@ -264,10 +272,10 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
     """
     if not is_utf8(argv):  # which word it is is not shown: it may be a token
         raise BadRequest("The command line holds text that is not UTF-8, so no file could tell of the run.")
-    found: list[str] = []
+    found: list[Problem] = []
     given = _explicit_arguments(argv, found)
     values = {**(defaults or {}), **_read_json(given.pop("json_file", None)), **given}
-    found += [_unknown_problem(name) for name in values if name not in _NAMES]
+    found += [_unknown(name) for name in values if name not in _NAMES]
     values = {name: value for name, value in values.items() if name in _NAMES}
     wrong = {name: problem for name, value in values.items() if (problem := _type_problem(name, value))}
     found += wrong.values()
@@ -276,14 +284,13 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
         values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"]).lower()
     parts = [_part(group, values) for group in _GROUPS]
     model, data = (_construct(build, found) for build in parts[:2])
-    found += [problem for part in (model, data) for problem in part.problems() if problem.split()[0] not in wrong]
+    found += [problem for part in (model, data) for problem in part.problems() if problem.argument not in wrong]
     training = _construct(parts[2], found)
-    arguments = None if found else KavaArguments(model, data, training)
-    if arguments is not None:
-        found += arguments.problems()
-    if found:
-        raise BadRequest("\n".join(found))
-    return arguments
+    if not found:
+        arguments = KavaArguments(model, data, training)
+        if not (found := arguments.problems()):
+            return arguments
+    raise BadRequest.of(*found)
 
 
 def _part(group: type, values: dict[str, Any]) -> Callable[[], Any]:

@@ -17,10 +17,6 @@ from .row_locations import empty_answers, locate_rows, source_rows
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
 
-NO_ANSWERS = "No example has an answer within max_length {max_length}; raise max_length or look at the data's columns."
-
-ALL_EMPTY = "No example has an answer: it is empty in {rows}; write one in every row, or look at the data's columns."
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -110,7 +106,7 @@ def encode_row(
     """
     prompt, answer = prompt_and_answer(row, names)
     if isinstance(answer, list) and not tokenizer.chat_template:
-        raise BadRequest("The data set holds chat messages, but the tokenizer has no chat template; add one to it.")
+        raise BadRequest("The data set holds chat messages, but the tokenizer has no chat template;", "add one to it.")
     text = answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
     encoded = encode_example(prompt, answer, tokenizer, max_length)
     return {**encoded, "answer_text": text, "answered": any(label != IGNORED for label in encoded["labels"][1:])}
@@ -177,10 +173,17 @@ def _encode_numbered(row: Mapping[str, Any], place: tuple[str, Dataset, int], *e
         raise BadRequest(f"The data cannot be used: in {where}, {error}.") from error
 
 
+def no_answers(max_length: int) -> BadRequest:
+    """The refusal of a data set of which no answer is left within so many tokens."""
+    what = f"No example has an answer within max_length {max_length};"
+    return BadRequest(what, "raise max_length or look at the data's columns.")
+
+
 def _no_answers(name: str, empty: list[int], count: int, max_length: int) -> BadRequest:
     if len(empty) < count:
-        return BadRequest(NO_ANSWERS.format(max_length=max_length))
-    return BadRequest(ALL_EMPTY.format(rows=locate_rows(name, empty)))
+        return no_answers(max_length)
+    what = f"No example has an answer: it is empty in {locate_rows(name, empty)};"
+    return BadRequest(what, "write one in every row, or look at the data's columns.")
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

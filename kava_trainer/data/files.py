@@ -36,7 +36,7 @@ def loading(name: str) -> Iterator[None]:
     except BadRequest:
         raise
     except Exception as error:  # the readers raise many kinds for one cause: this cannot be read as a data set
-        raise BadRequest(f"The data set {name!r} cannot be loaded: {_reading_problem(error, name)}") from error
+        raise _unreadable(error, name) from error
 
 
 def matching_files(path: Path) -> list[Path]:
@@ -62,18 +62,18 @@ def find_files(name: str, checked_lines: int | None = None) -> list[str]:
         raise BadRequest(f"dataset_name is the pattern {path}, which no file fits.")
     for file in files:
         if not file.is_file():
-            raise BadRequest(absent("dataset_name", "file", str(file)))
+            raise BadRequest.of(absent("dataset_name", "file", str(file)))
     filled = [file for file in files if file.stat().st_size > 0]
     if not filled:
-        raise BadRequest(f"The data file {path} is empty; name one that holds rows.")
+        raise BadRequest(f"The data file {path} is empty;", "name one that holds rows.")
     for file in filled if BUILDERS[path.suffix] == "json" else []:
         if problem := skipped_line(file, checked_lines):
             where = "" if len(files) == 1 else f"in {file}, "
-            raise BadRequest(f"The data set {name!r} cannot be loaded: {where}{problem}. Mend the file.")
+            raise BadRequest(f"The data set {name!r} cannot be loaded: {where}{problem}.", "Mend the file.")
     return [str(file) for file in filled]
 
 
-def _reading_problem(error: Exception, name: str) -> str:
+def _unreadable(error: Exception, name: str) -> BadRequest:
     """Why a data set could not be read, with the place to look at where a file is broken.
 
     Args:
@@ -82,10 +82,12 @@ def _reading_problem(error: Exception, name: str) -> str:
     """
     path = Path(name).expanduser()
     problem = data_problem(path) if path.is_file() else _folder_problem(path) or _pattern_problem(path)
+    start = f"The data set {name!r} cannot be loaded:"
     if problem:
-        return f"{problem}. Mend the file."
+        return BadRequest(f"{start} {problem}.", "Mend the file.")
     reason = "it holds no examples." if isinstance(error, StopIteration) else reason_of(error.__cause__ or error)
-    return re.sub(r" (in|starting at) row \d+$", "", reason)  # of a block, and counted from 0
+    reason = re.sub(r" (in|starting at) row \d+$", "", reason)  # of a block, and counted from 0
+    return BadRequest(f"{start} {reason}")
 
 
 def _folder_problem(folder: Path) -> str | None:

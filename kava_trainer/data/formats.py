@@ -21,7 +21,8 @@ def find_format(columns: list[str]) -> tuple[str, ...]:
             return names
     raise BadRequest(
         f"The data set has the columns {', '.join(columns)}; KAVA reads "
-        f"{', '.join(' + '.join(names) for names in _FORMATS)}. Rename yours to one of these."
+        f"{', '.join(' + '.join(names) for names in _FORMATS)}.",
+        "Rename yours to one of these.",
     )
 
 

@@ -56,8 +56,8 @@ def find_train_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any
     """The split to train on. Raises `BadRequest` if there is none of that name."""
     if arguments.dataset_train_split not in splits:
         raise BadRequest(
-            f"The data set {arguments.dataset_name!r} has no split {arguments.dataset_train_split!r}; "
-            f"set dataset_train_split to one of {', '.join(splits)}."
+            f"The data set {arguments.dataset_name!r} has no split {arguments.dataset_train_split!r};",
+            f"set dataset_train_split to one of {', '.join(splits)}.",
         )
     return splits[arguments.dataset_train_split]
 
@@ -67,8 +67,8 @@ def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
     wanted, train = arguments.dataset_test_split, arguments.dataset_train_split
     if wanted is not None and wanted not in splits:
         raise BadRequest(
-            f"The data set {arguments.dataset_name!r} has no split {wanted!r}; set dataset_test_split to one of "
-            f"{', '.join(splits)}, or leave it out."
+            f"The data set {arguments.dataset_name!r} has no split {wanted!r};",
+            f"set dataset_test_split to one of {', '.join(splits)}, or leave it out.",
         )
     names = [wanted] if wanted is not None else ["test", "validation"]
     return next((splits[name] for name in names if name in splits and name != train), None)

@@ -161,7 +161,7 @@ def open_rows(arguments: DataArguments) -> tuple[Rows, Dataset]:
     held_out = (rows if test is None else Rows(name, "evaluate", test)).first(count)
     if next(rows.tables(0, [0]), None) is None:
         raise BadRequest(
-            f"The data set {name!r} ends within its first {count} rows, which are held out for evaluation. Set "
-            "max_eval_samples lower, name a dataset_test_split, or leave streaming out."
+            f"The data set {name!r} ends within its first {count} rows, which are held out for evaluation.",
+            "Set max_eval_samples lower, name a dataset_test_split, or leave streaming out.",
         )
     return rows, held_out

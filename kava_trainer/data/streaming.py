@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config.arguments import KavaTrainingArguments
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import progress_bar
-from .encoding import NO_ANSWERS, encode_row, encoding_fingerprint
+from .encoding import encode_row, encoding_fingerprint, no_answers
 from .row_locations import locate_rows
 from .stream_sources import Rows
 
@@ -126,17 +126,18 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
                     place = (turn, workers, number, example["row"])
                     yield {"input_ids": example["input_ids"], "labels": example["labels"], "place": place}
                 if place is None and start == 0:
-                    raise BadRequest(self._nothing_for(workers))
+                    raise self._nothing_for(workers)
                 start = 0
         except BadRequest as error:
             yield {"problem": str(error)}
 
-    def _nothing_for(self, workers: int) -> str:
+    def _nothing_for(self, workers: int) -> BadRequest:
         if self.ranks * workers == 1:
-            return NO_ANSWERS.format(max_length=self._max_length)
-        return (
+            return no_answers(self._max_length)
+        return BadRequest(
             f"The data set {self._rows.name!r} has too few examples for {self.ranks} processes with {workers} data "
-            "workers each: at least one of them gets none. Set dataloader_num_workers lower, or use fewer processes."
+            "workers each: at least one of them gets none.",
+            "Set dataloader_num_workers lower, or use fewer processes.",
         )
 
 
@@ -146,7 +147,7 @@ def open_stream(
     """The stream of some rows. Raises `BadRequest` if no example has an answer, or the first one cannot be had."""
     stream = ExampleStream(rows, tokenizer, max_length, shuffle_buffer, seed)
     if next(stream.one_pass(), None) is None:
-        raise BadRequest(NO_ANSWERS.format(max_length=max_length))
+        raise no_answers(max_length)
     return stream
 
 

@@ -133,16 +133,17 @@ def restore_projectors(
     shapes, own = ([_shape(projector) for projector in group] for group in (saved, projectors))
     if shapes != own:
         raise BadRequest(
-            f"The projector in {path} does not fit this run: its shapes (in, hidden, out, anchor) are {shapes}, this "
-            f"run's are {own}. Resume with the models, layers and projector arguments it was trained with."
+            f"The projector in {path} does not fit this run: its shapes (in, hidden, out, anchor) are "
+            f"{shapes}, this run's are {own}.",
+            "Resume with the models, layers and projector arguments it was trained with.",
         )
     if payload["use"] != (use or {}):
         raise BadRequest(
-            f"The projector in {path} was trained for {payload['use']}, this run is for {use}. Resume with the "
-            "direction and the layers it was trained with."
+            f"The projector in {path} was trained for {payload['use']}, this run is for {use}.",
+            "Resume with the direction and the layers it was trained with.",
         )
     if decoders and not payload["decoders"]:
-        raise BadRequest(f"{path} holds no decoders to train on with; resume from a checkpoint folder instead.")
+        raise BadRequest(f"{path} holds no decoders to train on with;", "resume from a checkpoint folder instead.")
     projectors.load_state_dict(saved.state_dict())
     if decoders:
         decoders.load_state_dict(payload["decoders"])

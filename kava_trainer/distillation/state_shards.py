@@ -100,7 +100,7 @@ def write_shard(
 
 def _broken(path: Path, reason: str) -> BadRequest:
     return BadRequest(
-        f"The teacher cache's file {path} is broken ({reason}). Delete it; the next run writes its examples again."
+        f"The teacher cache's file {path} is broken ({reason}).", "Delete it; the next run writes its examples again."
     )
 
 
@@ -146,8 +146,8 @@ class Shards:
             raise _broken(path, reason_of(error)) from error
         if found.get("fingerprint") != self._fingerprint:
             raise BadRequest(
-                f"{path} holds the states of another teacher than the rest of its folder does. Delete it; the next "
-                "run writes what is missing."
+                f"{path} holds the states of another teacher than the rest of its folder does.",
+                "Delete it; the next run writes what is missing.",
             )
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         return torch.stack([keys, torch.full_like(keys, number), starts, ends], dim=1)
@@ -182,8 +182,8 @@ class Shards:
         place = self._place(example_key(input_ids))
         if place is None or place[2] - place[1] != len(input_ids):
             raise BadRequest(
-                f"The teacher cache {self.folder} lacks an example of {len(input_ids)} tokens that is needed now; "
-                "build it with all the examples that are trained on or evaluated."
+                f"The teacher cache {self.folder} lacks an example of {len(input_ids)} tokens that is needed now;",
+                "build it with all the examples that are trained on or evaluated.",
             )
         number, start, end = place
         shard = _open(self.paths[number])

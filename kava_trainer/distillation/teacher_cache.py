@@ -92,7 +92,7 @@ class TeacherCache:
         if not path.exists():
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise BadRequest(
-                    f"teacher_cache_dir {self.folder} holds files but no teacher cache; name an empty or new folder."
+                    f"teacher_cache_dir {self.folder} holds files but no teacher cache;", "name an empty or new folder."
                 )
             try:
                 write_atomically(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=2)))
@@ -109,8 +109,8 @@ class TeacherCache:
         if differing:
             there = "; ".join(f"{n} is {found.get(n)} there and {wanted[n]} here" for n in differing)
             raise BadRequest(
-                f"teacher_cache_dir {self.folder} holds the states of another teacher, or in another form: {there}. "
-                "Name another folder, or delete that one."
+                f"teacher_cache_dir {self.folder} holds the states of another teacher, or in another form: {there}.",
+                "Name another folder, or delete that one.",
             )
         self.fingerprint = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
         return layers
@@ -165,8 +165,9 @@ class TeacherCache:
         self._write(model, (examples[i] for i in share), tokens, budget, autocast)
         if absent := sum(examples[i] not in self.shards for i in missing):
             raise BadRequest(
-                f"{absent} examples are missing in {self.folder} after all ranks have written theirs. All ranks must "
-                "see the same folder; name one on a shared disk."
+                f"{absent} examples are missing in {self.folder} after all ranks have written theirs. All "
+                "ranks must see the same folder;",
+                "name one on a shared disk.",
             )
 
     def extend(

@@ -40,8 +40,8 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise BadRequest(
-        f"{type(model).__name__} holds no list of {depth} blocks, so its hidden states cannot be read layer by layer; "
-        "use layer_mapping last."
+        f"{type(model).__name__} holds no list of {depth} blocks, so its hidden states cannot be read layer by layer;",
+        "use layer_mapping last.",
     )
 
 

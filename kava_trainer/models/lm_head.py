@@ -53,6 +53,7 @@ def check_head(model: PreTrainedModel, input_ids: torch.Tensor, role: str) -> No
     if not torch.allclose(own, logits, rtol=1e-2, atol=1e-2 * logits.abs().max().item()):
         raise BadRequest(
             f"The {role}, a {type(model).__name__}, does more to its logits than KAVA knows of, so a loss on them "
-            "cannot be computed from its hidden states. Use another model"
-            + ("; or set kd_weight to 0." if role == "teacher" else ", or set lm_weight and kd_weight to 0.")
+            "cannot be computed from its hidden states.",
+            "Use another model"
+            + ("; or set kd_weight to 0." if role == "teacher" else ", or set lm_weight and kd_weight to 0."),
         )

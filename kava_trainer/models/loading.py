@@ -52,16 +52,19 @@ def _load(what: str, name: str, load: Callable[..., T], *args: Any, **kwargs: An
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # broken files raise many kinds in transformers, tokenizers, safetensors and json
-        raise BadRequest(f"The {what} {name!r} cannot be loaded: {_reason(error, Path(name))}") from error
+        reason, remedy = _reason(error, Path(name))
+        raise BadRequest(f"The {what} {name!r} cannot be loaded: {reason}", remedy) from error
 
 
-def _reason(error: Exception, folder: Path) -> str:
+def _reason(error: Exception, folder: Path) -> tuple[str, str | None]:
+    """Why a model cannot be loaded, and what to do about it if that is known."""
     if "trust_remote_code=True" in str(error):
-        return "it brings code of its own, which only trust_remote_code true runs; set it if you trust the source."
+        reason = "it brings code of its own, which only trust_remote_code true runs;"
+        return reason, "set it if you trust the source."
     if folder.is_dir() and not (folder / "config.json").is_file():
-        return "the folder has no config.json; name one that a model was saved to."
+        return "the folder has no config.json;", "name one that a model was saved to."
     problem = folder_problem(folder, _JSON_FILES)
-    return reason_of(error) if problem is None else f"{problem}."
+    return reason_of(error) if problem is None else f"{problem}.", None
 
 
 def _from_pretrained(
@@ -82,8 +85,8 @@ def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelA
     tokenizer = _from_pretrained(f"{role}'s tokenizer", AutoTokenizer, name, role, revision, arguments)
     if tokenizer.eos_token_id is None:
         raise BadRequest(
-            f"The {role}'s tokenizer {name!r} has no end-of-text token, so a student could never learn to stop; "
-            "set eos_token in its tokenizer_config.json."
+            f"The {role}'s tokenizer {name!r} has no end-of-text token, so a student could never learn to stop;",
+            "set eos_token in its tokenizer_config.json.",
         )
     return tokenizer
 
@@ -142,8 +145,9 @@ def check_tokenizers_agree(teacher: PreTrainedTokenizerBase, student: PreTrained
     ]
     if differing:
         raise BadRequest(
-            f"The tokenizers of teacher and student differ in {len(differing)} tokens: {'; '.join(differing[:3])}. "
-            "Hidden states can only be aligned token by token; choose a student of the teacher's family."
+            f"The tokenizers of teacher and student differ in {len(differing)} tokens: "
+            f"{'; '.join(differing[:3])}. Hidden states can only be aligned token by token;",
+            "choose a student of the teacher's family.",
         )
 
 
@@ -153,11 +157,11 @@ def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenize
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise BadRequest(
-            f"The tokenizer has ids up to {highest}, but the {role} has embeddings for {rows} tokens only; "
-            f"give the {role} a vocab_size of at least {highest + 1}."
+            f"The tokenizer has ids up to {highest}, but the {role} has embeddings for {rows} tokens only;",
+            f"give the {role} a vocab_size of at least {highest + 1}.",
         )
     limit = context_length(model)
     if limit is not None and max_length > limit:
         raise BadRequest(
-            f"max_length is {max_length}, but the {role} reads {limit} tokens at most; write {limit} or less."
+            f"max_length is {max_length}, but the {role} reads {limit} tokens at most;", f"write {limit} or less."
         )

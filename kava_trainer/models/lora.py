@@ -85,8 +85,9 @@ def _check_versions() -> None:
     if wanted is not None and Version(there) < Version(wanted):
         raise BadRequest(
             f"LoRA adapters need peft {wanted} or later with transformers {transformers.__version__}, and peft {there} "
-            f'is installed. Run pip install -U "peft>={wanted}", or, where pip finds none, pip install '
-            f'"transformers=={_TAKES_RELEASED_PEFT}".'
+            "is installed.",
+            f'Run pip install -U "peft>={wanted}", or, where pip finds none, pip install '
+            f'"transformers=={_TAKES_RELEASED_PEFT}".',
         )
 
 
@@ -135,7 +136,7 @@ def _check_can_be_merged(student: PreTrainedModel, targets: list[str]) -> None:
     tied = [name for name, module in student.named_modules() if module is head or module is embeddings]
     if found := [name.rpartition(".")[2] for name in tied if _is_named(name, targets)]:
         raise BadRequest(
-            f"lora_target_modules names {', '.join(found)}, but the student's vocabulary head and its embeddings are "
-            "one weight, which cannot take the adapter of one of them. Leave it out, name it in lora_modules_to_save "
-            "instead, or write merge_adapter false."
+            f"lora_target_modules names {', '.join(found)}, but the student's vocabulary head and its "
+            "embeddings are one weight, which cannot take the adapter of one of them.",
+            "Leave it out, name it in lora_modules_to_save instead, or write merge_adapter false.",
         )

@@ -30,15 +30,15 @@ def student_config(arguments: ModelArguments) -> PreTrainedConfig:
         return config
     if not arguments.use_peft:
         raise BadRequest(
-            f"The student {name!r} holds weights quantised by {method}, which cannot be trained themselves; write "
-            "use_peft true to train adapters on them, or name a student that is not quantised."
+            f"The student {name!r} holds weights quantised by {method}, which cannot be trained themselves;",
+            "write use_peft true to train adapters on them, or name a student that is not quantised.",
         )
     if arguments.student_quantization != "none":
-        raise BadRequest(f"The student {name!r} is quantised by {method} already; write student_quantization none.")
+        raise BadRequest(f"The student {name!r} is quantised by {method} already;", "write student_quantization none.")
     if arguments.merge_adapter and method != "bitsandbytes":
         raise BadRequest(
-            f"Adapters cannot be merged into the student {name!r}, whose weights are quantised by {method}; write "
-            "merge_adapter false."
+            f"Adapters cannot be merged into the student {name!r}, whose weights are quantised by {method};",
+            "write merge_adapter false.",
         )
     return config
 
@@ -107,7 +107,9 @@ def copy_teacher_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> N
         BadRequest: if the teacher is quantised, the student is deeper, or any width differs.
     """
     if getattr(teacher, "is_quantized", False):
-        raise BadRequest("student_init teacher_layers needs the teacher's own weights; set teacher_quantization none.")
+        raise BadRequest(
+            "student_init teacher_layers needs the teacher's own weights;", "set teacher_quantization none."
+        )
     depth, teacher_depth = number_of_layers(student), number_of_layers(teacher)
     if depth > teacher_depth:
         raise BadRequest(
@@ -120,8 +122,9 @@ def copy_teacher_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> N
         if source not in weights or weights[source].shape != parameter.shape:
             shape = tuple(weights[source].shape) if source in weights else "missing"
             raise BadRequest(
-                f"student_init teacher_layers: {source} is {shape} in the teacher and {tuple(parameter.shape)} in "
-                "the student. All widths must agree; choose a student that differs in the number of layers alone."
+                f"student_init teacher_layers: {source} is {shape} in the teacher and "
+                f"{tuple(parameter.shape)} in the student. All widths must agree;",
+                "choose a student that differs in the number of layers alone.",
             )
         parameter.copy_(weights[source])
 

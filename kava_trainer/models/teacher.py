@@ -47,8 +47,8 @@ def quantization_config(kind: str, role: str = "teacher") -> BitsAndBytesConfig 
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise BadRequest(
-            f"{role}_quantization {kind} needs bitsandbytes, which cannot be imported here ({error}); "
-            "install it or write none."
+            f"{role}_quantization {kind} needs bitsandbytes, which cannot be imported here ({error});",
+            "install it or write none.",
         ) from error
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
 from ..utils.console import size_text
-from ..utils.errors import BadRequest
+from ..utils.errors import BadRequest, Problem
 from ..utils.memory import free_memory_bytes
 
 
-def slow_half_precision(arguments: KavaArguments, teacher: PreTrainedModel, student: PreTrainedModel) -> str | None:
+def slow_half_precision(arguments: KavaArguments, teacher: PreTrainedModel, student: PreTrainedModel) -> Problem | None:
     """What to write where models compute in bfloat16 or float16 and PyTorch has no fast way for it; None elsewhere.
 
     Without AVX-512 products of bfloat16 matrices take from 3 to 100 times as long as those of float32 (measured with
@@ -35,9 +35,11 @@ def slow_half_precision(arguments: KavaArguments, teacher: PreTrainedModel, stud
     }
     if not (needed := [remedy for remedy, needs in remedies.items() if needs]):
         return None
-    return (
+    return Problem(
+        None,
         "PyTorch uses no AVX-512 on this processor, and without it multiplies in half precision up to a hundred times "
-        f"slower than in float32. Write {', '.join(needed)}, where the memory suffices, or train on a GPU."
+        "slower than in float32.",
+        f"Write {', '.join(needed)}, where the memory suffices, or train on a GPU.",
     )
 
 
@@ -81,7 +83,7 @@ _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Values of `lr_scheduler_type` that have none (read in transformers 5.23.0)."""
 
 
-def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.dtype]) -> str | None:
+def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.dtype]) -> Problem | None:
     """Whether small updates of the weights will be lost.
 
     A bfloat16 holds 8 significant bits. A step smaller than about 1/512 of a weight is rounded away, unless the
@@ -94,23 +96,15 @@ def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.
         dtypes: of the weights that are trained.
 
     Returns:
-        The sentence for the user; None where nothing is lost.
+        The problem; None where nothing is lost.
     """
     name = optimizer_name(optim)
-    switched_on = parse_optim_args(optim_args).get(_SWITCHES.get(name, ""), "false").lower() in (
-        "true",
-        "1",
-        "yes",
-        "y",
-        "on",
-        "t",
-    )
+    switch = parse_optim_args(optim_args).get(_SWITCHES.get(name, ""), "false")
+    switched_on = switch.lower() in ("true", "1", "yes", "y", "on", "t")
     if torch.bfloat16 not in set(dtypes) or switched_on or name == "stable_adamw":
         return None
-    return (
-        f"The student's weights are bfloat16, and optim {name} rounds away most updates at a low learning rate. Write "
-        f"{REMEDY}, or student_dtype float32 with bf16 true."
-    )
+    what = f"The student's weights are bfloat16, and optim {name} rounds away most updates at a low learning rate."
+    return Problem("optim", what, f"Write {REMEDY}, or student_dtype float32 with bf16 true.")
 
 
 def planned_steps(training: TrainingArguments, examples: int, processes: int) -> int:
@@ -128,28 +122,30 @@ def planned_steps(training: TrainingArguments, examples: int, processes: int) ->
     return math.ceil(training.num_train_epochs * max(math.ceil(whole / training.gradient_accumulation_steps), 1))
 
 
-def long_warmup(training: TrainingArguments, steps: int) -> str | None:
-    """The sentence for a warm-up that a training of so many steps does not come out of; None where it does."""
+def long_warmup(training: TrainingArguments, steps: int) -> Problem | None:
+    """What is wrong with a warm-up that a training of so many steps does not come out of; None where it does."""
     warmup = training.get_warmup_steps(steps)
     if warmup < steps or training.lr_scheduler_type in _WITHOUT_WARMUP:
         return None
     share_helps = training.warmup_steps >= 1 and steps > 1
     remedy = ", or write a share of all steps, such as 0.1" if share_helps else "; 0 leaves the warm-up out"
-    return (
+    what = (
         f"warmup_steps comes to {warmup} and the whole training to {steps} (optimizer steps), so the learning rates "
-        f"reach their full values only when it ends, or never. Lower warmup_steps{remedy}."
+        "reach their full values only when it ends, or never."
     )
+    return Problem("warmup_steps", what, f"Lower warmup_steps{remedy}.")
 
 
-def memory_shortage(needed: int, device: torch.device) -> str | None:
+def memory_shortage(needed: int, device: torch.device) -> Problem | None:
     """What to write where a device has not so many bytes free; None where it has."""
     free = free_memory_bytes(device)
     if needed <= free:
         return None
-    return (
-        f"That is more than the {size_text(free)} that are free. Lower per_device_train_batch_size (and raise "
-        "gradient_accumulation_steps), set gradient_checkpointing, choose teacher_quantization 4bit or a "
-        "teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit."
+    return Problem(
+        None,
+        f"That is more than the {size_text(free)} that are free.",
+        "Lower per_device_train_batch_size (and raise gradient_accumulation_steps), set gradient_checkpointing, choose "
+        "teacher_quantization 4bit or a teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit.",
     )
 
 
@@ -157,20 +153,21 @@ def check_processes(training: KavaTrainingArguments) -> None:
     """Make sure that there is a process for each GPU. Raises `BadRequest` if not."""
     if training.n_gpu > 1:
         raise BadRequest(
-            f"One process sees {training.n_gpu} GPUs. Start one process for each with "
-            f"accelerate launch --num_processes {training.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0."
+            f"One process sees {training.n_gpu} GPUs.",
+            f"Start one process for each with accelerate launch --num_processes {training.n_gpu}, or choose "
+            "one with CUDA_VISIBLE_DEVICES=0.",
         )
 
 
 def check_evaluation(training: KavaTrainingArguments, held_out: bool) -> None:
     """Make sure that there are held-out examples for what was asked for. Raises `BadRequest` if not."""
     if not held_out and training.eval_strategy != "no":
-        raise BadRequest("eval_strategy asks for evaluation, but there are no held-out examples; write no.")
+        raise BadRequest("eval_strategy asks for evaluation, but there are no held-out examples;", "write no.")
     if not held_out and training.run_control:
-        raise BadRequest("run_control compares two students on held-out examples, and there are none; write false.")
+        raise BadRequest("run_control compares two students on held-out examples, and there are none;", "write false.")
 
 
-def loose_projector(training: KavaTrainingArguments) -> str | None:
+def loose_projector(training: KavaTrainingArguments) -> Problem | None:
     """What to write where nothing holds the projector of the teacher's states; None where something does."""
     if (
         not training.aligns
@@ -178,7 +175,8 @@ def loose_projector(training: KavaTrainingArguments) -> str | None:
         or training.projector_anchor != "none"
     ):
         return None
-    return (
-        "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing. Write "
-        "projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out."
+    return Problem(
+        "projector_anchor",
+        "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing.",
+        "Write projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out.",
     )

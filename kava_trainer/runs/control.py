@@ -66,8 +66,8 @@ def check_place_of_control(training: KavaTrainingArguments) -> None:
     """Make sure that the control would not go into a run of its own. Raises `BadRequest` if it would."""
     if training.run_control and (others := _checkpoints(training, of_control=False)):
         raise BadRequest(
-            f"{others[0]} is of another run, but the control's checkpoints go to {others[0].parent}; name another "
-            "output_dir, or write run_control false."
+            f"{others[0]} is of another run, but the control's checkpoints go to {others[0].parent};",
+            "name another output_dir, or write run_control false.",
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from accelerate import PartialState
@@ -14,6 +14,7 @@ from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..data.streaming import ExampleStream
 from ..distillation.teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
 from ..models.layers import hidden_size
+from ..models.teacher import OnlineTeacher
 from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console, size_text
 from ..utils.distributed import any_rank
@@ -33,7 +34,8 @@ def open_cache(arguments: KavaArguments, models: Models, trainer: KavaTrainer) -
     if training.teacher_cache_dir is None or trainer.teacher is None:
         return None
     identity = teacher_identity(arguments.model, models.teacher, trainer.accelerator.mixed_precision)
-    return TeacherCache(training.teacher_cache_dir, identity, trainer.teacher.layers, training.teacher_cache_dtype)
+    layers = cast(OnlineTeacher, trainer.teacher).layers
+    return TeacherCache(training.teacher_cache_dir, identity, layers, training.teacher_cache_dtype)
 
 
 def _examples_at_hand(data: Data, trainer: KavaTrainer) -> Sequence[list[int]]:

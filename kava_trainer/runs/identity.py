@@ -177,9 +177,9 @@ def check_resumable(checkpoint: Path, here: dict[str, Any]) -> Differences:
     found = compare(there, here) if there else Differences([], [], [])
     if found.incompatible:
         raise BadRequest(
-            f"The checkpoint {checkpoint} was written by another run: {'; '.join(found.incompatible)}. Resume with the "
-            "arguments, models, data and effective batch it was written with, or start afresh in another "
-            "output_dir."
+            f"The checkpoint {checkpoint} was written by another run: {'; '.join(found.incompatible)}.",
+            "Resume with the arguments, models, data and effective batch it was written with, or start "
+            "afresh in another output_dir.",
         )
     return found
 
@@ -209,6 +209,6 @@ def check_output_dir(output_dir: str | Path, here: dict[str, Any], resuming: boo
         differing = found.incompatible if resuming else found.incompatible + found.training
         if differing:
             raise BadRequest(
-                f"output_dir {output_dir} holds {folder.name} of a different run: {'; '.join(differing)}. Name "
-                "another output_dir, or delete that folder's checkpoints."
+                f"output_dir {output_dir} holds {folder.name} of a different run: {'; '.join(differing)}.",
+                "Name another output_dir, or delete that folder's checkpoints.",
             )

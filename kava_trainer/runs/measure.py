@@ -27,7 +27,7 @@ from .pipeline import attended, measure, open_console
 from .setup import build_trainer, check_teacher, load_data, load_held_out, load_models, load_tokenizers
 
 Figures = dict[str, dict[str, float | None]]
-"""Figures of `evaluation.evaluate_model` by the name of what was measured."""
+"""Figures of `answers.evaluate_with_answers` by the name of what was measured."""
 
 _ASKED = (
     "max_steps", "per_device_eval_batch_size", "evaluate_generation", "generation_max_new_tokens", "use_cpu", "seed",
@@ -54,7 +54,7 @@ def fill_cache(arguments: KavaArguments) -> None:
     """
     training = arguments.training
     if training.teacher_cache_dir is None:
-        raise BadRequest("teacher_cache_dir is missing, so there is no cache to fill; write the name of a folder.")
+        raise BadRequest("teacher_cache_dir is missing, so there is no cache to fill;", "write the name of a folder.")
     training.push_to_hub, training.report_to = False, []  # a trainer would make the repository, and a tracker its run
     with attended(), no_empty_folders(training.output_dir):  # which the trainer makes
         console = open_console(training)
@@ -66,7 +66,9 @@ def fill_cache(arguments: KavaArguments) -> None:
             trainer = build_trainer(console, arguments, models, data)
         cache = open_cache(arguments, models, trainer)
         if cache is None:
-            raise BadRequest("No loss term reads the teacher's states, so there is nothing to cache; raise a weight.")
+            raise BadRequest(
+                "No loss term reads the teacher's states, so there is nothing to cache;", "raise a weight."
+            )
         with needs_memory("while the teacher was tried out", lambda: smaller_batches(arguments)):
             check_teacher(console, models, data, training.per_device_eval_batch_size, trainer.problems)
         write_cache(console, arguments, cache, models, data, trainer)
@@ -142,7 +144,7 @@ def _put_on(adapter: Path, student: Any) -> None:
 
 def _finished_student(arguments: KavaArguments) -> str | None:
     """How the finished student is measured, where there is one and it was not."""
-    student = Path(arguments.training.final_dir) / FINAL_STUDENT
+    student = arguments.training.final_folder / FINAL_STUDENT
     name = arguments.model.student_model_name_or_path
     if not student.is_dir() or (name is not None and Path(name).resolve() == student.resolve()):
         return None
@@ -161,7 +163,7 @@ def are_figures(text: str) -> bool:
 def write_figures(path: Path, arguments: KavaArguments, evaluation: Figures, finished: FinishedRun | None) -> None:
     """Write figures as JSON, and of which models on which data they are. Raises `RunFailed` if the disk refuses."""
     model, data = arguments.model, arguments.data
-    student = model.student_model_name_or_path or model.student_config_name
+    student = model.student_name
     values = (
         model.teacher_model_name_or_path,
         str(finished.adapter) if finished is not None and finished.adapter is not None else student,

@@ -11,7 +11,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from ..distillation.loss_terms import LossTerms, needed_teacher_layers
 from ..distillation.model import DistillationModel
 from ..distillation.targets import build_target
 from ..distillation.teacher_cache import CachedTeacher
-from ..models.layers import find_blocks, number_of_layers
+from ..models.layers import find_blocks, hidden_size, number_of_layers
 from ..models.lm_head import vocabulary_size
 from ..models.loading import build_causal_lm, load_config
 from ..models.lora import add_adapter
@@ -51,12 +51,12 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
@@ -99,7 +99,7 @@ def _state_bytes(name: str, parameter: nn.Parameter, is_embedding: bool, block: 
 def optimizer_bytes(
     optim: Any,
     parameters: Iterable[nn.Parameter],
-    embeddings: Iterable[nn.Parameter] = (),
+    embeddings: Iterable[torch.Tensor] = (),
     optim_args: str | None = None,
 ) -> int:
     """Size of an optimizer's states: two a weight for Adam and its kin, one or none for the plainer ones.
@@ -196,10 +196,11 @@ def _step_peak(
         enable = getattr(model.student, "activation_checkpointing_enable", model.student.gradient_checkpointing_enable)
         enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    teacher = list(terms.teacher.model.parameters()) if terms.teacher else []
-    with LiveMemory([*teacher, *model.parameters(), *(parameter.grad for parameter in trained)]) as live:
+    gradients = [torch.zeros_like(parameter) for parameter in trained]
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
+    teacher = cast(OnlineTeacher | CachedTeacher, terms.teacher).model.parameters() if terms.teacher else []
+    with LiveMemory([*teacher, *model.parameters(), *gradients]) as live:
         states = terms.teacher_states(batch)
         with terms.autocast():
             outputs = terms.student_outputs(model, batch, states, terms.weights(0.0))
@@ -237,7 +238,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     """
     training, model = arguments.training, arguments.model
     student, sizes = _meta_student(model)
-    config = load_config(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+    config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
     with FakeTensorMode():
         teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
         _make_fake(student)
@@ -248,7 +249,9 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
             enable_packing(teacher)
             enable_packing(student)
         cached = bool(layers and training.teacher_cache_dir)
-        source = (CachedTeacher(teacher, dict) if cached else OnlineTeacher(teacher, layers)) if layers else None
+        source: CachedTeacher | OnlineTeacher | None = None
+        if layers:
+            source = CachedTeacher(teacher, lambda ids: {}) if cached else OnlineTeacher(teacher, layers)
 
         def autocast() -> Any:
             dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((training.bf16, training.fp16))
@@ -257,7 +260,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
         distilled = DistillationModel(student, target).train()
         head = teacher.get_output_embeddings().weight
-        batch = _micro_batch(arguments, source.hidden_size if cached else 0, layers if cached else [])
+        batch = _micro_batch(arguments, hidden_size(teacher), layers if cached else [])
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         kept = weight_bytes([head]) if training.kd_weight > 0 else 0
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
@@ -309,7 +312,7 @@ def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> No
     all_is_needed = training.save_only_model or is_fsdp_asked()  # Trainer keeps save_only_model from sharded weights
     smaller = "" if all_is_needed or alone > free else f", set save_only_model true ({size_text(alone)})"
     raise BadRequest(
-        f"One checkpoint takes {size_text(needed)}, but the disk of output_dir {training.output_dir} has only "
-        f"{size_text(free)} free. Make room there, name an output_dir on a larger disk{smaller}, or write "
-        "save_strategy no."
+        f"One checkpoint takes {size_text(needed)}, but the disk of output_dir {training.output_dir} has "
+        f"only {size_text(free)} free.",
+        f"Make room there, name an output_dir on a larger disk{smaller}, or write save_strategy no.",
     )

@@ -20,6 +20,7 @@ from ..data.splits import load_splits
 from ..data.stream_sources import open_rows
 from ..data.streaming import ExampleStream, open_stream
 from ..distillation.pairing import pair_up
+from ..distillation.projector import ElasticBottleneck
 from ..evaluation.answers import answer_cross_entropy
 from ..models.layers import hidden_size, number_of_layers
 from ..models.lm_head import check_head
@@ -60,7 +61,7 @@ class Data:
     evaluation: datasets.Dataset | None
     collator: DistillationCollator
     prompt_kind: str = "prompt"
-    """See `usage.prompt_kind`."""
+    """See `formats.prompt_kind`."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Models:
 def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
     """The student's tokenizer, which agrees with the teacher's; the teacher's own where the student has none."""
     model = arguments.model
-    teacher = load_tokenizer(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+    teacher = load_tokenizer(model.teacher_name, "teacher", model.teacher_revision, model)
     if model.student_model_name_or_path is None:
         return teacher
     student = load_tokenizer(model.student_model_name_or_path, "student", model.student_revision, model)
@@ -95,13 +96,13 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
         encoded = encode_dataset(
             train, tokenizer, asked.max_length, "Tokenizing the training data", cast(str, asked.dataset_name)
         )
-        held_out = test and _encode_held_out(arguments, tokenizer, test)
+        held_out = _encode_held_out(arguments, tokenizer, test) if test else None
     _tell_encoding(console, "training", encoded, len(train), asked)
-    if held_out:
+    if test and held_out:
         _tell_encoding(console, "held-out", held_out, len(test), asked)
     else:
         console.warn("There are no held-out examples, so nothing will be evaluated.")
-    if few := few_examples(held_out and len(held_out.dataset)):
+    if few := few_examples(len(held_out.dataset) if held_out else None):
         console.warn(few)
     batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
@@ -131,8 +132,8 @@ def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrai
         test = open_rows(asked)[1] if asked.streaming else load_splits(asked)[1]
         if not test:
             raise BadRequest(
-                f"The data set {asked.dataset_name!r} has no held-out examples to measure on; name a "
-                "dataset_test_split, or a data set of more than one example."
+                f"The data set {asked.dataset_name!r} has no held-out examples to measure on;",
+                "name a dataset_test_split, or a data set of more than one example.",
             )
         held_out = _encode_held_out(arguments, tokenizer, test)
     _tell_encoding(console, "held-out", held_out, len(test), asked)
@@ -178,7 +179,7 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
     shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
     console.print(f"Memory estimate for training: {size_text(total)} ({shown})")
     if device.type == "cuda" and (problem := memory_shortage(total, device)):
-        console.warn(problem)
+        console.warn(str(problem))
     check_space(parts, arguments.training)
     return total
 
@@ -228,8 +229,8 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     except (ValueError, ImportError, KeyError, OSError, HTTPError) as error:
         raise BadRequest(f"Trainer cannot be set up with these arguments: {hub_reason(error)}.") from error
     except RuntimeError as error:
-        if problem := tracker_problem(training.report_to):
-            raise BadRequest(problem) from error
+        if problem := tracker_problem(cast(list[str], training.report_to)):
+            raise BadRequest.of(problem) from error
         raise
     return trainer
 
@@ -245,14 +246,15 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
     check_evaluation(training, data.evaluation is not None)
     trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
-    if problem := rounding_problem(training.optim, training.optim_args, trained):
-        console.warn(problem)
-    if problem := slow_half_precision(arguments, models.teacher, models.student):
-        console.warn(problem)
     # A stream has no length, and its training is one of max_steps.
     examples = 0 if isinstance(data.train, ExampleStream) else len(data.train)
-    if problem := long_warmup(training, planned_steps(training, examples, training.world_size)):
-        console.warn(problem)
+    problems = (
+        rounding_problem(training.optim, training.optim_args, trained),
+        slow_half_precision(arguments, models.teacher, models.student),
+        long_warmup(training, planned_steps(training, examples, training.world_size)),
+    )
+    for problem in filter(None, problems):
+        console.warn(str(problem))
     if training.calibrates:
         trainer.calibration_examples()
     if training.aligns:
@@ -264,7 +266,7 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
 
 
 def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: KavaTrainer) -> None:
-    config = trainer.target.projectors[0].config
+    config = cast(ElasticBottleneck, trainer.target.projectors[0]).config
     anchor = "" if config.anchor == "none" else f", anchor {config.anchor}"
     direction = training.projector_direction.replace("_", " ")
     console.print(f"Projector: {config.input_size} -> {config.output_size} ({direction}{anchor})")
@@ -272,7 +274,7 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
     if training.mercator_weight > 0:
         console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
     if problem := loose_projector(training):
-        console.warn(problem)
+        console.warn(str(problem))
 
 
 def measure_teacher(
@@ -280,7 +282,7 @@ def measure_teacher(
 ) -> tuple[float, float, bool]:
     """A teacher's cross-entropy on the answers of one batch and that of chance, in nats; whether they are alike."""
     loss = answer_cross_entropy(teacher, examples, collator, len(examples))
-    chance = math.log(teacher.get_input_embeddings().num_embeddings)
+    chance = math.log(cast(torch.nn.Embedding, teacher.get_input_embeddings()).num_embeddings)
     return loss, chance, not loss < 0.95 * chance
 
 

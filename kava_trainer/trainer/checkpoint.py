@@ -121,7 +121,7 @@ def unreadable_checkpoint(folder: str | Path | None, error: BaseException) -> Ba
     """The error for a checkpoint that is there and cannot be loaded."""
     reason = reason_of(error)
     return BadRequest(
-        f"The checkpoint {folder} cannot be loaded ({reason}). Resume from an older one, or start afresh."
+        f"The checkpoint {folder} cannot be loaded ({reason}).", "Resume from an older one, or start afresh."
     )
 
 
@@ -189,10 +189,10 @@ def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Pat
         return find_newest_checkpoint(output_dir)
     folder = Path(resume_from_checkpoint)
     if not folder.is_dir():
-        raise BadRequest(f"resume_from_checkpoint names {folder}, which is not a folder; write true for the newest.")
+        raise BadRequest(f"resume_from_checkpoint names {folder}, which is not a folder;", "write true for the newest.")
     if (reason := broken_reason(folder)) is not None:
         raise BadRequest(
-            f"The checkpoint {folder} cannot be resumed: {reason}. Write true for the newest one that can, or name "
-            "another."
+            f"The checkpoint {folder} cannot be resumed: {reason}.",
+            "Write true for the newest one that can, or name another.",
         )
     return Resumption(folder)

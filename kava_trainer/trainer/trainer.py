@@ -154,7 +154,7 @@ class KavaTrainer(StudentTrainer):
         """
         self._hp_search_setup(trial)  # Trainer does so too, but only afterwards
         if found := self.args.problems():
-            raise BadRequest("\n".join(found))
+            raise BadRequest.of(*found)
         student = cast(PreTrainedModel, super().call_model_init(trial))
         if isinstance(self.teacher, OnlineTeacher):
             self.teacher.close()

@@ -88,10 +88,10 @@ def from_main_process(work: Callable[[], T]) -> T:
         try:
             found[0] = work()
         except BadRequest as error:
-            found[1] = str(error)
-    result, problem = broadcast_object_list(found)
-    if problem is not None:
-        raise BadRequest(problem)
+            found[1] = error.problems
+    result, problems = broadcast_object_list(found)
+    if problems is not None:
+        raise BadRequest.of(*problems)
     return result
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import BadRequest
+from .errors import BadRequest, Problem
+
+_OTHER_FOLDER = "Choose another folder."
 
 
 def make_folder(name: str, path: str | Path) -> Path:
@@ -23,7 +25,7 @@ def make_folder(name: str, path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadRequest(f"{name} {folder} cannot be made: {error.strerror}. Choose another folder.") from error
+        raise BadRequest(f"{name} {folder} cannot be made: {error.strerror}.", _OTHER_FOLDER, name) from error
     _try_to_write(folder, f"{name} {folder} cannot be written to")
     return folder
 
@@ -34,7 +36,7 @@ def _try_to_write(folder: Path, problem: str) -> None:
             file.write(b"KAVA")
             file.flush()
     except OSError as error:
-        raise BadRequest(f"{problem}: {error.strerror}. Choose another folder.") from error
+        raise BadRequest(f"{problem}: {error.strerror}.", _OTHER_FOLDER) from error
 
 
 def existing_folder(path: str | Path) -> Path:
@@ -52,7 +54,7 @@ def check_folder(name: str, path: str | Path) -> None:
     there, folder = existing_folder(path), Path(path)
     what = "be written to" if there == folder.absolute() else "be made"
     if not there.is_dir():
-        raise BadRequest(f"{name} {folder} cannot be made: {there} is a file. Choose another folder.")
+        raise BadRequest(f"{name} {folder} cannot be made: {there} is a file.", _OTHER_FOLDER, name)
     _try_to_write(there, f"{name} {folder} cannot {what}")
 
 
@@ -67,15 +69,15 @@ def check_output_file(path: Path, is_own: Callable[[str], bool]) -> None:
         BadRequest: if there is no folder for it, or something else is there.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise BadRequest(f"--output {path} cannot be written; name a file in a folder that exists.")
+        raise BadRequest(f"--output {path} cannot be written;", "name a file in a folder that exists.")
     _try_to_write(path.absolute().parent, f"--output {path} cannot be written")
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise BadRequest(f"--output {path} is no plain file, so it cannot be replaced; name another file.")
+        raise BadRequest(f"--output {path} is no plain file, so it cannot be replaced;", "name another file.")
     if not path.exists() or is_own(_text_of(path)):
         return
     raise BadRequest(
-        f"--output {path} is there already, and this command did not write it, so it is not replaced. Name another "
-        "file, or delete it."
+        f"--output {path} is there already, and this command did not write it, so it is not replaced.",
+        "Name another file, or delete it.",
     )
 
 
@@ -84,7 +86,7 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise BadRequest(f"--output {path} cannot be read: {error.strerror}. Name another file.") from error
+        raise BadRequest(f"--output {path} cannot be read: {error.strerror}.", "Name another file.") from error
 
 
 @contextmanager
@@ -125,13 +127,13 @@ def check_cache_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing_folder(folder)).free
     if needed > free:
         raise BadRequest(
-            f"The teacher cache would take {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free. Name "
-            "a folder on a larger disk, write teacher_cache_dtype int8, or map fewer layers."
+            f"The teacher cache would take {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free.",
+            "Name a folder on a larger disk, write teacher_cache_dtype int8, or map fewer layers.",
         )
 
 
-def missing_path(argument: str, value: str | None) -> str | None:
-    """The sentence for an argument that names a local file or folder which is not there; None for anything else.
+def missing_path(argument: str, value: str | None) -> Problem | None:
+    """What is wrong with an argument that names a local file or folder which is not there; None for anything else.
 
     Local is what begins with `.`, `/` or `~`, or has more slashes than a hub id may. A pattern of files is left to its
     reader.
@@ -145,12 +147,10 @@ def missing_path(argument: str, value: str | None) -> str | None:
     return absent(argument, kind, value)
 
 
-def absent(argument: str, kind: str, value: str) -> str:
-    """The sentence for an argument that names a file or folder which is not there."""
-    return (
-        f"{argument} names the {kind} {value}, which does not exist; write the path of one that is there, or an id on "
-        "the hub."
-    )
+def absent(argument: str, kind: str, value: str) -> Problem:
+    """What is wrong with an argument that names a file or folder which is not there."""
+    what = f"{argument} names the {kind} {value}, which does not exist;"
+    return Problem(argument, what, "write the path of one that is there, or an id on the hub.")
 
 
 def json_kind(value: object) -> str:

@@ -84,7 +84,7 @@ def check_private(place: Place) -> None:
     """Raise `BadRequest` if a private repository is wanted and a public one was there already."""
     if place.private and HfApi(token=place.token).model_info(place.repo_id).private is False:
         raise BadRequest(
-            f"{place.repo_id} is there already and public. Make it private in its settings, or choose another."
+            f"{place.repo_id} is there already and public.", "Make it private in its settings, or choose another."
         )
 
 

@@ -1,6 +1,5 @@
 """How much memory can still be had, of an accelerator or of this machine."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,9 +64,7 @@ def describe_memory(device: torch.device) -> str:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    return "unknown"
+    return f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -96,4 +93,4 @@ def needs_memory(stage: str, remedy: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RunFailed(f"Out of memory {stage} ({reason_of(error)}). {remedy()}") from error
+        raise RunFailed(f"Out of memory {stage} ({reason_of(error)}).", remedy()) from error

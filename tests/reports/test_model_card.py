@@ -247,7 +247,7 @@ RECIPES = sorted((ROOT / "training_args").glob("*.json"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_asks_for_the_same_run_again(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr("kava_trainer.config.optimizer_names.is_torchao_available", lambda: False)
-    monkeypatch.setattr("kava_trainer.config.arguments.missing_package", lambda optim: None)
+    monkeypatch.setattr("kava_trainer.config.checks.missing_package", lambda optim: None)
     more = {
         "use_cpu": True, "bf16": False, "hub_token": "hf_planted", "push_to_hub": True, "hub_strategy": "end",
         "hub_model_id": "me/x", "resume_from_checkpoint": "true", "layer_mapping": "[[1, 2]]",

@@ -56,7 +56,7 @@ EVERY_TERM = {
 def run(folder, **options):
     recipe = str(ROOT / "training_args" / "quickstart.json")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kava_trainer.runs.pipeline.tell_memory", lambda *_: None)  # half of the time of such a short run
+        patch.setattr("kava_trainer.runs.start.tell_memory", lambda *_: None)  # half of the time of such a short run
         return run_kava.main([recipe, *words({**EVERY_TERM, "output_dir": folder, **options})])
 
 

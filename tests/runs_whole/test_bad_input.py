@@ -177,7 +177,7 @@ def test_a_tracker_that_is_not_installed_gets_one_sentence(tmp_path, capsys, mon
 
 def test_too_little_disk_for_one_checkpoint_is_told_before_a_weight_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**6, 10**6))
-    monkeypatch.setattr("kava_trainer.runs.pipeline.load_models", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("kava_trainer.runs.start.load_models", lambda *_: pytest.fail("weights were loaded"))
     message = one_sentence(refused(capsys, tmp_path))
     assert re.search(
         r"^One checkpoint takes \d\.\d MB, but the disk of output_dir \S+out has only 1\.0 MB free", message
@@ -191,7 +191,7 @@ def test_no_room_is_asked_for_what_is_not_written(tmp_path, capsys, monkeypatch,
     def load_models(*_):
         raise BadRequest("The weights come next.")
 
-    monkeypatch.setattr("kava_trainer.runs.pipeline.load_models", load_models)
+    monkeypatch.setattr("kava_trainer.runs.start.load_models", load_models)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**6, 10**6))
     assert one_sentence(refused(capsys, tmp_path, **changes)) == "The weights come next."
 

@@ -102,7 +102,7 @@ def refused(capsys, folder, data, **changes):
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(tmp_path, data, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr("kava_trainer.runs.pipeline.load_models", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr("kava_trainer.runs.start.load_models", lambda *_: pytest.fail("models were loaded"))
     assert message in refused(capsys, tmp_path, data, **changes)
 
 

@@ -76,12 +76,12 @@ def test_in_an_evaluation(tmp_path, tokenizer, monkeypatch, name, stage):
     ("name", "told"),
     [
         (
-            "load_models",
+            "start.load_models",
             "Out of memory while the models were loaded (tried to allocate 2 GiB). Do one of these: write "
             "teacher_quantization 4bit; write student_dtype bfloat16; choose smaller models; let nothing else use",
         ),
         (
-            "check_teacher",
+            "start.check_teacher",
             "Out of memory while the teacher was tried out (tried to allocate 2 GiB). Lower per_device_eval_batch_size "
             "(now 100) or generation_max_new_tokens.",
         ),
@@ -91,15 +91,18 @@ def test_in_an_evaluation(tmp_path, tokenizer, monkeypatch, name, stage):
             "generation_max_new_tokens.",
         ),
         (
-            "caching._fill",
+            "fill_cache._fill",
             "Out of memory while the cache was written (tried to allocate 2 GiB). Lower max_tokens_per_batch (now 300)",
         ),
-        ("open_cache", "Out of memory (tried to allocate 2 GiB). Let nothing else use the device, or choose smaller"),
+        (
+            "start.open_cache",
+            "Out of memory (tried to allocate 2 GiB). Let nothing else use the device, or choose smaller",
+        ),
     ],
 )
 def test_before_the_training(tmp_path, monkeypatch, capsys, name, told):
     place = name if "." in name else f"pipeline.{name}"
-    monkeypatch.setattr(f"kava_trainer.{place}", no_memory)
+    monkeypatch.setattr(f"kava_trainer.runs.{place}", no_memory)
     options = {**SHORT, "output_dir": tmp_path, "teacher_cache_dir": tmp_path / "cache", "max_tokens_per_batch": 300}
     assert run_kava.main([RECIPE, *words(options)]) == 1
     assert told in capsys.readouterr().err

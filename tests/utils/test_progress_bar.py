@@ -58,9 +58,7 @@ def terminal(monkeypatch):
 
     thread = threading.Thread(target=collect)
     thread.start()
-    monkeypatch.setattr(
-        "kava_trainer.runs.pipeline.tell_memory", lambda *_: None
-    )  # half of the time of such a short run
+    monkeypatch.setattr("kava_trainer.runs.start.tell_memory", lambda *_: None)  # half of the time of such a short run
     with monkeypatch.context() as patch, os.fdopen(writer, "w", encoding="utf-8", buffering=1) as file:
         patch.setattr(sys, "stdout", file)
         patch.setattr(sys, "stderr", file)

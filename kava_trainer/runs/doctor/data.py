@@ -138,5 +138,5 @@ def _show(checkup: Checkup, example: dict[str, Any], tokenizer: PreTrainedTokeni
     ids, labels = example["input_ids"], example["labels"]
     answer = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
     prompt = ids[: len(ids) - len(answer)]
-    texts = [textwrap.shorten(tokenizer.decode(part), 100, placeholder=" ...") for part in (prompt, answer)]
+    texts = [textwrap.shorten(cast(str, tokenizer.decode(part)), 100, placeholder=" ...") for part in (prompt, answer)]
     checkup.ok(f"first prompt {texts[0]!r} ({len(prompt)} tokens), answer {texts[1]!r} ({len(answer)} tokens).")

@@ -1,5 +1,9 @@
 """All checks that can be made before a run without training: what is there, what fits, what to change."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 from ...config.arguments import KavaArguments
 from ...config.launcher import start_command
 from ...config.model_arguments import QUICKSTART
@@ -29,6 +33,8 @@ from .models import (
     check_trainer,
 )
 
+T = TypeVar("T")
+
 
 def examine(argv: list[str]) -> bool:
     """Check what a run with these arguments needs, print what is found and what to change. Nothing is written.
@@ -57,37 +63,30 @@ def examine(argv: list[str]) -> bool:
 
 def _examine(checkup: Checkup, arguments: KavaArguments) -> None:
     training = arguments.training
+
+    def check(name: str, work: Callable[..., T], *needs: object) -> T | None:
+        return checkup.check(name, partial(work, checkup, arguments), *needs)
+
     checkup.check("Packages", lambda: check_packages(checkup))
-    checkup.check("Device", lambda: check_device(checkup, arguments))
+    check("Device", check_device)
     if quantizes(arguments.model):
-        checkup.check("Quantisation", lambda: check_quantization(checkup, arguments))
-    checkup.check("Processes", lambda: check_parallelism(checkup, arguments))
-    checkup.check("Trackers", lambda: check_trackers(checkup, arguments))
+        check("Quantisation", check_quantization)
+    check("Processes", check_parallelism)
+    check("Trackers", check_trackers)
     if training.push_to_hub:
-        checkup.check("Hub", lambda: check_hub(checkup, arguments))
-    tokenizer = checkup.check("Tokenizers", lambda: check_tokenizers(checkup, arguments))
-    teacher = checkup.check("Teacher", lambda: check_teacher_model(checkup, arguments))
-    student = checkup.check(
-        "Student", lambda: check_student_model(checkup, arguments, teacher), needs=teacher is not None
-    )
-    both = teacher is not None and student is not None
-    known = tokenizer is not None
-    examples = checkup.check("Data", lambda: check_data(checkup, arguments, tokenizer), needs=known)
+        check("Hub", check_hub)
+    tokenizer = check("Tokenizers", check_tokenizers)
+    teacher = check("Teacher", check_teacher_model)
+    student = check("Student", check_student_model, teacher)
+    examples = check("Data", check_data, tokenizer)
     if arguments.model.teacher_model_name_or_path == QUICKSTART and teacher is not None and examples is not None:
-        checkup.check("Teacher", lambda: check_embedded_teacher(checkup, arguments, tokenizer, examples))
-    pair = checkup.check(
-        "Alignment", lambda: check_fit(checkup, arguments, teacher, student, tokenizer), needs=both and known
-    )
-    ready = pair is not None and examples is not None
+        check("Teacher", check_embedded_teacher, tokenizer, examples)
+    pair = check("Alignment", check_fit, teacher, student, tokenizer)
     if training.calibrates:
-        checkup.check("Start", lambda: check_start(checkup, arguments, pair, examples), needs=ready)
-    trainer = checkup.check("Trainer", lambda: check_trainer(checkup, arguments, tokenizer, examples), needs=known)
-    parts = checkup.check("Memory", lambda: check_memory(checkup, arguments), needs=both)
+        check("Start", check_start, pair, examples)
+    trainer = checkup.check("Trainer", lambda known: check_trainer(checkup, arguments, known, examples), tokenizer)
+    parts = checkup.check("Memory", lambda *_: check_memory(checkup, arguments), teacher, student)
     checkup.check("Disk", lambda: check_disk(checkup, arguments, parts))
     if training.teacher_cache_dir is not None:
-        checkup.check(
-            "Teacher cache",
-            lambda: check_cache(checkup, arguments, pair, examples, trainer),
-            needs=ready and trainer is not None,
-        )
-    checkup.check("Output", lambda: check_output(checkup, arguments, pair, examples, tokenizer), needs=ready)
+        check("Teacher cache", check_cache, pair, examples, trainer)
+    check("Output", check_output, pair, examples, tokenizer)

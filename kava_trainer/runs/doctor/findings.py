@@ -1,12 +1,11 @@
 """What checks find, a line each, and what to change for it in the end."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ...utils.console import Console
-from ...utils.errors import BadRequest, RunFailed
+from ...utils.errors import BadRequest, Problem, RunFailed
 
 T = TypeVar("T")
 
@@ -14,24 +13,16 @@ OK, WARNING, PROBLEM, NOT_CHECKED = "OK", "Warning", "Problem", "Not checked"
 
 _SYMBOLS = {OK: "✅", WARNING: "⚠️", PROBLEM: "❌", NOT_CHECKED: "➖"}
 
-_ADVICE = re.compile(
-    r"(?:; |\. )(?:or )?((?:write|set|name|choose|lower|raise|rename|run|install|start|delete|leave|keep|make|add|use"
-    r"|look|mend|log in|resume|give|divide|shard|let|map|move|download|copy|do one|did you mean)\b.*)$",
-    re.IGNORECASE | re.DOTALL,
-)
-"""Where a message to the user goes over from what is wrong to what to write instead."""
-
 NAMED_ABOVE = "what is named above."
 """What to change where a message does not say it apart from what is wrong: nothing is told twice."""
 
 
-def split_advice(message: str) -> tuple[str, str]:
-    """What is wrong, and what to change."""
-    found = _ADVICE.search(message)
-    if found is None:
-        return message, NAMED_ABOVE
-    advice = found[1]
-    return f"{message[: found.start()].rstrip('.')}.", advice[0].upper() + advice[1:]
+def what_and_change(problem: Problem) -> tuple[str, str]:
+    """What is wrong, and what to change, each as a sentence of its own."""
+    if problem.remedy is None:
+        return problem.what, NAMED_ABOVE
+    change = problem.remedy.removeprefix("Or ")
+    return f"{problem.what.rstrip('.;')}.", change[0].upper() + change[1:]
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class Checkup:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._name = ""
-        self._told: set[str] = set()
+        self._told: set[Problem] = set()
         self.changes: list[Change] = []
 
     @property
@@ -66,48 +57,47 @@ class Checkup:
         """What is as it should be."""
         self._line(OK, text)
 
-    def warn(self, message: str, change: str | None = None) -> None:
+    def warn(self, what: str, change: str) -> None:
         """What does not keep a run from training.
 
         Args:
-            message: what is wrong, and what to write instead if `change` does not say so.
+            what: is wrong.
             change: what to write instead.
         """
-        what, advice = (message, change) if change else split_advice(message)
-        self._line(WARNING, what)
-        self.changes.append(Change(self._name, advice, needed=False))
+        self.warn_of(Problem(None, what, change))
 
-    def refuse(self, message: str) -> None:
-        """What a run would refuse: a line a sentence, with what to write instead. What was said is not repeated."""
-        lines = [line for line in message.splitlines() if line.strip()]
-        new = [line for line in lines if line not in self._told]
-        for line in new:
-            what, advice = split_advice(line)
-            self._line(PROBLEM, what)
-            self.changes.append(Change(self._name, advice, needed=True))
+    def warn_of(self, problem: Problem) -> None:
+        """A problem that does not keep a run from training."""
+        self._tell(WARNING, problem)
+
+    def refuse(self, problems: Iterable[Problem]) -> None:
+        """What a run would refuse: a line a problem, with what to write instead. What was said is not repeated."""
+        new = [problem for problem in problems if problem.what.strip() and problem not in self._told]
+        for problem in new:
+            self._tell(PROBLEM, problem)
         if not new:
             self._line(NOT_CHECKED, "it needs what is named above.")
         self._told.update(new)
 
-    def check(self, name: str, work: Callable[[], T], needs: bool = True) -> T | None:
+    def check(self, name: str, work: Callable[..., T], *needs: object) -> T | None:
         """Do one check; a request that a run would refuse becomes a line.
 
         Args:
             name: of what is checked.
             work: tells what it finds with `ok`, `warn` and `refuse`, or raises.
-            needs: whether all that it needs has passed; else it is left out.
+            needs: what other checks gave and this one takes; where one of them gave None it is left out.
 
         Returns:
             What `work` returns; None where it was left out or refused.
         """
         self._name = name
-        if not needs:
+        if any(need is None for need in needs):
             self._line(NOT_CHECKED, "it needs what is named above.")
             return None
         try:
-            return work()
+            return work(*needs)
         except (BadRequest, RunFailed) as error:
-            self.refuse(str(error))
+            self.refuse(error.problems)
             return None
 
     def conclude(self, command: str) -> None:
@@ -125,6 +115,11 @@ class Checkup:
             self._console.print("Nothing to change.")
         if self.passed:
             self._console.print(f"Start with: {command}")
+
+    def _tell(self, level: str, problem: Problem) -> None:
+        what, change = what_and_change(problem)
+        self._line(level, what)
+        self.changes.append(Change(self._name, change, needed=level == PROBLEM))
 
     def _line(self, level: str, text: str) -> None:
         symbol = f"{_SYMBOLS[level]} " if self._console.emoji else ""

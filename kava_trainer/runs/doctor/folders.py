@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
@@ -22,8 +24,8 @@ from ...utils.files import check_cache_space, check_folder, existing_folder
 from ...utils.memory import free_memory_bytes
 from ..advice import memory_shortage
 from ..identity import check_output_dir, check_resumable, earlier_run, run_identity
-from ..pipeline import check_places
 from ..resources import check_space, checkpoint_bytes, estimate_memory
+from ..start import check_places
 from .data import Examples
 from .findings import Checkup
 from .machine import expected_processes
@@ -42,7 +44,7 @@ def check_memory(checkup: Checkup, arguments: KavaArguments) -> dict[str, int] |
     shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
     text = f"an estimated {size_text(total)} on {device} ({shown}), where {size_text(free)} are free."
     if problem := memory_shortage(total, device):
-        checkup.warn(text, problem.split(". ", 1)[1])
+        checkup.warn_of(replace(problem, what=text))
     else:
         checkup.ok(text)
     return parts
@@ -74,7 +76,7 @@ def check_cache(
     checkup: Checkup, arguments: KavaArguments, pair: Pair, examples: Examples, trainer: KavaTrainer
 ) -> None:
     """Whether the teacher cache is this teacher's and whole, and its disk holds what is missing, as far as known."""
-    training, folder = arguments.training, Path(arguments.training.teacher_cache_dir)
+    training, folder = arguments.training, Path(cast(str, arguments.training.teacher_cache_dir))
     layers = needed_teacher_layers(training, pair.target, number_of_layers(pair.teacher))
     if not layers:
         checkup.ok("no loss term reads the teacher, so nothing is cached.")

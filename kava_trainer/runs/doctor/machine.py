@@ -3,8 +3,10 @@
 import math
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
@@ -91,8 +93,8 @@ def check_quantization(checkup: Checkup, arguments: KavaArguments) -> None:
             _try_layer(kind, arguments.training.device)
         except Exception as error:  # a library that was built for other devices fails in many ways
             raise BadRequest(
-                f"{role}_quantization {kind} does not work on this device ({reason_of(error)}); install a bitsandbytes "
-                "that supports it, or write none."
+                f"{role}_quantization {kind} does not work on this device ({reason_of(error)});",
+                "install a bitsandbytes that supports it, or write none.",
             ) from error
     shown = ", ".join(f"{role} {kind}" for role, kind in tried.items())
     checkup.ok(f"{shown}, by bitsandbytes {version('bitsandbytes')}.")
@@ -104,12 +106,11 @@ def quantizes(model: ModelArguments) -> bool:
 
 
 def _try_layer(kind: str, device: torch.device) -> None:
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # only where it is asked for, see `quantization_config`
-
+    nn: Any = import_module("bitsandbytes.nn")  # only where it is asked for, see `quantization_config`
     if kind == "8bit":
-        layer = Linear8bitLt(64, 64, has_fp16_weights=False)
+        layer = nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     else:
-        layer = Linear4bit(64, 64, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layer = nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16, quant_type="nf4")
     with torch.no_grad():
         layer.to(device)(torch.ones(2, 64, dtype=torch.bfloat16, device=device))
 
@@ -132,7 +133,7 @@ def check_parallelism(checkup: Checkup, arguments: KavaArguments) -> None:
     try:
         check_processes(training)
     except BadRequest as error:  # of this process; the command that doctor prints starts enough of them
-        checkup.warn(str(error))
+        checkup.warn_of(*error.problems)
 
 
 def _accelerate_default() -> str:
@@ -150,9 +151,9 @@ def _accelerate_default() -> str:
 
 def check_trackers(checkup: Checkup, arguments: KavaArguments) -> None:
     """Whether all of `report_to` can be set up."""
-    names = [name for name in arguments.training.report_to if name != "none"]
+    names = [name for name in cast(list[str], arguments.training.report_to) if name != "none"]
     if problem := tracker_problem(names):
-        raise BadRequest(problem)
+        raise BadRequest.of(problem)
     checkup.ok(f"{', '.join(names) or 'none'}.")
 
 
@@ -164,7 +165,7 @@ def check_hub(checkup: Checkup, arguments: KavaArguments) -> None:
             validate_repo_id(training.hub_model_id)
         user = in_time(lambda: HfApi(token=training.hub_token).whoami(), WHOAMI_SECONDS)
     except Exception as error:  # the network fails in many ways
-        raise BadRequest(no_repository(error, training)) from error
+        raise BadRequest.of(no_repository(error, training)) from error
     name = training.hub_model_id or Path(training.output_dir).absolute().name
     owner, _, _ = name.rpartition("/")
     owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]

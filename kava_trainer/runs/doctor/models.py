@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -24,6 +24,7 @@ from ...config.arguments import KavaArguments
 from ...config.optimizer_names import optimizer_name
 from ...data.collators import DistillationCollator
 from ...distillation.calibration import check_enough_tokens
+from ...distillation.projector import ElasticBottleneck
 from ...distillation.targets import HiddenStateTarget, build_target
 from ...models.layers import find_blocks, hidden_size, number_of_layers
 from ...models.loading import build_causal_lm, check_reads, load_config, model_folder
@@ -68,10 +69,10 @@ def check_tokenizers(checkup: Checkup, arguments: KavaArguments) -> PreTrainedTo
 def check_teacher_model(checkup: Checkup, arguments: KavaArguments) -> PreTrainedModel:
     """Whether the teacher's config makes a model and its weights are there; the model without storage."""
     model = arguments.model
-    config = load_config(model.teacher_model_name_or_path, "teacher", model.teacher_revision, model)
+    config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
     with torch.device("meta"):
         teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
-    name, revision = model.teacher_model_name_or_path, model.teacher_revision
+    name, revision = model.teacher_name, model.teacher_revision
     weights = _check_weights(name, "teacher", revision, teacher)
     checkup.ok(f"{_describe(teacher, name, revision)}, {weights}.")
     return teacher
@@ -103,7 +104,7 @@ def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: Pre
     shape = model if model.student_init == "teacher_layers" else dataclasses.replace(model, student_init="random")
     with torch.device("meta"):
         student = load_student(shape, teacher)
-    name, revision = model.student_model_name_or_path or model.student_config_name, model.student_revision
+    name, revision = model.student_name, model.student_revision
     starts = {"random": "random weights", "teacher_layers": "layers of the teacher"}
     if model.student_init == "pretrained":
         weights = _check_weights(name, "student", revision, student)
@@ -112,9 +113,9 @@ def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: Pre
     checkup.ok(f"{_describe(student, name, revision)}, {weights}{', LoRA adapters' if model.use_peft else ''}.")
     trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
     if problem := rounding_problem(arguments.training.optim, arguments.training.optim_args, trained):
-        checkup.warn(problem)
+        checkup.warn_of(problem)
     if problem := slow_half_precision(arguments, teacher, student):
-        checkup.warn(problem)
+        checkup.warn_of(problem)
     return student
 
 
@@ -143,7 +144,8 @@ def _weights_on_hub(name: str, role: str, revision: str | None) -> str:
     except Exception as error:  # the network fails in many ways
         raise BadRequest(
             f"The weights of the {role} {name!r} are not on this machine, and the hub does not tell of them "
-            f"({hub_reason(error)}). Download them with hf download {name}, or name a local folder."
+            f"({hub_reason(error)}).",
+            f"Download them with hf download {name}, or name a local folder.",
         ) from error
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or []}
     for ending in (".safetensors", ".bin"):
@@ -153,10 +155,11 @@ def _weights_on_hub(name: str, role: str, revision: str | None) -> str:
             if needed > free:
                 raise BadRequest(
                     f"The weights of the {role} {name!r} take {size_text(needed)}, and {HF_HUB_CACHE} has "
-                    f"{size_text(free)} free. Make room there, or set HF_HOME to a folder on a larger disk."
+                    f"{size_text(free)} free.",
+                    "Make room there, or set HF_HOME to a folder on a larger disk.",
                 )
             return f"weights {size_text(needed)}, still to be downloaded"
-    raise BadRequest(f"The {role} {name!r} cannot be loaded: the hub has no weights of it. Name another model.")
+    raise BadRequest(f"The {role} {name!r} cannot be loaded: the hub has no weights of it.", "Name another model.")
 
 
 def _check_files(folder: Path, name: str, role: str, model: PreTrainedModel) -> int:
@@ -166,7 +169,7 @@ def _check_files(folder: Path, name: str, role: str, model: PreTrainedModel) -> 
     for file in files:
         reason = _broken_weights(folder / file, {} if quantized_by(model.config) else shapes)
         if reason is not None:
-            raise BadRequest(f"The {role} {name!r} cannot be loaded: {file} {reason}. Download or copy it again.")
+            raise BadRequest(f"The {role} {name!r} cannot be loaded: {file} {reason}.", "Download or copy it again.")
     return sum((folder / file).stat().st_size for file in files)
 
 
@@ -174,8 +177,8 @@ def _weight_files(folder: Path, name: str, role: str) -> list[str]:
     file = next((file for file in _WEIGHTS if (folder / file).is_file()), None)
     if file is None:
         raise BadRequest(
-            f"The {role} {name!r} cannot be loaded: it has no {SAFE_WEIGHTS_NAME}. Name a folder that holds a "
-            "model's weights too."
+            f"The {role} {name!r} cannot be loaded: it has no {SAFE_WEIGHTS_NAME}.",
+            "Name a folder that holds a model's weights too.",
         )
     if not file.endswith(".json"):
         return [file]
@@ -183,13 +186,14 @@ def _weight_files(folder: Path, name: str, role: str) -> list[str]:
         files = sorted(set(json.loads((folder / file).read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRequest(
-            f"The {role} {name!r} cannot be loaded: {file} cannot be read ({reason_of(error)}). Download or "
-            "copy it again."
+            f"The {role} {name!r} cannot be loaded: {file} cannot be read ({reason_of(error)}).",
+            "Download or copy it again.",
         ) from error
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise BadRequest(
-            f"The {role} {name!r} cannot be loaded: of its {len(files)} files of weights {', '.join(missing[:3])} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Download or copy them again."
+            f"The {role} {name!r} cannot be loaded: of its {len(files)} files of weights "
+            f"{', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing.",
+            "Download or copy them again.",
         )
     return files
 
@@ -222,14 +226,14 @@ def check_fit(
     for model, layers in ((student, target.student_layers), (teacher, target.teacher_layers)):
         if min(layers) < number_of_layers(model):
             find_blocks(model)
-    config = target.projectors[0].config
+    config = cast(ElasticBottleneck, target.projectors[0]).config
     pairs = ", ".join(map(str, target.pairs))
     if training.aligns:
         checkup.ok(f"layers {pairs} (student, teacher), projector {config.input_size} -> {config.output_size}.")
     else:
         checkup.ok("no hidden states are aligned.")
     if problem := loose_projector(training):
-        checkup.warn(problem)
+        checkup.warn_of(problem)
     return Pair(teacher, student, target)
 
 
@@ -252,8 +256,9 @@ def check_trainer(
     training.push_to_hub, training.report_to = False, []  # both have a check of their own
     training.layer_mapping, training.layer_weights = "last", None
     highest = max(tokenizer.get_vocab().values())
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=highest + 1, **sizes)
+    config = LlamaConfig(
+        vocab_size=highest + 1, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
     tiny = Models(freeze(LlamaForCausalLM(config)), LlamaForCausalLM(config), tokenizer)
     ids = tokenizer("Question: 1 + 1? Answer: 2")["input_ids"]
     rows: list[dict[str, Any]] = [{"input_ids": ids, "labels": ids, "prompt_length": 0} for _ in range(4)]
@@ -269,5 +274,5 @@ def check_trainer(
     if training.max_steps > 0 or count > 0:
         steps = planned_steps(training, count, expected_processes(training))
         if problem := long_warmup(training, steps):
-            checkup.warn(problem)
+            checkup.warn_of(problem)
     return trainer

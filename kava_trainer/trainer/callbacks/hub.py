@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 
 from ...config.arguments import KavaTrainingArguments
-from ...utils.errors import BadRequest, reason_of
+from ...utils.errors import BadRequest, Problem, reason_of
 from ...utils.hub import (
     ANSWER_SECONDS,
     CHECKPOINT_SECONDS,
@@ -33,22 +33,25 @@ _STATE_FILES = [
 """What of a checkpoint only resuming needs."""
 
 
-def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> str:
-    """The sentences for a hub that did not make the run's repository before the training.
+def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> Problem:
+    """What is wrong where the hub did not make the run's repository before the training.
 
     Args:
         error: what it or the network answered.
         arguments: of the run, with `push_to_hub`.
     """
     if isinstance(error, HFValidationError):
-        return f"hub_model_id is {arguments.hub_model_id!r}; write it as owner/name ({reason_of(error).rstrip('.')})."
+        remedy = f"write it as owner/name ({reason_of(error).rstrip('.')})."
+        return Problem.of_value("hub_model_id", repr(arguments.hub_model_id), remedy)
     answered = getattr(error, "response", None) is not None
     what = "did not make the run's repository" if answered else "cannot be reached"
-    login = " Log in with hf auth login, or set HF_TOKEN." if answered else ""
+    login = "Log in with hf auth login, or set HF_TOKEN. " if answered else ""
     place = Place(arguments.hub_model_id or "NAME", None, arguments.hub_private_repo, arguments.hub_revision)
-    return (
-        f"push_to_hub true needs the hub, which {what} ({hub_reason(error)}).{login} Or write push_to_hub false, and "
-        f"send the student afterwards: {push_command(arguments.output_dir, place)}"
+    return Problem(
+        "push_to_hub",
+        f"push_to_hub true needs the hub, which {what} ({hub_reason(error)}).",
+        f"{login}Or write push_to_hub false, and send the student afterwards: "
+        f"{push_command(arguments.output_dir, place)}",
     )
 
 
@@ -80,7 +83,7 @@ def make_repository(
     except BadRequest:
         raise
     except Exception as error:  # the network fails in many ways
-        raise BadRequest(no_repository(error, arguments)) from error
+        raise BadRequest.of(no_repository(error, arguments)) from error
 
 
 class CheckpointPusher(TrainerCallback):

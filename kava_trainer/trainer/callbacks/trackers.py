@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import default_logdir, rewrite_
 
 from ...distillation.model import DistillationModel
 from ...utils.console import Console
-from ...utils.errors import reason_of
+from ...utils.errors import Problem, reason_of
 
 _EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
@@ -22,15 +22,16 @@ Failed = Callable[[int, Exception], None]
 """Is told the step and the error, once."""
 
 
-def tracker_problem(names: list[str]) -> str | None:
-    """Why one of these trackers cannot be used, in one sentence; None where all of them can be set up."""
+def tracker_problem(names: list[str]) -> Problem | None:
+    """Why one of these trackers cannot be used; None where all of them can be set up."""
     for name in names:
         try:
             for kind in get_reporting_integration_callbacks([name]):
                 kind()
         except Exception as error:  # each package has its own way to say that it is missing
             reason = reason_of(error).rstrip(".")
-            return f"report_to {name} cannot be used ({reason}). Install what it needs, or write another."
+            what = f"report_to {name} cannot be used ({reason})."
+            return Problem("report_to", what, "Install what it needs, or write another.")
     return None
 
 

@@ -23,9 +23,9 @@ from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.launcher import start_command
 from kava_trainer.quickstart.problems import generate_problems
 from kava_trainer.runs.doctor import folders, machine
-from kava_trainer.runs.doctor.findings import Checkup, split_advice
+from kava_trainer.runs.doctor.findings import Checkup, what_and_change
 from kava_trainer.utils.console import Console
-from kava_trainer.utils.errors import BadRequest
+from kava_trainer.utils.errors import BadRequest, Problem
 from kava_trainer.utils.hub import in_time
 
 Usage = namedtuple("Usage", "total used free")
@@ -59,8 +59,8 @@ def doctor(tmp_path, capsys):
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves the memory estimate out, which takes longer than all else."""
-    for module in ("preparation", "checkup.folders"):
-        monkeypatch.setattr(f"kava_trainer.{module}.estimate_memory", lambda arguments: MEMORY)
+    for module in ("setup", "doctor.folders"):
+        monkeypatch.setattr(f"kava_trainer.runs.{module}.estimate_memory", lambda arguments: MEMORY)
 
 
 def everything_in(folder):
@@ -151,15 +151,20 @@ def test_a_problem_ends_with_what_to_change(doctor, tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    ("message", "what", "advice"),
+    ("problem", "what", "advice"),
     [
-        ("max_length is 1; write 2. Or less.", "max_length is 1.", "Write 2. Or less."),
-        ("A is wrong. B too; it is so. Name another; or C.", "A is wrong. B too; it is so.", "Name another; or C."),
-        ("It reads 64 tokens at most.", "It reads 64 tokens at most.", "what is named above."),
+        (("max_length is 1;", "write 2. Or less."), "max_length is 1.", "Write 2. Or less."),
+        (
+            ("A is wrong. B too; it is so.", "Name another; or C."),
+            "A is wrong. B too; it is so.",
+            "Name another; or C.",
+        ),
+        (("It reads 64 tokens at most.",), "It reads 64 tokens at most.", "what is named above."),
     ],
 )
-def test_a_message_is_what_is_wrong_and_what_to_change(message, what, advice):
-    assert split_advice(message) == (what, advice)
+def test_a_problem_is_what_is_wrong_and_what_to_change(problem, what, advice):
+    assert str(Problem(None, *problem)) == " ".join(problem)
+    assert what_and_change(Problem(None, *problem)) == (what, advice)
 
 
 def test_several_problems_are_found_at_once(doctor, tmp_path):
@@ -450,8 +455,8 @@ def test_many_cut_examples_are_a_warning(doctor):
 
 @pytest.mark.usefixtures("quick")
 def test_too_little_memory_is_a_warning_with_what_to_lower(doctor, monkeypatch):
-    for module in ("preparation", "checkup.folders"):
-        monkeypatch.setattr(f"kava_trainer.{module}.free_memory_bytes", lambda device: 1000)
+    for module in ("advice", "doctor.folders"):
+        monkeypatch.setattr(f"kava_trainer.runs.{module}.free_memory_bytes", lambda device: 1000)
     told = doctor()
     assert told.code == 0
     assert any(

@@ -1,0 +1,103 @@
+"""Every check of the training's own arguments that needs no model."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..utils.errors import Problem, WrongArguments
+from .launcher import engine_problems
+from .layer_mapping import parse_layer_mapping
+from .optimizer_names import missing_package
+
+if TYPE_CHECKING:  # which asks here
+    from .arguments import KavaTrainingArguments
+
+LARGEST_MLP_RATIO = 1024
+"""Beyond it no device has the memory, and working out how much is missing would take all of this machine's."""
+
+_NOT_NEGATIVE = (
+    "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
+    "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
+)  # fmt: skip
+
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "calibration_tokens",
+    "max_nonfinite_steps",
+)  # fmt: skip
+
+_UNWANTED = {"dispatch_batches": True, "split_batches": True, "even_batches": False}
+"""What of `accelerator_config` is not supported."""
+
+_UNREPEATABLE = {"lr_scheduler_type": "reduce_lr_on_plateau", "train_sampling_strategy": "group_by_length"}
+"""What a control could not do over again."""
+
+
+def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
+    """Every mistake in the distillation's own arguments."""
+    found = [
+        Problem(name, f"{name} is {getattr(training, name)}; it cannot be negative.")
+        for name in _NOT_NEGATIVE
+        if (getattr(training, name) or 0) < 0
+    ]
+    found += [*engine_problems(training.fsdp, training.deepspeed), *filter(None, [missing_package(training.optim)])]
+    return [*found, *_wrong_values(training), *_projector_problems(training), *_contradictions(training)]
+
+
+def _wrong_values(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    """Values that cannot be, whatever else is asked for."""
+    for name in (name for name in _AT_LEAST_ONE if getattr(training, name) < 1):
+        yield Problem.of_value(name, getattr(training, name), "write 1 or more.")
+    if training.max_steps == 0:
+        yield Problem.of_value("max_steps", 0, "write a number above 0, or -1 to go by num_train_epochs.")
+    if training.kd_temperature <= 0:
+        yield Problem.of_value("kd_temperature", training.kd_temperature, "write a number above 0, such as 1.0.")
+    if not 0 <= training.kd_beta <= 1:
+        yield Problem.of_value("kd_beta", training.kd_beta, "write a number from 0 to 1.")
+    if (length := training.generation_max_new_tokens) is not None and length < 1:
+        yield Problem.of_value("generation_max_new_tokens", length, "write 1 or more.")
+    if training.label_names not in (None, ["labels"]):
+        what = f"label_names is {training.label_names}; KAVA reads the column labels alone."
+        yield Problem("label_names", what, "Rename the column, and leave label_names out.")
+    given = training.accelerator_config if isinstance(training.accelerator_config, dict) else {}
+    for name in (name for name, value in _UNWANTED.items() if given.get(name, not value) == value):
+        what = f"accelerator_config.{name} {str(_UNWANTED[name]).lower()} is not supported;"
+        yield Problem("accelerator_config", what, "leave it out.")
+
+
+def _projector_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    if not 0 < (ratio := training.projector_mlp_ratio) <= LARGEST_MLP_RATIO:
+        remedy = f"write a number above 0, such as 1.0, up to {LARGEST_MLP_RATIO}."
+        yield Problem.of_value("projector_mlp_ratio", ratio, remedy)
+    if not 0 <= training.projector_dropout < 1:
+        yield Problem.of_value("projector_dropout", training.projector_dropout, "write a number from 0 to below 1.")
+    if training.projector_direction == "student_to_teacher" and training.projector_anchor != "none":
+        what = (
+            f"projector_anchor {training.projector_anchor} holds a projector of the teacher's states, but "
+            "projector_direction student_to_teacher has none; its target cannot collapse."
+        )
+        yield Problem("projector_anchor", what, "Write none.")
+    if training.projector_anchor == "reconstruction" and training.anchor_weight == 0:
+        what = "anchor_weight is 0, so projector_anchor reconstruction would hold nothing;"
+        yield Problem("anchor_weight", what, "raise it.")
+    if (weights := training.layer_weights) is not None and not (weights and min(weights) > 0):
+        yield Problem.of_value("layer_weights", weights, "write one number above 0 for each pair of layers.")
+    try:
+        parse_layer_mapping(training.layer_mapping)
+    except WrongArguments as error:
+        yield from error.problems
+
+
+def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    """Values that do not go together."""
+    if training.max_steps < 0 and training.num_train_epochs <= 0:
+        remedy = "write a number above 0, or set max_steps."
+        yield Problem.of_value("num_train_epochs", training.num_train_epochs, remedy)
+    if not training.aligns and training.lm_weight == 0 and training.kd_weight == 0:
+        what = "mercator_weight, mse_weight, lm_weight and kd_weight are all 0: nothing would be trained."
+        yield Problem(None, what)
+    if training.run_control and not training.aligns and training.kd_weight == 0:
+        what = "run_control is true, but the run itself has the next-token loss alone;"
+        yield Problem("run_control", what, "write false.")
+    for name, value in _UNREPEATABLE.items() if training.run_control else ():
+        if getattr(training, name) == value:
+            remedy = "write another, or run_control false."
+            yield Problem("run_control", f"run_control cannot repeat {name} {value};", remedy)

@@ -1,0 +1,174 @@
+"""A run, and the stages before its first step."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.launcher import run_command
+from ..distillation.teacher_cache import TeacherCache
+from ..evaluation.teacher_fidelity import TeacherFidelity
+from ..reports.model_card import local_sources
+from ..reports.summary import RunSummary
+from ..trainer.checkpoint import Resumption, resolve_checkpoint, sweep
+from ..trainer.final_student import FINAL_STUDENT
+from ..trainer.run_state import progress_file, read_progress
+from ..trainer.trainer import KavaTrainer
+from ..utils.console import Console
+from ..utils.distributed import from_main_process
+from ..utils.environment import describe_environment
+from ..utils.errors import BadRequest
+from ..utils.files import make_folder
+from ..utils.memory import needs_memory
+from .advice import smaller_batches, smaller_models
+from .control import check_place_of_control
+from .display import show_configuration, show_environment
+from .fill_cache import open_cache
+from .identity import check_output_dir, check_resumable, data_digest, earlier_run, name_run, run_identity
+from .setup import (
+    Data,
+    Models,
+    build_trainer,
+    check_teacher,
+    load_data,
+    load_models,
+    load_tokenizers,
+    own_parameters,
+    tell_memory,
+)
+from .tracking import RunTracking
+
+
+@dataclass
+class Run:
+    """What the stages of one run hand on; the later parts are there once their stage is over."""
+
+    console: Console
+    arguments: KavaArguments
+    argv: list[str]
+    """The command line without the program."""
+    resumption: Resumption
+    summary: RunSummary
+    tokenizer: PreTrainedTokenizerBase = field(init=False)
+    data: Data = field(init=False)
+    identity: dict[str, Any] = field(init=False)
+    models: Models = field(init=False)
+    trainer: KavaTrainer = field(init=False)
+    tracking: RunTracking = field(init=False)
+    cache: TeacherCache | None = field(init=False)
+
+    @property
+    def training(self) -> KavaTrainingArguments:
+        """What was asked of the training."""
+        return self.arguments.training
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What it goes on from."""
+        return self.resumption.checkpoint
+
+
+def begin(console: Console, arguments: KavaArguments, argv: list[str]) -> Run:
+    """The folders, the checkpoint to go on from, the name, and what the user sees of them."""
+    training = arguments.training
+    for name in ("output_dir", "final_dir"):
+        make_folder(name, getattr(training, name))
+    check_places(training)
+    resumption = from_main_process(lambda: _find_checkpoint(arguments))
+    training.run_name = from_main_process(lambda: name_run(training, resumption.checkpoint))
+    asked = arguments.to_dict()
+    environment = {**describe_environment(training.device), "local_sources": local_sources(asked)}
+    summary = RunSummary(asked, environment, run_command(argv))
+    show_environment(console, training.device)
+    show_configuration(console, arguments, resumption)
+    return Run(console, arguments, argv, resumption, summary)
+
+
+def check_places(training: KavaTrainingArguments) -> None:
+    """Make sure that the places of student and control are free. Raises `BadRequest` if something else is there."""
+    check_place_of_control(training)
+    student = training.final_folder / FINAL_STUDENT
+    if student.exists() and not student.is_dir():
+        raise BadRequest(f"{student} is a file, but the student's folder goes there;", "move it or set final_dir.")
+
+
+def _find_checkpoint(arguments: KavaArguments) -> Resumption:
+    """Where to go on from, once what a killed run left half done is cleared away."""
+    training = arguments.training
+    for folder in {Path(training.output_dir), training.final_folder}:
+        sweep(folder)
+    return resolve_checkpoint(training.resume_from_checkpoint, training.output_dir)
+
+
+def load_examples(run: Run) -> None:
+    """The examples, and what the run is with them; the checkpoint and the output folder must be its own."""
+    run.tokenizer = load_tokenizers(run.arguments)
+    run.data = load_data(run.console, run.arguments, run.tokenizer)
+    run.identity = from_main_process(lambda: _identify(run))
+
+
+def _identify(run: Run) -> dict[str, Any]:
+    console, checkpoint = run.console, run.checkpoint
+    identity = run_identity(run.arguments, data_digest(run.data.train))
+    if checkpoint is not None:
+        found = check_resumable(checkpoint, identity)
+        if found.harmless:
+            console.print(f"Differs from the checkpoint, without effect on the training: {'; '.join(found.harmless)}")
+        if found.training:
+            console.warn(
+                f"Differs from the checkpoint: {'; '.join(found.training)}. From here on the run is not what it would "
+                "have been."
+            )
+    output_dir = run.training.output_dir
+    check_output_dir(output_dir, identity, resuming=checkpoint is not None)
+    if checkpoint is None and (there := earlier_run(output_dir)) is not None:
+        console.warn(
+            f"{there}, which this one replaces piece by piece. To keep it, stop now and name another output_dir, or "
+            "write resume_from_checkpoint true to go on with it."
+        )
+    return identity
+
+
+def load_pair(run: Run) -> None:
+    """What training will take of each device; the pair, what the teacher lost by quantisation, and the trainer."""
+    console, arguments, tokenizer, data, summary = run.console, run.arguments, run.tokenizer, run.data, run.summary
+    summary.content.throughput.estimated_memory_bytes = tell_memory(console, arguments)
+    console.stage("Models")
+    probed = data.train if data.evaluation is None else data.evaluation
+    fidelity = TeacherFidelity(console, arguments, tokenizer, probed, data.evaluation is not None, data.collator)
+    fidelity.read_unquantised()
+    with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
+        run.models = models = load_models(console, arguments, tokenizer)
+        summary.content.prompt_kind = data.prompt_kind
+        summary.content.student_parameters = own_parameters(models.student)
+        summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
+        summary.content.teacher_fidelity = fidelity.compare(models.teacher)
+        run.trainer = build_trainer(console, arguments, models, data)
+
+
+def connect(run: Run) -> None:
+    """Tie the trainer to the summary and to the trackers."""
+    trainer, summary = run.trainer, run.summary
+    if run.checkpoint is not None and run.training.should_save:
+        _go_on_from(run.checkpoint, summary)
+    trainer.identity, trainer.run_time = run.identity, summary.run_time
+    summary.content.problems = trainer.problems
+    run.tracking = RunTracking(trainer, summary.content)
+    trainer.add_callback(run.tracking)
+
+
+def _go_on_from(checkpoint: Path, summary: RunSummary) -> None:
+    """Let the summary tell of the run's earlier sessions too, where the checkpoint knows of them."""
+    known = (checkpoint / progress_file(0)).exists()  # one that cannot be resumed is told of when it is loaded
+    if known and (earlier := read_progress(checkpoint, 0, 1).get("run_time")) is not None:
+        summary.go_on_from(earlier)
+
+
+def try_teacher(run: Run) -> None:
+    """Whether its cache is this teacher's, and whether the teacher knows more than chance."""
+    run.cache = open_cache(run.arguments, run.models, run.trainer)
+    batch_size = run.training.per_device_eval_batch_size
+    with needs_memory("while the teacher was tried out", lambda: smaller_batches(run.arguments)):
+        check_teacher(run.console, run.models, run.data, batch_size, run.trainer.problems)
