@@ -2,14 +2,13 @@
 
 import torch
 from datasets import Dataset
+
 from helpers.data import random_examples
 from helpers.models import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, tiny_llama
 from helpers.trainers import SETTINGS
-
 from kava_trainer import KavaTrainer, KavaTrainingArguments
 
 DATA = random_examples(16)
-
 
 EVERY_STEP = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
 

@@ -14,15 +14,14 @@ from helpers.summaries import EVIL, FEW, history_of, make_summary
 from helpers.trainers import make_trainer
 
 from kava_trainer import cli
-from kava_trainer.reports import charts as curves
-from kava_trainer.reports.charts import charts, number_text, thin_out
+from kava_trainer.reports.charts import MOST_POINTS, charts, number_text, points, thin_out
 from kava_trainer.reports.comparison import comparison_page, differing_arguments, run_names
 from kava_trainer.reports.page import report_page, write_report
 from kava_trainer.reports.run_reader import read_run, record_of
 from kava_trainer.reports.summary import RunSummary
 from kava_trainer.reports.tables import figure_text, verdict_of
-from kava_trainer.runs import finish as closing
-from kava_trainer.trainer import batches as stepping
+from kava_trainer.runs import finish
+from kava_trainer.trainer import batches
 from kava_trainer.trainer.checkpoint import save_progress, write_manifest
 from kava_trainer.utils.console import Console
 
@@ -291,7 +290,7 @@ def test_a_folder_named_twice_and_a_place_that_cannot_be_written_are_refused(fol
 def test_a_report_whose_packages_do_not_work_is_a_warning(summary, tmp_path, capsys, monkeypatch):
     summary.write(tmp_path, "completed")
     monkeypatch.setitem(sys.modules, "kava_trainer.reports.page", None)
-    assert closing.report_on(Console(plain=True), str(tmp_path), summary) is None
+    assert finish.report_on(Console(plain=True), str(tmp_path), summary) is None
     shown = capsys.readouterr().out
     assert (
         f"Warning: The report could not be written to {tmp_path}: import of kava_trainer.reports.page halted" in shown
@@ -302,7 +301,7 @@ def test_a_report_whose_packages_do_not_work_is_a_warning(summary, tmp_path, cap
 def test_a_report_that_cannot_be_written_is_a_warning(summary, tmp_path, capsys):
     summary.write(tmp_path, "completed")
     (tmp_path / "report.html").mkdir()
-    assert closing.report_on(Console(plain=True), str(tmp_path), summary) is None
+    assert finish.report_on(Console(plain=True), str(tmp_path), summary) is None
     shown = capsys.readouterr().out
     assert f"Warning: The report could not be written to {tmp_path}: " in shown
     assert "Is a directory" in shown
@@ -327,7 +326,7 @@ def test_a_long_run_has_a_page_of_the_same_size_with_its_extremes():
     found = [(step, math.sin(step / 500)) for step in range(50_000)]
     found[20_001], found[33_333] = (20_001, 9.0), (33_333, -9.0)
     thin = thin_out(found)
-    assert len(thin) <= curves.MOST_POINTS + 2
+    assert len(thin) <= MOST_POINTS + 2
     assert {found[0], found[-1], (20_001, 9.0), (33_333, -9.0)} <= set(thin)
     assert thin == sorted(thin)
     assert thin_out(found[:1000]) == found[:1000]
@@ -335,12 +334,12 @@ def test_a_long_run_has_a_page_of_the_same_size_with_its_extremes():
 
 def test_what_is_no_finite_number_is_no_point():
     lines = [{"step": 1, "x": math.nan}, {"step": 2, "x": None}, {"step": 3, "x": 1}, {"step": 3, "y": 2.0}, {"x": 5.0}]
-    assert curves.points(lines, ("x", "y")) == [(3, 2.0)]
+    assert points(lines, ("x", "y")) == [(3, 2.0)]
 
 
 def test_each_training_line_tells_the_tokens_since_the_last_one(tmp_path, tokenizer, monkeypatch):
     ticks = iter(range(0, 100, 2))
-    monkeypatch.setattr(stepping, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(batches, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
     trainer = make_trainer(tmp_path, tokenizer, max_steps=5, logging_steps=2, eval_strategy="steps", eval_steps=3)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]

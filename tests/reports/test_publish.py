@@ -25,7 +25,7 @@ import run_kava
 from kava_trainer import cli, load_projectors
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.reports import publish as publishing
+from kava_trainer.reports import publish
 from kava_trainer.trainer.callbacks.hub import _STATE_FILES
 from kava_trainer.utils.hub import hub_reason, show_bars
 
@@ -217,8 +217,8 @@ STAGES = [
 
 
 def patience(monkeypatch, seconds):
-    monkeypatch.setattr(publishing, "STUDENT_SECONDS", seconds)
-    monkeypatch.setattr(publishing, "ANSWER_SECONDS", seconds)
+    monkeypatch.setattr(publish, "STUDENT_SECONDS", seconds)
+    monkeypatch.setattr(publish, "ANSWER_SECONDS", seconds)
 
 
 @pytest.mark.parametrize(("stage", "failure", "reason"), STAGES, ids=lambda value: str(value).replace(" ", "-")[:12])
@@ -256,8 +256,8 @@ def test_a_run_whose_commit_conflicts_is_complete_and_names_the_command(unharmed
 def test_a_process_ends_though_the_hub_holds_its_upload(unharmed, hub):
     hub.failures["upload"] = "hang"
     code = (
-        "import sys; from kava_trainer import cli, publishing; publishing.STUDENT_SECONDS = 1; "
-        "sys.exit(cli.main(sys.argv[1:]))"
+        "import sys; from kava_trainer import cli; from kava_trainer.reports import publish; "
+        "publish.STUDENT_SECONDS = 1; sys.exit(cli.main(sys.argv[1:]))"
     )
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     result = subprocess.run(
@@ -342,9 +342,9 @@ def test_the_bars_of_the_hub_are_as_they_were(monkeypatch):
     for disabled in (True, False):
         show_bars(not disabled)
         for shown in (True, False):
-            with publishing._bars(shown):
-                assert publishing.are_progress_bars_disabled() is not shown
-            assert publishing.are_progress_bars_disabled() is disabled
+            with publish._bars(shown):
+                assert publish.are_progress_bars_disabled() is not shown
+            assert publish.are_progress_bars_disabled() is disabled
 
 
 def test_checkpoints_are_sent_without_bars_among_the_status_lines(tmp_path, tokenizer, hub, capsys):

@@ -8,6 +8,7 @@ from helpers.trainers import make_trainer
 from transformers import TrainerCallback
 
 import run_kava
+from kava_trainer.runs import fill_cache, pipeline
 from kava_trainer.utils.errors import RunFailed
 
 RECIPE = str(ROOT / "training_args" / "quickstart.json")
@@ -91,15 +92,14 @@ def test_in_an_evaluation(tmp_path, tokenizer, monkeypatch, name, stage):
             "generation_max_new_tokens.",
         ),
         (
-            "caching._fill",
+            "_fill",
             "Out of memory while the cache was written (tried to allocate 2 GiB). Lower max_tokens_per_batch (now 300)",
         ),
         ("open_cache", "Out of memory (tried to allocate 2 GiB). Let nothing else use the device, or choose smaller"),
     ],
 )
 def test_before_the_training(tmp_path, monkeypatch, capsys, name, told):
-    place = name if "." in name else f"pipeline.{name}"
-    monkeypatch.setattr(f"kava_trainer.{place}", no_memory)
+    monkeypatch.setattr(fill_cache if name == "_fill" else pipeline, name, no_memory)
     options = {**SHORT, "output_dir": tmp_path, "teacher_cache_dir": tmp_path / "cache", "max_tokens_per_batch": 300}
     assert run_kava.main([RECIPE, *words(options)]) == 1
     assert told in capsys.readouterr().err
