@@ -1,6 +1,7 @@
-"""Imports go one way: a room imports only from rooms on a lower floor, and every file is in a room."""
+"""Imports go one way: a room imports only from rooms on a lower floor, and every file is in a room, as is its test."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ MOST_LINES, MOST_FILES = 360, 14
 PACKAGE = ROOT / "kava_trainer"
 ROOMS = set().union(*FLOORS)
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name == "cli.py")
+TESTS = ROOT / "tests"
+TEST_FILES = sorted(TESTS.rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
@@ -72,3 +75,27 @@ def test_files_are_short_and_the_entry_point_holds_no_logic():
 def test_rooms_are_small():
     for folder in {path.parent for path in FILES if path.name != "cli.py"}:
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+
+
+def test_tests_are_in_the_rooms_of_the_package():
+    folders = {path.parent.relative_to(TESTS) for path in TEST_FILES if path.name.startswith("test_")}
+    assert folders - {Path(), Path("runs_whole")} <= {path.parent.relative_to(PACKAGE) for path in FILES}
+    assert {path.name for path in TESTS.glob("*.py")} == {"conftest.py", "test_architecture.py", "test_cli.py"}
+
+
+def test_no_test_imports_another():
+    """What they share is in `helpers`."""
+    for path in TEST_FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert not re.search(r"(^|\.)(test_\w+|tests|conftest)(\.|$)", name), f"{path} imports {name}"
+
+
+def test_nothing_of_the_package_is_replaced_by_a_dotted_name():
+    """Such a name is found neither by a search for the function nor by whoever renames its module."""
+    for path in TEST_FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+                assert not ast.unparse(node.args[0]).lstrip("f").startswith("'kava_trainer"), f"{path}:{node.lineno}"

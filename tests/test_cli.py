@@ -19,7 +19,8 @@ from helpers.programs import ENVIRONMENT, MEMORY, QUICKSTART, SHORT, summary_of,
 from kava_trainer import cli
 from kava_trainer.cli import COMMANDS, main
 from kava_trainer.config.launcher import resume_command, started_as
-from kava_trainer.utils import distributed as ranks
+from kava_trainer.runs import measure, setup
+from kava_trainer.utils import distributed
 from kava_trainer.utils.errors import Interrupted
 
 RECIPE = str(ROOT / "training_args" / "quickstart.json")
@@ -29,7 +30,7 @@ TINY = {**SHORT, "max_steps": 1, "max_length": 128, "run_control": "false"}
 @pytest.fixture(scope="module", autouse=True)
 def _no_estimate():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kava_trainer.runs.setup.estimate_memory", lambda arguments: MEMORY)
+        patch.setattr(setup, "estimate_memory", lambda arguments: MEMORY)
         yield
 
 
@@ -95,7 +96,7 @@ def test_nothing_else_that_the_libraries_log_is_left_out(monkeypatch, name, mess
 def test_a_program_ends_its_connections_before_it_exits_unless_it_failed(monkeypatch, code, disconnects):
     done = []
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(ranks, "disconnect", lambda: done.append("disconnected"))
+    monkeypatch.setattr(distributed, "disconnect", lambda: done.append("disconnected"))
     with pytest.raises(SystemExit) as left:
         cli.exit_with(lambda: done.append("main") or code)
     assert left.value.code == code
@@ -191,7 +192,7 @@ def test_a_signal_ends_the_filling_and_the_next_one_goes_on(tmp_path, monkeypatc
         raise Interrupted(signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kava_trainer.runs.measure.write_cache", interrupted)
+        patch.setattr(measure, "write_cache", interrupted)
         options = {**TINY, "teacher_cache_dir": tmp_path / "cache", "output_dir": tmp_path / "out"}
         assert main(["cache", RECIPE, *words(options)]) == 138
     assert "the same command goes on from there" in capsys.readouterr().err

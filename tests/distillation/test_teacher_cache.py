@@ -11,6 +11,7 @@ from helpers.trainers import loss_lines, make_trainer
 from transformers import BloomConfig, BloomForCausalLM
 
 from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.distillation import teacher_cache
 from kava_trainer.distillation.state_shards import ShardWriter
 from kava_trainer.distillation.teacher_cache import (
     MANIFEST,
@@ -61,7 +62,7 @@ def test_only_what_is_missing_is_written_and_equal_examples_once(tmp_path):
 
 def test_a_build_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(ShardWriter.__init__, "__defaults__", (1,))
-    monkeypatch.setattr("kava_trainer.distillation.teacher_cache.GROUP", 5)
+    monkeypatch.setattr(teacher_cache, "GROUP", 5)
     asked, features = [], OnlineTeacher.features
 
     def failing(self, inputs):

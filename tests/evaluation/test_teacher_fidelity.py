@@ -19,7 +19,7 @@ import run_kava
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.data.collators import DistillationCollator
-from kava_trainer.evaluation import teacher_fidelity as fidelity
+from kava_trainer.evaluation import teacher_fidelity
 from kava_trainer.evaluation.teacher_fidelity import (
     TeacherFidelity,
     choose_device,
@@ -28,8 +28,8 @@ from kava_trainer.evaluation.teacher_fidelity import (
     read_examples,
 )
 from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.runs import setup as preparation
-from kava_trainer.utils import memory as free_memory
+from kava_trainer.runs import setup
+from kava_trainer.utils import memory
 from kava_trainer.utils.console import Console
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -119,7 +119,7 @@ GB = 10**9
     ],
 )
 def test_an_unquantised_teacher_runs_where_it_fits(monkeypatch, weights, device, free, place):
-    monkeypatch.setattr(fidelity, "free_memory_bytes", free.__getitem__)
+    monkeypatch.setattr(teacher_fidelity, "free_memory_bytes", free.__getitem__)
     found = choose_device(weights, device)
     assert (place in found) if isinstance(place, str) else (found == place)
 
@@ -131,22 +131,22 @@ def write_group(folder, files):
 
 
 def test_the_limits_of_containers_and_schedulers_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(free_memory, "PROCESS", tmp_path / "proc")
-    monkeypatch.setattr(free_memory, "CONTROL_GROUPS", tmp_path / "groups")
-    whole = free_memory.free_memory_bytes(CPU)
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path / "groups")
+    whole = memory.free_memory_bytes(CPU)
     assert whole > 10**6
     write_group(tmp_path / "proc", {"cgroup": "4:memory:/job\n0::/slice/job\n"})
-    assert free_memory.free_memory_bytes(CPU) > 10**6
+    assert memory.free_memory_bytes(CPU) > 10**6
     slice_files = {"memory.max": "900000\n", "memory.current": "400000\n", "memory.stat": "anon 1\ninactive_file 7\n"}
     write_group(tmp_path / "groups" / "slice", slice_files)
-    assert free_memory.free_memory_bytes(CPU) == 500007
+    assert memory.free_memory_bytes(CPU) == 500007
     write_group(tmp_path / "groups" / "slice" / "job", {"memory.max": "max\n", "memory.current": "400000\n"})
-    assert free_memory.free_memory_bytes(CPU) == 500007
+    assert memory.free_memory_bytes(CPU) == 500007
     old = {"memory.limit_in_bytes": "300\n", "memory.usage_in_bytes": "200\n", "memory.stat": "total_inactive_file 5\n"}
     write_group(tmp_path / "groups" / "memory" / "job", old)
-    assert free_memory.free_memory_bytes(CPU) == 105
+    assert memory.free_memory_bytes(CPU) == 105
     write_group(tmp_path / "groups" / "memory" / "job", {"memory.usage_in_bytes": "400\n"})
-    assert free_memory.free_memory_bytes(CPU) == 0
+    assert memory.free_memory_bytes(CPU) == 0
 
 
 def run(output, **changes):
@@ -160,7 +160,7 @@ def without_noise(arguments, device):
     return load_teacher(type(arguments)(**{**vars(arguments), "teacher_quantization": "none"}), device)
 
 
-load_teacher = preparation.load_teacher
+load_teacher = setup.load_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +169,7 @@ def _needs_bitsandbytes():
 
 
 def test_without_quantising_there_is_nothing_to_measure(monkeypatch):
-    monkeypatch.setattr(fidelity, "load_teacher", lambda *_: pytest.fail("another teacher was loaded"))
+    monkeypatch.setattr(teacher_fidelity, "load_teacher", lambda *_: pytest.fail("another teacher was loaded"))
     arguments = parse_arguments([RECIPE, "--use_cpu"])
     measurement = TeacherFidelity(Console(), arguments, None, [], True, None)
     measurement.read_unquantised()
@@ -177,7 +177,7 @@ def test_without_quantising_there_is_nothing_to_measure(monkeypatch):
 
 
 def test_a_run_with_a_perfectly_quantised_teacher_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preparation, "load_teacher", without_noise)
+    monkeypatch.setattr(setup, "load_teacher", without_noise)
     measured = run(tmp_path, teacher_quantization="8bit")["teacher_fidelity"]
     assert [row["cos_sim"] for row in measured["layers"].values()] == pytest.approx([1, 1], abs=1e-6)
     assert measured["perplexity"] == measured["reference_perplexity"]
@@ -194,7 +194,7 @@ def test_a_poor_quantised_teacher_is_a_warning(tmp_path, monkeypatch, capsys):
             parameter.add_(0.2 * torch.randn_like(parameter))
         return model
 
-    monkeypatch.setattr(fidelity, "load_teacher", load_noisy)
+    monkeypatch.setattr(teacher_fidelity, "load_teacher", load_noisy)
     measured = run(tmp_path)["teacher_fidelity"]
     assert measured["layers"]["4"]["cos_sim"] < 0.95
     shown = capsys.readouterr().out
@@ -215,8 +215,8 @@ def test_the_two_teachers_are_never_in_memory_together(tmp_path, monkeypatch):
         assert [reference() for reference in seen] == [None]
         return load_teacher(*arguments)
 
-    monkeypatch.setattr(fidelity, "load_teacher", load_unquantised)
-    monkeypatch.setattr(preparation, "load_teacher", load_quantised)
+    monkeypatch.setattr(teacher_fidelity, "load_teacher", load_unquantised)
+    monkeypatch.setattr(setup, "load_teacher", load_quantised)
     measured = run(tmp_path)["teacher_fidelity"]
     assert len(seen) == 1
     assert measured["reference_device"] == "cpu"
@@ -226,7 +226,7 @@ def test_the_two_teachers_are_never_in_memory_together(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_what_does_not_fit_is_left_out_with_the_reason_and_trains_the_same(tmp_path, monkeypatch, capsys):
     measured = run(tmp_path / "measured")
-    monkeypatch.setattr(fidelity, "free_memory_bytes", lambda device: 5 * 10**6)
+    monkeypatch.setattr(teacher_fidelity, "free_memory_bytes", lambda device: 5 * 10**6)
     summary = run(tmp_path / "tight")
     left_out = summary["teacher_fidelity"]
     reason = "The unquantised teacher needs 1.00 GB for a moment, and 5.0 MB on cpu are free."
@@ -240,7 +240,7 @@ def test_memory_that_runs_out_on_the_way_ends_no_run(tmp_path, monkeypatch):
     def read(*_):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(fidelity, "read_examples", read)
+    monkeypatch.setattr(teacher_fidelity, "read_examples", read)
     measured = run(tmp_path)["teacher_fidelity"]
     assert measured["reason"] == "Memory ran out on cpu with the unquantised teacher."
     assert measured["layers"] is None

@@ -15,9 +15,7 @@ from kava_trainer.utils.distributed import disconnect
 
 LAYERS = [2, TEACHER_LAYERS]
 
-
 IDENTITY = {"teacher": "tiny", "version": "1", "quantization": "none", "dtype": "float32", "mixed_precision": "no"}
-
 
 EXAMPLES = [example["input_ids"] for example in random_examples(30)]
 

@@ -10,7 +10,6 @@ from kava_trainer import KavaTrainer, KavaTrainingArguments
 
 DATA = random_examples(16)
 
-
 EVERY_STEP = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
 
 

@@ -17,7 +17,6 @@ from kava_trainer.quickstart import STUDENT_FOLDER
 
 TEACHER_SIZE, STUDENT_SIZE, TEACHER_LAYERS, STUDENT_LAYERS = 64, 32, 4, 2
 
-
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 

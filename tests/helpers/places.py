@@ -6,7 +6,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-
 SHARED = ROOT.parent / "shared"
 
 

@@ -10,9 +10,7 @@ from helpers.places import ROOT
 MEMORY = {"teacher": 3_400_000, "student": 700_000, "projector": 200_000, "optimizer": 1_800_000, "micro-batch": 10**8}
 """About what `estimate_memory` says of the quickstart, for tests that are about something else: it takes a second."""
 
-
 RECIPES = sorted(path.name for path in (ROOT / "training_args").glob("*.json"))
-
 
 QUICKSTART = {
     "teacher_model_name_or_path": "quickstart",
@@ -20,7 +18,6 @@ QUICKSTART = {
     "dataset_name": "quickstart",
     "teacher_quantization": "none",
 }
-
 
 SHORT = {
     "max_train_samples": 64,

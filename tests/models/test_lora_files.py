@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import run_kava
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.config.parser import parse_arguments
+from kava_trainer.models import student, teacher
 from kava_trainer.models.lora import add_adapter
 from kava_trainer.models.lora_files import adapter_weights, save_weights
 from kava_trainer.models.teacher import quantization_config
@@ -265,8 +266,8 @@ def test_a_bad_request_ends_before_weights_are_loaded(tmp_path, capsys, monkeypa
     def load(*args, **kwargs):
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr("kava_trainer.models.student.load_causal_lm", load)
-    monkeypatch.setattr("kava_trainer.models.teacher.load_causal_lm", load)
+    monkeypatch.setattr(student, "load_causal_lm", load)
+    monkeypatch.setattr(teacher, "load_causal_lm", load)
     make_changes, message = BAD_REQUESTS[case]
     options = {**OPTIONS, "output_dir": tmp_path / "out", **make_changes(tmp_path)}
     assert run_kava.main(words(options)) == 2

@@ -12,6 +12,7 @@ from helpers.places import ROOT
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
+from kava_trainer.config import checks, optimizer_names
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.data.formats import prompt_kind
 from kava_trainer.reports.model_card import as_code, hub_id, is_untouched, local_sources, render_model_card
@@ -246,8 +247,8 @@ RECIPES = sorted((ROOT / "training_args").glob("*.json"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_asks_for_the_same_run_again(tmp_path, monkeypatch, recipe):
-    monkeypatch.setattr("kava_trainer.config.optimizer_names.is_torchao_available", lambda: False)
-    monkeypatch.setattr("kava_trainer.config.checks.missing_package", lambda optim: None)
+    monkeypatch.setattr(optimizer_names, "is_torchao_available", lambda: False)
+    monkeypatch.setattr(checks, "missing_package", lambda optim: None)
     more = {
         "use_cpu": True, "bf16": False, "hub_token": "hf_planted", "push_to_hub": True, "hub_strategy": "end",
         "hub_model_id": "me/x", "resume_from_checkpoint": "true", "layer_mapping": "[[1, 2]]",

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 import run_kava
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.runs import control as control_module
+from kava_trainer.runs import pipeline
 from kava_trainer.runs.control import control_arguments
 from kava_trainer.trainer.trainer import KavaTrainer
 from kava_trainer.utils.errors import RunFailed
@@ -78,15 +78,15 @@ def test_an_interrupted_control_goes_on_where_it_stopped(tmp_path, steps, monkey
         trainer.add_callback(Stop())
         original(trainer, resume)
 
-    original = control_module.train_control
-    monkeypatch.setattr("kava_trainer.runs.pipeline.train_control", stop_at_two)
+    original = pipeline.train_control
+    monkeypatch.setattr(pipeline, "train_control", stop_at_two)
     assert run(tmp_path) == 143
     assert summary_of(tmp_path)["status"] == "interrupted"
     shown = capsys.readouterr().out
     assert f"Saved after step 2: {tmp_path / 'control' / 'checkpoint-2'}" in shown
     assert re.search(rf"^Resume with: .*--resume_from_checkpoint {tmp_path / 'checkpoint-4'}$", shown, re.M)
     assert len(steps[1]["batches"]) == 2
-    monkeypatch.setattr("kava_trainer.runs.pipeline.train_control", original)
+    monkeypatch.setattr(pipeline, "train_control", original)
     assert run(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-4")) == 0
     assert f"The control goes on from {tmp_path / 'control' / 'checkpoint-2'}." in capsys.readouterr().out
     assert len(steps) == 3
@@ -140,10 +140,13 @@ def test_what_is_no_control_s_in_its_folder_is_left_alone(tmp_path, capsys):
 
 
 def test_a_control_that_breaks_leaves_the_run_whole(tmp_path, monkeypatch, capsys):
-    def break_off(trainer, resume):
-        raise RunFailed("It broke.")
+    def break_off(self, *arguments, **named):
+        if self.terms.names == ["lm"]:
+            raise RunFailed("It broke.")
+        return original(self, *arguments, **named)
 
-    monkeypatch.setattr("kava_trainer.runs.pipeline.train_control", break_off)
+    original = KavaTrainer.compute_loss
+    monkeypatch.setattr(KavaTrainer, "compute_loss", break_off)
     assert run(tmp_path) == 0
     summary = summary_of(tmp_path)
     assert summary["status"] == "completed"

@@ -27,6 +27,7 @@ import run_kava
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.launcher import hide_tokens
 from kava_trainer.reports.summary import Evaluations, ModelFigures, Summary, Verdict
+from kava_trainer.runs import finish, start
 from kava_trainer.runs.tracking import RunTracking
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -56,7 +57,7 @@ EVERY_TERM = {
 def run(folder, **options):
     recipe = str(ROOT / "training_args" / "quickstart.json")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kava_trainer.runs.start.tell_memory", lambda *_: None)  # half of the time of such a short run
+        patch.setattr(start, "tell_memory", lambda *_: None)  # half of the time of such a short run
         return run_kava.main([recipe, *words({**EVERY_TERM, "output_dir": folder, **options})])
 
 
@@ -187,7 +188,7 @@ def awkward(tmp_path_factory):
     options = {"max_steps": 1, "eval_strategy": "no", "evaluate_generation": "false"}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as shown:
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "board"))
-        patch.setattr("kava_trainer.runs.finish.report_on", lambda *_: None)  # it would make a good picture
+        patch.setattr(finish, "report_on", lambda *_: None)  # it would make a good picture
         assert run(folder / "out", report_to="tensorboard", **options) == 0
     return folder, shown.getvalue()
 

@@ -18,8 +18,10 @@ from transformers.integrations import integration_utils
 
 import run_kava
 from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.config.parser import parse_arguments
 from kava_trainer.data.splits import load_splits
-from kava_trainer.runs.resources import checkpoint_bytes
+from kava_trainer.runs import start
+from kava_trainer.runs.resources import checkpoint_bytes, estimate_memory
 from kava_trainer.utils.console import size_text
 from kava_trainer.utils.errors import BadRequest
 from kava_trainer.utils.files import make_folder
@@ -177,7 +179,7 @@ def test_a_tracker_that_is_not_installed_gets_one_sentence(tmp_path, capsys, mon
 
 def test_too_little_disk_for_one_checkpoint_is_told_before_a_weight_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**6, 10**6))
-    monkeypatch.setattr("kava_trainer.runs.start.load_models", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(start, "load_models", lambda *_: pytest.fail("weights were loaded"))
     message = one_sentence(refused(capsys, tmp_path))
     assert re.search(
         r"^One checkpoint takes \d\.\d MB, but the disk of output_dir \S+out has only 1\.0 MB free", message
@@ -191,7 +193,7 @@ def test_no_room_is_asked_for_what_is_not_written(tmp_path, capsys, monkeypatch,
     def load_models(*_):
         raise BadRequest("The weights come next.")
 
-    monkeypatch.setattr("kava_trainer.runs.start.load_models", load_models)
+    monkeypatch.setattr(start, "load_models", load_models)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**6, 10**6))
     assert one_sentence(refused(capsys, tmp_path, **changes)) == "The weights come next."
 
@@ -203,11 +205,11 @@ TINY |= {"gradient_accumulation_steps": 1, "max_length": 120}
 @pytest.fixture(scope="module")
 def earlier_run(tmp_path_factory):
     """The output folder of a run that completed, and what it expected one checkpoint to take."""
-    folder, expected = tmp_path_factory.mktemp("earlier"), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kava_trainer.runs.setup.check_space", lambda parts, training: expected.append(parts))
-        assert run_kava.main(words({**QUICKSTART, **SHORT, **TINY, "output_dir": folder / "out"})) == 0
-    return folder / "out", expected[0]
+    folder = tmp_path_factory.mktemp("earlier") / "out"
+    asked = words({**QUICKSTART, **SHORT, **TINY, "output_dir": folder})
+    expected = estimate_memory(parse_arguments(asked))
+    assert run_kava.main(asked) == 0
+    return folder, expected
 
 
 def test_what_a_checkpoint_takes_is_known_before(earlier_run):
@@ -242,7 +244,7 @@ def test_a_read_only_disk_is_refused_although_permissions_allow_writing(tmp_path
     def read_only(**_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("kava_trainer.utils.files.tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     error = one_sentence(refused(capsys, tmp_path))
     assert error == f"output_dir {tmp_path / 'out'} cannot be written to: Read-only file system. Choose another folder."
 

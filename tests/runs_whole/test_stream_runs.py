@@ -18,6 +18,7 @@ import run_kava
 from kava_trainer.distillation import teacher_cache
 from kava_trainer.distillation.state_shards import ShardWriter
 from kava_trainer.distillation.teacher_cache import TeacherCache
+from kava_trainer.runs import start as stages
 from kava_trainer.runs.fill_cache import announce, fill_from_stream
 from kava_trainer.trainer.checkpoint import broken_reason, find_newest_checkpoint
 from kava_trainer.utils.console import Console
@@ -102,7 +103,7 @@ def refused(capsys, folder, data, **changes):
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(tmp_path, data, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr("kava_trainer.runs.start.load_models", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr(stages, "load_models", lambda *_: pytest.fail("models were loaded"))
     assert message in refused(capsys, tmp_path, data, **changes)
 
 

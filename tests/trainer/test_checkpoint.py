@@ -3,6 +3,7 @@ import os
 import pytest
 from helpers.trainers import FILES
 
+from kava_trainer.trainer import checkpoint
 from kava_trainer.trainer.checkpoint import (
     MANIFEST_FILE,
     broken_reason,
@@ -147,9 +148,7 @@ def killed_at(monkeypatch, names, moment):
 def test_a_process_that_dies_at_any_moment_of_a_save_leaves_the_former_or_the_new_one_whole(tmp_path, monkeypatch):
     import shutil
 
-    from kava_trainer.trainer import checkpoint as checkpoint_io
-
-    points = [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (checkpoint_io, "write_manifest")]
+    points = [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (checkpoint, "write_manifest")]
     moment, died = 0, True
     while died:
         moment += 1
@@ -163,7 +162,7 @@ def test_a_process_that_dies_at_any_moment_of_a_save_leaves_the_former_or_the_ne
                 staging = stage(path)
                 for file in FILES:
                     (staging / file).write_text("newer")
-                checkpoint_io.write_manifest(staging, None)
+                checkpoint.write_manifest(staging, None)
                 publish(path)
                 rotate(folder, 1, [path])
                 died = False

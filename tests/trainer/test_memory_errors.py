@@ -8,6 +8,7 @@ from helpers.trainers import make_trainer
 from transformers import TrainerCallback
 
 import run_kava
+from kava_trainer.runs import fill_cache, pipeline, start
 from kava_trainer.utils.errors import RunFailed
 
 RECIPE = str(ROOT / "training_args" / "quickstart.json")
@@ -101,8 +102,8 @@ def test_in_an_evaluation(tmp_path, tokenizer, monkeypatch, name, stage):
     ],
 )
 def test_before_the_training(tmp_path, monkeypatch, capsys, name, told):
-    place = name if "." in name else f"pipeline.{name}"
-    monkeypatch.setattr(f"kava_trainer.runs.{place}", no_memory)
+    module, _, function = name.rpartition(".")
+    monkeypatch.setattr({"fill_cache": fill_cache, "start": start}.get(module, pipeline), function, no_memory)
     options = {**SHORT, "output_dir": tmp_path, "teacher_cache_dir": tmp_path / "cache", "max_tokens_per_batch": 300}
     assert run_kava.main([RECIPE, *words(options)]) == 1
     assert told in capsys.readouterr().err

@@ -14,9 +14,8 @@ from helpers.trainers import FILES, loss_lines, make_trainer
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from kava_trainer.trainer import checkpoint as checkpoint_io
 from kava_trainer.trainer import saving
-from kava_trainer.trainer.checkpoint import MANIFEST_FILE, broken_reason, list_checkpoints
+from kava_trainer.trainer.checkpoint import MANIFEST_FILE, broken_reason, list_checkpoints, read_manifest
 from kava_trainer.trainer.weights import Weights
 from kava_trainer.utils.errors import BadRequest, RunFailed
 
@@ -170,7 +169,7 @@ def test_a_checkpoint_holds_all_that_resuming_reads_and_lists_it(tmp_path, token
     trainer.identity = {"seed": 42}
     trainer.train()
     folder = tmp_path / "checkpoint-4"
-    listed = checkpoint_io.read_manifest(folder)
+    listed = read_manifest(folder)
     assert listed["run"] == {"seed": 42}
     on_disk = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
     assert set(listed["files"]) == on_disk

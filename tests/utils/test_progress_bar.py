@@ -21,10 +21,11 @@ from helpers.trainers import make_trainer
 import run_kava
 from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.evaluation.teacher_fidelity import read_examples
+from kava_trainer.runs import start
 from kava_trainer.runs.display import shows_bars
-from kava_trainer.utils import progress_bar as sharing
+from kava_trainer.utils import progress_bar
 from kava_trainer.utils.errors import RunFailed
-from kava_trainer.utils.progress_bar import own_batches, progress_bar, show_progress_bars
+from kava_trainer.utils.progress_bar import own_batches, show_progress_bars
 
 BAR = re.compile(r"([A-Z][\w' -]+): +\d+%\|[^|]*\| *[\d.k]+/([\d.k]+) \[")
 OPTIONS = {
@@ -58,7 +59,7 @@ def terminal(monkeypatch):
 
     thread = threading.Thread(target=collect)
     thread.start()
-    monkeypatch.setattr("kava_trainer.runs.start.tell_memory", lambda *_: None)  # half of the time of such a short run
+    monkeypatch.setattr(start, "tell_memory", lambda *_: None)  # half of the time of such a short run
     with monkeypatch.context() as patch, os.fdopen(writer, "w", encoding="utf-8", buffering=1) as file:
         patch.setattr(sys, "stdout", file)
         patch.setattr(sys, "stderr", file)
@@ -128,16 +129,16 @@ class Rank:
 ])  # fmt: skip
 def test_who_shows_a_bar(monkeypatch, main, wanted, total, shown):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(sharing, "PartialState", Rank(main))
-    monkeypatch.setitem(sharing._switch, "shown", wanted)
-    with progress_bar(total, "Work") as bar:
+    monkeypatch.setattr(progress_bar, "PartialState", Rank(main))
+    monkeypatch.setitem(progress_bar._switch, "shown", wanted)
+    with progress_bar.progress_bar(total, "Work") as bar:
         assert bar.disable is not shown
 
 
 def test_where_no_terminal_is_no_bar_is(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     show_progress_bars(True)
-    with progress_bar(3, "Work") as bar:
+    with progress_bar.progress_bar(3, "Work") as bar:
         bar.update()
     assert sys.stderr.getvalue() == ""
 

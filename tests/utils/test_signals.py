@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from kava_trainer.utils import signals
 from kava_trainer.utils.errors import Interrupted, exit_code
 from kava_trainer.utils.signals import SIGNALS, SignalWatch, spare_worker
 
@@ -71,7 +72,7 @@ def test_a_second_signal_leaves_at_once_but_for_the_one_that_follows_up_the_firs
 
 
 def test_the_first_own_signal_is_no_second_one_where_another_rank_had_it_before(watch, left, monkeypatch):
-    monkeypatch.setattr("kava_trainer.utils.signals.largest_over_ranks", lambda number: signal.SIGTERM)
+    monkeypatch.setattr(signals, "largest_over_ranks", lambda number: signal.SIGTERM)
     with watch.deferred():
         assert watch.agree() == signal.SIGTERM
         send(signal.SIGTERM)

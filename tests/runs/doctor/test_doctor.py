@@ -22,6 +22,7 @@ from kava_trainer.cli import main
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.launcher import start_command
 from kava_trainer.quickstart.problems import generate_problems
+from kava_trainer.runs import advice, setup
 from kava_trainer.runs.doctor import folders, machine
 from kava_trainer.runs.doctor.findings import Checkup, what_and_change
 from kava_trainer.utils.console import Console
@@ -59,8 +60,8 @@ def doctor(tmp_path, capsys):
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves the memory estimate out, which takes longer than all else."""
-    for module in ("setup", "doctor.folders"):
-        monkeypatch.setattr(f"kava_trainer.runs.{module}.estimate_memory", lambda arguments: MEMORY)
+    for module in (setup, folders):
+        monkeypatch.setattr(module, "estimate_memory", lambda arguments: MEMORY)
 
 
 def everything_in(folder):
@@ -455,8 +456,8 @@ def test_many_cut_examples_are_a_warning(doctor):
 
 @pytest.mark.usefixtures("quick")
 def test_too_little_memory_is_a_warning_with_what_to_lower(doctor, monkeypatch):
-    for module in ("advice", "doctor.folders"):
-        monkeypatch.setattr(f"kava_trainer.runs.{module}.free_memory_bytes", lambda device: 1000)
+    for module in (advice, folders):
+        monkeypatch.setattr(module, "free_memory_bytes", lambda device: 1000)
     told = doctor()
     assert told.code == 0
     assert any(
@@ -522,7 +523,7 @@ def test_the_teacher_cache_and_the_output_of_an_earlier_run_are_compared(doctor,
 
 @pytest.mark.usefixtures("quick")
 def test_a_cache_that_the_disk_does_not_hold_is_refused(doctor, tmp_path, monkeypatch):
-    monkeypatch.setattr("kava_trainer.utils.files.shutil.disk_usage", lambda path: Usage(10**9, 10**9, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0))
     told = doctor(teacher_cache_dir=tmp_path / "cache", save_strategy="no")
     assert told.code == 2
     (change,) = (change for change in told.changes if change.startswith("Teacher cache"))
