@@ -6,6 +6,8 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..utils.errors import BadRequest, Problem
@@ -67,6 +69,9 @@ class Argument:
     unit: str | None
     effect: str
     choices: tuple[str, ...] = ()
+
+
+_GROUP_OF = attrgetter("group")
 
 
 def _group(name: str, owner: type) -> str:
@@ -151,17 +156,15 @@ def explain_in_full(arguments: Iterable[Argument]) -> str:
     Of those that are as in `TrainingArguments` only the first sentence.
     """
     lines: list[str] = []
-    group = None
-    for argument in arguments:
-        if argument.group != group:
-            group = argument.group
-            lines += ["", f"== {group}"]
-        unit = f" {argument.unit}" if argument.unit else ""
-        choices = f" (one of {', '.join(argument.choices)})" if argument.choices else ""
-        lines.append(f"{argument.name} = {argument.default}{unit}{choices}")
-        short = group == INHERITED and argument.name not in NOTES
-        effect = _first_sentence(argument.effect) if short else argument.effect
-        lines += textwrap.wrap(effect, _width(), initial_indent="    ", subsequent_indent="    ")
+    for group, members in groupby(arguments, _GROUP_OF):
+        lines += ["", f"== {group}"]
+        for argument in members:
+            unit = f" {argument.unit}" if argument.unit else ""
+            choices = f" (one of {', '.join(argument.choices)})" if argument.choices else ""
+            lines.append(f"{argument.name} = {argument.default}{unit}{choices}")
+            short = group == INHERITED and argument.name not in NOTES
+            effect = _first_sentence(argument.effect) if short else argument.effect
+            lines += textwrap.wrap(effect, _width(), initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines).strip()
 
 
@@ -178,13 +181,12 @@ def short_help(program: str) -> str:
         "win over it.",
     ]
     own = [argument for argument in all_arguments() if argument.group != INHERITED]
-    width, group = max(len(argument.name) for argument in own) + 6, None
-    for argument in own:
-        if argument.group != group:
-            group = argument.group
-            lines += ["", f"{group}:"]
-        start = f"  --{argument.name}".ljust(width)
-        lines.append(start + textwrap.shorten(argument.effect, max(_width() - width, 30), placeholder=" ..."))
+    width = max(len(argument.name) for argument in own) + 6
+    for group, members in groupby(own, _GROUP_OF):
+        lines += ["", f"{group}:"]
+        for argument in members:
+            start = f"  --{argument.name}".ljust(width)
+            lines.append(start + textwrap.shorten(argument.effect, max(_width() - width, 30), placeholder=" ..."))
     lines += [
         "",
         "Every field of transformers.TrainingArguments works too, such as --learning_rate or --push_to_hub.",
@@ -205,14 +207,13 @@ def as_markdown() -> str:
         "Made by `python -m kava_trainer explain --markdown` from the arguments' own definitions. A run is one JSON",
         "object of these; `--name value` on the command line wins over it. `null` stands for nothing given.",
     ]
-    group = None
-    for argument in (argument for argument in all_arguments() if argument.group != INHERITED):
-        if argument.group != group:
-            group = argument.group
-            lines += ["", f"## {group}", "", _row(("argument", "default", "unit", "effect")), "|---|---|---|---|"]
-        choices = f" One of {', '.join(f'`{choice}`' for choice in argument.choices)}." if argument.choices else ""
-        default = f"`{argument.default}`"
-        lines.append(_row((f"`{argument.name}`", default, argument.unit or "", argument.effect + choices)))
+    own = (argument for argument in all_arguments() if argument.group != INHERITED)
+    for group, members in groupby(own, _GROUP_OF):
+        lines += ["", f"## {group}", "", _row(("argument", "default", "unit", "effect")), "|---|---|---|---|"]
+        for argument in members:
+            choices = f" One of {', '.join(f'`{choice}`' for choice in argument.choices)}." if argument.choices else ""
+            default = f"`{argument.default}`"
+            lines.append(_row((f"`{argument.name}`", default, argument.unit or "", argument.effect + choices)))
     lines += [
         "",
         "## The rest of `TrainingArguments`",

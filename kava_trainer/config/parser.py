@@ -56,7 +56,6 @@ _TYPE_WORDS = {
     list: "a list in brackets",
 }
 
-
 _NOT_TAKEN = ("type", "choices", "required", "unit")
 """What of a field the command line leaves to the checks that follow, which name every mistake at once."""
 

@@ -91,9 +91,9 @@ class WrongArguments(WithProblems, ValueError):
 
 def problems_of(error: BaseException) -> list[Problem]:
     """The problems that an exception tells of; of any other kind of exception each line of its text is one."""
-    return (
-        error.problems if isinstance(error, WithProblems) else [Problem(None, line) for line in str(error).splitlines()]
-    )
+    if isinstance(error, WithProblems):
+        return error.problems
+    return [Problem(None, line) for line in str(error).splitlines()]
 
 
 class Interrupted(BaseException):
