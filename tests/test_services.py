@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 import run_kava
-from kava_trainer.reports import publish as publishing
+from kava_trainer.reports import publish
 from kava_trainer.trainer.checkpoint import broken_reason
 from kava_trainer.trainer.trainer import KavaTrainer
 from kava_trainer.utils import hub
@@ -276,14 +276,14 @@ def test_checkpoints_are_whole_and_pushed_in_order_before_anything_is_sent(tmp_p
 
 def test_a_run_whose_hub_fails_at_the_end_is_complete_on_disk(tmp_path, capsys, monkeypatch):
     seen = []
-    publish = publishing.publish
+    original = publish.publish
 
     def pushed(*args):
         seen.append(json.loads((tmp_path / "run_summary.json").read_text())["status"])
-        return publish(*args)
+        return original(*args)
 
     monkeypatch.setattr("kava_trainer.runs.finish.publish", pushed)
-    monkeypatch.setattr(publishing, "STUDENT_SECONDS", 0.3)
+    monkeypatch.setattr(publish, "STUDENT_SECONDS", 0.3)
     with server(None) as (address, _):
         online(monkeypatch, address)
         options = {**QUICKSTART, **SHORT, "output_dir": tmp_path, "push_to_hub": "true", "hub_strategy": "end"}

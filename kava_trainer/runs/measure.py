@@ -27,7 +27,7 @@ from .pipeline import attended, measure, open_console
 from .setup import build_trainer, check_teacher, load_data, load_held_out, load_models, load_tokenizers
 
 Figures = dict[str, dict[str, float | None]]
-"""Figures of `evaluation.evaluate_model` by the name of what was measured."""
+"""Figures of `answers.evaluate_model` by the name of what was measured."""
 
 _ASKED = (
     "max_steps", "per_device_eval_batch_size", "evaluate_generation", "generation_max_new_tokens", "use_cpu", "seed",

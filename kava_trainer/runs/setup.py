@@ -59,7 +59,7 @@ class Data:
     evaluation: datasets.Dataset | None
     collator: DistillationCollator
     prompt_kind: str = "prompt"
-    """See `usage.prompt_kind`."""
+    """See `formats.prompt_kind`."""
 
 
 @dataclass
