@@ -176,7 +176,7 @@ def thin_out(found: Points, most: int = MOST_POINTS) -> Points:
     return sorted(kept)
 
 
-def charts(history: list[dict[str, Any]]) -> tuple[list[Chart], list[str]]:
+def charts_of(history: list[dict[str, Any]]) -> tuple[list[Chart], list[str]]:
     """The charts of one run, and the titles of those that have nothing to show."""
     made, empty = [], []
     for kind in KINDS:

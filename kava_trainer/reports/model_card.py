@@ -19,7 +19,7 @@ from .recipe import recipe_text
 from .summary import REPORT_PICTURE, Measured, Summary
 from .tables import LONG_NAMES, figure_text
 
-_MEASURED = {"perplexity": "Answer perplexity", "exact_match": "Exact match"}
+_METRICS = {"perplexity": "Answer perplexity", "exact_match": "Exact match"}
 
 _SEAL = re.compile(r"\n<!-- written by KAVA, sha256 ([0-9a-f]{64}) -->\n\Z")
 
@@ -131,7 +131,7 @@ def _eval_results(summary: Summary) -> list[EvalResult]:
             metric_value=value,
             verified=False,
         )
-        for metric, title in _MEASURED.items()
+        for metric, title in _METRICS.items()
         if (value := getattr(measured, metric, None)) is not None and math.isfinite(value)
     ]
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ..utils.atomic_files import write_atomically
 from ..utils.redaction import without_secrets
-from .charts import Chart, charts
+from .charts import Chart, charts_of
 from .plots import COLOURS, DASHES, Bars, bars_svg, chart_svg, write_png
 from .run_reader import RunRecord
 from .summary import REPORT_PAGE, REPORT_PICTURE, Summary
@@ -90,7 +90,7 @@ def _samples(summary: Summary) -> list[dict[str, Any]]:
 def report_page(record: RunRecord) -> str:
     """The page of one run as HTML."""
     summary = record.summary
-    made, empty = charts(record.log_history)
+    made, empty = charts_of(record.log_history)
     teacher, student, data = model_names(summary)
     bars = [
         {"title": title, "svg": Markup(bars_svg(f"bars{n}", rows)), "words": _bars_in_words(title, rows)}
@@ -124,7 +124,7 @@ def report_page(record: RunRecord) -> str:
 def _write_picture(record: RunRecord, path: Path) -> None:
     verdict = verdict_of(record)
     teacher, student, data = (name if len(name) < 50 else f"...{name[-46:]}" for name in model_names(record.summary))
-    made = {chart.name: chart for chart in charts(record.log_history)[0]}
+    made = {chart.name: chart for chart in charts_of(record.log_history)[0]}
     chosen = [made.pop(name) for name in _IN_PICTURE if name in made]
     chosen = [*chosen, *made.values()][:4]
     title = f"{teacher} \N{RIGHTWARDS ARROW} {student} on {data}, {record.summary.global_step} steps"

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 
+from kava_trainer.distillation import logits_terms
 from kava_trainer.distillation.chunked_loss import sum_in_chunks
 from kava_trainer.distillation.logits_terms import LogitsTerms
 
@@ -23,7 +24,7 @@ def naive_sums(logits, teacher_logits, targets, smoothing):
 @pytest.mark.parametrize("shape", [(2, 5), (1, 1), (3, 7)])
 def test_value_and_gradient_equal_the_naive_reference(shape, weights, teacher_vocabulary, smoothing, monkeypatch):
     in_fours = partial(sum_in_chunks, chunk_bytes=4 * 7 * 4)
-    monkeypatch.setattr("kava_trainer.distillation.logits_terms.sum_in_chunks", in_fours)
+    monkeypatch.setattr(logits_terms, "sum_in_chunks", in_fours)
     torch.manual_seed(0)
     states = torch.randn(*shape, STUDENT_WIDTH, requires_grad=True)
     weight = torch.randn(7, STUDENT_WIDTH, requires_grad=True)

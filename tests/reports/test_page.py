@@ -15,7 +15,7 @@ from helpers.summaries import EVIL, FEW, history_of, make_summary
 from helpers.trainers import make_trainer
 
 from kava_trainer import cli
-from kava_trainer.reports.charts import MOST_POINTS, charts, number_text, points, thin_out
+from kava_trainer.reports.charts import MOST_POINTS, charts_of, number_text, points, thin_out
 from kava_trainer.reports.comparison import comparison_page, differing_arguments, run_names
 from kava_trainer.reports.page import report_page, write_report
 from kava_trainer.reports.run_reader import read_run, record_of
@@ -96,7 +96,7 @@ def test_the_plots_take_their_colours_from_the_page_and_say_what_they_show(whole
     variables = set(re.findall(r"var\((--\w+)\)", " ".join(pictures)))
     for scheme in re.findall(r":root \{.*?\}", text, re.S):
         assert variables <= set(re.findall(r"(--[\w-]+):", scheme))
-    titles = [chart.title for chart in charts(history_of())[0]]
+    titles = [chart.title for chart in charts_of(history_of())[0]]
     words = [attributes["aria-label"] for tag, attributes in page.tags if tag == "figure"]
     assert len(words) == len(titles) + 2 == 12
     assert "CosSim: training from 0.245 at step 10 to 0.97 at step 60; held out from 0.1 at step 0 to 0.6" in words[2]
@@ -174,6 +174,16 @@ def test_a_run_that_was_resumed_and_then_killed_is_not_shown_by_its_old_summary(
     assert record.summary.evaluation.teacher == summary.content.evaluation.teacher
     assert record.summary.final.margin is None
     assert [sample.answers["student_after"] for sample in record.summary.samples] == [None] * 10
+
+
+def test_what_an_older_summary_lacks_is_not_measured_and_what_is_not_known_is_left_out():
+    teacher = {"perplexity": 2.0, "exact_match": None}
+    found = {"cos_sim_at": {"7": 0.5}, "final": {"loss": 1, "more": 2}, "evaluation": {"teacher": teacher}, "more": 3}
+    summary = Summary.from_dict(found)
+    assert summary.cos_sim_at == {"50": None, "100": None, "200": None, "7": 0.5}
+    assert (summary.final.loss, summary.final.cka, summary.final_checksums) == (1, None, None)
+    assert summary.evaluation.measured() == {"teacher": ModelFigures(**teacher)}
+    assert list(asdict(summary)) == list(json.loads(RunSummary({}, {}).to_json()))
 
 
 def test_a_summary_without_log_lines_has_the_curves_of_a_checkpoint_or_none(folder):
