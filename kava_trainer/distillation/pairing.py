@@ -1,6 +1,8 @@
 """A teacher and a student that a trainer is given as plain models: where the states come from, and what is aligned."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -14,6 +16,20 @@ from ..models.teacher import OnlineTeacher, TeacherSource
 from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
 from .targets import HiddenStateTarget, build_target
+
+
+def check_given(
+    student: PreTrainedModel | None, model_init: Callable[..., Any] | None, options: dict[str, Any]
+) -> None:
+    """Raise `ValueError` for what a `KavaTrainer` cannot be made of; `options` are those that Trainer gets too."""
+    if options.get("compute_loss_func") is not None:
+        raise ValueError("The loss is the sum of KAVA's terms; leave compute_loss_func out and set their weights.")
+    if model_init is not None and options.get("optimizers", (None, None)) != (None, None):
+        raise ValueError("model_init makes a new student for every training; give optimizer_cls_and_kwargs.")
+    if student is None and model_init is None:
+        raise ValueError("Give a student, or model_init, a function that makes one.")
+    if student is not None and model_init is not None:
+        raise ValueError("Give either a student or model_init, not both.")
 
 
 def check_student(student: PreTrainedModel) -> None:

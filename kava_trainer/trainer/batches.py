@@ -13,7 +13,7 @@ from ..config.arguments import KavaTrainingArguments
 from ..data.collators import DistillationCollator, JoiningCollator
 from ..data.formats import IGNORED
 from ..data.packing import as_many_rows, pack_step, spread
-from ..data.streaming import ExampleStream
+from ..data.streaming import ExampleStream, stream_loader
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
 from ..utils.distributed import any_rank, largest_over_ranks
 from ..utils.errors import RunFailed
@@ -65,6 +65,11 @@ class StepBatches(TrainerCallback):
                 return f"the {role}, a {type(model).__name__}, cannot read packed examples ({problem})"
         self.packs = True
         return None
+
+    def open(self, stream: ExampleStream, collator: Any, batch_size: int) -> DataLoader[Any]:
+        """A loader of a stream's examples, which itself goes on where it stood."""
+        self.stream, self._args.ignore_data_skip = stream, True
+        return with_spared_workers(stream_loader(stream, collator, self._args, batch_size))
 
     def collator(self, padding: Any) -> Any:
         """What collates training examples: the trainer's own, or for packing one that only joins them."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..distillation.model import DistillationModel
 from .checkpoint import unreadable_checkpoint
 
 
@@ -27,11 +28,17 @@ class RunState(TrainerCallback):
 
     Args:
         parts: whose states are kept.
-        catch_up: does what was due at a checkpoint and gave way to a signal; takes what was read and its folder.
+        evaluate: does an evaluation that was due at a checkpoint, whose folder it takes, and gave way to a signal.
+        probe: measures the alignment of a model at a state, as is due after a save.
     """
 
-    def __init__(self, parts: Iterable[Part], catch_up: Callable[[dict[str, Any], str], None]) -> None:
-        self._parts, self._catch_up = list(parts), catch_up
+    def __init__(
+        self,
+        parts: Iterable[Part],
+        evaluate: Callable[[str], None],
+        probe: Callable[[DistillationModel, TrainerState], None],
+    ) -> None:
+        self._parts, self._evaluate, self._probe = list(parts), evaluate, probe
         self.checkpoint: str | None = None
         """The one that the training goes on from."""
         self.began = False
@@ -53,7 +60,10 @@ class RunState(TrainerCallback):
         for part in self._parts:
             part.load_state_dict(saved)
         state.compute_steps(args, state.max_steps)  # Trainer would keep the checkpoint's intervals
-        self._catch_up(saved, self.checkpoint)
+        if saved["evaluation_pending"]:
+            self._evaluate(self.checkpoint)
+        if saved["probe_due"]:
+            self._probe(kwargs["model"], state)
 
 
 def progress_file(rank: int) -> str:

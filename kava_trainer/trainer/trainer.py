@@ -14,11 +14,11 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from ..config.arguments import KavaTrainingArguments
 from ..data.collators import DistillationCollator, choose_collator
-from ..data.streaming import ExampleStream, stream_loader
+from ..data.streaming import ExampleStream
 from ..distillation.calibration import calibrate, calibration_examples
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
-from ..distillation.pairing import Pairing
+from ..distillation.pairing import Pairing, check_given
 from ..distillation.targets import HiddenStateTarget
 from ..distillation.teacher_cache import CachedTeacher
 from ..models.lm_head import vocabulary_size
@@ -78,14 +78,7 @@ class KavaTrainer(StudentTrainer):
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("The loss is the sum of KAVA's terms; leave compute_loss_func out and set their weights.")
-        if model_init is not None and kwargs.get("optimizers", (None, None)) != (None, None):
-            raise ValueError("model_init makes a new student for every training; give optimizer_cls_and_kwargs.")
-        if student is None and model_init is None:
-            raise ValueError("Give a student, or model_init, a function that makes one.")
-        if student is not None and model_init is not None:
-            raise ValueError("Give either a student or model_init, not both.")
+        check_given(student, model_init, kwargs)
         if student is None:
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)
@@ -116,7 +109,7 @@ class KavaTrainer(StudentTrainer):
         self.emergency = EmergencyCheckpointCallback(self.try_to_save_projector)
         self.probe = ProbeCallback(args, self.incidents, self.log)
         parts: list[Part] = [self, self.incidents, self.clock, self.batches, self.steps, self.probe, self.emergency]
-        self.run_state = RunState(parts, self._catch_up)
+        self.run_state = RunState(parts, self.evaluate_late, self.probe.log_measured)
         if args.push_to_hub and args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
             self.pusher = CheckpointPusher(str(self.hub_model_id), args, self.incidents)
 
@@ -193,19 +186,15 @@ class KavaTrainer(StudentTrainer):
         """
         if not getattr(self.student, "is_quantized", False):  # Trainer has not moved it yet, if it is new or for FSDP
             self.model.to(self.args.device)
-        size, fit = self.args.per_device_eval_batch_size, self.args.projector_init == "least_squares"
-        examples = self.calibration_examples()
-        calibrate(
-            self.model, cast(TeacherSource, self.teacher), examples, self.data_collator, size, self.sum_over_ranks, fit
-        )
+        source, size = cast(TeacherSource, self.teacher), self.args.per_device_eval_batch_size
+        examples, fit = self.calibration_examples(), self.args.projector_init == "least_squares"
+        calibrate(self.model, source, examples, self.data_collator, size, self.sum_over_ranks, fit)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's loader of the training examples, which pads or, for packing, only joins them."""
         padding, collator = self.data_collator, self.batches.collator(self.data_collator)
         if isinstance(self.train_dataset, ExampleStream):
-            self.args.ignore_data_skip = True  # the stream itself goes on where it stood
-            self.batches.stream = self.train_dataset
-            return with_spared_workers(stream_loader(self.train_dataset, collator, self.args, self.micro_batch_size))
+            return self.batches.open(self.train_dataset, collator, self.micro_batch_size)
         self.data_collator = collator
         try:
             return with_spared_workers(super().get_train_dataloader())
@@ -318,13 +307,6 @@ class KavaTrainer(StudentTrainer):
             with needs_memory("while the projectors were calibrated", self.incidents.smaller_evaluation):
                 self.calibrate()
 
-    def _catch_up(self, saved: dict[str, Any], checkpoint: str) -> None:
-        """Do what was due at a checkpoint and gave way to a signal."""
-        if saved["evaluation_pending"]:
-            self.evaluate_late(checkpoint)
-        if saved["probe_due"] and self.args.aligns:  # it follows the save
-            self.probe.log_measured(self.model, self.state)
-
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
         """As Trainer's, with the optimizers of torchao as `optimizers.settled` makes them."""
@@ -360,8 +342,7 @@ class KavaTrainer(StudentTrainer):
             self.steps.read_nonfinite(everything=True)
             steps, lost = self.steps.nonfinite.drain()
             logs["loss"] *= steps / (steps - lost) if steps > lost else math.nan
-            means = self.steps.means.drain(self.sum_over_ranks)
-            logs |= means
+            logs |= self.steps.means.drain(self.sum_over_ranks)
             logs |= self.clock.line()  # the line has waited for the device anyway
             logs["projector_learning_rate"] = rate_of(self.optimizer, self.target)
             logs["collapsed"] = float(self.collapse is not None)

@@ -19,7 +19,7 @@ from kava_trainer.reports.charts import MOST_POINTS, charts_of, number_text, poi
 from kava_trainer.reports.comparison import comparison_page, differing_arguments, run_names
 from kava_trainer.reports.page import report_page, write_report
 from kava_trainer.reports.run_reader import read_run, record_of
-from kava_trainer.reports.summary import RunSummary, Summary, Verdict
+from kava_trainer.reports.summary import ModelFigures, RunSummary, Summary, Verdict
 from kava_trainer.reports.tables import figure_text, verdict_of
 from kava_trainer.runs.finish import report_on
 from kava_trainer.trainer import throughput
