@@ -5,21 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import house
+from helpers.house import FLOORS
 from helpers.places import ROOT
-
-FLOORS = [
-    {"cli"},
-    {"runs"},
-    {"reports"},
-    {"trainer"},
-    {"evaluation"},
-    {"distillation"},
-    {"models", "data"},  # side by side: neither knows the other
-    {"config"},
-    {"quickstart"},
-    {"utils"},
-]
-"""From the top down."""
 
 MOST_LINES, MOST_FILES = 360, 14
 PACKAGE = ROOT / "kava_trainer"
@@ -70,6 +58,11 @@ def test_files_are_short_and_the_entry_point_holds_no_logic():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= MOST_LINES, path
     assert len((ROOT / "run_kava.py").read_text().splitlines()) < 120
+
+
+def test_contributing_shows_the_rooms_as_they_are():
+    text = house.DOCUMENT.read_text(encoding="utf-8")
+    assert house.document(text) == text, "Write it anew: python tests/helpers/house.py"
 
 
 def test_rooms_are_small():

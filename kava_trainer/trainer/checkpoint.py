@@ -32,7 +32,7 @@ MANIFEST_FILE = "manifest.json"
 _RESUMABLE = (TRAINER_STATE_FILE, PROJECTOR_FILE, "scheduler.pt")
 
 _OPTIMIZER = ("optimizer.pt", "optimizer_0/.metadata")
-"""One of the two: the second one is that of sharded weights, see `fsdp`."""
+"""One of the two: the second one is that of sharded weights."""
 
 _LEFT_BEHIND = re.compile(rf"\.({PREFIX_CHECKPOINT_DIR}-\d+|final_student)({STAGING}|{PREVIOUS}|{DELETED})")
 

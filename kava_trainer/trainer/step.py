@@ -23,7 +23,7 @@ from .incidents import Incidents
 from .nonfinite import NonfiniteSteps, skip_if
 
 Row = dict[str, Any]
-"""What one forward and backward pass reads: a packed row or a padded micro-batch of `collating`."""
+"""What one forward and backward pass reads: a packed row or a padded micro-batch of `collators`."""
 
 
 def _positions(rows: list[Row]) -> int:
