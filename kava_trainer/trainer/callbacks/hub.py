@@ -42,7 +42,7 @@ def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> Pro
     """
     if isinstance(error, HFValidationError):
         remedy = f"write it as owner/name ({reason_of(error).rstrip('.')})."
-        return Problem.of_value("hub_model_id", repr(arguments.hub_model_id), remedy)
+        return Problem("hub_model_id", f"hub_model_id is {arguments.hub_model_id!r};", remedy)
     answered = getattr(error, "response", None) is not None
     what = "did not make the run's repository" if answered else "cannot be reached"
     login = "Log in with hf auth login, or set HF_TOKEN. " if answered else ""
