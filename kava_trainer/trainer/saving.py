@@ -81,7 +81,7 @@ class SavingTrainer(Trainer):
     @property
     def micro_batch_size(self) -> int:
         """Examples of a micro-batch, which Trainer may have lowered."""
-        return cast(int, self._train_batch_size)
+        return self._train_batch_size
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the hub repository, as `Trainer` does, and its branch. Raises `BadRequest` if that does not work."""

@@ -142,7 +142,7 @@ class CheckpointPusher(TrainerCallback):
                 self._tell(folder, step, hub_reason(error))
 
     def _upload(self, folder: Path) -> None:
-        strategy = self._arguments.hub_strategy
+        strategy = HubStrategy(self._arguments.hub_strategy)
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         HfApi(token=self._arguments.hub_token).upload_folder(
             repo_id=self._repo_id,
