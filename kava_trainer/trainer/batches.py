@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from ..config.arguments import KavaTrainingArguments
 from ..data.collators import DistillationCollator, JoiningCollator
@@ -123,14 +123,12 @@ class StepBatches(TrainerCallback):
             budget = self._args.max_tokens_per_batch * batch_size // self._args.per_device_train_batch_size
         return min(budget, row_limit or budget)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begin with the first example of a stream, which an earlier training may have moved."""
         if self.stream is not None:
             self.stream.rewind()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Of a stream Trainer knows no epoch, and begins to count one where the run was resumed; put that right."""
         if self.stream is not None:
             state.epoch = state.global_step / state.max_steps

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..distillation.model import DistillationModel
 from .checkpoint import unreadable_checkpoint
@@ -49,9 +49,7 @@ class RunState(TrainerCallback):
         state = {name: value for part in self._parts for name, value in part.state_dict().items()}
         save_progress(folder, rank, world_size, state)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take up what the checkpoint holds, after Trainer has set its own counters to zero."""
         self.began = True
         if self.checkpoint is None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import release_memory
 from torch import nn
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..config.arguments import KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
@@ -83,9 +83,7 @@ class StepRunner(TrainerCallback):
         """Of the loss terms since the last log line."""
         self.nonfinite = NonfiniteSteps(self._args.device)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Know the optimizer, whose states take memory from its first step on.
 
         Raises:
@@ -246,9 +244,7 @@ class StepRunner(TrainerCallback):
         free, total = torch.cuda.mem_get_info(self._args.device)
         return f" ({(total - free) / 1e9:.2f} of {total / 1e9:.2f} GB in use)"
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Skip the optimizer step on all ranks where loss or gradient is no finite number on any.
 
         Raises:

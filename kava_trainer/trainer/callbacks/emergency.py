@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ...utils.signals import WATCH
 
@@ -30,13 +30,11 @@ class EmergencyCheckpointCallback(TrainerCallback):
         """Whether the checkpoint would have been written without the signal."""
         self._best: str | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget the last training."""
         self.received, self.evaluation_pending, self.save_was_due = None, False, False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if a signal has come on any rank."""
         if (number := WATCH.agree()) is not None:
             self.stop(number, control)
@@ -49,21 +47,19 @@ class EmergencyCheckpointCallback(TrainerCallback):
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False  # with save_strategy best it could also cancel the save
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Trainer calls this also where a signal has ended the epoch early; then nothing of its end is due."""
         if self.received is not None and state.epoch is not None and not float(state.epoch).is_integer():
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop here if a signal came while the checkpoint was being written; the projector beside it."""
         if self.received is None and (number := WATCH.agree()) is not None:
             self.received, control.should_training_stop = number, True
         if self.received is not None:
             self._save_projector(Path(cast(str, args.output_dir)) / EMERGENCY_PROJECTOR)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At the end Trainer would delete all but the best checkpoint, also the one that a signal has just left.
 
         The last log line comes right before; what is best is named again in `on_train_end`.
@@ -71,9 +67,7 @@ class EmergencyCheckpointCallback(TrainerCallback):
         if self.received is not None and "train_loss" in kwargs["logs"]:
             self._best, state.best_model_checkpoint = state.best_model_checkpoint, None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See `on_log`."""
         if self.received is not None:
             state.best_model_checkpoint = self._best

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import HubStrategy
 
 from ...config.arguments import KavaTrainingArguments
@@ -128,9 +128,7 @@ class CheckpointPusher(TrainerCallback):
             show_bars(self._bars_were_on)
         self._bars_were_on = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Wait for the checkpoints that are on their way, but not for ever."""
         self.finish()
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
 from ...config.arguments import KavaTrainingArguments
@@ -102,9 +102,7 @@ class ProbeCallback(TrainerCallback):
             self.note(result, state.global_step)
             self._log(result.metrics("probe"))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log where a run starts. It is not called collapsed: an untrained pair has nothing to agree on."""
         if state.global_step > 0:  # it is resumed
             return
@@ -112,7 +110,7 @@ class ProbeCallback(TrainerCallback):
         if result is not None:
             self._log(result.metrics("probe"))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure what was saved, unless the training ends here."""
         if not control.should_training_stop:
             self.log_measured(kwargs["model"], state)

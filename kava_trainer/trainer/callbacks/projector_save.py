@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 class ProjectorSaveCallback(TrainerCallback):
@@ -18,6 +18,6 @@ class ProjectorSaveCallback(TrainerCallback):
     def __init__(self, save_projector: Callable[[Path], Any], folder: Callable[[], Path]) -> None:
         self._save_projector, self._folder = save_projector, folder
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the projectors as they are after this step."""
         self._save_projector(self._folder() / f"proj_step_{state.global_step}.pth")

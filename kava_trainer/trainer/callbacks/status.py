@@ -26,14 +26,12 @@ class StatusCallback(TrainerCallback):
         self._bar: tqdm | None = None
         self._evaluation: tqdm | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step the run starts from."""
         self.close()
         self._bar = progress_bar(state.max_steps, "Training", "step", initial=state.global_step, leave=True)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar, and have the last step logged as well as those that the summary names."""
         if self._bar is not None:
             self._bar.update()
@@ -59,22 +57,18 @@ class StatusCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.set_postfix_str(" | ".join(parts))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the bars."""
         self.close()
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar of the evaluation, of whose batches all ranks have equally many."""
         if self._evaluation is None:
             loader = kwargs.get("eval_dataloader")
             self._evaluation = progress_bar(len(loader) if has_length(loader) else None, "Evaluating", "batch")
         self._evaluation.update()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the bar of the evaluation."""
         self._close_evaluation()
 
