@@ -11,7 +11,7 @@ from helpers.places import ROOT
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from kava_trainer.config import arguments
+from kava_trainer.config import optimizer_names
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.data.formats import prompt_kind
 from kava_trainer.reports.model_card import as_code, hub_id, is_untouched, local_sources, render_model_card
@@ -19,7 +19,6 @@ from kava_trainer.reports.publish import check_card
 from kava_trainer.reports.recipe import recipe_of, recipe_text
 from kava_trainer.reports.summary import RunSummary
 from kava_trainer.runs.setup import own_parameters
-from kava_trainer.trainer import optimizers
 from kava_trainer.utils.environment import describe_environment
 
 TEACHER, STUDENT, DATA = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B", "openai/gsm8k"
@@ -248,8 +247,7 @@ RECIPES = sorted((ROOT / "training_args").glob("*.json"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_asks_for_the_same_run_again(tmp_path, monkeypatch, recipe):
-    monkeypatch.setattr(optimizers, "is_torchao_available", lambda: False)
-    monkeypatch.setattr(arguments, "missing_package", lambda optim: None)
+    monkeypatch.setattr(optimizer_names, "is_torchao_available", lambda: True)
     more = {
         "use_cpu": True, "bf16": False, "hub_token": "hf_planted", "push_to_hub": True, "hub_strategy": "end",
         "hub_model_id": "me/x", "resume_from_checkpoint": "true", "layer_mapping": "[[1, 2]]",

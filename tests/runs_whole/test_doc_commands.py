@@ -15,8 +15,8 @@ from helpers.places import ROOT
 
 import run_kava
 from kava_trainer import cli
+from kava_trainer.config import optimizer_names
 from kava_trainer.config.parser import parse_arguments
-from kava_trainer.trainer import optimizers
 
 README, QUICKSTART, CHINESE, TROUBLESHOOTING = (
     ROOT / name for name in ("README.md", "docs/quickstart.md", "docs/quickstart.zh-CN.md", "docs/troubleshooting.md")
@@ -39,7 +39,7 @@ def desk(tmp_path, monkeypatch):
     for name in ("run_kava.py", "training_args", "kava_trainer"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(optimizers, "is_torchao_available", lambda: False)
+    monkeypatch.setattr(optimizer_names, "is_torchao_available", lambda: False)
     return tmp_path
 
 

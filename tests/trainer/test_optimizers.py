@@ -10,10 +10,10 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 
 import run_kava
+from kava_trainer.config import optimizer_names
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.runs.advice import long_warmup, planned_steps, rounding_problem
-from kava_trainer.trainer import optimizers
 from kava_trainer.trainer.optimizers import settle_torchao
 from kava_trainer.utils.errors import BadRequest
 
@@ -136,14 +136,14 @@ def test_a_run_warns_of_its_warm_up_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("place", "command"),
     [
-        (optimizers.__file__, 'pip install -c constraints.txt -e ".[bf16]"'),
-        ("/site-packages/kava_trainer/trainer/optimizers.py", "pip install torchao"),
+        (optimizer_names.__file__, 'pip install -c constraints.txt -e ".[bf16]"'),
+        ("/site-packages/kava_trainer/config/optimizer_names.py", "pip install torchao"),
     ],
     ids=["checkout", "installed"],
 )
 def test_a_missing_torchao_is_one_sentence_before_anything_is_loaded(monkeypatch, place, command):
-    monkeypatch.setattr(optimizers, "__file__", place)
-    monkeypatch.setattr(optimizers, "is_torchao_available", lambda: False)
+    monkeypatch.setattr(optimizer_names, "__file__", place)
+    monkeypatch.setattr(optimizer_names, "is_torchao_available", lambda: False)
     with pytest.raises(BadRequest) as caught:
         parse_arguments([str(ROOT / "training_args" / "gsm8k_qwen2.5_8gb.json"), "--use_cpu"])
     assert str(caught.value) == (
