@@ -1,5 +1,7 @@
 """Fixtures; what they and the tests are made of is in `helpers`."""
 
+import functools
+import gc
 import logging
 import os
 
@@ -7,16 +9,24 @@ import pytest
 import torch
 from helpers.fake_hub import asked_hub
 from helpers.outcomes import one_step
+from helpers.programs import MEMORY
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from kava_trainer.data import splits
 from kava_trainer.quickstart import STUDENT_FOLDER
-from kava_trainer.runs import finish
+from kava_trainer.runs import finish, setup
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; see `_threads` for this one
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # see `use_all_cores`: here other tests have the other cores
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def pytest_collection_finish():
+    """What the libraries are made of is not looked through again by each training that collects its garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +54,24 @@ def tokenizer():
 
 
 @pytest.fixture(autouse=True)
-def _no_report(request, monkeypatch):
-    """Runs in this process leave their report out, which takes over a second, unless the test is marked `report`."""
-    if hasattr(request.module, "run_kava") and request.node.get_closest_marker("report") is None:
-        monkeypatch.setattr(finish, "report_on", lambda *_: None)
+def _short_runs(request, monkeypatch):
+    """Runs in this process leave out their report and play no step through for its memory: two seconds each.
+
+    A test that is about the one is marked `report`, and one that is about the other `estimate`.
+    """
+    if hasattr(request.module, "run_kava"):
+        if request.node.get_closest_marker("report") is None:
+            monkeypatch.setattr(finish, "report_on", lambda *_: None)
+        if request.node.get_closest_marker("estimate") is None:
+            monkeypatch.setattr(setup, "estimate_memory", lambda arguments: MEMORY)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _problems():
+    """The data of the quickstart, which never changes, is made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "generate_problems", functools.cache(splits.generate_problems))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,12 @@
 """One optimizer step for `outcomes.one_step`, in one process or one of several ranks; rank 0 writes the weights."""
 
-import sys
-
 import torch
 from transformers import AutoTokenizer
 
 from helpers import models
 from helpers.trainers import loss_lines, make_trainer
 from kava_trainer.quickstart import STUDENT_FOLDER
-from kava_trainer.utils.distributed import disconnect, whole
+from kava_trainer.utils.distributed import whole
 
 
 def main(output: str, batch_size: str, accumulation: str, weighting: str, student: str = "tiny_llama") -> None:
@@ -43,8 +41,3 @@ def main(output: str, batch_size: str, accumulation: str, weighting: str, studen
             "wrapper": type(trainer.model_wrapped).__name__,
         }
         torch.save(state, f"{output}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-    disconnect()

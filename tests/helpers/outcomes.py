@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from helpers import fault_child
-from helpers.processes import Run, launch
+from helpers import ddp_step, fault_child
+from helpers.processes import Run
 
 
 def one_step(folder, batch_size, accumulation, ranks, weights="1.0,1.0"):
     """What `ddp_step` writes of a step."""
     output = folder / f"{ranks}x{batch_size}x{accumulation}"
-    result = launch("helpers.ddp_step", output, batch_size, accumulation, weights, ranks=ranks)
-    assert result.returncode == 0, result.stderr
+    asked = (str(output), str(batch_size), str(accumulation), weights)
+    run = Run(ddp_step.main, folder, *asked, ranks=ranks)
+    assert run.wait() == [0] * ranks, run.output()
     return torch.load(f"{output}.pt", weights_only=True)
 
 

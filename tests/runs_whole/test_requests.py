@@ -10,10 +10,11 @@ import time
 
 import pytest
 import torch
+from helpers import signal_run
 from helpers.bad_requests import BAD_REQUESTS
 from helpers.models import tiny_llama
 from helpers.places import ROOT
-from helpers.processes import launch
+from helpers.processes import Run, launch
 from helpers.programs import ENVIRONMENT, QUICKSTART, SHORT, words
 from transformers import AutoTokenizer
 
@@ -56,17 +57,14 @@ def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code, 
     assert json.loads((tmp_path / "out" / "run_summary.json").read_text())["global_step"] == 60
 
 
-def signal_run(tmp_path, name, times=1, rank=0, ranks=1):
-    return launch("helpers.signal_run", tmp_path / "out", name, times, rank, ranks=ranks)
-
-
 def test_the_same_signal_twice_leaves_at_once(tmp_path):
-    assert signal_run(tmp_path, "SIGINT", times=2).returncode == 130
+    run = Run(signal_run.main, tmp_path / "logs", str(tmp_path / "out"), "SIGINT", "2", "0")
+    assert run.wait() == [130], run.output()
     assert not list((tmp_path / "out").glob("*"))
 
 
 def test_all_ranks_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):
-    result = signal_run(tmp_path, "SIGTERM", rank=1, ranks=2)
+    result = launch("helpers.signal_run", tmp_path / "out", "SIGTERM", 1, 1, ranks=2)
     for rank in (0, 1):
         assert f"rank {rank} of 2 stopped at step 3" in result.stdout
     assert "exitcode  : 143" in result.stderr
