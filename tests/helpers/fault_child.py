@@ -168,7 +168,7 @@ def train(folder, output, resume, settings, prepare=lambda trainer: None):
                 "losses": [line["loss"] for line in loss_lines(trainer)],
                 "world_size": trainer.args.world_size,
                 "wrapper": type(trainer.model_wrapped).__name__,
-                "packs": trainer.packs,
+                "packs": trainer.batches.packs,
                 "problems": trainer.problems,
             },
             output,

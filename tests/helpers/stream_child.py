@@ -54,7 +54,7 @@ def train(folder, data, output, resume, settings):
         "weights": weight_hash(trainer.model),
         "losses": [line["loss"] for line in loss_lines(trainer)],
         "lines": lines,
-        "packs": trainer.packs,
+        "packs": trainer.batches.packs,
         "world_size": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
         "place": trainer.train_dataset.state(),

@@ -258,8 +258,8 @@ def test_packed_rows_make_the_step_of_padded_ones(tmp_path, tokenizer):
     )
     for trainer in (packed, padded):
         trainer.train()
-    assert packed.packs
-    assert not padded.packs
+    assert packed.batches.packs
+    assert not padded.batches.packs
     for name, weight in adapter_weights(packed.student).items():
         torch.testing.assert_close(weight, adapter_weights(padded.student)[name], rtol=0, atol=1e-5, msg=name)
 

@@ -151,13 +151,13 @@ def test_the_estimate_of_a_micro_batch_is_what_a_real_one_takes(tmp_path, tokeni
     trainer.teacher.model.save_pretrained(folders["teacher"])
     trainer.student.config.save_pretrained(folders["student"])
     args = copy.copy(trainer.args)
-    args.max_tokens_per_batch = 96 if trainer.packs else 0
+    args.max_tokens_per_batch = 96 if trainer.batches.packs else 0
     names = {"teacher_model_name_or_path": str(folders["teacher"]), "student_config_name": str(folders["student"])}
     data = DataArguments(dataset_name="quickstart", max_length=24)
     estimate = estimate_memory(KavaArguments(ModelArguments(**names, **lora), data, args))["micro-batch"]
     examples = [{"input_ids": list(range(1, 25)), "labels": list(range(1, 25))} for _ in range(4)]
     batch = trainer.data_collator(examples)
-    if trainer.packs:
+    if trainer.batches.packs:
         batch = {name: part.view(1, 96) for name, part in batch.items() if part.dim() == 2} | {
             "packed_lengths": (24,) * 4, "answer_index": batch["answer_index"], "next_tokens": batch["next_tokens"],
         }  # fmt: skip

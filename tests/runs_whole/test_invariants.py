@@ -151,7 +151,7 @@ def levered_run(folder, tokenizer, cache=None, **levers):
         **levers,
     }
     trainer = cached_run(folder, tokenizer, cache, **settings)
-    assert trainer.packs == (settings["max_tokens_per_batch"] > 0)
+    assert trainer.batches.packs == (settings["max_tokens_per_batch"] > 0)
     assert isinstance(trainer.teacher, CachedTeacher) == (cache is not None)
     return loss_lines(trainer)
 
@@ -176,7 +176,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_said_so(tmp_path, tokenizer
         return BloomForCausalLM(config)
 
     trainer = make_trainer(tmp_path, tokenizer, model=bloom)
-    assert not trainer.packs
+    assert not trainer.batches.packs
     assert trainer.teacher.model.config._attn_implementation == "sdpa"
     trainer.train()
     assert trainer.throughput()["padding_fraction"] > 0
@@ -195,7 +195,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_said_so(tmp_path, tokenizer
     ],
 )
 def test_there_is_no_packing_where_it_is_not_wanted_or_does_not_pay(tmp_path, tokenizer, capsys, changes, reason):
-    assert not make_trainer(tmp_path, tokenizer, **changes).packs
+    assert not make_trainer(tmp_path, tokenizer, **changes).batches.packs
     assert (f"No packing, because {reason};" in capsys.readouterr().out) == (reason is not None)
 
 

@@ -15,7 +15,13 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from kava_trainer.trainer import saving
-from kava_trainer.trainer.checkpoint import MANIFEST_FILE, broken_reason, list_checkpoints, read_manifest
+from kava_trainer.trainer.checkpoint import (
+    MANIFEST_FILE,
+    broken_reason,
+    list_checkpoints,
+    read_manifest,
+    write_manifest,
+)
 from kava_trainer.trainer.weights import Weights
 from kava_trainer.utils.errors import BadRequest, RunFailed
 
@@ -234,7 +240,11 @@ def test_early_stopping_and_the_best_model_are_resumed(tmp_path, tokenizer):
 
 def test_progress_that_cannot_be_read_is_one_clear_error(tmp_path, tokenizer):
     make_trainer(tmp_path, tokenizer, **SAVING).train()
-    (tmp_path / "checkpoint-2" / "progress_0.pth").write_bytes(b"half")
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "progress_0.pth").write_bytes(b"half")
+    with pytest.raises(BadRequest, match=r"checkpoint-2 cannot be resumed: progress_0.pth has 4 bytes"):
+        make_trainer(tmp_path, tokenizer, **SAVING).train(resume_from_checkpoint=str(checkpoint))
+    write_manifest(checkpoint, None)
     with pytest.raises(BadRequest, match=r"checkpoint-2 cannot be loaded"):
         make_trainer(tmp_path, tokenizer, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 

@@ -75,7 +75,7 @@ def test_too_little_memory_changes_neither_losses_nor_weights(tmp_path, tokenize
     assert {problem["kind"] for problem in tight.problems} == {"oom"}
     assert tight.problems[0]["step"] == 1
     assert len(tight.problems) <= 2
-    assert tight.row_limit <= 48
+    assert tight.steps.row_limit <= 48
     assert "Out of memory in step 1" in capsys.readouterr().out
 
 

@@ -31,24 +31,24 @@ def test_a_resumed_run_counts_the_time_and_the_examples_of_its_earlier_part(tmp_
     first = make_trainer(tmp_path, tokenizer, max_steps=2, save_strategy="steps", save_steps=2)
     first.run_time = lambda: {"started_at": "then", "seconds": 5.0}
     first.train()
-    earlier = first.spent()
+    earlier = first.clock.spent()
     saved = first.read_progress(str(tmp_path / "checkpoint-2"))
     assert saved["run_time"] == {"started_at": "then", "seconds": 5.0}
     counted = {name: saved["spent"][name] for name in ("tokens", "positions", "examples")}
     assert counted.items() <= earlier.items()
     second = make_trainer(tmp_path, tokenizer, max_steps=4, save_strategy="no")
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    whole, alone = second.spent(), make_trainer(tmp_path, tokenizer, max_steps=4, save_strategy="no")
+    whole, alone = second.clock.spent(), make_trainer(tmp_path, tokenizer, max_steps=4, save_strategy="no")
     alone.train()
     for name in ("tokens", "positions", "examples"):
-        assert whole[name] == alone.spent()[name] > earlier[name]
+        assert whole[name] == alone.clock.spent()[name] > earlier[name]
     for name in ("train_seconds", "teacher_seconds", "step_seconds"):
         assert whole[name] > saved["spent"][name] > 0
     figures = second.throughput()
     assert figures["samples_per_second"] == pytest.approx(whole["examples"] / whole["train_seconds"])
     again = make_trainer(tmp_path, tokenizer, max_steps=2)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again.spent() == saved["spent"]
+    assert again.clock.spent() == saved["spent"]
 
 
 def test_the_teacher_is_timed_in_training_alone(tmp_path, tokenizer):
