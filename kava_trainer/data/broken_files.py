@@ -1,26 +1,16 @@
 """Where a data file is broken: line numbers as a text editor counts them."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-from ..utils.files import json_kind, json_problem
+from ..utils.files import json_fault, json_problem
 
 
 def _line_problem(line: bytes) -> str | None:
     """What is wrong with one line of a jsonl file; None for an object and for an empty line."""
-    if not line.strip():
-        return None
-    try:
-        value = json.loads(line.decode("utf-8").rstrip("\r\n"))
-    except UnicodeDecodeError:
-        return "is not UTF-8 text"
-    except json.JSONDecodeError as error:
-        return f"is not valid JSON ({error.msg}, column {error.colno})"
-    except RecursionError:
-        return "is nested too deeply"
-    return None if isinstance(value, dict) else f"holds {json_kind(value)} where an object in braces is needed"
+    fault = json_fault(lambda: line.decode("utf-8").rstrip("\r\n"), dict) if line.strip() else None
+    return fault and fault[1]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -55,9 +45,7 @@ def skipped_line(path: Path, checked: int | None = None) -> str | None:
 def lines_of_rows(files: Iterable[Path], rows: Sequence[int]) -> list[tuple[Path, list[int]]] | None:
     """The lines, counted from 1, that hold rows of some jsonl files laid end to end; None where a row is no line.
 
-    Args:
-        files: in the order they are read in.
-        rows: numbers from 0, rising; empty lines are no rows.
+    The rows are counted from 0 and rising; empty lines are no rows.
     """
     wanted, found = iter(rows), []
     row, position = next(wanted, None), 0
@@ -85,10 +73,9 @@ def _is_text(line: bytes) -> bool:
 
 
 def data_problem(path: Path) -> str | None:
-    """Where and how a data file that could not be read is broken; None where the reader's own words must do.
+    """Where and how a `.jsonl` or `.json` file that could not be read is broken: a list, or an object a line.
 
-    Args:
-        path: a `.jsonl` or `.json` file is searched; a `.json` file may hold a list, or an object a line.
+    None where the reader's own words must do, as for any other file.
     """
     if path.suffix == ".jsonl":
         return broken_line(path)

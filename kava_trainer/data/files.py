@@ -17,26 +17,18 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 
 @contextmanager
-def _quiet_reader() -> Iterator[None]:
-    """Keep the readers from logging an error that is raised as well."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-@contextmanager
 def loading(name: str) -> Iterator[None]:
     """Read a data set within the `with` block. Raises `BadRequest` in place of whatever a reader raises."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # the readers log an error that they raise as well
     try:
-        with _quiet_reader():
-            yield
+        yield
     except BadRequest:
         raise
     except Exception as error:  # the readers raise many kinds for one cause: this cannot be read as a data set
         raise _unreadable(error, name) from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def matching_files(path: Path) -> list[Path]:
@@ -74,12 +66,7 @@ def find_files(name: str, checked_lines: int | None = None) -> list[str]:
 
 
 def _unreadable(error: Exception, name: str) -> BadRequest:
-    """Why a data set could not be read, with the place to look at where a file is broken.
-
-    Args:
-        error: what the reader raised.
-        name: the data set's name.
-    """
+    """Why a data set could not be read, with the place to look at where a file is broken."""
     path = Path(name).expanduser()
     problem = data_problem(path) if path.is_file() else _folder_problem(path) or _pattern_problem(path)
     start = f"The data set {name!r} cannot be loaded:"

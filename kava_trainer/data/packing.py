@@ -25,12 +25,7 @@ def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]
 
 
 def as_many_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The same examples in `count` packed rows or more: the longest ones are halved.
-
-    Args:
-        rows: of `pack_step`.
-        count: at most the number of examples.
-    """
+    """The same examples in `count` packed rows or more, no more than there are examples: the longest are halved."""
     rows = list(rows)
     while len(rows) < count:
         _, place = max((row["input_ids"].numel(), i) for i, row in enumerate(rows) if len(row["packed_lengths"]) > 1)
@@ -50,11 +45,7 @@ def spread(rows: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]
 
 
 def halve(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Two rows or batches with half of the examples each; None where there is only one example.
-
-    Args:
-        row: of `pack_step` or `DistillationCollator`.
-    """
+    """Two halves of a row of `pack_step` or a batch of `DistillationCollator`; None where it has only one example."""
     lengths, (count, width) = row.get("packed_lengths"), row["input_ids"].shape
     examples = count if lengths is None else len(lengths)
     if examples == 1:
@@ -63,9 +54,7 @@ def halve(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     cut, axis = (half, 0) if lengths is None else (sum(lengths[:half]), 1)
     parts = [_span(row, axis, 0, cut), _span(row, axis, cut, (count, width)[axis])]
     if lengths is not None:
-        parts = [
-            part | {"packed_lengths": own} for part, own in zip(parts, (lengths[:half], lengths[half:]), strict=True)
-        ]
+        parts[0]["packed_lengths"], parts[1]["packed_lengths"] = lengths[:half], lengths[half:]
     return parts
 
 

@@ -14,11 +14,9 @@ MOST_LOCATED = 5
 
 
 def locate_rows(name: str, rows: Sequence[int]) -> str:
-    """Where rows of a data set stand, for people, such as `lines 3, 9 of my_data.jsonl`; at most `MOST_LOCATED`.
+    """Where rows of a data set, rising numbers from 0, stand for people, such as `lines 3, 9 of my_data.jsonl`.
 
-    Args:
-        name: of the data set.
-        rows: numbers from 0, rising.
+    At most `MOST_LOCATED` of them are named.
     """
     shown, more = rows[:MOST_LOCATED], ", ..." if len(rows) > MOST_LOCATED else ""
     path = Path(name).expanduser()
@@ -46,12 +44,6 @@ def empty_answers(encoded: Iterable[Mapping[str, Any]]) -> list[int]:
 
 
 def empty_problem(name: str, which: str, rows: Sequence[int]) -> str:
-    """The sentence for examples that were dropped because their answer is empty.
-
-    Args:
-        name: of the data set.
-        which: what the examples are for.
-        rows: where they stood, see `source_rows`.
-    """
+    """The sentence for `which` examples, of these `source_rows` of a data set, that were dropped as unanswered."""
     count = f"1 {which} example has" if len(rows) == 1 else f"{len(rows)} {which} examples have"
     return f"{count} an empty answer: {locate_rows(name, rows)}."

@@ -22,9 +22,6 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
 
     Where the data set has no `dataset_test_split`, a fixed part of the training split is held out instead.
 
-    Args:
-        arguments: where the data is and how much of it to use.
-
     Returns:
         Training examples, evaluation examples, and the number of examples that the training split holds in all.
 
@@ -32,8 +29,7 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
         BadRequest: if the data cannot be found or read, a split does not exist, or there are no examples.
     """
     with loading(cast(str, arguments.dataset_name)):
-        loaded = _read(arguments)
-    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
+        splits = _read(arguments)
     train = find_train_split(splits, arguments)
     if len(train) == 0:
         raise BadRequest(
@@ -48,8 +44,7 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
 
 def has_test_split(arguments: DataArguments) -> bool:
     """Whether a data set, which is read again, has rows of its own to evaluate on."""
-    loaded = _read(arguments)
-    return isinstance(loaded, DatasetDict) and find_test_split(loaded, arguments) is not None
+    return find_test_split(_read(arguments), arguments) is not None
 
 
 def find_train_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
@@ -74,24 +69,24 @@ def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
     return next((splits[name] for name in names if name in splits and name != train), None)
 
 
-def is_saved_folder(path: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+def saved_splits(folder: Path, arguments: DataArguments) -> Mapping[str, Dataset] | None:
+    """The splits of a folder that was written by `save_to_disk`; None for any other."""
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    saved = load_from_disk(str(folder))
+    return saved if isinstance(saved, DatasetDict) else {arguments.dataset_train_split: saved}
 
 
-def _read(arguments: DataArguments) -> Dataset | DatasetDict:
-    """The data set a name stands for, with whatever splits it has."""
+def _read(arguments: DataArguments) -> Mapping[str, Dataset]:
+    """The splits of the data set a name stands for."""
     name = cast(str, arguments.dataset_name)
     if name == QUICKSTART:
-        return DatasetDict(
-            {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
-        )
+        return {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
     path = Path(name).expanduser()
     if builder := BUILDERS.get(path.suffix):
         return load_dataset(builder, data_files=find_files(name))
-    if is_saved_folder(path):
-        return load_from_disk(str(path))
-    return load_dataset(name, arguments.dataset_config_name)
+    saved = saved_splits(path, arguments)
+    return load_dataset(name, arguments.dataset_config_name) if saved is None else saved
 
 
 def _first(dataset: Dataset | None, count: int | None) -> Dataset | None:

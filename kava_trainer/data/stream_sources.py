@@ -10,7 +10,7 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, load_dataset_builder, load_from_disk
+from datasets import Dataset, load_dataset_builder
 
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART
@@ -20,7 +20,7 @@ from ..utils.digests import read_samples
 from ..utils.errors import BadRequest
 from .files import BUILDERS, find_files, loading
 from .formats import find_format, prompt_and_answer
-from .splits import HELD_OUT_LIMIT, find_test_split, find_train_split, is_saved_folder
+from .splits import HELD_OUT_LIMIT, find_test_split, find_train_split, saved_splits
 
 TABLE_ROWS = 100
 """Rows that are taken from a reader at once; only these are ever turned into Python objects."""
@@ -37,9 +37,7 @@ def _open(arguments: DataArguments) -> tuple[dict[str, datasets.IterableDataset]
         problems = {split: generate_problems(count, split) for split, count in SPLIT_SIZES.items()}
         digests = {split: [hashlib.sha256(json.dumps(rows).encode()).hexdigest()] for split, rows in problems.items()}
         return {s: Dataset.from_list(rows).to_iterable_dataset() for s, rows in problems.items()}, digests
-    if is_saved_folder(path):
-        saved = load_from_disk(str(path))
-        splits = saved if isinstance(saved, DatasetDict) else {arguments.dataset_train_split: saved}
+    if (splits := saved_splits(path, arguments)) is not None:
         files = {split: [file["filename"] for file in part.cache_files] for split, part in splits.items()}
         return {split: part.to_iterable_dataset() for split, part in splits.items()}, files
     if kind := BUILDERS.get(path.suffix):

@@ -162,12 +162,6 @@ def stream_loader(
     accelerate's own would have every rank tokenise the examples of all of them. Its batches never end, so ranks never
     have different numbers of them.
 
-    Args:
-        stream: it is told which rank this is.
-        collator: makes a batch of examples.
-        args: number of workers and the like.
-        batch_size: examples of one batch.
-
     Returns:
         Batches with their `place`, see `ExampleStream.note`; where the data is broken one with a `problem` alone.
     """

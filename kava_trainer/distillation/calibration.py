@@ -27,12 +27,9 @@ MOST_PAIRS_ON_DEVICE = 4
 
 
 class Moments:
-    """Running count, means and second moments of pairs of vectors (x [d], y [e]).
+    """Running count, means and second moments of pairs of vectors (x [d], y [e]) of input and output size d and e.
 
-    Args:
-        input_size: d.
-        output_size: e.
-        device: where the sums are kept, in float64.
+    The sums are kept on `device`, in float64.
     """
 
     def __init__(self, input_size: int, output_size: int, device: torch.device | str = "cpu") -> None:

@@ -21,11 +21,9 @@ ALIGNMENT_TERMS, LOGITS_TERMS = ("mercator", "mse", "anchor"), ("lm", "kd")
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
-    """What a scheduled weight is multiplied by.
+    """What a scheduled weight is multiplied by after a share `progress` of the training, from 0 to 1.
 
-    Args:
-        schedule: `constant`, `linear` or `cosine`; the latter two fall from 1 to 0.
-        progress: share of the training that is done, from 0 to 1.
+    That is 1 where the schedule is `constant`; `linear` and `cosine` fall from 1 to 0.
     """
     progress = min(max(progress, 0.0), 1.0)
     if schedule == "linear":
@@ -34,13 +32,7 @@ def schedule_factor(schedule: str, progress: float) -> float:
 
 
 def needed_teacher_layers(args: KavaTrainingArguments, target: HiddenStateTarget, num_layers: int) -> list[int]:
-    """The teacher's layers that the weighted terms read; empty where none reads the teacher.
-
-    Args:
-        args: the weights.
-        target: what is aligned.
-        num_layers: number of the teacher's blocks, which is the index of its last state.
-    """
+    """The layers that the weighted terms read, of a teacher with `num_layers` blocks; empty where none reads it."""
     aligned = target.teacher_layers if args.aligns else []
     return sorted({*aligned, *([num_layers] if args.kd_weight > 0 else [])})
 

@@ -66,11 +66,7 @@ class PrincipalProjection(nn.Module):
     """A frozen linear map of the normalised states onto their principal subspace; it cannot take part in a collapse.
 
     It computes in float32 whatever the model around it is cast to: the target shall not change with the precision.
-
     It is zero until `calibration` sets it.
-
-    Args:
-        config: `input_size` and `output_size` of the map.
     """
 
     weight: torch.Tensor

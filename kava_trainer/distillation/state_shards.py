@@ -27,8 +27,6 @@ BLOCK = 32
 SHARD_BYTES = 128 * 2**20
 """A shard is written when its states take so many bytes: what a build that is cut off has to do again."""
 
-_OPEN_SHARDS = 64
-
 
 def example_key(input_ids: Sequence[int]) -> int:
     """A 64-bit hash of token ids, as a signed number."""
@@ -79,15 +77,7 @@ def _checksum(tensor: torch.Tensor) -> str:
 def write_shard(
     folder: Path, keys: list[int], examples: list[dict[int, torch.Tensor]], dtype: str, fingerprint: str
 ) -> None:
-    """Write the states of some examples as one shard.
-
-    Args:
-        folder: where the shards are.
-        keys: of `example_key`.
-        examples: states [T, d] by layer of each.
-        dtype: see `encode`.
-        fingerprint: what a shard of this folder has to name, see `Shards`.
-    """
+    """Write the states [T, d] by layer of some examples, with their `example_key`, as one shard of `Shards`."""
     lengths = torch.tensor([len(next(iter(states.values()))) for states in examples])
     tensors = {"keys": torch.tensor(keys), "ends": lengths.cumsum(0)}
     for layer in examples[0]:
@@ -104,7 +94,7 @@ def _broken(path: Path, reason: str) -> BadRequest:
     )
 
 
-@lru_cache(maxsize=_OPEN_SHARDS)
+@lru_cache(maxsize=64)
 def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
@@ -153,11 +143,7 @@ class Shards:
         return torch.stack([keys, torch.full_like(keys, number), starts, ends], dim=1)
 
     def verify(self, paths: Iterable[Path]) -> None:
-        """Compare the checksums of shards with what stands on the disk.
-
-        Raises:
-            BadRequest: naming the first one that differs.
-        """
+        """Compare the checksums of shards with what is on the disk. Raises `BadRequest` for the first that differs."""
         for path in paths:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - a shard is no mapping
@@ -174,11 +160,7 @@ class Shards:
         return self._place(example_key(input_ids)) is not None
 
     def read(self, input_ids: Sequence[int], layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """The states [T, d] of an example by layer, in bfloat16.
-
-        Raises:
-            BadRequest: if it is not there.
-        """
+        """The states [T, d] of an example by layer, in bfloat16. Raises `BadRequest` if it is not there."""
         place = self._place(example_key(input_ids))
         if place is None or place[2] - place[1] != len(input_ids):
             raise BadRequest(
@@ -199,14 +181,7 @@ class Shards:
 
 
 class ShardWriter:
-    """Collects examples and writes a shard whenever there are enough.
-
-    Args:
-        folder: where the shards go.
-        dtype: see `encode`.
-        fingerprint: see `Shards`.
-        shard_bytes: size of a shard's states.
-    """
+    """Collects examples and writes a shard of `Shards` whenever their states, once encoded, take `shard_bytes`."""
 
     def __init__(self, folder: Path, dtype: str, fingerprint: str, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder, self._dtype, self._fingerprint, self._limit = folder, dtype, fingerprint, shard_bytes

@@ -71,7 +71,6 @@ class HiddenStateTarget(nn.Module):
         self.projectors = nn.ModuleList(build_projector(config) for _ in pairs)
         count = len(pairs) if config.anchor == "reconstruction" else 0
         self.decoders = nn.ModuleList(build_decoder(config) for _ in range(count))
-
         self.student_size = config.output_size if direction == "teacher_to_student" else config.input_size
 
     @property

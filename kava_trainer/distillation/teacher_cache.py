@@ -185,8 +185,8 @@ class TeacherCache:
         Args:
             model: the teacher, without gradients.
             examples: token ids of each example of this rank.
-            budget: tokens in one forward pass; a longer example gets its own.
-            autocast: makes the context that the teacher runs in.
+            budget: as for `build`.
+            autocast: as for `build`.
 
         Returns:
             How many examples were written.
@@ -216,15 +216,7 @@ class TeacherCache:
         budget: int,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """Write this rank's examples, then read again what all ranks have written.
-
-        Args:
-            model: the teacher.
-            examples: token ids of each.
-            tokens: how many there are, where that is known.
-            budget: tokens in one forward pass.
-            autocast: makes the context that the teacher runs in.
-        """
+        """Write this rank's examples, of so many `tokens` if that is known, then read what all ranks have written."""
         teacher = OnlineTeacher(model, self.layers)
         enable_packing(model)
         packed = packing_problem(model) is None
@@ -257,10 +249,8 @@ def _rows(examples: list[Sequence[int]], budget: int, packed: bool) -> Iterator[
     if packed:
         nothing = torch.zeros(0, dtype=torch.int64)
         answers = {"answer_index": nothing, "next_tokens": nothing}
-        batches = [
-            {"input_ids": torch.tensor(ids), "lengths": [len(ids)], **answers, "answers": [0]} for ids in examples
-        ]
-        yield from pack_step(batches, budget)
+        rows = [{"input_ids": torch.tensor(ids), "lengths": [len(ids)], "answers": [0], **answers} for ids in examples]
+        yield from pack_step(rows, budget)
         return
     waiting = sorted(examples, key=len, reverse=True)
     while waiting:
@@ -315,12 +305,7 @@ def is_released(model: PreTrainedModel) -> bool:
 
 
 def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
-    """Free a teacher's weights; what is left of it knows its config and, if wanted, its vocabulary head.
-
-    Args:
-        model: it cannot run afterwards.
-        keep_head: whether the head's weights stay.
-    """
+    """Free a teacher's weights, so that it cannot run; its config and, if wanted, its vocabulary head are left."""
     head = model.get_output_embeddings()
     kept = {id(parameter) for parameter in head.parameters()} if keep_head else set()
     for module in list(model.get_decoder().modules()):  # blocks go as a whole: quantised ones keep more than parameters

@@ -24,10 +24,7 @@ from .final_answer_match.final_answer_match import FinalAnswerMatch
 def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[str, torch.Tensor]) -> float:
     """Cross-entropy in nats, summed over the answer tokens of one batch.
 
-    Args:
-        model: a causal language model.
-        states: its last hidden state [B, T, d].
-        batch: of a `DistillationCollator`, on the device of the states.
+    The batch is a `DistillationCollator`'s, on the device of the model's last hidden states [B, T, d].
     """
 
     def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -54,10 +51,8 @@ def answer_cross_entropy(
     model.eval()
     order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
     total, count = 0.0, 0
-
     for rows in own_batches(order, batch_size, "Perplexity"):
-        batch = collator([dataset[row] for row in rows])
-        batch = send_to_device(batch, model.device)
+        batch = send_to_device(collator([dataset[row] for row in rows]), model.device)
         states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
         total += answer_loss_sum(model, states, batch)
         count += len(batch["next_tokens"])
@@ -155,11 +150,7 @@ def evaluate_with_answers(
         max_new_tokens: of an answer; None for no answers.
     """
     loss = answer_cross_entropy(model, dataset, collator, batch_size)
-    figures: dict[str, float | None] = {
-        "cross_entropy": loss,
-        "perplexity": perplexity(loss),
-        "exact_match": None,
-    }
+    figures: dict[str, float | None] = {"cross_entropy": loss, "perplexity": perplexity(loss), "exact_match": None}
     answers: list[str] = []
     if max_new_tokens is not None:
         answers = generate_answers(model, tokenizer, dataset, batch_size, max_new_tokens)

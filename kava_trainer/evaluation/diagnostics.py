@@ -121,12 +121,8 @@ def diagnose(compared: torch.Tensor, target: torch.Tensor, student: torch.Tensor
 def collapse_reason(figures: Diagnostics, student_size: int) -> str | None:
     """Why an alignment counts as collapsed, in one sentence, or None.
 
-    Collapsed is a margin under 0.05, or targets whose effective rank is under a quarter of the smaller of d_s and the
-    raw teacher's effective rank.
-
-    Args:
-        figures: a probe of one pair.
-        student_size: width d_s of the student.
+    Collapsed is a margin under 0.05, or targets whose effective rank is under a quarter of the smaller of the student's
+    width d_s (`student_size`) and the raw teacher's effective rank.
     """
     if not all(map(math.isfinite, figures.to_dict().values())):
         return "The states on the probe are no finite numbers any more."

@@ -52,8 +52,7 @@ class ProbeResult:
 class ShareWatch:
     """Notices terms whose share of the student's gradient stays under `MINIMUM_SHARE`, and names each one once.
 
-    Args:
-        ignored: terms that are meant to have none: the anchor, and what a schedule lets fade out.
+    Terms to be `ignored` are meant to have none: the anchor, and what a schedule lets fade out.
     """
 
     def __init__(self, ignored: set[str]) -> None:
@@ -95,10 +94,9 @@ class AlignmentProbe:
         batch_size: int,
         gradient_batch_size: int,
     ) -> None:
+        first = examples[:GRADIENT_EXAMPLES]
         self._batches = [collator(batch) for batch in _split(examples, batch_size)]
-        self._gradient_batches = [
-            collator(batch) for batch in _split(examples[:GRADIENT_EXAMPLES], gradient_batch_size)
-        ]
+        self._gradient_batches = [collator(batch) for batch in _split(first, gradient_batch_size)]
 
     def measure(self, model: DistillationModel, terms: LossTerms, progress: float = 0.0) -> ProbeResult:
         """Run both models on the probe and compare. Mode, gradients and random numbers are left as they were.

@@ -132,11 +132,7 @@ def _worst(layers: dict[str, dict[str, float]]) -> str:
 
 
 def poor_fidelity(figures: dict[str, Any]) -> str | None:
-    """What is poor about a quantised teacher, as a clause; None where it is close to its unquantised self.
-
-    Args:
-        figures: see `compare_readings`.
-    """
+    """What is poor in the figures of `compare_readings`, as a clause; None where both teachers are close."""
     layer, found = _worst(figures["layers"]), []
     cos_sim = figures["layers"][layer]["cos_sim"]
     if not cos_sim >= FAITHFUL_COS_SIM:  # so that NaN is poor too
@@ -150,9 +146,7 @@ def poor_fidelity(figures: dict[str, Any]) -> str | None:
 def choose_device(weights: int, device: torch.device) -> torch.device | str:
     """Where an unquantised teacher can be run for a moment: on the device, else on the CPU; else why nowhere.
 
-    Args:
-        weights: their size in bytes. A tenth and 1 GB more are asked for.
-        device: of the training.
+    Its `weights` take so many bytes; a tenth and 1 GB more are asked for.
     """
     needed, host = int(1.1 * weights) + _SPARE, torch.device("cpu")
     free = {place: free_memory_bytes(place) for place in dict.fromkeys((device, host))}
@@ -256,10 +250,9 @@ class TeacherFidelity:
         if reference is None:
             self._console.print(f"What quantising costs the teacher was not measured. {self._where}")
             return figures | {"reason": self._where}
-        figures |= compare_readings(
-            reference,
-            read_examples(teacher, list(reference.states), self._examples, self._collator, self._name.capitalize()),
-        )
+        layers, title = list(reference.states), self._name.capitalize()
+        quantised = read_examples(teacher, layers, self._examples, self._collator, title)
+        figures |= compare_readings(reference, quantised)
         figures |= {"reference_device": str(self._where), "examples": "held-out" if self._held_out else "training"}
         self._tell(figures)
         return figures

@@ -6,7 +6,6 @@ last layer is read from the output of the decoder itself.
 """
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -83,7 +82,5 @@ class HiddenStateCapture:
         self._states = {}
         return self._states
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._states = None

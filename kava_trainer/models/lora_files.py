@@ -69,10 +69,7 @@ def merged_student(student: PreTrainedModel) -> PreTrainedModel:
     """A plain model on the CPU that computes what a student with adapters does, up to rounding.
 
     Quantised weights are dequantised: the adapters were trained, and the student was measured, on what these hold, and
-    not on the weights that they were quantised from.
-
-    Args:
-        student: it is left as it is.
+    not on the weights that they were quantised from. The student is left as it is.
     """
     config = copy.deepcopy(student.config)
     if hasattr(config, "quantization_config"):

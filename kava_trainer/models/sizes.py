@@ -15,11 +15,9 @@ def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def model_bytes(model: PreTrainedModel, quantization: str = "none") -> int:
-    """Size of a model's weights on its device, each tied one once.
+    """Size of a model's weights, which may be fake, on its device, each tied one once.
 
-    Args:
-        model: its own weights may be fake.
-        quantization: `none`, `8bit` or `4bit`; the vocabulary head is left as it is by both.
+    With `quantization` `8bit` or `4bit` that is their size after it, which leaves the vocabulary head as it is.
     """
     sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     for module in model.modules():

@@ -116,9 +116,10 @@ def copy_teacher_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> N
             f"student_init teacher_layers: the student has {depth} layers and the teacher only {teacher_depth}."
         )
     source_of = [round(index * (teacher_depth - 1) / max(depth - 1, 1)) for index in range(depth)]
+    numbered_block = re.compile(r"((?:^|\.)(?:layers|h|blocks)\.)(\d+)(?=\.)")
     weights = teacher.state_dict()
     for name, parameter in student.state_dict().items():
-        source = re.sub(r"(^|\.)(layers|h|blocks)\.(\d+)\.", lambda m: _renumber(m, source_of), name, count=1)
+        source = numbered_block.sub(lambda found: f"{found[1]}{source_of[int(found[2])]}", name, count=1)
         if source not in weights or weights[source].shape != parameter.shape:
             shape = tuple(weights[source].shape) if source in weights else "missing"
             raise BadRequest(
@@ -127,7 +128,3 @@ def copy_teacher_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> N
                 "choose a student that differs in the number of layers alone.",
             )
         parameter.copy_(weights[source])
-
-
-def _renumber(match: re.Match[str], source_of: list[int]) -> str:
-    return f"{match[1]}{match[2]}.{source_of[int(match[3])]}."

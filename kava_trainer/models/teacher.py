@@ -34,12 +34,7 @@ class TeacherSource(Protocol):
 def quantization_config(kind: str, role: str = "teacher") -> BitsAndBytesConfig | None:
     """How bitsandbytes shall hold a model: `none`, `8bit`, or `4bit` (NF4, double quantisation, bf16 compute).
 
-    Args:
-        kind: one of these.
-        role: `teacher` or `student`, for the message.
-
-    Raises:
-        BadRequest: if bitsandbytes is asked for and not installed.
+    Raises `BadRequest`, which names the `role` (`teacher` or `student`), if bitsandbytes is needed and not installed.
     """
     if kind == "none":
         return None
@@ -66,23 +61,13 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_teacher(arguments: ModelArguments, device: torch.device) -> PreTrainedModel:
-    """Load the teacher on `device`, quantised as asked, frozen.
-
-    Raises:
-        BadRequest: if it cannot be found, read or quantised.
-    """
+    """Load the teacher on `device`, quantised as asked, frozen. Raises `BadRequest` if that cannot be done."""
     quantization = quantization_config(arguments.teacher_quantization)
     placement: dict[str, Any] = {}
     if quantization is not None:
         placement = {"quantization_config": quantization, "device_map": {"": str(device)}}
-    model = load_causal_lm(
-        cast(str, arguments.teacher_model_name_or_path),
-        "teacher",
-        arguments.teacher_revision,
-        arguments.teacher_dtype,
-        arguments,
-        **placement,
-    )
+    name, revision = cast(str, arguments.teacher_model_name_or_path), arguments.teacher_revision
+    model = load_causal_lm(name, "teacher", revision, arguments.teacher_dtype, arguments, **placement)
     if getattr(model, "is_loaded_in_4bit", False):
         _keep_odd_layers_unpacked(model)
     return freeze(model if quantization is not None else on_device(model, device))

@@ -7,14 +7,7 @@ from tqdm.auto import tqdm
 
 from .redaction import without_secrets
 
-_SYMBOLS = {
-    "Adapting": "🔄",
-    "Learning": "⚠️",
-    "Good": "👍",
-    "Great": "✅",
-    "Excellent": "🎯",
-    "Collapsed": "❌",
-}
+_SYMBOLS = {"Adapting": "🔄", "Learning": "⚠️", "Good": "👍", "Great": "✅", "Excellent": "🎯", "Collapsed": "❌"}
 
 
 def can_show_emoji(plain: bool) -> bool:
@@ -34,11 +27,7 @@ def size_text(count: int) -> str:
 
 
 class Console:
-    """Prints lines from the main process, above any progress bar.
-
-    Args:
-        plain: never use emoji.
-    """
+    """Prints lines from the main process, above any progress bar; never emoji where `plain` is set."""
 
     def __init__(self, plain: bool = False) -> None:
         self.emoji = can_show_emoji(plain)

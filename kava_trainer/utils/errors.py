@@ -50,13 +50,7 @@ _E = TypeVar("_E", bound="WithProblems")
 
 
 class WithProblems(Exception):
-    """An exception that tells the user of one or more problems, each on a line of its text.
-
-    Args:
-        what: see `Problem`.
-        remedy: see `Problem`.
-        argument: see `Problem`.
-    """
+    """An exception that tells the user of one `Problem`, or `of` several, each on a line of its text."""
 
     def __init__(self, what: str, remedy: str | None = None, argument: str | None = None) -> None:
         self.problems = [Problem(argument, what, remedy)]
@@ -97,11 +91,7 @@ def problems_of(error: BaseException) -> list[Problem]:
 
 
 class Interrupted(BaseException):
-    """A signal has ended what was going on. No `except Exception` holds it up, as with `KeyboardInterrupt`.
-
-    Args:
-        number: of the signal.
-    """
+    """The signal `number` has ended what was going on. No `except Exception` holds it up, like `KeyboardInterrupt`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

@@ -170,19 +170,25 @@ def json_mistake(error: json.JSONDecodeError) -> str:
     return f"in line {line} a comma stands before {after}, with nothing between them; take that comma out"
 
 
+def json_fault(read: Callable[[], str], kinds: type | tuple[type, ...]) -> tuple[int, str] | None:
+    """The line (0 for no single one) where a text is no JSON value of these kinds, and why not; None if it is one."""
+    try:
+        value = json.loads(read())
+    except OSError as error:
+        return 0, f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return 0, "is not UTF-8 text"
+    except json.JSONDecodeError as error:
+        return error.lineno, f"is not valid JSON ({error.msg}, column {error.colno})"
+    except RecursionError:
+        return 0, "is nested too deeply"
+    return None if isinstance(value, kinds) else (0, f"holds {json_kind(value)} where an object in braces is needed")
+
+
 def json_problem(path: Path, kinds: type | tuple[type, ...]) -> str | None:
     """What is wrong with a file that should be one JSON value of one of these kinds; None if it is."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
-    except UnicodeDecodeError:
-        return "it is not UTF-8 text"
-    except json.JSONDecodeError as error:
-        return f"line {error.lineno} is not valid JSON ({error.msg}, column {error.colno})"
-    except RecursionError:
-        return "it is nested too deeply"
-    return None if isinstance(value, kinds) else f"it holds {json_kind(value)} where an object in braces is needed"
+    fault = json_fault(lambda: path.read_text(encoding="utf-8-sig"), kinds)
+    return fault and f"{f'line {fault[0]}' if fault[0] else 'it'} {fault[1]}"
 
 
 def folder_problem(folder: Path, names: Iterable[str]) -> str | None:

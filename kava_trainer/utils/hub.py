@@ -27,7 +27,6 @@ _THREAD = "kava-hub"
 _LOOK_SECONDS = 0.2
 """So often is looked whether a signal wants the process to end."""
 
-
 # In the background its client does not log each of its attempts: the outcome is told in the end.
 logging.getLogger("huggingface_hub.utils._http").addFilter(lambda record: record.threadName != _THREAD)
 

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from .distributed import largest_over_ranks
@@ -47,9 +47,7 @@ class SignalWatch:
                 self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._entered -= 1
         if self._entered == 0:
             for number, handler in self._previous.items():
@@ -103,9 +101,7 @@ WATCH = SignalWatch()
 def spare_worker(initialise: Any, worker: int) -> None:
     """Set up a data worker that a signal to the whole process group does not end before its trainer has saved.
 
-    Args:
-        initialise: what else the worker starts with, or None.
-        worker: its number.
+    What else it starts with, given its number, is `initialise`, or None.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
