@@ -108,6 +108,7 @@ def test_the_exported_student_is_the_trained_one(tmp_path, trained, bits, merge,
     assert summary["throughput"]["estimated_memory_bytes"] > 0
 
 
+@pytest.mark.estimate
 def test_an_adapter_names_its_base_and_no_secret_and_loads_without_a_name(tmp_path, trained, monkeypatch, capsys):
     base = tmp_path / "models" / "base"
     shutil.copytree(TEACHER_FOLDER, base)
@@ -261,6 +262,7 @@ BAD_REQUESTS = {
 }
 
 
+@pytest.mark.estimate
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_a_bad_request_ends_before_weights_are_loaded(tmp_path, capsys, monkeypatch, case):
     def load(*args, **kwargs):

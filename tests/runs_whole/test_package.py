@@ -142,6 +142,7 @@ def test_the_wheel_holds_the_package_with_its_models_and_recipes(distributions):
     assert licence == (ROOT / "LICENSE").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_the_quickstart_without_a_checkout(distributions, tmp_path):
     site, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()

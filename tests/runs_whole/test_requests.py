@@ -33,7 +33,8 @@ from kava_trainer.utils.files import missing_path
     ],
 )
 def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code, program):
-    options = {**SHORT, "max_train_samples": 640, "max_steps": 60, "logging_steps": 2, "output_dir": tmp_path / "out"}
+    options = {**SHORT, "max_steps": 60, "logging_steps": 2, "output_dir": tmp_path / "out", "run_control": False}
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "calibration_tokens": 600}
     command = [sys.executable, *program, "training_args/quickstart.json", *words(options)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
     lines = []
@@ -153,6 +154,7 @@ def test_a_folder_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
     assert missing_path("student_model_name_or_path", "~/gone")
 
 
+@pytest.mark.slow  # in one process: test_parser
 def test_wrong_arguments_end_with_exit_code_2_before_anything_is_loaded(tmp_path):
     started = time.monotonic()
     command = [sys.executable, "run_kava.py", "training_args/quickstart.json", "--learning_rat", "1"]
