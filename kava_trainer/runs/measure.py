@@ -12,9 +12,8 @@ from ..config.data_arguments import DataArguments
 from ..config.model_arguments import ModelArguments
 from ..models.lora_files import load_adapter
 from ..reports.run_reader import find_student, finished_summary
-from ..reports.summary import ModelFigures, Summary, finite
+from ..reports.summary import ModelFigures, Summary, finite, write_text
 from ..trainer.final_student import FINAL_STUDENT
-from ..utils.atomic_files import write_atomically
 from ..utils.errors import BadRequest, RunFailed, reason_of
 from ..utils.files import no_empty_folders
 from ..utils.memory import needs_memory
@@ -161,10 +160,10 @@ def are_figures(text: str) -> bool:
 def write_figures(path: Path, arguments: KavaArguments, evaluation: Figures, finished: FinishedRun | None) -> None:
     """Write figures as JSON, and of which models on which data they are. Raises `RunFailed` if the disk refuses."""
     model, data = arguments.model, arguments.data
-    student = model.student_name
+    adapter = finished.adapter if finished is not None else None
     values = (
         model.teacher_model_name_or_path,
-        str(finished.adapter) if finished is not None and finished.adapter is not None else student,
+        str(adapter) if adapter is not None else model.student_name,
         data.dataset_name,
         data.max_eval_samples,
         finite(evaluation),
@@ -174,6 +173,6 @@ def write_figures(path: Path, arguments: KavaArguments, evaluation: Figures, fin
     if not PartialState().is_main_process:
         return
     try:
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path, text)
     except OSError as error:
         raise RunFailed(f"The figures could not be written to {path} ({reason_of(error)}).") from error
