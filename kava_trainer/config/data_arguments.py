@@ -54,11 +54,7 @@ class DataArguments:
             yield Problem("shuffle_buffer", f"shuffle_buffer is {self.shuffle_buffer}; it cannot be negative.")
 
     def stream_problems(self, training: TrainingArguments) -> Iterator[Problem]:
-        """Every training argument that a stream cannot do.
-
-        Args:
-            training: of the run.
-        """
+        """Every training argument that a stream cannot do."""
         if not self.streaming:
             return
         if training.max_steps <= 0:

@@ -118,17 +118,9 @@ def _tokens(examples: Iterator[dict[str, Any]]) -> Iterator[list[int]]:
 def announce(
     console: Console, cache: TeacherCache, stream: ExampleStream, args: KavaTrainingArguments, width: int
 ) -> int:
-    """Say what the examples of a run will take on the disk, from the mean length of the first ones.
+    """Say what the examples of a run will take on the disk, from the mean length of the first ones; that in bytes.
 
-    Args:
-        console: takes the line.
-        cache: where they will go.
-        stream: of the training examples.
-        args: say how many of them are read.
-        width: of the teacher's states.
-
-    Returns:
-        The size in bytes.
+    The arguments say how many of the stream are read, the width is that of the teacher's states.
 
     Raises:
         BadRequest: if the disk is too small for what the cache does not hold yet.
