@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +16,7 @@ from ..utils.redaction import is_secret_name, keep_secret, without_secrets
 from .checks import training_problems
 from .data_arguments import DataArguments
 from .launcher import device_problem, is_fsdp_asked, sharding_problems
-from .model_arguments import ModelArguments, help_text
+from .model_arguments import ModelArguments, argument
 from .recipes import accelerate_config
 
 LARGEST_MICRO_BATCH = 2**24
@@ -31,170 +31,114 @@ class KavaTrainingArguments(TrainingArguments):
     the alignment are what did best without harm to a student trained before, see `docs/effectiveness.md`.
     """
 
-    output_dir: str = field(default="checkpoints", metadata=help_text("Where checkpoints and projectors go."))
-    per_device_train_batch_size: int = field(
-        default=2, metadata=help_text("Examples in one micro-batch on one device.", unit="examples")
-    )
-    gradient_accumulation_steps: int = field(
-        default=16, metadata=help_text("Micro-batches in one optimizer step.", unit="micro-batches")
-    )
-    num_train_epochs: float = field(default=1.0, metadata=help_text("Passes over the training data.", unit="epochs"))
-    save_steps: float = field(
-        default=200, metadata=help_text("Optimizer steps between two saves.", unit="optimizer steps")
-    )
-    logging_steps: float = field(
-        default=50, metadata=help_text("Optimizer steps between two status lines.", unit="optimizer steps")
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata=help_text("A checkpoint folder, or true for the newest one in output_dir.")
+    output_dir: str = argument("checkpoints", "Where checkpoints and projectors go.")
+    per_device_train_batch_size: int = argument(2, "Examples in one micro-batch on one device.", unit="examples")
+    gradient_accumulation_steps: int = argument(16, "Micro-batches in one optimizer step.", unit="micro-batches")
+    num_train_epochs: float = argument(1.0, "Passes over the training data.", unit="epochs")
+    save_steps: float = argument(200, "Optimizer steps between two saves.", unit="optimizer steps")
+    logging_steps: float = argument(50, "Optimizer steps between two status lines.", unit="optimizer steps")
+    resume_from_checkpoint: str | None = argument(
+        None, "A checkpoint folder, or true for the newest one in output_dir."
     )
 
-    mercator_alpha: float = field(default=1.0, metadata=help_text("Weight of the direction inside the Mercator loss."))
-    mercator_beta: float = field(default=0.01, metadata=help_text("Weight of the log-magnitude in the Mercator loss."))
-    mercator_weight: float = field(default=3.0, metadata=help_text("Weight of the Mercator loss; 0 turns it off."))
-    lm_weight: float = field(
-        default=1.0, metadata=help_text("Weight of the next-token loss on the answers; 0 turns it off.")
+    mercator_alpha: float = argument(1.0, "Weight of the direction inside the Mercator loss.")
+    mercator_beta: float = argument(0.01, "Weight of the log-magnitude in the Mercator loss.")
+    mercator_weight: float = argument(3.0, "Weight of the Mercator loss; 0 turns it off.")
+    lm_weight: float = argument(1.0, "Weight of the next-token loss on the answers; 0 turns it off.")
+    kd_weight: float = argument(
+        0.0, "Weight of the divergence from the teacher's next-token distribution on the answers."
     )
-    kd_weight: float = field(
-        default=0.0,
-        metadata=help_text("Weight of the divergence from the teacher's next-token distribution on the answers."),
+    kd_temperature: float = argument(1.0, "Temperature of both distributions in that divergence, above 0.")
+    kd_beta: float = argument(
+        0.0,
+        "Kind of that divergence: 0 forward KL, 1 reverse KL, between them generalised Jensen-Shannon.",
+        unit="share from 0 to 1",
     )
-    kd_temperature: float = field(
-        default=1.0, metadata=help_text("Temperature of both distributions in that divergence, above 0.")
+    mse_weight: float = argument(
+        0.0, "Weight of the squared difference of the aligned states; 0.2 beside mercator_weight 0.8."
     )
-    kd_beta: float = field(
-        default=0.0,
-        metadata=help_text(
-            "Kind of that divergence: 0 forward KL, 1 reverse KL, between them generalised Jensen-Shannon.",
-            unit="share from 0 to 1",
-        ),
+    anchor_weight: float = argument(1.0, "Weight of the reconstruction error where projector_anchor is reconstruction.")
+    alignment_schedule: Literal["constant", "linear", "cosine"] = argument(
+        "constant",
+        "What becomes of mercator_weight and mse_weight over the run: they stay, or fall towards 0 at its end.",
     )
-    mse_weight: float = field(
-        default=0.0,
-        metadata=help_text("Weight of the squared difference of the aligned states; 0.2 beside mercator_weight 0.8."),
+    layer_mapping: str = argument(
+        "last", "Layers to align: last, uniform:k, all, or pairs such as [[12, 14], [24, 28]]."
     )
-    anchor_weight: float = field(
-        default=1.0, metadata=help_text("Weight of the reconstruction error where projector_anchor is reconstruction.")
+    layer_weights: list[float] | None = argument(
+        None, "Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."
     )
-    alignment_schedule: Literal["constant", "linear", "cosine"] = field(
-        default="constant",
-        metadata=help_text(
-            "What becomes of mercator_weight and mse_weight over the run: they stay, or fall towards 0 at its end."
-        ),
+    projector_direction: Literal["teacher_to_student", "student_to_teacher"] = argument(
+        "student_to_teacher",
+        "Project the teacher's states into the student's space, or the student's into the teacher's, where the "
+        "teacher's own states are a target that cannot move.",
     )
-    layer_mapping: str = field(
-        default="last",
-        metadata=help_text("Layers to align: last, uniform:k, all, or pairs such as [[12, 14], [24, 28]]."),
+    projector_anchor: Literal["none", "pca", "reconstruction"] = argument(
+        "none",
+        "What keeps a teacher_to_student projector from collapsing: nothing, a frozen principal subspace of the "
+        "teacher's states, or a decoder that rebuilds them.",
     )
-    layer_weights: list[float] | None = field(
-        default=None,
-        metadata=help_text("Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."),
+    projector_init: Literal["random", "least_squares"] = argument(
+        "least_squares",
+        "Start the projector from random weights, or from the least squares fit to the other side on some "
+        "training examples (with the pca anchor: turn its axes towards the student's states).",
     )
-    projector_direction: Literal["teacher_to_student", "student_to_teacher"] = field(
-        default="student_to_teacher",
-        metadata=help_text(
-            "Project the teacher's states into the student's space, or the student's into the teacher's, where the "
-            "teacher's own states are a target that cannot move."
-        ),
+    calibration_tokens: int = argument(
+        32_768, "Training tokens that the pca anchor and the least_squares start are computed from.", unit="tokens"
     )
-    projector_anchor: Literal["none", "pca", "reconstruction"] = field(
-        default="none",
-        metadata=help_text(
-            "What keeps a teacher_to_student projector from collapsing: nothing, a frozen principal subspace of the "
-            "teacher's states, or a decoder that rebuilds them."
-        ),
+    projector_mlp_ratio: float = argument(
+        1.0, "Width of the projector's hidden layer as a multiple of its input's width.", unit="widths of the input"
     )
-    projector_init: Literal["random", "least_squares"] = field(
-        default="least_squares",
-        metadata=help_text(
-            "Start the projector from random weights, or from the least squares fit to the other side on some "
-            "training examples (with the pca anchor: turn its axes towards the student's states)."
-        ),
+    projector_dropout: float = argument(
+        0.1, "Dropout inside the projector, from 0 to below 1.", unit="share from 0 to below 1"
     )
-    calibration_tokens: int = field(
-        default=32_768,
-        metadata=help_text(
-            "Training tokens that the pca anchor and the least_squares start are computed from.", unit="tokens"
-        ),
+    projector_learning_rate: float = argument(1e-3, "Learning rate of the projector alone.")
+    max_tokens_per_batch: int | None = argument(
+        None,
+        "Tokens in one micro-batch, packed without padding; by default per_device_train_batch_size x max_length. "
+        "0 pads each micro-batch to its longest example instead.",
+        unit="tokens",
     )
-    projector_mlp_ratio: float = field(
-        default=1.0,
-        metadata=help_text(
-            "Width of the projector's hidden layer as a multiple of its input's width.", unit="widths of the input"
-        ),
+    max_nonfinite_steps: int = argument(
+        10,
+        "A step whose loss or gradient is no finite number is skipped; so many of them in a row end the run.",
+        unit="optimizer steps",
     )
-    projector_dropout: float = field(
-        default=0.1,
-        metadata=help_text("Dropout inside the projector, from 0 to below 1.", unit="share from 0 to below 1"),
+    ddp_broadcast_buffers: bool | None = argument(
+        False,
+        "Whether several processes share out buffers in every forward pass. They are equal from the start, and "
+        "where one process runs out of memory the others would wait for it.",
     )
-    projector_learning_rate: float = field(default=1e-3, metadata=help_text("Learning rate of the projector alone."))
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata=help_text(
-            "Tokens in one micro-batch, packed without padding; by default per_device_train_batch_size x max_length. "
-            "0 pads each micro-batch to its longest example instead.",
-            unit="tokens",
-        ),
+    enable_jit_checkpoint: bool = argument(
+        False, "Without effect: KAVA saves on SIGTERM, SIGUSR1 and Ctrl-C in any case."
     )
-    max_nonfinite_steps: int = field(
-        default=10,
-        metadata=help_text(
-            "A step whose loss or gradient is no finite number is skipped; so many of them in a row end the run.",
-            unit="optimizer steps",
-        ),
+    auto_find_batch_size: bool = argument(
+        False,
+        "Without effect: a step that does not fit into memory is done again in smaller forward passes, and the "
+        "effective batch stays what it is.",
     )
-    ddp_broadcast_buffers: bool | None = field(
-        default=False,
-        metadata=help_text(
-            "Whether several processes share out buffers in every forward pass. They are equal from the start, and "
-            "where one process runs out of memory the others would wait for it."
-        ),
+    teacher_cache_dir: str | None = argument(
+        None, "Folder that the teacher's mapped states are written to once, before training, and read from ever after."
     )
-    enable_jit_checkpoint: bool = field(
-        default=False, metadata=help_text("Without effect: KAVA saves on SIGTERM, SIGUSR1 and Ctrl-C in any case.")
+    teacher_cache_dtype: Literal["bfloat16", "int8"] = argument(
+        "bfloat16", "How they are stored; int8, with a scale for every 32 channels, takes half the space."
     )
-    auto_find_batch_size: bool = field(
-        default=False,
-        metadata=help_text(
-            "Without effect: a step that does not fit into memory is done again in smaller forward passes, and the "
-            "effective batch stays what it is."
-        ),
+    run_control: bool = argument(
+        False, "Afterwards train a second student from the same start on the same data with the next-token loss alone."
     )
-    teacher_cache_dir: str | None = field(
-        default=None,
-        metadata=help_text(
-            "Folder that the teacher's mapped states are written to once, before training, and read from ever after."
-        ),
+    evaluate_generation: bool = argument(
+        False, "Also let teacher and student answer the evaluation problems and count exact matches."
     )
-    teacher_cache_dtype: Literal["bfloat16", "int8"] = field(
-        default="bfloat16",
-        metadata=help_text("How they are stored; int8, with a scale for every 32 channels, takes half the space."),
+    generation_max_new_tokens: int | None = argument(
+        None, "Longest generated answer; by default twice the longest reference answer.", unit="tokens"
     )
-    run_control: bool = field(
-        default=False,
-        metadata=help_text(
-            "Afterwards train a second student from the same start on the same data with the next-token loss alone."
-        ),
+    final_dir: str | None = argument(None, "Where final_student and final_projector.pth go; output_dir by default.")
+    logging_nan_inf_filter: bool = argument(
+        False,
+        "Leave losses that are no number out of the log. It waits for the device at every step, and hides what "
+        "should stop the run.",
     )
-    evaluate_generation: bool = field(
-        default=False,
-        metadata=help_text("Also let teacher and student answer the evaluation problems and count exact matches."),
-    )
-    generation_max_new_tokens: int | None = field(
-        default=None,
-        metadata=help_text("Longest generated answer; by default twice the longest reference answer.", unit="tokens"),
-    )
-    final_dir: str | None = field(
-        default=None, metadata=help_text("Where final_student and final_projector.pth go; output_dir by default.")
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata=help_text(
-            "Leave losses that are no number out of the log. It waits for the device at every step, and hides what "
-            "should stop the run."
-        ),
-    )
-    plain_output: bool = field(default=False, metadata=help_text("No emoji and no progress bars."))
+    plain_output: bool = argument(False, "No emoji and no progress bars.")
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self) if is_secret_name(f.name)):

@@ -1,7 +1,7 @@
 """The arguments that say what is learned from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 from transformers import TrainingArguments
@@ -9,49 +9,32 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem
 from ..utils.files import missing_path
-from .model_arguments import help_text
+from .model_arguments import argument
 
 
 @dataclass
 class DataArguments:
     """Which examples."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata=help_text(
-            "Hub id, a folder, a jsonl, json, csv, parquet or arrow file, a pattern of them, or 'quickstart'."
-        ),
+    dataset_name: str | None = argument(
+        None, "Hub id, a folder, a jsonl, json, csv, parquet or arrow file, a pattern of them, or 'quickstart'."
     )
-    dataset_config_name: str | None = field(default=None, metadata=help_text("Configuration of a hub data set."))
-    dataset_train_split: str = field(default="train", metadata=help_text("Split to train on."))
-    dataset_test_split: str | None = field(
-        default=None,
-        metadata=help_text(
-            "Split to evaluate on; by default test, else validation, else a held-out part of the training split."
-        ),
+    dataset_config_name: str | None = argument(None, "Configuration of a hub data set.")
+    dataset_train_split: str = argument("train", "Split to train on.")
+    dataset_test_split: str | None = argument(
+        None, "Split to evaluate on; by default test, else validation, else a held-out part of the training split."
     )
-    max_length: int = field(
-        default=512, metadata=help_text("Longest example in tokens; longer ones are cut and counted.", unit="tokens")
+    max_length: int = argument(512, "Longest example in tokens; longer ones are cut and counted.", unit="tokens")
+    max_train_samples: int | None = argument(None, "Use only the first so many examples.", unit="examples")
+    max_eval_samples: int | None = argument(None, "Evaluate on only the first so many examples.", unit="examples")
+    streaming: bool = argument(
+        False, "Read and tokenise the examples while the model trains, in place of all of them before; needs max_steps."
     )
-    max_train_samples: int | None = field(
-        default=None, metadata=help_text("Use only the first so many examples.", unit="examples")
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata=help_text("Evaluate on only the first so many examples.", unit="examples")
-    )
-    streaming: bool = field(
-        default=False,
-        metadata=help_text(
-            "Read and tokenise the examples while the model trains, in place of all of them before; needs max_steps."
-        ),
-    )
-    shuffle_buffer: int = field(
-        default=10_000,
-        metadata=help_text(
-            "Rows of a stream that are mixed with each other, and so many that every process and data worker keeps in "
-            "memory; 0 leaves their order as it is.",
-            unit="rows",
-        ),
+    shuffle_buffer: int = argument(
+        10_000,
+        "Rows of a stream that are mixed with each other, and so many that every process and data worker keeps in "
+        "memory; 0 leaves their order as it is.",
+        unit="rows",
     )
 
     def problems(self) -> Iterator[Problem]:
@@ -71,11 +54,7 @@ class DataArguments:
             yield Problem("shuffle_buffer", f"shuffle_buffer is {self.shuffle_buffer}; it cannot be negative.")
 
     def stream_problems(self, training: TrainingArguments) -> Iterator[Problem]:
-        """Every training argument that a stream cannot do.
-
-        Args:
-            training: of the run.
-        """
+        """Every training argument that a stream cannot do."""
         if not self.streaming:
             return
         if training.max_steps <= 0:

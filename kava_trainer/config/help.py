@@ -15,7 +15,7 @@ from .arguments import KavaTrainingArguments
 from .data_arguments import DataArguments
 from .model_arguments import ModelArguments
 
-MODEL, DATA, DISTILLATION, PROJECTOR, TRAINING, INHERITED = (
+GROUPS = MODEL, DATA, DISTILLATION, PROJECTOR, TRAINING, INHERITED = (
     "Model", "Data", "Distillation", "Projector", "Training and output", "TrainingArguments",
 )  # fmt: skip
 """The groups of arguments, in the order they are told in."""
@@ -92,9 +92,8 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 
 def _describe(argument: Field[Any], owner: type, hint: Any) -> Argument:
-    group = _group(argument.name, owner)
-    text = " ".join(str(argument.metadata.get("help") or "").replace("%%", "%").split())
-    unit, effect = argument.metadata.get("unit"), text
+    group, unit = _group(argument.name, owner), argument.metadata.get("unit")
+    effect = " ".join(str(argument.metadata.get("help") or "").replace("%%", "%").split())
     if group == INHERITED and argument.name in NOTES:
         unit, effect = NOTES[argument.name]
     return Argument(argument.name, group, _default(argument), unit, effect, _choices(hint))
@@ -106,8 +105,7 @@ def all_arguments() -> list[Argument]:
     for owner in (ModelArguments, DataArguments, KavaTrainingArguments):
         hints = get_type_hints(owner)
         found += [_describe(argument, owner, hints[argument.name]) for argument in fields(owner) if argument.init]
-    order = (MODEL, DATA, DISTILLATION, PROJECTOR, TRAINING, INHERITED)
-    return sorted(found, key=lambda argument: order.index(argument.group))
+    return sorted(found, key=lambda argument: GROUPS.index(argument.group))
 
 
 def unknown_argument(word: str, name: str, known: Sequence[str]) -> Problem:
@@ -169,11 +167,7 @@ def explain_in_full(arguments: Iterable[Argument]) -> str:
 
 
 def short_help(program: str) -> str:
-    """What `--help` says: a line for each of KAVA's own arguments, by group.
-
-    Args:
-        program: how this was started, such as `run_kava.py`.
-    """
+    """What `--help` of a program, such as `run_kava.py`, says: a line for each of KAVA's own arguments, by group."""
     lines = [
         f"usage: {program} ARGS.json [--name value ...]",
         "",

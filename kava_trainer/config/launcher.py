@@ -42,12 +42,7 @@ def describe_engine(world_size: int) -> str:
 
 
 def engine_problems(fsdp: Any, deepspeed: Any) -> list[Problem]:
-    """Each thing that was asked for and would not be done, or not as asked.
-
-    Args:
-        fsdp: the argument of that name.
-        deepspeed: the argument of that name.
-    """
+    """Each thing that the arguments `fsdp` and `deepspeed` ask for and that would not be done, or not as asked."""
     instead = f"accelerate launch --config_file {FSDP_CONFIG}"
     found = []
     if deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
@@ -67,11 +62,7 @@ _WANTED = {"fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_auto_wrap_policy"
 
 
 def sharding_problems(training: TrainingArguments) -> list[Problem]:
-    """Each thing that FSDP2 was asked for with and that would go wrong.
-
-    Args:
-        training: of the run.
-    """
+    """Each thing that FSDP2 was asked for with and that would go wrong."""
     return [*_launcher_problems(), *_argument_problems(training)] if is_fsdp_asked() else []
 
 
@@ -81,11 +72,8 @@ def _launcher_problems() -> Iterator[Problem]:
         yield Problem(None, "FSDP1 is not supported;", "write fsdp_version: 2 in the accelerate config.")
     for name, reason in _UNWANTED.items():
         if _is_set(name.upper()):
-            what, remedy = (
-                f"{name} is not supported, because {reason};",
-                f"write {name}: false in the accelerate config.",
-            )
-            yield Problem(None, what, remedy)
+            remedy = f"write {name}: false in the accelerate config."
+            yield Problem(None, f"{name} is not supported, because {reason};", remedy)
     for name, wanted in _WANTED.items():
         if os.environ.get(name.upper(), wanted) != wanted:
             yield Problem(None, f"Write {name}: {wanted} in the accelerate config; nothing else is supported.")
@@ -144,9 +132,6 @@ def run_command(argv: list[str]) -> str:
     """The command that starts this run, in one line, with a placeholder in place of each token.
 
     Of a run that was resumed it is the command without the checkpoint: nobody else has that.
-
-    Args:
-        argv: the command line without the program.
     """
     return _command(_words_of_run(argv))
 
@@ -187,12 +172,7 @@ def _command(words: list[str], more: Sequence[str] = ()) -> str:
 
 
 def start_command(argv: list[str], processes: int = 1) -> str:
-    """The command that starts a run with so many processes, where this process has not been started as one of them.
-
-    Args:
-        argv: KAVA's own arguments.
-        processes: more than one where this process sees as many GPUs.
-    """
+    """The command that starts a run with so many processes, where this process has not been started as one of them."""
     alone = "WORLD_SIZE" not in os.environ and processes > 1
     launcher = f"accelerate launch --num_processes {processes}" if alone else _launcher()
     return f"{launcher} {shlex.join(['-m', _PACKAGE.name, 'train', *_without_tokens(argv)])}"

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from ..utils.errors import Problem
 from ..utils.files import missing_path
+
+T = TypeVar("T")
 
 QUICKSTART = "quickstart"
 """The name that stands for the embedded teacher, student and data set wherever one of them is named."""
@@ -19,90 +21,60 @@ LARGEST_RANK = 2**14
 _STARTS = {"random": "random weights", "teacher_layers": "layers of the teacher"}
 
 
-def help_text(text: str, unit: str | None = None) -> dict[str, str]:
-    """Metadata of an argument: its effect, as `--help` and `explain` tell it.
-
-    Args:
-        text: one or more sentences.
-        unit: what the value counts or is a share of, such as `tokens`; None for a plain number and for no number.
-    """
-    return {"help": text} if unit is None else {"help": text, "unit": unit}
+def argument(default: T, effect: str, unit: str | None = None) -> T:
+    """A field of a dataclass: its default, its effect as `--help` and `explain` tell it, and what its value counts."""
+    return field(default=default, metadata={"help": effect} | ({"unit": unit} if unit else {}))
 
 
 @dataclass
 class ModelArguments:
     """Which teacher and which student."""
 
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata=help_text("Hub id or local folder of the teacher, or 'quickstart'.")
+    teacher_model_name_or_path: str | None = argument(None, "Hub id or local folder of the teacher, or 'quickstart'.")
+    teacher_revision: str | None = argument(None, "Hub revision of the teacher.")
+    teacher_quantization: Literal["none", "8bit", "4bit"] = argument(
+        "none", "Load the teacher as it is, in 8 bit, or in 4 bit (NF4, double quantisation, bf16 compute)."
     )
-    teacher_revision: str | None = field(default=None, metadata=help_text("Hub revision of the teacher."))
-    teacher_quantization: Literal["none", "8bit", "4bit"] = field(
-        default="none",
-        metadata=help_text(
-            "Load the teacher as it is, in 8 bit, or in 4 bit (NF4, double quantisation, bf16 compute)."
-        ),
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = argument(
+        "auto", "Data type of the teacher's weights; auto takes the checkpoint's own."
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata=help_text("Data type of the teacher's weights; auto takes the checkpoint's own.")
+    student_model_name_or_path: str | None = argument(None, "Hub id or local folder of the student, or 'quickstart'.")
+    student_revision: str | None = argument(None, "Hub revision of the student.")
+    student_config_name: str | None = argument(
+        None, "Hub id, folder or JSON file of a config: the student starts from random weights of that shape."
     )
-    student_model_name_or_path: str | None = field(
-        default=None, metadata=help_text("Hub id or local folder of the student, or 'quickstart'.")
+    student_init: Literal["pretrained", "random", "teacher_layers"] = argument(
+        "pretrained",
+        "Start from the student's own weights, from random ones, or from evenly spaced layers of the teacher "
+        "(their widths must agree).",
     )
-    student_revision: str | None = field(default=None, metadata=help_text("Hub revision of the student."))
-    student_config_name: str | None = field(
-        default=None,
-        metadata=help_text(
-            "Hub id, folder or JSON file of a config: the student starts from random weights of that shape."
-        ),
+    student_dtype: Literal["auto", "float32", "bfloat16"] = argument(
+        "auto", "Data type of the student's weights; auto takes the checkpoint's own."
     )
-    student_init: Literal["pretrained", "random", "teacher_layers"] = field(
-        default="pretrained",
-        metadata=help_text(
-            "Start from the student's own weights, from random ones, or from evenly spaced layers of the teacher "
-            "(their widths must agree)."
-        ),
+    attn_implementation: str | None = argument(None, "Attention of both models: eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = argument(
+        False, "Run code that a model repository brings along. Only for sources you trust."
     )
-    student_dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata=help_text("Data type of the student's weights; auto takes the checkpoint's own.")
+    use_peft: bool = argument(False, "Train LoRA adapters on the student and leave its own weights as they are.")
+    student_quantization: Literal["none", "8bit", "4bit"] = argument(
+        "none", "Load the student as teacher_quantization does the teacher, to train adapters on it."
     )
-    attn_implementation: str | None = field(
-        default=None, metadata=help_text("Attention of both models: eager, sdpa, flash_attention_2, ...")
+    lora_r: int = argument(16, "Rank of the adapters.")
+    lora_alpha: int = argument(32, "What adapters add is multiplied by lora_alpha / lora_r; twice the rank is usual.")
+    lora_dropout: float = argument(
+        0.05, "Dropout before the adapters, from 0 to below 1.", unit="share from 0 to below 1"
     )
-    trust_remote_code: bool = field(
-        default=False, metadata=help_text("Run code that a model repository brings along. Only for sources you trust.")
-    )
-    use_peft: bool = field(
-        default=False, metadata=help_text("Train LoRA adapters on the student and leave its own weights as they are.")
-    )
-    student_quantization: Literal["none", "8bit", "4bit"] = field(
-        default="none",
-        metadata=help_text("Load the student as teacher_quantization does the teacher, to train adapters on it."),
-    )
-    lora_r: int = field(default=16, metadata=help_text("Rank of the adapters."))
-    lora_alpha: int = field(
-        default=32,
-        metadata=help_text("What adapters add is multiplied by lora_alpha / lora_r; twice the rank is usual."),
-    )
-    lora_dropout: float = field(
-        default=0.05,
-        metadata=help_text("Dropout before the adapters, from 0 to below 1.", unit="share from 0 to below 1"),
-    )
-    lora_target_modules: list[str] | str = field(
-        default=ALL_LINEAR,
-        metadata=help_text(
-            "Modules that get an adapter, such as q_proj,v_proj; all-linear for every linear layer but the head."
-        ),
+    lora_target_modules: list[str] | str = argument(
+        ALL_LINEAR,
+        "Modules that get an adapter, such as q_proj,v_proj; all-linear for every linear layer but the head.",
     )
     lora_modules_to_save: list[str] | str = field(
         default_factory=list,
-        metadata=help_text("Modules that are trained whole beside the adapters, such as lm_head; none by default."),
+        metadata={"help": "Modules that are trained whole beside the adapters, such as lm_head; none by default."},
     )
-    merge_adapter: bool = field(
-        default=True,
-        metadata=help_text(
-            "Export the student as a plain model with its adapters merged into it, or, with false, the adapters alone."
-        ),
+    merge_adapter: bool = argument(
+        True,
+        "Export the student as a plain model with its adapters merged into it, or, with false, the adapters alone.",
     )
 
     def __post_init__(self) -> None:
@@ -193,5 +165,5 @@ def _names(value: list[str] | str) -> list[str]:
     return [name.strip() for part in parts for name in part.split(",") if name.strip()]
 
 
-def _default(argument: Field[Any]) -> Any:
-    return cast(Any, argument.default_factory)() if argument.default is MISSING else argument.default
+def _default(entry: Field[Any]) -> Any:
+    return cast(Any, entry.default_factory)() if entry.default is MISSING else entry.default

@@ -245,10 +245,11 @@ def _unknown(name: str) -> Problem:
     return unknown_argument(name, name.replace("-", "_"), _NAMES)
 
 
-def _construct(build: Callable[[], Any], found: list[Problem]) -> Any:
-    """Build one dataclass; its own complaint about a value joins the list of mistakes."""
+def _construct(group: type, values: dict[str, Any], found: list[Problem]) -> Any:
+    """Build one dataclass of those values that are its own; its complaint about one joins the list of mistakes."""
+    own = {f.name for f in fields(group) if f.init}
     try:
-        return build()
+        return group(**{name: value for name, value in values.items() if name in own})
     except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
         found += problems_of(error)
         return None
@@ -281,17 +282,11 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
     values = {name: value for name, value in values.items() if name not in wrong}
     if isinstance(values.get("resume_from_checkpoint"), bool):
         values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"]).lower()
-    parts = [_part(group, values) for group in _GROUPS]
-    model, data = (_construct(build, found) for build in parts[:2])
+    model, data = (_construct(group, values, found) for group in (ModelArguments, DataArguments))
     found += [problem for part in (model, data) for problem in part.problems() if problem.argument not in wrong]
-    training = _construct(parts[2], found)
+    training = _construct(KavaTrainingArguments, values, found)
     if not found:
         arguments = KavaArguments(model, data, training)
         if not (found := arguments.problems()):
             return arguments
     raise BadRequest.of(*found)
-
-
-def _part(group: type, values: dict[str, Any]) -> Callable[[], Any]:
-    own = {f.name for f in fields(group) if f.init}
-    return lambda: group(**{name: value for name, value in values.items() if name in own})

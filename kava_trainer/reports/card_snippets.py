@@ -67,10 +67,7 @@ def _loading(name: str, revision: str | None, arguments: dict[str, Any]) -> str:
 def usage_code(name: str, revision: str | None, summary: Summary) -> str:
     """Code that loads a student and prints its answer to a prompt of the kind that it was trained on.
 
-    Args:
-        name: repository or folder of the student.
-        revision: the branch it is on, where that is not the main one.
-        summary: of the run.
+    The student is named by its repository or folder, with the branch it is on where that is not the main one.
     """
     kind, arguments = summary.prompt_kind or "prompt", summary.arguments
     asked = _CHAT if kind == "messages" else [_PROMPTS[kind], _TOKENISED]

@@ -92,11 +92,7 @@ KINDS = (
         {label: _held_out(f"{term}_gradient_share") for term, label in TERMS.items()},
         {"note": "What each weighted term does to the student."},
     ),
-    _Kind(
-        "rates",
-        "Learning rates",
-        {"student": ("learning_rate",), "projector": ("projector_learning_rate",)},
-    ),
+    _Kind("rates", "Learning rates", {"student": ("learning_rate",), "projector": ("projector_learning_rate",)}),
     _Kind(
         "speed",
         "Tokens a second",
@@ -207,11 +203,7 @@ COMPARED = {
 
 
 def compared_charts(histories: dict[str, list[dict[str, Any]]]) -> list[Chart]:
-    """One chart for each figure that any of the runs logged, with a curve for each run.
-
-    Args:
-        histories: log lines by the name of the run.
-    """
+    """One chart for each figure that any of the runs has logged, with a curve for each; log lines are by run name."""
     made = []
     for name, (title, names) in COMPARED.items():
         read = {run: points(history, names, _SCALES.get(name, 1)) for run, history in histories.items()}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .charts import compared_charts
-from .page import drawn, render, write_text
+from .page import drawn, render
 from .run_reader import RunRecord
-from .summary import Summary
+from .summary import Summary, write_text
 from .tables import Figure, alignment_figures, cost_figures, evaluation_rows, verdict_of
 
 _WHERE = {"output_dir", "final_dir", "logging_dir", "run_name", "resume_from_checkpoint"}

@@ -44,11 +44,7 @@ def _number(value: Measured) -> str:
 
 
 def local_sources(arguments: dict[str, Any]) -> list[str]:
-    """The arguments that name a local file or folder as model or data set, for a card that is rendered elsewhere.
-
-    Args:
-        arguments: all of a run, as in its summary.
-    """
+    """The arguments that name a local file or folder as model or data set, for a card that is rendered elsewhere."""
     names = ("teacher_model_name_or_path", "student_model_name_or_path", "dataset_name")
     return [name for name in names if arguments[name] and Path(arguments[name]).expanduser().exists()]
 
@@ -137,12 +133,7 @@ def _eval_results(summary: Summary) -> list[EvalResult]:
 
 
 def card_metadata(name: str, summary: Summary) -> ModelCardData:
-    """The metadata of a student's card, as the hub reads it.
-
-    Args:
-        name: repository or folder of the student.
-        summary: of the run.
-    """
+    """The metadata of the card of a student, named by its repository or folder, as the hub reads it."""
     arguments = summary.arguments
     ancestor, adapter = _ancestor(summary), exports_adapter(arguments)
     dataset = hub_id(arguments["dataset_name"], "dataset_name", summary)

@@ -12,7 +12,7 @@ from ..utils.redaction import without_secrets
 from .charts import Chart, charts_of
 from .plots import COLOURS, DASHES, Bars, bars_svg, chart_svg, write_png
 from .run_reader import RunRecord
-from .summary import REPORT_PAGE, REPORT_PICTURE, Summary
+from .summary import REPORT_PAGE, REPORT_PICTURE, Summary, write_text
 from .tables import (
     EVALUATED,
     NOT_MEASURED,
@@ -71,10 +71,6 @@ def bars_of(summary: Summary) -> dict[str, Bars]:
     }
 
 
-def _bars_in_words(title: str, bars: Bars) -> str:
-    return f"{title}. {', '.join(f'{label} {text}' for label, _, text in bars)}."
-
-
 def _samples(summary: Summary) -> list[dict[str, Any]]:
     """The held-out problems with the answer of each model and whether it is right; None where it gave none."""
     return [
@@ -92,10 +88,10 @@ def report_page(record: RunRecord) -> str:
     summary = record.summary
     made, empty = charts_of(record.log_history)
     teacher, student, data = model_names(summary)
-    bars = [
-        {"title": title, "svg": Markup(bars_svg(f"bars{n}", rows)), "words": _bars_in_words(title, rows)}
-        for n, (title, rows) in enumerate(bars_of(summary).items())
-    ]
+    bars = []
+    for n, (title, rows) in enumerate(bars_of(summary).items()):
+        words = f"{title}. {', '.join(f'{label} {text}' for label, _, text in rows)}."
+        bars.append({"title": title, "svg": Markup(bars_svg(f"bars{n}", rows)), "words": words})
     return render(
         "report.html.j2",
         folder=str(record.folder),
@@ -131,11 +127,6 @@ def _write_picture(record: RunRecord, path: Path) -> None:
     colour = _VERDICT_COLOURS[verdict.kind]
     lines = [without_secrets(line) for line in verdict.reasons]
     write_png(path, without_secrets(title), verdict.word, colour, lines, chosen, bars_of(record.summary))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a page, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_report(record: RunRecord) -> Path:

@@ -16,7 +16,6 @@ from huggingface_hub.utils import are_progress_bars_disabled, get_session, hf_ra
 
 from ..distillation.projector_files import export_projector_file
 from ..trainer.final_student import FINAL_PROJECTOR
-from ..utils.atomic_files import write_atomically
 from ..utils.console import Console, size_text
 from ..utils.errors import BadRequest, RunFailed
 from ..utils.hub import ANSWER_SECONDS, Place, check_private, hub_reason, in_time, make_branch, push_command, show_bars
@@ -24,7 +23,7 @@ from ..utils.redaction import without_secrets
 from .card_snippets import PROJECTOR_FOLDER
 from .model_card import is_untouched, render_model_card
 from .recipe import RECIPE_FILE, recipe_text
-from .summary import REPORT_PAGE, REPORT_PICTURE, SUMMARY_FILE, Summary
+from .summary import REPORT_PAGE, REPORT_PICTURE, SUMMARY_FILE, Summary, write_text
 
 CARD_FILE = "README.md"
 
@@ -87,8 +86,7 @@ def write_card(student: Path, name: str, summary: Summary, revision: str | None 
     path = student / CARD_FILE
     if path.is_file() and not is_untouched(path.read_text(encoding="utf-8")):
         return False
-    card = render_model_card(name, summary, revision)
-    write_atomically(path, lambda temporary: temporary.write_text(card, encoding="utf-8"))
+    write_text(path, render_model_card(name, summary, revision))
     return True
 
 

@@ -9,12 +9,7 @@ from typing import Any
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import ModelArguments
 from ..config.parser import fits_type, is_utf8
-from ..trainer.checkpoint import (
-    TRAINER_STATE_FILE,
-    find_newest_checkpoint,
-    list_checkpoints,
-    read_manifest,
-)
+from ..trainer.checkpoint import TRAINER_STATE_FILE, find_newest_checkpoint, list_checkpoints, read_manifest
 from ..trainer.final_student import FINAL_PROJECTOR, FINAL_STUDENT, difference, has_student
 from ..trainer.run_state import read_progress
 from ..utils.errors import BadRequest, reason_of

@@ -275,8 +275,8 @@ class RunSummary:
             self.content.status, self.content.finished_at = status, now().isoformat(timespec="seconds")
             self.content.duration_seconds = round(self.run_time()["seconds"], 1)
         path = Path(output_dir) / SUMMARY_FILE
-        _write(path, self.to_json())
-        _write(Path(output_dir) / HISTORY_FILE, self.history_to_json())
+        write_text(path, self.to_json())
+        write_text(Path(output_dir) / HISTORY_FILE, self.history_to_json())
         return path
 
     def as_written(self) -> Summary:
@@ -299,5 +299,6 @@ def _names(group: Any) -> list[str]:
     return [entry.name for entry in fields(group)]
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

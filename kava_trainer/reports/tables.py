@@ -65,12 +65,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def figure_text(name: str, value: Measured) -> str:
-    """A figure for people.
-
-    Args:
-        name: the last part of its place in the summary.
-        value: a number, or None where it was not measured.
-    """
+    """A figure for people, named by the last part of its place in the summary; None where it was not measured."""
     if value is None:
         return NOT_MEASURED
     if name in _SHARES:

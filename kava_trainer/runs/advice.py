@@ -88,15 +88,7 @@ def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.
 
     A bfloat16 holds 8 significant bits. A step smaller than about 1/512 of a weight is rounded away, unless the
     optimizer rounds at random (torchao) or carries what was lost (Kahan: `stable_adamw`, which does so of itself, and
-    `adamw_anyprecision`).
-
-    Args:
-        optim: as in the arguments.
-        optim_args: as in the arguments.
-        dtypes: of the weights that are trained.
-
-    Returns:
-        The problem; None where nothing is lost.
+    `adamw_anyprecision`). The data types are those of the weights that are trained; None where nothing is lost.
     """
     name = optimizer_name(optim)
     switch = parse_optim_args(optim_args).get(_SWITCHES.get(name, ""), "false")
@@ -108,12 +100,9 @@ def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.
 
 
 def planned_steps(training: TrainingArguments, examples: int, processes: int) -> int:
-    """The optimizer steps of a training.
+    """The optimizer steps of a training on so many examples, which so many processes share.
 
-    Args:
-        training: whose `max_steps` decides where it is above 0.
-        examples: of the training data.
-        processes: that share them.
+    Where its `max_steps` is above 0, that decides.
     """
     if training.max_steps > 0:
         return training.max_steps

@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +12,14 @@ import torch
 from accelerate.utils import release_memory
 from transformers import set_seed
 
-from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.arguments import KavaTrainingArguments
 from ..distillation.teacher_cache import is_released
 from ..models.student import load_student
 from ..models.teacher import load_teacher
 from ..trainer.checkpoint import find_newest_checkpoint, list_checkpoints, read_manifest
 from ..trainer.trainer import KavaTrainer
 from ..utils.errors import BadRequest
-from .setup import Data, Models, make_trainer
+from .setup import Run, make_trainer
 from .tracking import keep_apart
 
 TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
@@ -71,38 +72,29 @@ def check_place_of_control(training: KavaTrainingArguments) -> None:
         )
 
 
-def build_control(arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:
+def build_control(run: Run) -> KavaTrainer:
     """The control's trainer, around a student that starts with the very weights the run's student started with.
 
-    The teacher makes room on the device, unless it is quantised and cannot move, or has made room for its cache.
-
-    Args:
-        arguments: of the run.
-        models: of the run, whose trainer has been released.
-        data: of the run.
+    The run's own trainer has been released. The teacher makes room on the device, unless it is quantised and cannot
+    move, or has made room for its cache.
     """
-    teacher = models.teacher
+    model, models, teacher = run.arguments.model, run.models, run.models.teacher
     if not is_released(teacher):
         teacher = teacher if getattr(teacher, "is_quantized", False) else cast(Any, teacher).to("cpu")
-    elif arguments.model.student_init == "teacher_layers":
-        teacher = load_teacher(arguments.model, torch.device("cpu"))
+    elif model.student_init == "teacher_layers":
+        teacher = load_teacher(model, torch.device("cpu"))
     release_memory()
-    training = control_arguments(arguments.training)
+    training = control_arguments(run.training)
     set_seed(training.seed)
-    student = load_student(arguments.model, teacher, training.device)
-    trainer = make_trainer(training, Models(models.teacher, student, models.tokenizer), data)
+    student = load_student(model, teacher, training.device)
+    trainer = make_trainer(training, replace(models, student=student), run.data)
     if TENSORBOARD_FOLDER in os.environ:
         keep_apart(trainer.trackers, CONTROL_FOLDER)
     return trainer
 
 
 def train_control(trainer: KavaTrainer, resume: bool) -> None:
-    """Train the control.
-
-    Args:
-        trainer: see `build_control`.
-        resume: go on from the control's newest checkpoint, where there is one.
-    """
+    """Train the control, or go on from its newest checkpoint, where there is one."""
     if resume:
         newest = find_newest_checkpoint(trainer.args.output_dir).checkpoint
         trainer.console.print(f"The control goes on from {newest}." if newest else "The control has no checkpoint yet.")

@@ -88,10 +88,9 @@ def shows_bars(training: KavaTrainingArguments) -> bool:
 
 
 def quieten(bars: bool) -> None:
-    """Leave the screen to KAVA's own stages; warnings of the libraries still come through.
+    """Leave the screen to KAVA's own stages and, if so wished, the bars for reading, tokenising and downloading.
 
-    Args:
-        bars: whether the bars for reading, tokenising and downloading stay.
+    Warnings of the libraries still come through.
     """
     transformers.utils.logging.disable_progress_bar()  # of loading weights, and of the hub as well
     if not bars:

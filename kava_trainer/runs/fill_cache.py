@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, release_memory
 from transformers import PreTrainedModel
 
-from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.arguments import KavaTrainingArguments
 from ..data.streaming import ExampleStream
 from ..distillation.teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
 from ..models.layers import hidden_size
@@ -21,19 +21,19 @@ from ..utils.distributed import any_rank
 from ..utils.memory import needs_memory
 from ..utils.signals import WATCH
 from .advice import smaller_rows
-from .setup import Data, Models
+from .setup import Data, Run
 
 
-def open_cache(arguments: KavaArguments, models: Models, trainer: KavaTrainer) -> TeacherCache | None:
+def open_cache(run: Run) -> TeacherCache | None:
     """The folder of teacher states, where one is asked for and some term reads the teacher.
 
     Raises:
         BadRequest: if it holds something else.
     """
-    training = arguments.training
+    training, trainer = run.training, run.trainer
     if training.teacher_cache_dir is None or trainer.teacher is None:
         return None
-    identity = teacher_identity(arguments.model, models.teacher, trainer.accelerator.mixed_precision)
+    identity = teacher_identity(run.arguments.model, run.models.teacher, trainer.accelerator.mixed_precision)
     layers = cast(OnlineTeacher, trainer.teacher).layers
     return TeacherCache(training.teacher_cache_dir, identity, layers, training.teacher_cache_dtype)
 
@@ -47,9 +47,7 @@ def _examples_at_hand(data: Data, trainer: KavaTrainer) -> Sequence[list[int]]:
     return [example["input_ids"] for example in [*calibration, *(data.evaluation or [])]]
 
 
-def write_cache(
-    console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, data: Data, trainer: KavaTrainer
-) -> None:
+def write_cache(run: Run, cache: TeacherCache) -> None:
     """Write the states that are missing. A signal ends it once what was read is on disk.
 
     Raises:
@@ -57,45 +55,42 @@ def write_cache(
         Interrupted: on all ranks, if any has got a signal.
         RunFailed: if the teacher runs out of memory.
     """
-    with WATCH.deferred(), needs_memory("while the cache was written", lambda: smaller_rows(arguments)):
-        _fill(console, arguments, cache, models, data, trainer)
+    with WATCH.deferred(), needs_memory("while the cache was written", lambda: smaller_rows(run.arguments)):
+        _fill(run, cache)
 
 
-def _fill(
-    console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, data: Data, trainer: KavaTrainer
-) -> None:
+def _fill(run: Run, cache: TeacherCache) -> None:
+    console, training, teacher, stream = run.console, run.training, run.models.teacher, run.data.train
     console.stage("Teacher cache")
     cache.verify()
-    streamed = isinstance(data.train, ExampleStream)
-    examples = _examples_at_hand(data, trainer)
+    examples = _examples_at_hand(run.data, run.trainer)
     missing = cache.missing(examples)
     tokens = sum(len(examples[i]) for i in missing)
-    size = cache.bytes_for(tokens, hidden_size(models.teacher))
+    size = cache.bytes_for(tokens, hidden_size(teacher))
     layers = ", ".join(map(str, cache.layers))
-    which = "examples beside the stream" if streamed else "examples"
+    which = "examples beside the stream" if isinstance(stream, ExampleStream) else "examples"
     console.print(
         f"{len(missing)} of {len(examples)} {which} are to be written to {cache.folder}: {tokens} tokens, layers "
         f"{layers}, {cache.dtype}, {size / 1e6:.1f} MB"
     )
-    training = arguments.training
-    budget = training.max_tokens_per_batch or training.per_device_eval_batch_size * arguments.data.max_length
+    budget = training.max_tokens_per_batch or training.per_device_eval_batch_size * run.arguments.data.max_length
+    autocast = run.trainer.accelerator.autocast
     if missing:
         cache.check_space(size)
-        cache.build(models.teacher, examples, missing, budget, trainer.accelerator.autocast)
-    if streamed:
-        announce(console, cache, data.train, training, hidden_size(models.teacher))
-        written = fill_from_stream(cache, models.teacher, data.train, training, budget, trainer.accelerator.autocast)
+        cache.build(teacher, examples, missing, budget, autocast)
+    if isinstance(stream, ExampleStream):
+        announce(console, cache, stream, training, hidden_size(teacher))
+        written = fill_from_stream(cache, teacher, stream, training, budget, autocast)
         console.print(f"{written} examples of the stream were missing and have been written.")
 
 
-def read_from_cache(
-    console: Console, arguments: KavaArguments, cache: TeacherCache, models: Models, trainer: KavaTrainer
-) -> None:
+def read_from_cache(run: Run, cache: TeacherCache) -> None:
     """Let the trainer read the teacher's states from a cache that is filled, and free the teacher's weights."""
-    trainer.read_cache(CachedTeacher(models.teacher, cache.read))
-    release_weights(models.teacher, keep_head=arguments.training.kd_weight > 0)
+    teacher = run.models.teacher
+    run.trainer.read_cache(CachedTeacher(teacher, cache.read))
+    release_weights(teacher, keep_head=run.training.kd_weight > 0)
     release_memory()
-    console.print("The teacher's states come from there from now on; its weights are freed.")
+    run.console.print("The teacher's states come from there from now on; its weights are freed.")
 
 
 SAMPLE = 256
@@ -123,17 +118,9 @@ def _tokens(examples: Iterator[dict[str, Any]]) -> Iterator[list[int]]:
 def announce(
     console: Console, cache: TeacherCache, stream: ExampleStream, args: KavaTrainingArguments, width: int
 ) -> int:
-    """Say what the examples of a run will take on the disk, from the mean length of the first ones.
+    """Say what the examples of a run will take on the disk, from the mean length of the first ones; that in bytes.
 
-    Args:
-        console: takes the line.
-        cache: where they will go.
-        stream: of the training examples.
-        args: say how many of them are read.
-        width: of the teacher's states.
-
-    Returns:
-        The size in bytes.
+    The arguments say how many of the stream are read, the width is that of the teacher's states.
 
     Raises:
         BadRequest: if the disk is too small for what the cache does not hold yet.

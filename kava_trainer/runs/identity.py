@@ -47,16 +47,8 @@ _HARMLESS = {
 """Where things go and what is told, and names whose content is compared instead."""
 
 _HARMLESS_PREFIXES = (
-    "logging_",
-    "log_",
-    "save_",
-    "eval_",
-    "hub_",
-    "dataloader_",
-    "dataset_",
-    "trackio_",
-    "generation_",
-)
+    "logging_", "log_", "save_", "eval_", "hub_", "dataloader_", "dataset_", "trackio_", "generation_",
+)  # fmt: skip
 
 _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_dir")
 
@@ -88,12 +80,7 @@ def _model(name: str | None, role: str, revision: str | None) -> str | None:
 
 
 def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
-    """All that a run was asked for, and what models and data it was asked for, of plain JSON types.
-
-    Args:
-        arguments: of the run.
-        data: see `data_digest`.
-    """
+    """All that a run was asked for, and what models and data (their `data_digest`), of plain JSON types."""
     model = arguments.model
     asked = json.loads(json.dumps(arguments.to_dict(), default=str))
     if arguments.data.streaming:  # how it mixes rows is a matter of its version
@@ -145,12 +132,7 @@ def _step_examples(run: dict[str, Any]) -> int | None:
 
 
 def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
-    """Compare two runs, name by name; names that one of them does not know are left out.
-
-    Args:
-        there: `run_identity` of the run that wrote a checkpoint.
-        here: of this run.
-    """
+    """Compare the run that wrote a checkpoint with this one, each as `run_identity`, by the names that both know."""
     same = _SAME | (_SAME_OF_A_STREAM if here.get("streaming") else set())
     found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
     examples = _step_examples(there)
@@ -173,8 +155,7 @@ def check_resumable(checkpoint: Path, here: dict[str, Any]) -> Differences:
     Raises:
         BadRequest: naming what keeps it from being resumed.
     """
-    there = read_manifest(checkpoint)["run"]
-    found = compare(there, here) if there else Differences([], [], [])
+    found = compare(read_manifest(checkpoint)["run"] or {}, here)
     if found.incompatible:
         raise BadRequest(
             f"The checkpoint {checkpoint} was written by another run: {'; '.join(found.incompatible)}.",
@@ -195,17 +176,14 @@ def earlier_run(output_dir: str | Path) -> str | None:
 def check_output_dir(output_dir: str | Path, here: dict[str, Any], resuming: bool) -> None:
     """Make sure that an output folder holds no checkpoints of a different run. Raises `BadRequest` if it does.
 
-    Args:
-        output_dir: of this run.
-        here: see `run_identity`.
-        resuming: whether this run goes on from some checkpoint; then it may train with other values.
+    A run that is resuming, from whichever checkpoint, may train with other values than those were written with.
     """
     for folder in reversed(list_checkpoints(output_dir)):
         try:
             there = read_manifest(folder)["run"]
         except ValueError:
             continue
-        found = compare(there, here) if there else Differences([], [], [])
+        found = compare(there or {}, here)
         differing = found.incompatible if resuming else found.incompatible + found.training
         if differing:
             raise BadRequest(

@@ -10,12 +10,10 @@ from accelerate import PartialState
 from ..config.arguments import KavaArguments
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import ModelArguments
-from ..data.collators import DistillationCollator
 from ..models.lora_files import load_adapter
 from ..reports.run_reader import find_student, finished_summary
-from ..reports.summary import ModelFigures, Summary, finite
+from ..reports.summary import ModelFigures, Summary, finite, write_text
 from ..trainer.final_student import FINAL_STUDENT
-from ..utils.atomic_files import write_atomically
 from ..utils.errors import BadRequest, RunFailed, reason_of
 from ..utils.files import no_empty_folders
 from ..utils.memory import needs_memory
@@ -24,7 +22,7 @@ from .advice import smaller_batches, smaller_models
 from .display import show_figures
 from .fill_cache import open_cache, write_cache
 from .pipeline import attended, measure, open_console
-from .setup import build_trainer, check_teacher, load_data, load_held_out, load_models, load_tokenizers
+from .setup import Run, build_trainer, check_teacher, load_data, load_held_out, load_models, load_tokenizers
 
 Figures = dict[str, dict[str, float | None]]
 """Figures of `answers.evaluate_model` by the name of what was measured."""
@@ -57,22 +55,22 @@ def fill_cache(arguments: KavaArguments) -> None:
         raise BadRequest("teacher_cache_dir is missing, so there is no cache to fill;", "write the name of a folder.")
     training.push_to_hub, training.report_to = False, []  # a trainer would make the repository, and a tracker its run
     with attended(), no_empty_folders(training.output_dir):  # which the trainer makes
-        console = open_console(training)
+        run = Run(open_console(training), arguments)
         tokenizer = load_tokenizers(arguments)
-        data = load_data(console, arguments, tokenizer)
-        console.stage("Models")
+        run.data = load_data(run.console, arguments, tokenizer)
+        run.console.stage("Models")
         with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
-            models = load_models(console, arguments, tokenizer)
-            trainer = build_trainer(console, arguments, models, data)
-        cache = open_cache(arguments, models, trainer)
+            run.models = load_models(run.console, arguments, tokenizer)
+            run.trainer = build_trainer(run)
+        cache = open_cache(run)
         if cache is None:
             raise BadRequest(
                 "No loss term reads the teacher's states, so there is nothing to cache;", "raise a weight."
             )
         with needs_memory("while the teacher was tried out", lambda: smaller_batches(arguments)):
-            check_teacher(console, models, data, training.per_device_eval_batch_size, trainer.problems)
-        write_cache(console, arguments, cache, models, data, trainer)
-        console.print(f"A run with teacher_cache_dir {cache.folder} finds the teacher's states there.")
+            check_teacher(run)
+        write_cache(run, cache)
+        run.console.print(f"A run with teacher_cache_dir {cache.folder} finds the teacher's states there.")
 
 
 class FinishedRun(NamedTuple):
@@ -122,8 +120,7 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
         if finished is not None and finished.adapter is not None:
             _put_on(finished.adapter, models.student)
         console.stage("Evaluation")
-        collator = DistillationCollator(tokenizer)
-        measured = measure(console, arguments, models, held_out, collator, ("teacher", "student"))
+        measured = measure(console, arguments, models, held_out, ("teacher", "student"))
         evaluation = {name: one.figures for name, one in measured}
         console.stage("Measured")
         show_figures(console, {name: ModelFigures(**figures) for name, figures in evaluation.items()})
@@ -163,10 +160,10 @@ def are_figures(text: str) -> bool:
 def write_figures(path: Path, arguments: KavaArguments, evaluation: Figures, finished: FinishedRun | None) -> None:
     """Write figures as JSON, and of which models on which data they are. Raises `RunFailed` if the disk refuses."""
     model, data = arguments.model, arguments.data
-    student = model.student_name
+    adapter = finished.adapter if finished is not None else None
     values = (
         model.teacher_model_name_or_path,
-        str(finished.adapter) if finished is not None and finished.adapter is not None else student,
+        str(adapter) if adapter is not None else model.student_name,
         data.dataset_name,
         data.max_eval_samples,
         finite(evaluation),
@@ -176,6 +173,6 @@ def write_figures(path: Path, arguments: KavaArguments, evaluation: Figures, fin
     if not PartialState().is_main_process:
         return
     try:
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path, text)
     except OSError as error:
         raise RunFailed(f"The figures could not be written to {path} ({reason_of(error)}).") from error

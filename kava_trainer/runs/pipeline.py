@@ -30,8 +30,8 @@ from .control import build_control, forget_control, train_control
 from .display import quieten, shows_bars, tell_alignment, use_all_cores
 from .fill_cache import read_from_cache, write_cache
 from .finish import conclude, save_student, tell_interruption, was_interrupted, write_summary
-from .setup import Models
-from .start import Run, begin, connect, load_examples, load_pair, try_teacher
+from .setup import Models, Run
+from .start import begin, connect, load_examples, load_pair, try_teacher
 
 
 def run(arguments: KavaArguments, argv: list[str]) -> int:
@@ -56,8 +56,11 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         load_pair(run)
         connect(run)
         try_teacher(run)
-        _evaluate_start(run)
-        _read_from_cache(run)
+        run.console.stage("Evaluation")
+        _evaluate(run, run.models, ("teacher", "student_before"))
+        if run.cache is not None:
+            write_cache(run, run.cache)
+            read_from_cache(run, run.cache)
         return _train_to_the_end(run)
 
 
@@ -83,18 +86,6 @@ def open_console(training: KavaTrainingArguments) -> Console:
     return console
 
 
-def _evaluate_start(run: Run) -> None:
-    run.console.stage("Evaluation")
-    _evaluate(run, run.models, ("teacher", "student_before"))
-
-
-def _read_from_cache(run: Run) -> None:
-    """Fill the cache, where there is one, and let it stand for the teacher from then on."""
-    if run.cache is not None:
-        write_cache(run.console, run.arguments, run.cache, run.models, run.data, run.trainer)
-        read_from_cache(run.console, run.arguments, run.cache, run.models, run.trainer)
-
-
 def _train_to_the_end(run: Run) -> int:
     """Everything from the first step on: the output folder is this run's now, and a summary is written at any end."""
     status: str | None = "failed"
@@ -107,11 +98,11 @@ def _train_to_the_end(run: Run) -> int:
         raise
     except Interrupted as interruption:
         status = "interrupted"
-        tell_interruption(run.console, run.trainer, run.trainer, run.argv)
+        tell_interruption(run, run.trainer)
         return exit_code(interruption.number)
     finally:
         if run.training.should_save and status is not None:
-            write_summary(run.console, run.training.output_dir, run.summary, status, run.tracking)
+            write_summary(run, status)
 
 
 def _train_and_judge(run: Run) -> tuple[str, int]:
@@ -123,20 +114,20 @@ def _train_and_judge(run: Run) -> tuple[str, int]:
     _train(run)
     if was_interrupted(run.trainer):
         return _interrupted(run, run.trainer)
-    save_student(run.console, run.arguments, run.trainer, run.summary)
+    save_student(run)
     collapse = _measure_finished(run)
     if run.training.run_control:
         run.trainer.release()
         control = _run_control(run, resume=finished_before)
         if control is not None and was_interrupted(control):
             return _interrupted(run, control)
-    conclude(run.console, run.arguments, run.data, run.trainer, run.summary, collapse)
+    conclude(run, collapse)
     return "completed", 0
 
 
 def _interrupted(run: Run, stopped: KavaTrainer) -> tuple[str, int]:
     """The status and the exit code of a run of which a signal has ended a training."""
-    tell_interruption(run.console, stopped, run.trainer, run.argv)
+    tell_interruption(run, stopped)
     return "interrupted", exit_code(cast(int, stopped.emergency.received))
 
 
@@ -145,18 +136,13 @@ def _evaluate(run: Run, models: Models, names: tuple[str, ...]) -> None:
     data, summary = run.data, run.summary
     if data.evaluation is not None:
         problems = first_problems(models.tokenizer, data.evaluation, MOST_SAMPLES)
-        for name, measured in measure(run.console, run.arguments, models, data.evaluation, data.collator, names):
+        for name, measured in measure(run.console, run.arguments, models, data.evaluation, names):
             summary.add_evaluation(name, measured.figures)
             summary.add_answers(name, problems, measured.answers, is_exact_match)
 
 
 def measure(
-    console: Console,
-    arguments: KavaArguments,
-    models: Models,
-    held_out: Dataset,
-    collator: DistillationCollator,
-    names: tuple[str, ...],
+    console: Console, arguments: KavaArguments, models: Models, held_out: Dataset, names: tuple[str, ...]
 ) -> Iterator[tuple[str, Evaluation]]:
     """Measure the teacher or the student on held-out examples, and print the figures.
 
@@ -165,7 +151,6 @@ def measure(
         arguments: of the run; they say how much is evaluated at once, and whether answers are generated.
         models: the pair.
         held_out: tokenised examples.
-        collator: pads them.
         names: `teacher` for the teacher, any other name of `LONG_NAMES` for the student.
 
     Yields:
@@ -182,7 +167,7 @@ def measure(
                 models.teacher if name == "teacher" else models.student,
                 models.tokenizer,
                 held_out,
-                collator,
+                DistillationCollator(models.tokenizer),
                 training.per_device_eval_batch_size,
                 new_tokens if training.evaluate_generation else None,
             )
@@ -228,7 +213,7 @@ def _run_control(run: Run, resume: bool) -> KavaTrainer | None:
     console, arguments, summary = run.console, run.arguments, run.summary
     console.stage("Control: the same start, data and steps with the next-token loss alone")
     try:
-        control = build_control(arguments, run.models, run.data)
+        control = build_control(run)
         train_control(control, resume)
         if not was_interrupted(control):
             _evaluate(run, replace(run.models, student=control.whole_student()), ("control_sft",))

@@ -227,8 +227,7 @@ def _over_ranks(parts: dict[str, int], world_size: int, gathered: Callable[[], i
 def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     """Bytes that training will take on each device, by what takes them; their sum is the peak.
 
-    Args:
-        arguments: of the run. Only the configs of the models are read.
+    Of the models only the configs are read.
 
     Returns:
         `teacher`, `student`, `adapter` where there is one, `projector`, `gradients`, `optimizer`, `micro-batch`.
@@ -282,9 +281,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
 def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:
     """What one checkpoint takes on disk: student or its adapters, projectors, and optimizer where it is saved.
 
-    Args:
-        parts: of `estimate_memory`.
-        training: says with `save_only_model` whether a checkpoint can be resumed from.
+    The parts are those of `estimate_memory`.
     """
     student = "adapter" if "adapter" in parts else "student"
     weights, optimizer = parts[student] + parts["projector"], 0 if training.save_only_model else parts["optimizer"]
@@ -294,14 +291,10 @@ def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) 
 
 
 def check_space(parts: Mapping[str, int], training: KavaTrainingArguments) -> None:
-    """Make sure that the disk of `output_dir` holds one more checkpoint, where any will be written.
-
-    Args:
-        parts: of `estimate_memory`.
-        training: names `output_dir`, which need not exist yet.
+    """Make sure that the disk of `output_dir`, which need not exist yet, holds one more checkpoint of these parts.
 
     Raises:
-        BadRequest: with both sizes, if it does not.
+        BadRequest: with both sizes, if it does not, and any will be written.
     """
     if training.save_strategy == SaveStrategy.NO:
         return

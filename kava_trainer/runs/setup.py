@@ -1,7 +1,8 @@
 """What a run needs before its first step: tokenizer, data, models and trainer, and what the user sees of them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -21,6 +22,7 @@ from ..data.stream_sources import open_rows
 from ..data.streaming import ExampleStream, open_stream
 from ..distillation.pairing import pair_up
 from ..distillation.projector import ElasticBottleneck
+from ..distillation.teacher_cache import TeacherCache
 from ..evaluation.answers import answer_cross_entropy
 from ..models.layers import hidden_size, number_of_layers
 from ..models.lm_head import check_head
@@ -28,8 +30,10 @@ from ..models.loading import check_reads, check_tokenizers_agree, load_tokenizer
 from ..models.lora import trained_parameters
 from ..models.student import load_student
 from ..models.teacher import load_teacher
+from ..reports.summary import RunSummary
 from ..reports.verdict import TEACHER_AT_CHANCE, few_examples
 from ..trainer.callbacks.trackers import tracker_problem
+from ..trainer.checkpoint import Resumption
 from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console, size_text
 from ..utils.errors import BadRequest, reason_of
@@ -45,6 +49,7 @@ from .advice import (
     slow_half_precision,
 )
 from .resources import check_space, estimate_memory
+from .tracking import RunTracking
 
 HEAD_CHECK_TOKENS = 64
 """Tokens that the logits of a whole vocabulary are compared on, before training."""
@@ -73,6 +78,35 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
 
 
+@dataclass
+class Run:
+    """What the stages of one run hand on; the later parts are there once their stage is over."""
+
+    console: Console
+    arguments: KavaArguments
+    argv: list[str] = field(default_factory=list)
+    """The command line without the program."""
+    resumption: Resumption = field(init=False)
+    summary: RunSummary = field(init=False)
+    tokenizer: PreTrainedTokenizerBase = field(init=False)
+    data: Data = field(init=False)
+    identity: dict[str, Any] = field(init=False)
+    models: Models = field(init=False)
+    trainer: KavaTrainer = field(init=False)
+    tracking: RunTracking = field(init=False)
+    cache: TeacherCache | None = field(init=False)
+
+    @property
+    def training(self) -> KavaTrainingArguments:
+        """What was asked of the training."""
+        return self.arguments.training
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What it goes on from."""
+        return self.resumption.checkpoint
+
+
 def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
     """The student's tokenizer, which agrees with the teacher's; the teacher's own where the student has none."""
     model = arguments.model
@@ -87,16 +121,14 @@ def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
 def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Both splits, tokenised, with what pads them. Raises `BadRequest` where the data cannot be used."""
     console.stage("Data")
-    if arguments.data.streaming:
+    asked = arguments.data
+    if asked.streaming:
         return _load_stream(console, arguments, tokenizer)
     with arguments.training.main_process_first(desc="loading the data"):
-        train, test, total = load_splits(arguments.data)
+        train, test, total = load_splits(asked)
         console.print(f"Dataset loaded: {total} samples")
-        asked = arguments.data
-        encoded = encode_dataset(
-            train, tokenizer, asked.max_length, "Tokenizing the training data", cast(str, asked.dataset_name)
-        )
-        held_out = _encode_held_out(arguments, tokenizer, test) if test else None
+        encoded = _encode(asked, tokenizer, "training", train)
+        held_out = _encode(asked, tokenizer, "held-out", test) if test else None
     _tell_encoding(console, "training", encoded, len(train), asked)
     if test and held_out:
         _tell_encoding(console, "held-out", held_out, len(test), asked)
@@ -118,7 +150,7 @@ def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed)
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
-    encoded = _encode_held_out(arguments, tokenizer, held_out)
+    encoded = _encode(asked, tokenizer, "held-out", held_out)
     _tell_encoding(console, "held-out", encoded, len(held_out), asked)
     kind = prompt_kind(rows.first(1)[0], rows.columns)
     return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind)
@@ -135,7 +167,7 @@ def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrai
                 f"The data set {asked.dataset_name!r} has no held-out examples to measure on;",
                 "name a dataset_test_split, or a data set of more than one example.",
             )
-        held_out = _encode_held_out(arguments, tokenizer, test)
+        held_out = _encode(asked, tokenizer, "held-out", test)
     _tell_encoding(console, "held-out", held_out, len(test), asked)
     if few := few_examples(len(held_out.dataset)):
         console.warn(few)
@@ -148,11 +180,9 @@ def own_parameters(student: PreTrainedModel) -> int:
     return student.num_parameters() - sum(parameter.numel() for parameter in beside)
 
 
-def _encode_held_out(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, test: datasets.Dataset) -> Encoded:
-    asked = arguments.data
-    return encode_dataset(
-        test, tokenizer, asked.max_length, "Tokenizing the held-out data", cast(str, asked.dataset_name)
-    )
+def _encode(asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset) -> Encoded:
+    told = f"Tokenizing the {which} data"
+    return encode_dataset(rows, tokenizer, asked.max_length, told, cast(str, asked.dataset_name))
 
 
 def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, asked: DataArguments) -> None:
@@ -235,13 +265,13 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     return trainer
 
 
-def build_trainer(console: Console, arguments: KavaArguments, models: Models, data: Data) -> KavaTrainer:
+def build_trainer(run: Run) -> KavaTrainer:
     """The trainer of the run, and what the user sees of its loss.
 
     Raises:
         BadRequest: as `make_trainer`, and where the devices or the evaluation do not fit the arguments.
     """
-    training = arguments.training
+    console, training, models, data = run.console, run.training, run.models, run.data
     check_processes(training)
     check_evaluation(training, data.evaluation is not None)
     trainer = make_trainer(training, models, data)
@@ -250,7 +280,7 @@ def build_trainer(console: Console, arguments: KavaArguments, models: Models, da
     examples = 0 if isinstance(data.train, ExampleStream) else len(data.train)
     problems = (
         rounding_problem(training.optim, training.optim_args, trained),
-        slow_half_precision(arguments, models.teacher, models.student),
+        slow_half_precision(run.arguments, models.teacher, models.student),
         long_warmup(training, planned_steps(training, examples, training.world_size)),
     )
     for problem in filter(None, problems):
@@ -286,15 +316,14 @@ def measure_teacher(
     return loss, chance, not loss < 0.95 * chance
 
 
-def check_teacher(
-    console: Console, models: Models, data: Data, batch_size: int, problems: list[dict[str, Any]]
-) -> None:
+def check_teacher(run: Run) -> None:
     """Warn of a teacher that knows no more about the answers than chance, and add it to the problems."""
-    loss, chance, at_chance = measure_teacher(models.teacher, first_examples(data.train, batch_size), data.collator)
-    console.print(f"Teacher's cross-entropy on one batch: {loss:.2f} nats (chance: {chance:.2f})")
+    batch = first_examples(run.data.train, run.training.per_device_eval_batch_size)
+    loss, chance, at_chance = measure_teacher(run.models.teacher, batch, run.data.collator)
+    run.console.print(f"Teacher's cross-entropy on one batch: {loss:.2f} nats (chance: {chance:.2f})")
     if at_chance:
-        console.warn(
+        run.console.warn(
             "The teacher is no better than chance on these answers. Look at its weights, its tokenizer and the data."
         )
         action = f"went on with a teacher of {loss:.2f} nats on the answers, where chance has {chance:.2f}"
-        problems.append({"step": None, "kind": TEACHER_AT_CHANCE, "action": action})
+        run.trainer.problems.append({"step": None, "kind": TEACHER_AT_CHANCE, "action": action})

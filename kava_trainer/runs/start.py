@@ -1,21 +1,16 @@
-"""A run, and the stages before its first step."""
+"""The stages of a run before its first step."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import run_command
-from ..distillation.teacher_cache import TeacherCache
 from ..evaluation.teacher_fidelity import TeacherFidelity
 from ..reports.model_card import local_sources
 from ..reports.summary import RunSummary
 from ..trainer.checkpoint import Resumption, resolve_checkpoint, sweep
 from ..trainer.final_student import FINAL_STUDENT
 from ..trainer.run_state import progress_file, read_progress
-from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console
 from ..utils.distributed import from_main_process
 from ..utils.environment import describe_environment
@@ -28,8 +23,7 @@ from .display import show_configuration, show_environment
 from .fill_cache import open_cache
 from .identity import check_output_dir, check_resumable, data_digest, earlier_run, name_run, run_identity
 from .setup import (
-    Data,
-    Models,
+    Run,
     build_trainer,
     check_teacher,
     load_data,
@@ -39,35 +33,6 @@ from .setup import (
     tell_memory,
 )
 from .tracking import RunTracking
-
-
-@dataclass
-class Run:
-    """What the stages of one run hand on; the later parts are there once their stage is over."""
-
-    console: Console
-    arguments: KavaArguments
-    argv: list[str]
-    """The command line without the program."""
-    resumption: Resumption
-    summary: RunSummary
-    tokenizer: PreTrainedTokenizerBase = field(init=False)
-    data: Data = field(init=False)
-    identity: dict[str, Any] = field(init=False)
-    models: Models = field(init=False)
-    trainer: KavaTrainer = field(init=False)
-    tracking: RunTracking = field(init=False)
-    cache: TeacherCache | None = field(init=False)
-
-    @property
-    def training(self) -> KavaTrainingArguments:
-        """What was asked of the training."""
-        return self.arguments.training
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """What it goes on from."""
-        return self.resumption.checkpoint
 
 
 def begin(console: Console, arguments: KavaArguments, argv: list[str]) -> Run:
@@ -83,7 +48,9 @@ def begin(console: Console, arguments: KavaArguments, argv: list[str]) -> Run:
     summary = RunSummary(asked, environment, run_command(argv))
     show_environment(console, training.device)
     show_configuration(console, arguments, resumption)
-    return Run(console, arguments, argv, resumption, summary)
+    run = Run(console, arguments, argv)
+    run.resumption, run.summary = resumption, summary
+    return run
 
 
 def check_places(training: KavaTrainingArguments) -> None:
@@ -145,7 +112,7 @@ def load_pair(run: Run) -> None:
         summary.content.student_parameters = own_parameters(models.student)
         summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
         summary.content.teacher_fidelity = fidelity.compare(models.teacher)
-        run.trainer = build_trainer(console, arguments, models, data)
+        run.trainer = build_trainer(run)
 
 
 def connect(run: Run) -> None:
@@ -168,7 +135,6 @@ def _go_on_from(checkpoint: Path, summary: RunSummary) -> None:
 
 def try_teacher(run: Run) -> None:
     """Whether its cache is this teacher's, and whether the teacher knows more than chance."""
-    run.cache = open_cache(run.arguments, run.models, run.trainer)
-    batch_size = run.training.per_device_eval_batch_size
+    run.cache = open_cache(run)
     with needs_memory("while the teacher was tried out", lambda: smaller_batches(run.arguments)):
-        check_teacher(run.console, run.models, run.data, batch_size, run.trainer.problems)
+        check_teacher(run)
