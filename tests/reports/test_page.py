@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import time
 import types
 from dataclasses import asdict
 
@@ -351,7 +352,8 @@ def test_what_is_no_finite_number_is_no_point():
 
 def test_each_training_line_tells_the_tokens_since_the_last_one(tmp_path, tokenizer, monkeypatch):
     ticks = iter(range(0, 100, 2))
-    monkeypatch.setattr(throughput, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    clock = {"monotonic": lambda: float(next(ticks)), "perf_counter": time.perf_counter}
+    monkeypatch.setattr(throughput, "time", types.SimpleNamespace(**clock))
     trainer = make_trainer(tmp_path, tokenizer, max_steps=5, logging_steps=2, eval_strategy="steps", eval_steps=3)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
