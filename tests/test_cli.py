@@ -63,6 +63,7 @@ def test_the_help_of_commands_imports_nothing_heavy():
         assert subprocess.run([sys.executable, "-c", code.format(name)], cwd=ROOT, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow  # test_help has a shorter one
 def test_a_command_says_nothing_of_what_libraries_log_on_import():
     command = [sys.executable, "-m", "kava_trainer", "explain", "mercator_weight"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)

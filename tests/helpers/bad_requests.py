@@ -1,6 +1,9 @@
 """Requests that cannot be done, each with what is said of it."""
 
 import json
+import shutil
+from functools import cache
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, T5Config
@@ -61,10 +64,18 @@ def student(path):
     return {"student_model_name_or_path": None, "student_config_name": path}
 
 
-def damaged_checkpoint(folder, name):
-    checkpoint = folder / "checkpoint-1"
-    options = {**QUICKSTART, **SHORT, "max_steps": 1, "save_steps": 1, "max_length": 128, "output_dir": folder}
+@cache
+def _trained():
+    """The output folder of a run that is made once; it goes when the process does."""
+    folder = TemporaryDirectory()
+    options = {**QUICKSTART, **SHORT, "max_steps": 1, "save_steps": 1, "max_length": 128, "output_dir": folder.name}
     assert run_kava.main(words(options)) == 0
+    return folder
+
+
+def damaged_checkpoint(folder, name):
+    shutil.copytree(_trained().name, folder, dirs_exist_ok=True)
+    checkpoint = folder / "checkpoint-1"
     (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:100])
     return checkpoint
 

@@ -1,5 +1,6 @@
 """Runs in processes of their own that start quickly: one server imports everything once and forks for each of them."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -37,6 +38,7 @@ def _enter(function, log, rank, ranks, port, arguments):
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported need not be looked through for garbage
     sys.exit(function(*arguments))
 
 

@@ -64,11 +64,18 @@ def test_the_same_signal_twice_leaves_at_once(tmp_path):
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_all_ranks_stop_at_the_same_step_when_one_gets_the_signal(tmp_path):
-    result = launch("helpers.signal_run", tmp_path / "out", "SIGTERM", 1, 1, ranks=2)
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_all_ranks_stop_at_the_same_step_when_one_gets_the_signal(tmp_path, launched):
+    if launched:
+        result = launch("helpers.signal_run", tmp_path / "out", "SIGTERM", 1, 1, ranks=2)
+        shown = result.stdout
+        assert "exitcode  : 143" in result.stderr
+    else:
+        run = Run(signal_run.main, tmp_path / "logs", str(tmp_path / "out"), "SIGTERM", "1", "1", ranks=2)
+        assert run.wait() == [143, 143], run.output()
+        shown = run.output()
     for rank in (0, 1):
-        assert f"rank {rank} of 2 stopped at step 3" in result.stdout
-    assert "exitcode  : 143" in result.stderr
+        assert f"rank {rank} of 2 stopped at step 3" in shown
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("checkpoint-3", "proj_step_3.pth", "emergency_projector.pth")
     }

@@ -72,7 +72,9 @@ def resumed_as_straight(folder, data, settings, stops, ranks=1):
                 assert after[name] == before[name], (stop, name)
 
 
-@pytest.mark.parametrize(("accumulation", "workers", "stops"), [(3, 0, (4,)), (2, 2, (3,))])
+@pytest.mark.parametrize(
+    ("accumulation", "workers", "stops"), [(3, 0, (4,)), pytest.param(2, 2, (3,), marks=pytest.mark.slow)]
+)
 def test_a_resumed_stream_goes_on_with_the_next_example(tmp_path, data, accumulation, workers, stops):
     resumed_as_straight(tmp_path, data, settings_of(accumulation, workers), stops)
 
