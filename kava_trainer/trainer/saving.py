@@ -4,7 +4,8 @@ Every private method of Trainer that KAVA overrides is here.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,6 +32,7 @@ from .checkpoint import PROJECTOR_FILE, TRAINER_STATE_FILE, rotate, unreadable_c
 from .final_student import final_checksums, is_same_student
 from .incidents import Incidents
 from .run_state import RunState, read_progress
+from .step import StepRunner
 from .throughput import Throughput
 from .weights import Weights
 
@@ -65,6 +67,7 @@ class SavingTrainer(Trainer):
     emergency: EmergencyCheckpointCallback
     run_state: RunState
     clock: Throughput
+    steps: StepRunner
     pusher: CheckpointPusher | None = None
     """Sends checkpoints, where `push_to_hub` and `hub_strategy` ask for it; on the main process."""
     identity: dict[str, Any] | None = None
@@ -182,6 +185,23 @@ class SavingTrainer(Trainer):
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return state if state.global_step >= max_steps else None
+
+    @contextmanager
+    def explained(self, checkpoint: str | None) -> Iterator[None]:
+        """Within the `with` block a checkpoint that cannot be loaded, and memory that runs out, are errors that help.
+
+        Args:
+            checkpoint: the one that the training goes on from.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:  # passes and evaluations have messages of their own
+            raise self.steps.out_of_memory_between_passes(self.model) from error
+        except UNREADABLE as error:
+            is_loading = not self.run_state.began or isinstance(error, UnpicklingError)  # random states come last
+            if checkpoint and self.optimizer is not None and is_loading:
+                raise unreadable_checkpoint(checkpoint, error) from error
+            raise
 
     def evaluate_late(self, checkpoint: str) -> None:
         """Do the evaluation that was due at a checkpoint and gave way to a signal."""

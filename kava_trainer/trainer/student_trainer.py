@@ -25,7 +25,6 @@ from ..utils.signals import WATCH
 from .batches import with_spared_workers
 from .callbacks.probe import ProbeCallback, progress_of
 from .saving import SavingTrainer
-from .step import StepRunner
 
 
 class StudentTrainer(SavingTrainer):
@@ -33,7 +32,6 @@ class StudentTrainer(SavingTrainer):
 
     terms: LossTerms
     probe: ProbeCallback
-    steps: StepRunner
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

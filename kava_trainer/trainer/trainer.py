@@ -35,11 +35,10 @@ from .callbacks.probe import ProbeCallback, progress_of
 from .callbacks.projector_save import ProjectorSaveCallback
 from .callbacks.status import StatusCallback
 from .callbacks.trackers import guard_trackers
-from .checkpoint import resolve_checkpoint, unreadable_checkpoint
+from .checkpoint import resolve_checkpoint
 from .incidents import Incidents
 from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, rate_of, settled
 from .run_state import Part, RunState
-from .saving import UNREADABLE
 from .step import StepRunner
 from .student_trainer import StudentTrainer
 from .throughput import Throughput
@@ -290,14 +289,8 @@ class KavaTrainer(StudentTrainer):
             return output
         if self.model_init is None:  # else there will be another model
             self._make_ready()
-        try:
+        with self.explained(resume_from_checkpoint):
             return super().train(resume_from_checkpoint, *args)
-        except torch.OutOfMemoryError as error:  # passes and evaluations have messages of their own
-            raise self.steps.out_of_memory_between_passes(self.model) from error
-        except UNREADABLE as error:
-            if resume_from_checkpoint and self.optimizer is not None and not self.run_state.began:
-                raise unreadable_checkpoint(resume_from_checkpoint, error) from error
-            raise
 
     def _make_ready(self) -> None:
         """What a new model needs before it is trained."""

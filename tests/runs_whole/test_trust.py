@@ -20,6 +20,7 @@ import run_kava
 from kava_trainer.config.launcher import resume_command
 from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.quickstart import STUDENT_FOLDER
+from kava_trainer.trainer.checkpoint import write_manifest
 from kava_trainer.utils import redaction
 from kava_trainer.utils.errors import BadRequest
 
@@ -69,6 +70,9 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path, tokenizer, name):
     if name == "pytorch_model.bin":
         (checkpoint / "model.safetensors").unlink()
     write_code(checkpoint / name, tmp_path / "marker")
+    with pytest.raises(BadRequest, match="cannot be resumed"):  # its manifest does not know the file
+        make_trainer(tmp_path, tokenizer, **settings).train(resume_from_checkpoint=str(checkpoint))
+    write_manifest(checkpoint, None)
     with pytest.raises(BadRequest) as caught:
         make_trainer(tmp_path, tokenizer, **settings).train(resume_from_checkpoint=str(checkpoint))
     assert CODE in str(caught.value)
@@ -180,6 +184,7 @@ def test_a_bad_request_shows_no_secret(tmp_path, capfd, monkeypatch):
 
 BREAKS = """
 import os, runpy, sys
+from kava_trainer.trainer.checkpoint import write_manifest
 from kava_trainer.trainer.trainer import KavaTrainer
 
 def training_step(self, *_):
