@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
-from .checks import training_problems
+from .checks import settle_numbers, training_problems
 from .data_arguments import DataArguments
 from .launcher import device_problem, is_fsdp_asked, sharding_problems
 from .model_arguments import ModelArguments, argument
@@ -141,6 +141,7 @@ class KavaTrainingArguments(TrainingArguments):
     plain_output: bool = argument(False, "No emoji and no progress bars.")
 
     def __post_init__(self) -> None:
+        settle_numbers(self)
         for name in (f.name for f in fields(self) if is_secret_name(f.name)):
             keep_secret(getattr(self, name))
         if isinstance(self.layer_mapping, (list, tuple)):

@@ -1,7 +1,7 @@
 """Every check of the training's own arguments that needs no model."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from ..utils.errors import Problem, WrongArguments
 from .launcher import engine_problems
@@ -29,6 +29,21 @@ _UNWANTED = {"dispatch_batches": True, "split_batches": True, "even_batches": Fa
 
 _UNREPEATABLE = {"lr_scheduler_type": "reduce_lr_on_plateau", "train_sampling_strategy": "group_by_length"}
 """What a control could not do over again."""
+
+
+def settle_numbers(training: "KavaTrainingArguments") -> None:
+    """Make floats of whole numbers where an argument takes a float: a tensor of 1 is none that a loss can be.
+
+    Numbers of steps stay as they are: Trainer, which takes shares of a training there too, sees to them.
+    """
+    for name, hint in get_type_hints(type(training)).items():
+        value, kinds = getattr(training, name, None), {hint, *get_args(hint)}
+        if name.endswith("_steps") or int in kinds:
+            continue
+        if float in kinds and type(value) is int:
+            setattr(training, name, float(value))
+        elif list[float] in kinds and isinstance(value, list):
+            setattr(training, name, [float(number) for number in value])
 
 
 def training_problems(training: "KavaTrainingArguments") -> list[Problem]:

@@ -92,7 +92,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 
 def _describe(argument: Field[Any], owner: type, hint: Any) -> Argument:
-    group, unit = _group(argument.name, owner), argument.metadata.get("unit")
+    group, unit = _group(argument.name, owner), getattr(argument.metadata.get("help"), "unit", None)
     effect = " ".join(str(argument.metadata.get("help") or "").replace("%%", "%").split())
     if group == INHERITED and argument.name in NOTES:
         unit, effect = NOTES[argument.name]

@@ -23,7 +23,15 @@ _STARTS = {"random": "random weights", "teacher_layers": "layers of the teacher"
 
 def argument(default: T, effect: str, unit: str | None = None) -> T:
     """A field of a dataclass: its default, its effect as `--help` and `explain` tell it, and what its value counts."""
-    return field(default=default, metadata={"help": effect} | ({"unit": unit} if unit else {}))
+    told = Effect(effect)
+    told.unit = unit
+    return field(default=default, metadata={"help": told})
+
+
+class Effect(str):
+    """The effect of an argument in words. `HfArgumentParser` takes whatever stands beside it for its own."""
+
+    unit: str | None = None
 
 
 @dataclass
@@ -78,6 +86,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        self.lora_dropout = float(self.lora_dropout)  # JSON writes 0 for 0.0
         targets = _names(self.lora_target_modules)
         self.lora_target_modules = ALL_LINEAR if targets == [ALL_LINEAR] else targets
         self.lora_modules_to_save = _names(self.lora_modules_to_save)

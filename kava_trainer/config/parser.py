@@ -160,7 +160,9 @@ def _fits(name: str, value: Any, hint: Any) -> bool:
     parts = _alternatives(hint)
     if isinstance(value, bool) and bool not in parts:  # to Python a bool is an int
         return False
-    if isinstance(value, int) and not isinstance(value, bool) and float in parts:
+    if type(value) is int and float in parts:
+        return True
+    if isinstance(value, list) and list[float] in parts and all(type(number) in (int, float) for number in value):
         return True
     try:
         type_validator(name, value, hint)

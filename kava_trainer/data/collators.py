@@ -50,12 +50,10 @@ class DistillationCollator:
             `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, and where states are
             read `teacher_states` [B, T, d_t] by layer.
         """
-        _check_examples(examples)
-        input_ids = [torch.as_tensor(example["input_ids"]) for example in examples]
-        labels = [torch.as_tensor(example["labels"]) for example in examples]
-        answers = [_answers(example["labels"]) for example in examples]
+        input_ids, labels = _tokens(examples)
+        answers = [_answers(own) for own in labels]
         width = max(map(len, input_ids))
-        states = _states(examples, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
+        states = _states(input_ids, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
@@ -78,15 +76,15 @@ class JoiningCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate examples with `input_ids` and `labels`: flat tensors, and how many entries each example has."""
-        _check_examples(examples)
-        answers = [_answers(example["labels"]) for example in examples]
+        input_ids, labels = _tokens(examples)
+        answers = [_answers(own) for own in labels]
         return {
-            "input_ids": torch.cat([torch.as_tensor(example["input_ids"]) for example in examples]),
-            "lengths": [len(example["input_ids"]) for example in examples],
+            "input_ids": torch.cat(input_ids),
+            "lengths": list(map(len, input_ids)),
             "answer_index": torch.cat([positions for positions, _ in answers]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
             "answers": [len(positions) for positions, _ in answers],
-            **_states(examples, self.read_states, torch.cat),
+            **_states(input_ids, self.read_states, torch.cat),
         }
 
 
@@ -102,28 +100,40 @@ class CompletingCollator:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The collator's batch with `attention_mask`, `answer_index` and `next_tokens` where it has none.
+        """The collator's batch, see `completed`."""
+        return completed(self.collator(examples))
 
-        Raises:
-            ValueError: if it lacks `input_ids` or `labels`, or holds what KAVA does not pass on to the models.
-        """
-        batch = dict(self.collator(examples))
-        if missing := [name for name in ("input_ids", "labels") if batch.get(name) is None]:
-            raise ValueError(
-                f"The data collator gives no {' and no '.join(missing)}, but only {', '.join(batch)}. Let it give "
-                "both, with labels of -100 where nothing is to be learned; or leave data_collator out."
-            )
-        if foreign := [name for name in _NOT_PASSED_ON if name in batch]:
-            raise ValueError(
-                f"The data collator gives {', '.join(foreign)}, which KAVA does not pass on to the models. Let it pad; "
-                "or leave data_collator out: KAVA packs examples itself."
-            )
-        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-        if "answer_index" not in batch:
-            following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
-            batch["answer_index"] = (following != IGNORED).nonzero().flatten()
-            batch["next_tokens"] = following[batch["answer_index"]]
+
+def completed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of anybody's making with `attention_mask`, `answer_index` and `next_tokens` where it has none.
+
+    Raises:
+        ValueError: if it lacks `input_ids` or `labels`, or holds what KAVA does not pass on to the models.
+    """
+    batch = dict(given)
+    if "answer_index" in batch:
         return batch
+    if missing := [name for name in ("input_ids", "labels") if batch.get(name) is None]:
+        raise ValueError(
+            f"The data collator gives no {' and no '.join(missing)}, but only {', '.join(batch)}. Let it give "
+            "both, with labels of -100 where nothing is to be learned; or leave data_collator out."
+        )
+    if foreign := [name for name in _NOT_PASSED_ON if name in batch]:
+        raise ValueError(
+            f"The data collator gives {', '.join(foreign)}, which KAVA does not pass on to the models. Let it pad; "
+            "or leave data_collator out: KAVA packs examples itself."
+        )
+    if batch["labels"].shape != batch["input_ids"].shape:
+        shapes = f"{list(batch['labels'].shape)} and {list(batch['input_ids'].shape)}"
+        raise ValueError(
+            f"labels and input_ids of a batch have the shapes {shapes}. Give every token a label, or -100."
+        )
+    batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    real = batch["attention_mask"].bool().flatten()
+    batch["answer_index"] = (real & (following != IGNORED)).nonzero().flatten()
+    batch["next_tokens"] = following[batch["answer_index"]]
+    return batch
 
 
 def choose_collator(
@@ -140,25 +150,46 @@ def choose_collator(
     return given if isinstance(given, DistillationCollator) else CompletingCollator(given or default_data_collator)
 
 
-def _check_examples(examples: list[dict[str, Any]]) -> None:
+def _tokens(examples: list[dict[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Token ids and labels of each example, without what its own `attention_mask` says is padding.
+
+    An example of no tokens teaches nothing and is left out; where there is no other, one token stands for it.
+    """
     if missing := [name for name in ("input_ids", "labels") if name not in examples[0]]:
         raise ValueError(
             f"An example has no {' and no '.join(missing)}, but only {', '.join(sorted(examples[0]))}. Give every "
             "example input_ids, and labels that are -100 where no answer is to be learned."
         )
+    pairs = [pair for example in examples if len((pair := _real(example))[0])]
+    pairs = pairs or [(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED))]
+    return [ids for ids, _ in pairs], [labels for _, labels in pairs]
 
 
-def _answers(labels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _real(example: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, labels = (torch.as_tensor(example[name], dtype=torch.long) for name in ("input_ids", "labels"))
+    if len(ids) != len(labels):
+        raise ValueError(
+            f"An example has {len(ids)} input_ids and {len(labels)} labels. Give every token a label: its own id, or "
+            "-100 where nothing is to be learned."
+        )
+    mask = example.get("attention_mask")
+    if mask is None or all(mask):
+        return ids, labels
+    real = torch.as_tensor(mask, dtype=torch.bool)
+    return ids[real], labels[real]
+
+
+def _answers(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of one example that have a next token to learn, and these tokens."""
-    following = torch.as_tensor(labels[1:])
+    following = labels[1:]
     positions = (following != IGNORED).nonzero().flatten()
     return positions, following[positions]
 
 
 def _states(
-    examples: list[dict[str, Any]], read: StatesReader | None, join: Callable[[list[torch.Tensor]], torch.Tensor]
+    input_ids: list[torch.Tensor], read: StatesReader | None, join: Callable[[list[torch.Tensor]], torch.Tensor]
 ) -> dict[str, dict[int, torch.Tensor]]:
     if read is None:
         return {}
-    states = [read(example["input_ids"]) for example in examples]
+    states = [read(ids.tolist()) for ids in input_ids]
     return {"teacher_states": {layer: join([own[layer] for own in states]) for layer in states[0]}}

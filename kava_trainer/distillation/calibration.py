@@ -187,7 +187,7 @@ def _add_batch(
     batch = send_to_device(batch, model.student.device)
     mask = batch["attention_mask"].bool()
     teacher_states = teacher.features(batch)
-    output = model(batch["input_ids"], batch["attention_mask"])
+    output = model(batch["input_ids"], batch["attention_mask"], distils=True)
     for sums, projector, (student, layer) in zip(moments, model.target.projectors, model.target.pairs, strict=True):
         source, other = teacher_states[layer][mask], output.hidden_states[student][mask]
         if model.target.direction == "student_to_teacher":

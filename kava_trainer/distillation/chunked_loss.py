@@ -39,7 +39,7 @@ def sum_in_chunks(
     if torch.is_grad_enabled():
         return cast(Any, _ChunkedSum).apply(function, weights, size, len(rows), *rows, *parameters)
     sums = torch.stack([function(*chunk) for chunk in _chunks(rows, size)]).sum(dim=0)
-    return sums @ weights, sums
+    return (sums * weights).sum(), sums  # autocast would do a product of matrices in half precision
 
 
 def _chunks(rows: Sequence[torch.Tensor], size: int) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -89,7 +89,7 @@ class _ChunkedSum(torch.autograd.Function):
         ctx.gradients = gradients
         sums = torch.stack(parts).sum(dim=0)
         ctx.mark_non_differentiable(sums)
-        return sums @ weights, sums
+        return (sums * weights).sum(), sums
 
     @staticmethod
     def backward(ctx: Any, total: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

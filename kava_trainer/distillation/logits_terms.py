@@ -55,7 +55,9 @@ class LogitsTerms:
         """
         states = [last_state, *([] if self._teacher is None else self._teacher[:1])]
         answers, *teacher = (state.flatten(0, 1)[self._answers] for state in states)
-        weights = torch.tensor(list(self._weights.values())).to(last_state.device, non_blocking=True)
+        weights = torch.tensor(list(self._weights.values()), dtype=torch.float32).to(
+            last_state.device, non_blocking=True
+        )
         rows = (answers, self._targets, *teacher)
         total, sums = sum_in_chunks(partial(self._chunk, head), rows, weights, parameters, self._vocabulary)
         return total, dict(zip(self._weights, sums, strict=True))

@@ -108,6 +108,7 @@ class LossTerms:
             packed_lengths=inputs.get("packed_lengths"),
             teacher_states=teacher_states if aligns else None,
             logits_terms=self._logits_terms(inputs, teacher_states, on_logits) if on_logits else None,
+            distils=True,
         )
 
     def _logits_terms(

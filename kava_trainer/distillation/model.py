@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -81,25 +81,34 @@ class DistillationModel(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         packed_lengths: Sequence[int] | None = None,
         teacher_states: dict[int, torch.Tensor] | None = None,
         logits_terms: LogitsTerms | None = None,
-    ) -> StudentOutput:
+        distils: bool = False,
+        **others: Any,
+    ) -> Any:
         """Run the student, keep its mapped hidden states, and bring them and the teacher's into one space.
 
         Args:
             input_ids: tokens [B, T].
             attention_mask: 1 at real tokens [B, T].
-            labels: taken and left alone, so that Trainer finds the column; losses are computed elsewhere.
+            labels: of the student alone; the losses of the distillation are computed elsewhere.
             packed_lengths: tokens of each example of a packed row [1, T].
             teacher_states: the teacher's states [B, T, d_t] by layer; without them nothing is projected.
             logits_terms: computed here, inside the wrapper of data parallelism, because they use the head's weights.
+            distils: else the student answers alone, as it does for anybody's code that calls `trainer.model(**batch)`.
+            others: for the student alone.
+
+        Returns:
+            A `StudentOutput`; of the student alone its own output, with `loss` and `logits`.
         """
+        if not distils:
+            return self.student(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **others)
         with self._capture as states:
-            last = run_decoder(self.student, input_ids, attention_mask, packed_lengths)
+            last = run_decoder(self.student, cast(torch.Tensor, input_ids), attention_mask, packed_lengths)
         pairs = [] if teacher_states is None else self.target(states, teacher_states)
         if logits_terms is None:
             return StudentOutput(last, states, pairs)

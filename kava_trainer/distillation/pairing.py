@@ -4,7 +4,9 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config.arguments import KavaTrainingArguments
@@ -19,9 +21,11 @@ from .targets import HiddenStateTarget, build_target
 
 
 def check_given(
-    student: PreTrainedModel | None, model_init: Callable[..., Any] | None, options: dict[str, Any]
+    args: Any, student: PreTrainedModel | None, model_init: Callable[..., Any] | None, options: dict[str, Any]
 ) -> None:
     """Raise `ValueError` for what a `KavaTrainer` cannot be made of; `options` are those that Trainer gets too."""
+    if not isinstance(args, KavaTrainingArguments):
+        raise ValueError(f"args is a {type(args).__name__}; write KavaTrainingArguments, which takes the same.")
     if options.get("compute_loss_func") is not None:
         raise ValueError("The loss is the sum of KAVA's terms; leave compute_loss_func out and set their weights.")
     if model_init is not None and options.get("optimizers", (None, None)) != (None, None):
@@ -38,6 +42,33 @@ def check_student(student: PreTrainedModel) -> None:
         raise ValueError("The student is a PeftModel. Give the model itself, with adapters from lora.add_adapter.")
     if is_fsdp_asked() and has_adapter(student):
         raise ValueError("Adapters are not supported under FSDP2; start without it.")
+    check_causal("student", student)
+
+
+def check_causal(role: str, model: Any) -> None:
+    """Raise `ValueError` for what is no causal language model of transformers, named by its role."""
+    kind = type(model).__name__
+    if isinstance(model, str):
+        raise ValueError(f"The {role} is a name; load it: AutoModelForCausalLM.from_pretrained({model!r}).")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"The {role} is a {kind}, not a model of transformers; take it out of what wraps it.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"The {role} is a {kind}, which reads with an encoder; KAVA needs a decoder-only model.")
+    if model.get_output_embeddings() is None or not model.can_generate():
+        raise ValueError(f"The {role} is a {kind}, which predicts no next token; load AutoModelForCausalLM.")
+
+
+def check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise `ValueError` where student and teacher share weights, which would be frozen with the teacher."""
+    if student is teacher:
+        raise ValueError("Teacher and student are one model; give the student a copy: copy.deepcopy(teacher).")
+    frozen = {parameter.data_ptr() for parameter in teacher.parameters()} - {0}
+    shared = [name for name, weight in student.named_parameters() if weight.data_ptr() in frozen]
+    if shared:
+        more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+        raise ValueError(
+            f"The student shares {shared[0]}{more} with the teacher, which is frozen; copy.deepcopy the student."
+        )
 
 
 def pair_up(
@@ -61,15 +92,20 @@ def pair_up(
         BadRequest: if the models do not have the layers that the arguments name.
         ValueError: if there is neither a target nor a model to make it for.
     """
+    if isinstance(teacher, (str, nn.Module)):
+        check_causal("teacher", teacher)
     if not isinstance(teacher, PreTrainedModel):
         if target is None:
             raise ValueError("Give the teacher as a model, or say what is aligned: target=build_target(args, ...).")
         return teacher, target
+    check_apart(student, teacher)
     target = build_target(args, student, teacher) if target is None else target
     layers = needed_teacher_layers(args, target, number_of_layers(teacher))
     if not layers:
         return None, target
-    if not getattr(teacher, "is_quantized", False):
+    if not (
+        getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None)
+    ):  # it lies where it must
         on_device(teacher, args.device)
     return OnlineTeacher(teacher, layers), target
 
@@ -102,7 +138,9 @@ class Pairing:
         """
         check_student(student)
         target = deepcopy(self._target) if self._again else self._target
-        source, target = pair_up(self._args, student, self._teacher, target)
+        with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them
+            torch.manual_seed(self._args.seed)
+            source, target = pair_up(self._args, student, self._teacher, target)
         if not self._args.aligns:
             target.requires_grad_(False)
         if getattr(student, "is_quantized", False):

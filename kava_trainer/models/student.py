@@ -4,7 +4,7 @@ import re
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..utils.errors import BadRequest
@@ -12,6 +12,44 @@ from .layers import number_of_layers
 from .loading import build_causal_lm, load_causal_lm, load_config
 from .lora import add_adapter
 from .teacher import quantization_config
+
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+"""What a generation config may set only beside `do_sample`."""
+
+
+def mend_generation_config(student: PreTrainedModel) -> str | None:
+    """Make of a student's generation config one that can be saved: transformers loads others, and writes none of them.
+
+    Returns:
+        What was changed, in a sentence; None where nothing was.
+
+    Raises:
+        BadRequest: if there is more to mend than sampling that is not asked for.
+    """
+    config, plain = student.generation_config, GenerationConfig()
+    if config is None or _generation_problem(config) is None:
+        return None
+    kept = [name for name in _SAMPLING if getattr(config, name, None) != getattr(plain, name, None)]
+    for name in kept:
+        setattr(config, name, getattr(plain, name, None))
+    if (problem := _generation_problem(config)) is not None:
+        raise BadRequest(
+            f"The student's generation config cannot be saved ({problem});", "mend generation_config.json."
+        )
+    return (
+        f"The student's generation config sets {', '.join(kept)} without do_sample, which cannot be saved; the student "
+        "is saved without them, as one that answers greedily."
+    )
+
+
+def _generation_problem(config: GenerationConfig) -> str | None:
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return str(error).strip().splitlines()[-1].lstrip("- ")
+    return None
 
 
 def student_config(arguments: ModelArguments) -> PreTrainedConfig:

@@ -116,9 +116,10 @@ class OnlineTeacher:
         """Run the teacher on a batch of `collators` and return the wanted states [B, T, d_t] by layer index."""
         with truncated(self.model, self._depth), self._capture as states:
             run_decoder(self.model, inputs["input_ids"], inputs["attention_mask"], inputs.get("packed_lengths"))
-        return states
+        # A device_map may have put its blocks on several devices.
+        return {layer: own.to(inputs["input_ids"].device) for layer, own in states.items()}
 
     @torch.no_grad()
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_t], from the vocabulary head alone."""
-        return vocabulary_logits(self.model, states)
+        return vocabulary_logits(self.model, states).to(states.device)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from ..config.arguments import KavaTrainingArguments
-from ..data.collators import DistillationCollator, JoiningCollator
+from ..data.collators import DistillationCollator, JoiningCollator, completed
 from ..data.formats import IGNORED
 from ..data.packing import as_many_rows, pack_step, spread
 from ..data.streaming import ExampleStream, stream_loader
@@ -73,7 +73,7 @@ class StepBatches(TrainerCallback):
 
     def collator(self, padding: Any) -> Any:
         """What collates training examples: the trainer's own, or for packing one that only joins them."""
-        return JoiningCollator(padding.read_states) if self.packs else padding
+        return JoiningCollator(padding.read_states) if self.packs and type(padding) is DistillationCollator else padding
 
     def gather(
         self, batches: Iterator[Any], count: int, batch_size: int, row_limit: int | None, sharded: bool
@@ -96,7 +96,8 @@ class StepBatches(TrainerCallback):
             self._note_places(self.stream, found)
         if not found:
             return [], [], torch.zeros(4, dtype=torch.int64)
-        if not self.packs:
+        if not self.packs or "lengths" not in found[0]:  # or a loader or a collator of the user's own made them
+            found = [completed(batch) for batch in found]
             return found, found, torch.stack(_count_padded(found))
         rows = pack_step(found, self._row_budget(found, batch_size, row_limit))
         if sharded:

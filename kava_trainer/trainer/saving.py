@@ -161,7 +161,9 @@ class SavingTrainer(Trainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put Trainer's sums back; with another number of ranks the next log line covers the steps from here on."""
-        self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], self.state.global_step
+        # transformers 5.23.0 divides what a session has lost by its own steps, and 5.17.0 by all of the training's.
+        self._total_loss_scalar = 0.0 if hasattr(self, "_initial_global_step") else state["total_loss"]
+        self._globalstep_last_logged = self.state.global_step
         if state["same_ranks"]:
             self._tr_loss, self._globalstep_last_logged = state["loss"].to(self.args.device), state["last_logged"]
 
@@ -172,6 +174,7 @@ class SavingTrainer(Trainer):
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        self._restore_callbacks()
         progress = read_progress(checkpoint, self.args.process_index, self.args.world_size)
         self.clock.load_state_dict(progress)
         self.incidents.problems[:] = progress["problems"]
@@ -179,6 +182,20 @@ class SavingTrainer(Trainer):
         if self.args.load_best_model_at_end and best and Path(best).is_dir():
             self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
+
+    def _restore_callbacks(self) -> None:
+        """Give the callbacks the states that they were saved with, where `args` ask for it.
+
+        Trainer puts new ones in their place; here they stay the objects that the user has in hand.
+        """
+        own = list(self.callback_handler.callbacks)
+        self._load_callback_state()
+        restored = [callback for callback in self.callback_handler.callbacks if callback not in own]
+        for old in (old for old in own if old not in self.callback_handler.callbacks):
+            new = next(new for new in restored if type(new) is type(old))
+            restored.remove(new)
+            vars(old).update(vars(new))
+        self.callback_handler.callbacks[:] = own
 
     def finished_state(self, checkpoint: str) -> TrainerState | None:
         """The state of a checkpoint with no step left to train, else None."""

@@ -21,6 +21,7 @@ from ..utils.distributed import any_rank, is_sharded, largest_over_ranks, own_pa
 from ..utils.errors import RunFailed
 from .incidents import Incidents
 from .nonfinite import NonfiniteSteps, skip_if
+from .optimizers import rate_of
 
 Row = dict[str, Any]
 """What one forward and backward pass reads: a packed row or a padded micro-batch of `collators`."""
@@ -75,6 +76,8 @@ class StepRunner(TrainerCallback):
         self._largest_fitting = 0
         self._done: list[Row] = []
         self._optimizer: Any = None
+        self.projector_rate = 0.0
+        """Learning rate of the projectors in the last step; 0 where nothing trains them."""
         self.forget()
 
     def forget(self) -> None:
@@ -257,6 +260,10 @@ class StepRunner(TrainerCallback):
             flags = flags[[1, 1]]
         self.nonfinite.note(state.global_step + 1, flags)
         self.read_nonfinite()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Know the projectors' rate of this step, before the schedule moves on, as Trainer does of the student's."""
+        self.projector_rate = rate_of(self._optimizer, kwargs["model"].target)
 
     def read_nonfinite(self, everything: bool = False) -> None:
         """Note the steps that were skipped, see `NonfiniteSteps.read`. Raises as `on_pre_optimizer_step`."""

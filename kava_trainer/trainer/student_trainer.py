@@ -1,7 +1,9 @@
 """What is done with a student beside training it: it is measured on held-out examples, written, and sent."""
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.collators import completed
 from ..data.formats import IGNORED
 from ..distillation.loss_terms import LossTerms
 from ..distillation.targets import HiddenStateTarget
@@ -46,6 +49,11 @@ class StudentTrainer(SavingTrainer):
     def target(self) -> HiddenStateTarget:
         """What is aligned, with its projectors."""
         return self.model.target
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the loss is not the sum of the terms, but that of a subclass, which is then what is evaluated."""
+        return True
 
     def throughput(self) -> dict[str, float | None]:
         """What the last `train()` came to, see `Throughput.figures`; empty before it."""
@@ -85,7 +93,7 @@ class StudentTrainer(SavingTrainer):
             Interrupted: on all ranks, if any has got a signal.
         """
         WATCH.check()
-        inputs = self._without_repeated(self._prepare_inputs(inputs))
+        inputs = self._without_repeated(completed(self._prepare_inputs(inputs)))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             if prediction_loss_only:
@@ -130,7 +138,8 @@ class StudentTrainer(SavingTrainer):
         metrics = cast(dict[str, float], output.metrics)
         means = self.eval_means.drain(self.sum_over_ranks)
         give_up_whole_weights(self.model)
-        metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
+        if not self.has_own_loss:  # Trainer's is a mean over examples
+            metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
         metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
             metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
@@ -139,6 +148,17 @@ class StudentTrainer(SavingTrainer):
             self.probe.note(probed, self.state.global_step)
             metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in metrics})
         return output
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As Trainer's, with `eval_loss` for the objective by default: Trainer would add up all metrics, CosSim too."""
+        objective = compute_objective or itemgetter("eval_loss")
+        return super().hyperparameter_search(hp_space, objective, *args, **kwargs)
 
     def save_projector(self, path: str | Path) -> None:
         """Write the projectors to one `.pth` file, from the main process; every rank has to call this."""

@@ -13,7 +13,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from ..config.arguments import KavaTrainingArguments
-from ..data.collators import DistillationCollator, choose_collator
+from ..data.collators import DistillationCollator, choose_collator, completed
 from ..data.streaming import ExampleStream
 from ..distillation.calibration import calibrate, calibration_examples
 from ..distillation.loss_terms import LossTerms
@@ -22,6 +22,7 @@ from ..distillation.pairing import Pairing, check_given
 from ..distillation.targets import HiddenStateTarget
 from ..distillation.teacher_cache import CachedTeacher
 from ..models.lm_head import vocabulary_size
+from ..models.student import mend_generation_config
 from ..models.teacher import OnlineTeacher, TeacherSource
 from ..utils.distributed import from_main_process, is_sharded
 from ..utils.errors import BadRequest
@@ -37,7 +38,7 @@ from .callbacks.status import StatusCallback
 from .callbacks.trackers import guard_trackers
 from .checkpoint import resolve_checkpoint
 from .incidents import Incidents
-from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, rate_of, settled
+from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, settled
 from .run_state import Part, RunState
 from .step import StepRunner
 from .student_trainer import StudentTrainer
@@ -77,7 +78,7 @@ class KavaTrainer(StudentTrainer):
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
-        check_given(student, model_init, kwargs)
+        check_given(args, student, model_init, kwargs)
         if student is None:
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)
@@ -126,9 +127,9 @@ class KavaTrainer(StudentTrainer):
         """Make what depends on student and teacher."""
         size = vocabulary_size(self.student)
         self.terms = LossTerms(self.args, self.target, source, size, lambda: self.accelerator.autocast())
-        models = {"student": self.student}
-        if isinstance(source, OnlineTeacher):
-            models["teacher"] = source.model
+        if told := mend_generation_config(self.student):
+            self.console.warn(told)
+        models = {"student": self.student, **({"teacher": source.model} if isinstance(source, OnlineTeacher) else {})}
         if reason := self.batches.choose_packing(models, self.data_collator):
             self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
         if isinstance(source, CachedTeacher):
@@ -155,6 +156,11 @@ class KavaTrainer(StudentTrainer):
         self._take_up(source)
         self._make_ready()
         return self.model
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether a subclass computes another loss, which is then the one that is evaluated."""
+        return type(self).compute_loss is not KavaTrainer.compute_loss
 
     @property
     def teacher(self) -> TeacherSource | None:
@@ -240,11 +246,11 @@ class KavaTrainer(StudentTrainer):
 
         Args:
             model: the wrapped student and projectors.
-            inputs: a batch of `collators`.
+            inputs: a batch of `collators`, or any with `input_ids` and `labels`.
             return_outputs: also return the student's `last_hidden_state` [B, T, d_s].
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
         """
-        training = torch.is_grad_enabled()
+        training, inputs = torch.is_grad_enabled(), completed(inputs)
         means, progress = (self.steps.means, progress_of(self.state)) if training else (self.eval_means, 0.0)
         weights = self.terms.weights(progress)
         with self.clock.stopwatch.measure("teacher") if training else nullcontext():
@@ -294,6 +300,7 @@ class KavaTrainer(StudentTrainer):
 
     def _make_ready(self) -> None:
         """What a new model needs before it is trained."""
+        from_main_process(self.weights.check_writable)
         if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
             apply_liger_kernel(self.student, self.args.liger_kernel_config)
         if self.args.calibrates and self.run_state.checkpoint is None:
@@ -337,6 +344,6 @@ class KavaTrainer(StudentTrainer):
             logs["loss"] *= steps / (steps - lost) if steps > lost else math.nan
             logs |= self.steps.means.drain(self.sum_over_ranks)
             logs |= self.clock.line()  # the line has waited for the device anyway
-            logs["projector_learning_rate"] = rate_of(self.optimizer, self.target)
+            logs["projector_learning_rate"] = self.steps.projector_rate
             logs["collapsed"] = float(self.collapse is not None)
         super().log(logs, start_time)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..models.loading import on_device
 from ..models.lora import has_adapter
 from ..models.lora_files import load_adapter, save_weights
 from ..utils.distributed import any_rank, is_sharded, own_part, whole_state
+from ..utils.errors import BadRequest, reason_of
 from .checkpoint import PROJECTOR_FILE
 
 
@@ -35,6 +37,20 @@ class Weights:
     def are_finite(self) -> bool:
         """Whether every weight is a finite number, on every rank."""
         return not any_rank(not all(own_part(weight).isfinite().all() for weight in self.model.parameters()))
+
+    def check_writable(self) -> None:
+        """Write all but the weights once, so that what would keep the student from being saved is found beforehand.
+
+        Raises:
+            BadRequest: with the reason.
+        """
+        student = self.model.student
+        try:
+            with TemporaryDirectory() as folder:
+                for part in filter(None, (student.config, student.generation_config, self.tokenizer)):
+                    part.save_pretrained(folder)
+        except Exception as error:  # configs and tokenizers fail in ways of their own
+            raise BadRequest(f"The student could not be saved ({reason_of(error)}).") from error
 
     def projectors(self, with_decoders: bool = False) -> dict[str, Any]:
         """What the projectors' file will hold.
@@ -112,4 +128,5 @@ class Weights:
             load_model(self.model if sharded else student)
         if not sharded:
             file = Path(checkpoint) / PROJECTOR_FILE
-            restore_projectors(target.projectors, file, target.use, target.decoders)
+            with torch.random.fork_rng([]):  # new projectors are drawn, and overwritten
+                restore_projectors(target.projectors, file, target.use, target.decoders)

@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from helpers.places import ROOT
 
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.checks import settle_numbers
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.utils.errors import BadRequest
 
@@ -260,3 +263,34 @@ def test_a_word_of_the_command_line_that_is_no_text_is_refused_and_not_shown():
     with pytest.raises(BadRequest, match="The command line holds text that is not UTF-8") as refusal:
         parse_arguments(["--hub_token", "hf_secret\udcff"])
     assert "secret" not in str(refusal.value)
+
+
+FLOATS = sorted(
+    name
+    for name, hint in get_type_hints(KavaTrainingArguments).items()
+    if float in {hint, *get_args(hint)} and int not in get_args(hint) and not name.endswith("_steps")
+)
+"""Arguments that take a float and no whole number."""
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_whole_number_becomes_the_float_that_an_argument_takes(tmp_path, name):
+    args = KavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    setattr(args, name, 1)
+    settle_numbers(args)
+    assert (type(getattr(args, name)), getattr(args, name)) == (float, 1.0)
+
+
+def test_a_file_may_write_whole_numbers_for_floats(tmp_path):
+    weights = {
+        "mercator_weight": 2,
+        "lm_weight": 1,
+        "kd_weight": 1,
+        "learning_rate": 1,
+        "use_peft": True,
+        "lora_dropout": 0,
+    }
+    arguments = parse_arguments([write(tmp_path, **weights, layer_mapping="uniform:2", layer_weights=[1, 3])])
+    assert [type(getattr(arguments.training, name)) for name in list(weights)[:4]] == [float] * 4
+    assert type(arguments.model.lora_dropout) is float
+    assert [type(share) for share in arguments.training.layer_weights] == [float, float]

@@ -238,3 +238,20 @@ def test_the_divergence_is_a_mean_over_the_tokens_that_count():
     torch.testing.assert_close(loss, reference.float(), rtol=1e-4, atol=1e-6)
     ours, naive = (gradients(x, student)[0] for x in (loss, reference))
     torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_total_is_the_weighted_sum_of_the_terms_in_half_precision_too(dtype, grad):
+    torch.manual_seed(0)
+    states, head, targets = torch.randn(8000, 8), torch.nn.Linear(8, 1000), torch.randint(0, 1000, (8000,))
+
+    def chunk(states, targets):
+        return torch.stack([100 * next_token_sum(head(states), targets), next_token_sum(head(states), targets)])
+
+    weights = torch.tensor([1.0, 0.5])
+    with torch.autocast("cpu", dtype=dtype), torch.set_grad_enabled(grad):
+        total, sums = sum_in_chunks(chunk, (states, targets), weights, list(head.parameters()), 1000)
+    assert sums.dtype == torch.float32
+    assert sums[0] > 2 * torch.finfo(torch.float16).max
+    assert total.item() == pytest.approx((sums[0] + 0.5 * sums[1]).item(), rel=1e-6)

@@ -84,7 +84,7 @@ def test_the_distillation_model_behaves_as_the_student():
         _ = model.no_such_attribute
     names = {name.split(".")[0] for name, _ in model.named_parameters()}
     assert names == {"student", "target"}
-    output = model(torch.tensor([[1, 2, 3]]), teacher_states={2: torch.randn(1, 3, 64)})
+    output = model(torch.tensor([[1, 2, 3]]), teacher_states={2: torch.randn(1, 3, 64)}, distils=True)
     assert output.pairs[0].target.shape == output.hidden_states[2].shape == (1, 3, 32)
     assert output.last_hidden_state is output.hidden_states[2]
     assert model.head(output.last_hidden_state).shape == (1, 3, 512)

@@ -1,0 +1,310 @@
+"""Rows, batches, models and arguments as people have them: taken for what they are, or refused in one sentence."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.data import random_examples
+from helpers.models import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, tiny_llama
+from helpers.trainers import SETTINGS, loss_lines
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
+
+from kava_trainer import KavaTrainer, KavaTrainingArguments
+from kava_trainer.data.collators import completed
+from kava_trainer.models.student import mend_generation_config
+from kava_trainer.utils.errors import BadRequest
+
+
+def student(seed=2):
+    return tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=seed)
+
+
+def teacher():
+    return tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
+
+
+def plain_trainer(folder, tokenizer, rows, kind=KavaTrainer, pair=None, **changes):
+    """A trainer as somebody makes one who has read no more than the README."""
+    own = {name: changes.pop(name) for name in ("data_collator", "callbacks", "model_init") if name in changes}
+    own["eval_dataset"] = Dataset.from_list(changes.pop("held_out", rows[:5]))
+    settings = {**SETTINGS, "output_dir": str(folder), "plain_output": True, "projector_init": "random", **changes}
+    both = pair or ((None if "model_init" in own else student()), teacher())
+    args = KavaTrainingArguments(**settings)
+    return kind(*both, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **own)
+
+
+def padded(rows, width=40, left=False):
+    """The rows as a tokenizer with `padding="max_length"` gives them."""
+    found = []
+    for row in rows:
+        ids, labels, gap = row["input_ids"], row["labels"], width - len(row["input_ids"])
+        mask = [1] * len(ids)
+        parts = [(ids, [0] * gap), (labels, [-100] * gap), (mask, [0] * gap)]
+        names = ("input_ids", "labels", "attention_mask")
+        found.append({n: pad + own if left else own + pad for n, (own, pad) in zip(names, parts, strict=True)})
+    return found
+
+
+@pytest.fixture
+def rows():
+    return [{name: row[name] for name in ("input_ids", "labels")} for row in random_examples(16)]
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("budget", [0, 64])
+def test_rows_that_their_tokenizer_has_padded_give_the_figures_of_unpadded_ones(
+    tmp_path, tokenizer, rows, left, budget
+):
+    lines = []
+    for data in (rows, padded(rows, left=left)):
+        trainer = plain_trainer(tmp_path, tokenizer, data, max_tokens_per_batch=budget)
+        trainer.train()
+        lines.append((loss_lines(trainer), trainer.evaluate()["eval_loss"]))
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("budget", [0, 64])
+def test_rows_of_no_token_and_of_one_are_taken(tmp_path, tokenizer, rows, budget):
+    short = [{"input_ids": [], "labels": []}, {"input_ids": [5], "labels": [5]}]
+    trainer = plain_trainer(
+        tmp_path, tokenizer, [*short, *short, *rows], max_tokens_per_batch=budget, held_out=[*short, *rows[:3]],
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=20,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.problems == []
+    assert all(line["loss"] == line["loss"] for line in loss_lines(trainer))
+
+
+@pytest.mark.parametrize(("cut", "count"), [(-2, "18 labels"), (2, "22 labels")])
+def test_labels_of_another_length_are_refused(tmp_path, tokenizer, rows, cut, count):
+    ids = list(range(1, 21))
+    labels = ids[:cut] if cut < 0 else ids + [7] * cut
+    trainer = plain_trainer(tmp_path, tokenizer, [{"input_ids": ids, "labels": labels}] * 8, held_out=rows[:2])
+    with pytest.raises(ValueError, match=f"An example has 20 input_ids and {count}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("budget", [0, 64])
+def test_a_loader_of_ones_own_and_a_collator_set_later_train_as_kavas_do(tmp_path, tokenizer, rows, budget):
+    usual = DataCollatorForSeq2Seq(tokenizer)
+
+    class WithLoader(KavaTrainer):
+        def get_train_dataloader(self):
+            return DataLoader(rows, batch_size=4, collate_fn=usual)
+
+    own = plain_trainer(tmp_path, tokenizer, rows, WithLoader, max_tokens_per_batch=budget)
+    own.train()
+    late = plain_trainer(tmp_path, tokenizer, rows, max_tokens_per_batch=budget)
+    late.data_collator = usual
+    late.train()
+    assert late.evaluate()["eval_loss"] > 0
+    reference = plain_trainer(tmp_path, tokenizer, rows, max_tokens_per_batch=0)
+    reference.train()
+    assert [line["loss"] for line in loss_lines(late)] == pytest.approx(
+        [line["loss"] for line in loss_lines(reference)], rel=1e-5
+    )
+    assert len(loss_lines(own)) == 2
+
+
+def test_a_usual_batch_has_the_loss_of_kavas_and_no_padding_is_learned(tmp_path, tokenizer, rows):
+    trainer = plain_trainer(tmp_path, tokenizer, rows, max_tokens_per_batch=0)
+    usual, ours = DataCollatorForSeq2Seq(tokenizer)(rows[:4]), trainer.data_collator(rows[:4])
+    trainer.model.eval()  # no dropout
+    with torch.no_grad():
+        assert torch.equal(trainer.compute_loss(trainer.model, usual), trainer.compute_loss(trainer.model, ours))
+    batch = completed({"input_ids": torch.tensor([[0, 0, 5, 6]]), "labels": torch.tensor([[0, 0, 5, 6]]),
+                       "attention_mask": torch.tensor([[0, 0, 1, 1]])})  # fmt: skip
+    assert (batch["answer_index"].tolist(), batch["next_tokens"].tolist()) == ([2], [6])
+
+
+def test_the_model_answers_as_a_users_callback_expects(tmp_path, tokenizer, rows):
+    trainer = plain_trainer(tmp_path, tokenizer, rows)
+    batch = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")(rows[:2])
+    with torch.no_grad():
+        found, own = trainer.model(**batch), trainer.student(**batch)
+    assert torch.equal(found.loss, own.loss)
+    assert torch.equal(found.logits, own.logits)
+
+
+class Dearer(KavaTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (loss + 100, outputs) if return_outputs else loss + 100
+
+
+def test_a_loss_of_ones_own_is_the_one_that_is_evaluated(tmp_path, tokenizer, rows):
+    dearer, plain = (plain_trainer(tmp_path, tokenizer, rows, kind) for kind in (Dearer, KavaTrainer))
+    assert dearer.evaluate()["eval_loss"] == pytest.approx(100 + plain.evaluate()["eval_loss"], rel=0.05)
+
+
+def test_projectors_start_from_the_seed_alone(tmp_path, tokenizer, rows):
+    def start(seed, drawn):
+        both = (student(), teacher())
+        torch.manual_seed(drawn)
+        trainer = plain_trainer(tmp_path, tokenizer, rows, pair=both, seed=seed)
+        assert torch.initial_seed() == seed  # Trainer sets it
+        return [parameter.clone() for parameter in trainer.target.parameters()]
+
+    first, again, other = start(1, 10), start(1, 20), start(2, 10)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("sampling", [{"train_sampling_strategy": "group_by_length"}, {"data_seed": 7}])
+def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path, tokenizer, rows, sampling):
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1, **sampling}
+    whole = plain_trainer(tmp_path, tokenizer, rows, **settings)
+    whole.train()
+    resumed = plain_trainer(tmp_path, tokenizer, rows, **settings)
+    output = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert loss_lines(resumed) == loss_lines(whole)
+    last = [line["loss"] for line in loss_lines(resumed)][2:]
+    assert output.training_loss == pytest.approx(sum(last) / len(last), rel=1e-5)
+
+
+def test_callbacks_come_back_from_a_finished_checkpoint_as_the_objects_they_are(tmp_path, tokenizer, rows):
+    settings = {
+        "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+        "load_best_model_at_end": True, "restore_callback_states_from_checkpoint": True,
+    }  # fmt: skip
+    plain_trainer(tmp_path, tokenizer, rows, callbacks=[EarlyStoppingCallback(5, 0.2)], **settings).train()
+    callback = EarlyStoppingCallback()
+    trainer = plain_trainer(tmp_path, tokenizer, rows, callbacks=[callback], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (callback.early_stopping_patience, callback.early_stopping_threshold) == (5, 0.2)
+    assert callback in trainer.callback_handler.callbacks
+
+
+def test_both_rates_of_a_log_line_are_of_one_step(tmp_path, tokenizer, rows):
+    rates = {"learning_rate": 1e-2, "projector_learning_rate": 1e-3, "max_steps": 4, "lr_scheduler_type": "linear"}
+    trainer = plain_trainer(tmp_path, tokenizer, rows, **rates)
+    trainer.train()
+    lines = loss_lines(trainer)
+    assert [line["projector_learning_rate"] for line in lines] == pytest.approx(
+        [line["learning_rate"] / 10 for line in lines]
+    )
+    assert lines[0]["learning_rate"] == 1e-2
+
+
+def with_shared_embeddings():
+    both = tiny_llama(TEACHER_SIZE, 2, seed=1), tiny_llama(TEACHER_SIZE, 2, seed=2)
+    both[0].model.embed_tokens = both[1].model.embed_tokens
+    return both
+
+
+def one_model():
+    model = teacher()
+    return model, model
+
+
+def encoder_decoder():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 512}
+    return T5ForConditionalGeneration(T5Config(**sizes))
+
+
+def masked():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForMaskedLM(BertConfig(vocab_size=512, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        (with_shared_embeddings, "The student shares model.embed_tokens.weight with the teacher, which is frozen"),
+        (one_model, "Teacher and student are one model; give the student a copy"),
+        (lambda: (student().model, teacher()), "The student is a LlamaModel, which predicts no next token"),
+        (lambda: (student(), teacher().model), "The teacher is a LlamaModel, which predicts no next token"),
+        (
+            lambda: (encoder_decoder(), teacher()),
+            "The student is a T5ForConditionalGeneration, which reads",
+        ),
+        (
+            lambda: (student(), encoder_decoder()),
+            "The teacher is a T5ForConditionalGeneration, which reads",
+        ),
+        (lambda: (masked(), teacher()), "The student is a BertForMaskedLM, which predicts no next token"),
+        (lambda: (torch.nn.DataParallel(student()), teacher()), "The student is a DataParallel, not a model of transf"),
+        (lambda: (student(), torch.nn.DataParallel(teacher())), "The teacher is a DataParallel, not a model of transf"),
+        (lambda: ("some/model", teacher()), "The student is a name; load it: AutoModelForCausalLM.from_pretrained"),
+        (lambda: (student(), "some/model"), "The teacher is a name; load it: AutoModelForCausalLM.from_pretrained"),
+    ],
+)
+def test_models_that_cannot_be_a_pair_are_refused_by_name_and_role(tmp_path, tokenizer, rows, pair, told):
+    with pytest.raises(ValueError, match=told):
+        plain_trainer(tmp_path, tokenizer, rows, pair=pair())
+
+
+def test_plain_arguments_are_refused_and_a_missing_checkpoint_is_one_sentence(tmp_path, tokenizer, rows):
+    with pytest.raises(ValueError, match="args is a TrainingArguments; write KavaTrainingArguments"):
+        KavaTrainer(student(), teacher(), args=TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(BadRequest, match="names nowhere, which is not a folder; write true for the newest"):
+        plain_trainer(tmp_path, tokenizer, rows).train(resume_from_checkpoint="nowhere")
+
+
+def test_a_teacher_is_used_where_a_device_map_has_put_it(tmp_path, tokenizer, rows):
+    whole, offload = teacher(), tmp_path / "offload"
+    whole.save_pretrained(tmp_path / "teacher")
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    places |= {f"model.layers.{layer}": "disk" if layer > 1 else "cpu" for layer in range(TEACHER_LAYERS)}
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", device_map=places, offload_folder=offload)
+    lines = []
+    for model in (whole, placed):
+        trainer = plain_trainer(tmp_path / "out", tokenizer, rows, pair=(student(), model), kd_weight=1.0)
+        trainer.train()
+        lines.append([line["loss"] for line in loss_lines(trainer)])
+    assert lines[0] == pytest.approx(lines[1], rel=1e-6)
+
+
+def test_a_search_minimises_the_loss_of_the_evaluation_by_default(tmp_path, tokenizer, rows):
+    pytest.importorskip("optuna")
+    trainer = plain_trainer(tmp_path, tokenizer, rows, model_init=lambda: student(), eval_strategy="epoch")
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}, n_trials=1
+    )
+    evaluated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert best.objective == evaluated[-1]
+
+
+def test_transformers_own_parser_takes_the_arguments(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--mercator_weight", "2", "--use_cpu"]
+    (args,) = HfArgumentParser(KavaTrainingArguments).parse_args_into_dataclasses(words)
+    assert args.mercator_weight == 2.0
+
+
+def test_a_student_whose_generation_config_cannot_be_saved_is_mended_before_the_first_step(
+    tmp_path, tokenizer, rows, capsys
+):
+    model = student()
+    model.generation_config.temperature, model.generation_config.top_p = 0.9, 0.6
+    trainer = plain_trainer(tmp_path, tokenizer, rows, pair=(model, teacher()))
+    assert "generation config sets temperature, top_p without do_sample" in capsys.readouterr().out
+    trainer.train()
+    trainer.save_finals(tmp_path / "final_student", tmp_path / "final_projector.pth")
+    saved = json.loads((tmp_path / "final_student" / "generation_config.json").read_text())
+    assert not {"temperature", "top_p"} & saved.keys()
+    sampling = student()
+    sampling.generation_config.do_sample, sampling.generation_config.temperature = True, 0.9
+    before = copy.deepcopy(sampling.generation_config)
+    assert mend_generation_config(sampling) is None
+    assert sampling.generation_config.to_dict() == before.to_dict()
+
+
+def test_what_would_keep_the_student_from_being_saved_is_found_before_the_first_step(tmp_path, tokenizer, rows):
+    trainer = plain_trainer(tmp_path, tokenizer, rows)
+    trainer.student.generation_config.num_return_sequences = 5  # greedy, it gives one
+    with pytest.raises(BadRequest, match="The student could not be saved"):
+        trainer.train()
+    assert trainer.state.global_step == 0
