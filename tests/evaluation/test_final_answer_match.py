@@ -29,6 +29,7 @@ def offline(folder):
     return {**os.environ, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 def test_the_metric_loads_offline_and_computes_what_the_page_says(tmp_path):
     ran = subprocess.run(
         [sys.executable, "-c", block("python")], cwd=tmp_path, env=offline(tmp_path), capture_output=True, text=True

@@ -293,7 +293,7 @@ def fake_hub(folder: Path | None = None, port: int = 0):
     server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
     server.daemon_threads, server.hub = True, hub
     hub.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield hub
     finally:

@@ -17,6 +17,7 @@ QUICKSTART = {
     "student_model_name_or_path": "quickstart",
     "dataset_name": "quickstart",
     "teacher_quantization": "none",
+    "gradient_accumulation_steps": 4,
 }
 
 SHORT = {

@@ -77,7 +77,7 @@ def distance(left, right):
     ("bits", "merge", "tolerance"),
     [
         ("none", True, 1e-5),
-        ("4bit", True, 0.02),
+        pytest.param("4bit", True, 0.02, marks=pytest.mark.slow),
         pytest.param("4bit", False, 0.02, marks=pytest.mark.slow),
         pytest.param("8bit", True, 0.05, marks=pytest.mark.slow),
     ],

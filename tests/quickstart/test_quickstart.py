@@ -32,6 +32,7 @@ def test_every_calculation_note_is_right_and_the_last_result_is_the_answer():
         assert problem["answer"].endswith(f"\n#### {notes[-1][3]}")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_fast_reads_any_text_and_is_what_the_script_makes():
     shipped, made = AutoTokenizer.from_pretrained(STUDENT_FOLDER), build_tokenizer()
     assert shipped.is_fast

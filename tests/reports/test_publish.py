@@ -253,6 +253,7 @@ def test_a_run_whose_commit_conflicts_is_complete_and_names_the_command(unharmed
     assert hub.repositories["me/run"].private
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_the_hub_holds_its_upload(unharmed, hub):
     hub.failures["upload"] = "hang"
     code = (

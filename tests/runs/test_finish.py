@@ -139,7 +139,7 @@ def test_a_run_that_begins_where_another_one_was_says_so(alone, capsys):
     assert warning in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lost", ["weights", "folder"])
+@pytest.mark.parametrize("lost", ["weights", pytest.param("folder", marks=pytest.mark.slow)])
 def test_what_is_not_as_it_was_saved_is_saved_anew(tmp_path, lost):
     out = tmp_path / "out"
     assert run_kava.main(words({**RUN, "output_dir": out})) == 0
@@ -154,7 +154,7 @@ def test_what_is_not_as_it_was_saved_is_saved_anew(tmp_path, lost):
 @pytest.mark.parametrize(
     ("changes", "step"),
     [
-        ({"resume_from_checkpoint": "checkpoint-1", "max_steps": 1}, 1),
+        pytest.param({"resume_from_checkpoint": "checkpoint-1", "max_steps": 1}, 1, marks=pytest.mark.slow),
         ({"resume_from_checkpoint": True, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}, 1),
     ],
     ids=["an earlier step", "the best step"],
@@ -165,6 +165,7 @@ def test_the_student_that_is_saved_is_the_one_that_was_measured(tmp_path, change
     options = {**RUN, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     options |= {
         "learning_rate": 0.5,
+        "gradient_accumulation_steps": 16,
         "greater_is_better": True,
         "metric_for_best_model": "eval_loss",
     }  # step 1 has the larger one

@@ -32,6 +32,7 @@ def test_every_way_of_a_step_has_the_same_gradients(terms):
             assert difference <= tolerance * reference[name].norm() + 1e-6, (way, name)
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_writes_a_row_for_each_way(tmp_path, monkeypatch):
     out = tmp_path / "folder" / "step.csv"
     command = ["step.py", "--size", "quickstart", "--ways", "a,d,e,f,g", "--repeats", "1", "--out", str(out)]

@@ -27,6 +27,8 @@ FEWER = [
 ]
 SAME_ELSEWHERE = (README, CHINESE)
 """Documents with no block that quickstart.md has not: a test below holds that."""
+LONG = ("numbers.md", "quickstart.md")
+"""Their walks take half a minute."""
 RUN = ("bash", "python", "json")
 WALKS = [
     path for path in DOCUMENTS if path not in SAME_ELSEWHERE and any(not block.marks for block in blocks(path, *RUN))
@@ -82,7 +84,7 @@ def run_block(block: Block) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=pytest.mark.slow) if path.name == "numbers.md" else path for path in WALKS],
+    [pytest.param(path, marks=pytest.mark.slow if path.name in LONG else []) for path in WALKS],
     ids=lambda path: path.name,
 )
 def test_the_blocks_of_a_document_run_one_after_the_other(desk, capfd, path):

@@ -65,7 +65,8 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
 
 def test_the_summary_has_the_agreed_shape(tmp_path):
     recipe = str(ROOT / "training_args" / "quickstart.json")
-    options = {**SHORT, "max_steps": 51, "output_dir": tmp_path, "logging_steps": 30, "run_control": "false"}
+    options = {**SHORT, "max_steps": 51, "per_device_train_batch_size": 4, "output_dir": tmp_path, "logging_steps": 30}
+    options |= {"run_control": "false"}
     assert run_kava.main([recipe, *words(options)]) == 0
     summary = summary_of(tmp_path)
     assert list(summary) == [

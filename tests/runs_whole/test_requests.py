@@ -32,7 +32,7 @@ from kava_trainer.utils.files import missing_path
         pytest.param(signal.SIGTERM, 143, ["run_kava.py"], marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code, program):
+def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, monkeypatch, capsys, number, code, program):
     options = {**SHORT, "max_steps": 60, "logging_steps": 2, "output_dir": tmp_path / "out", "run_control": False}
     options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "calibration_tokens": 600}
     command = [sys.executable, *program, "training_args/quickstart.json", *words(options)]
@@ -52,9 +52,9 @@ def test_a_signal_saves_and_the_printed_command_resumes(tmp_path, number, code, 
     assert not (tmp_path / "out" / "final_student").exists()
     argv = shlex.split(resume)
     assert argv[: 1 + len(program)] == ["python", *program]
-    again = subprocess.run([sys.executable, *argv[1:]], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{step}'}" in again.stdout
+    monkeypatch.chdir(ROOT)
+    assert run_kava.main(argv[1 + len(program) :]) == 0
+    assert f"Resuming from {tmp_path / 'out' / f'checkpoint-{step}'}" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "run_summary.json").read_text())["global_step"] == 60
 
 

@@ -119,7 +119,7 @@ def server(answer, when_asked=lambda: None):
 
     hub_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub_server.daemon_threads = True
-    threading.Thread(target=hub_server.serve_forever, daemon=True).start()
+    threading.Thread(target=hub_server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{hub_server.server_port}", asked
     finally:

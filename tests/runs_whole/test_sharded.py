@@ -55,10 +55,10 @@ finish = partial(outcomes.finish, function=sharded_run.train)
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (2, {}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                (2, {}),
                 (4, {}),
                 (2, {"model": bfloat16_llama, "max_tokens_per_batch": 0}),
                 (4, {"optim": "adamw_torch_8bit"}),

@@ -79,7 +79,8 @@ def test_a_resumed_stream_goes_on_with_the_next_example(tmp_path, data, accumula
     resumed_as_straight(tmp_path, data, settings_of(accumulation, workers), stops)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_several_ranks_share_an_odd_number_of_examples_and_resume(tmp_path, data, ranks):
     resumed_as_straight(tmp_path, data, settings_of(accumulation=2, steps=6), (3,), ranks)
 

@@ -102,7 +102,7 @@ def test_rotation_waits_until_the_newer_checkpoint_is_whole(tmp_path, tokenizer,
     assert seen == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-2"], ["checkpoint-4"]]
 
 
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("strategy", ["steps", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_the_checkpoint_of_a_signal_is_kept_beside_the_best_one(tmp_path, tokenizer, strategy):
     settings = {
         **SAVING, "max_steps": 9, "save_total_limit": 1, "metric_for_best_model": "eval_loss", "save_steps": 2,

@@ -312,7 +312,7 @@ def test_no_length_of_the_training_is_made_up(doctor, tmp_path):
     ],
 )
 def test_a_training_that_ends_before_its_warm_up_is_a_warning(doctor, changes, steps):
-    told = doctor(max_eval_samples=50, **changes)
+    told = doctor(max_eval_samples=50, gradient_accumulation_steps=16, **changes)
     assert told.code == 0
     assert told.of("Warning") == (
         []
