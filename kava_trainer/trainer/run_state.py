@@ -1,4 +1,4 @@
-"""What one rank keeps in a checkpoint beside weights, optimizer and random numbers, which `saving` lets Trainer write."""
+"""What one rank keeps in a checkpoint beside weights, optimizer and random numbers (those: `saving`)."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
