@@ -101,18 +101,21 @@ class CompletingCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The collator's batch, see `completed`."""
-        return completed(self.collator(examples))
+        return _complete(self.collator(examples))
 
 
-def completed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of anybody's making with `attention_mask`, `answer_index` and `next_tokens` where it has none.
+def completed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch of anybody's making with what KAVA needs beside the usual tensors; one that has it is left as it is.
 
     Raises:
         ValueError: if it lacks `input_ids` or `labels`, or holds what KAVA does not pass on to the models.
     """
+    return batch if "answer_index" in batch else _complete(batch)
+
+
+def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with `attention_mask`, `answer_index` and `next_tokens` where it has none. Raises as `completed`."""
     batch = dict(given)
-    if "answer_index" in batch:
-        return batch
     if missing := [name for name in ("input_ids", "labels") if batch.get(name) is None]:
         raise ValueError(
             f"The data collator gives no {' and no '.join(missing)}, but only {', '.join(batch)}. Let it give "
@@ -129,10 +132,11 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
             f"labels and input_ids of a batch have the shapes {shapes}. Give every token a label, or -100."
         )
     batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
-    real = batch["attention_mask"].bool().flatten()
-    batch["answer_index"] = (real & (following != IGNORED)).nonzero().flatten()
-    batch["next_tokens"] = following[batch["answer_index"]]
+    if "answer_index" not in batch:
+        following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+        real = batch["attention_mask"].bool().flatten()
+        batch["answer_index"] = (real & (following != IGNORED)).nonzero().flatten()
+        batch["next_tokens"] = following[batch["answer_index"]]
     return batch
 
 

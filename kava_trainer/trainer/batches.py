@@ -97,7 +97,7 @@ class StepBatches(TrainerCallback):
         if not found:
             return [], [], torch.zeros(4, dtype=torch.int64)
         if not self.packs or "lengths" not in found[0]:  # or a loader or a collator of the user's own made them
-            found = [completed(batch) for batch in found]
+            found = [dict(completed(batch)) for batch in found]
             return found, found, torch.stack(_count_padded(found))
         rows = pack_step(found, self._row_budget(found, batch_size, row_limit))
         if sharded:

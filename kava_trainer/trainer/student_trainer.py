@@ -93,7 +93,7 @@ class StudentTrainer(SavingTrainer):
             Interrupted: on all ranks, if any has got a signal.
         """
         WATCH.check()
-        inputs = self._without_repeated(completed(self._prepare_inputs(inputs)))
+        inputs = self._without_repeated(dict(completed(self._prepare_inputs(inputs))))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             if prediction_loss_only:

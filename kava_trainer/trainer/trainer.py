@@ -250,13 +250,13 @@ class KavaTrainer(StudentTrainer):
             return_outputs: also return the student's `last_hidden_state` [B, T, d_s].
             num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
         """
-        training, inputs = torch.is_grad_enabled(), completed(inputs)
+        training, batch = torch.is_grad_enabled(), completed(inputs)
         means, progress = (self.steps.means, progress_of(self.state)) if training else (self.eval_means, 0.0)
         weights = self.terms.weights(progress)
         with self.clock.stopwatch.measure("teacher") if training else nullcontext():
-            teacher_states = self.terms.teacher_states(inputs)
-        outputs = self.terms.student_outputs(model, inputs, teacher_states, weights)
-        loss = self.terms.loss(outputs, inputs, weights, num_items_in_batch, means)
+            teacher_states = self.terms.teacher_states(batch)
+        outputs = self.terms.student_outputs(model, batch, teacher_states, weights)
+        loss = self.terms.loss(outputs, batch, weights, num_items_in_batch, means)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the ranks' gradients will be averaged
         return (loss, {"last_hidden_state": outputs.last_hidden_state}) if return_outputs else loss

@@ -130,6 +130,19 @@ def test_a_usual_batch_has_the_loss_of_kavas_and_no_padding_is_learned(tmp_path,
     assert (batch["answer_index"].tolist(), batch["next_tokens"].tolist()) == ([2], [6])
 
 
+def test_a_collator_around_kavas_is_checked_as_any_other(tmp_path, tokenizer, rows):
+    trainer = plain_trainer(tmp_path, tokenizer, rows, max_tokens_per_batch=0)
+    ours = trainer.data_collator
+
+    def with_positions(examples):
+        return {**ours(examples), "position_ids": torch.zeros(1)}
+
+    around = plain_trainer(tmp_path, tokenizer, rows, data_collator=lambda examples: ours(examples))
+    around.train()
+    with pytest.raises(ValueError, match="gives position_ids, which KAVA does not pass on"):
+        plain_trainer(tmp_path, tokenizer, rows, data_collator=with_positions).train()
+
+
 def test_the_model_answers_as_a_users_callback_expects(tmp_path, tokenizer, rows):
     trainer = plain_trainer(tmp_path, tokenizer, rows)
     batch = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")(rows[:2])
