@@ -192,6 +192,11 @@ class KavaTrainingArguments(TrainingArguments):
         return self.mercator_weight > 0 or self.mse_weight > 0
 
     @property
+    def reads_teacher(self) -> bool:
+        """Whether any term needs a teacher."""
+        return self.aligns or self.kd_weight > 0
+
+    @property
     def calibrates(self) -> bool:
         """Whether the projectors start from a calibration pass."""
         return self.aligns and (self.projector_anchor == "pca" or self.projector_init == "least_squares")

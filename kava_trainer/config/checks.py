@@ -106,10 +106,10 @@ def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
     if training.max_steps < 0 and training.num_train_epochs <= 0:
         remedy = "write a number above 0, or set max_steps."
         yield Problem.of_value("num_train_epochs", training.num_train_epochs, remedy)
-    if not training.aligns and training.lm_weight == 0 and training.kd_weight == 0:
+    if not training.reads_teacher and training.lm_weight == 0:
         what = "mercator_weight, mse_weight, lm_weight and kd_weight are all 0: nothing would be trained."
         yield Problem(None, what)
-    if training.run_control and not training.aligns and training.kd_weight == 0:
+    if training.run_control and not training.reads_teacher:
         what = "run_control is true, but the run itself has the next-token loss alone;"
         yield Problem("run_control", what, "write false.")
     for name, value in _UNREPEATABLE.items() if training.run_control else ():

@@ -8,7 +8,7 @@ import torch
 
 from ..data.formats import IGNORED
 from .chunked_loss import sum_in_chunks
-from .losses import generalized_jsd_per_token, next_token_sum, token_sum
+from .losses import generalized_jsd_per_token, next_token_sum, smoothing_sum, token_sum
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps last hidden states [..., d] to logits [..., vocabulary]."""
@@ -18,11 +18,10 @@ class LogitsTerms:
     """Sums the terms over the answers of a batch; a model calls it within its forward pass, where its head is whole.
 
     Args:
-        weights: of the terms to compute, `lm` and `kd`, in the total.
+        weights: of the terms to compute, `lm`, `smoothing` and `kd`, in the total.
         answers: positions [K] among the flattened tokens of the batch that a next token is learned at.
         targets: these next tokens [K], `IGNORED` where one carries no loss.
         vocabulary: number of the student's logits.
-        smoothing: share of the probability of `lm` that is spread evenly over the vocabulary.
         temperature: of `kd`, see `generalized_jsd_per_token`.
         beta: of `kd`, likewise.
         teacher: for `kd`, the teacher's last states [B, T, d_t] and the head that makes logits of them without
@@ -35,13 +34,12 @@ class LogitsTerms:
         answers: torch.Tensor,
         targets: torch.Tensor,
         vocabulary: int,
-        smoothing: float = 0.0,
         temperature: float = 1.0,
         beta: float = 0.0,
         teacher: tuple[torch.Tensor, Head] | None = None,
     ) -> None:
         self._weights, self._answers, self._targets, self._vocabulary = weights, answers, targets, vocabulary
-        self._smoothing, self._temperature, self._beta, self._teacher = smoothing, temperature, beta, teacher
+        self._temperature, self._beta, self._teacher = temperature, beta, teacher
 
     def __call__(
         self, head: Head, parameters: Sequence[torch.Tensor], last_state: torch.Tensor
@@ -65,10 +63,12 @@ class LogitsTerms:
     def _chunk(self, head: Head, states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
         """The sums [n] of the terms over some answers."""
         logits = head(states)
-        found = {"lm": next_token_sum(logits, targets, self._smoothing)} if "lm" in self._weights else {}
-        if "kd" in self._weights:
-            found["kd"] = token_sum(self._divergence(logits, *teacher), targets != IGNORED)
-        return torch.stack([found[name] for name in self._weights])
+        return torch.stack([self._sum(name, logits, targets, *teacher) for name in self._weights])
+
+    def _sum(self, name: str, logits: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
+        if name == "kd":
+            return token_sum(self._divergence(logits, *teacher), targets != IGNORED)
+        return next_token_sum(logits, targets) if name == "lm" else smoothing_sum(logits, targets)
 
     def _divergence(self, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Between both models' next tokens [n]; embeddings padded to a round number have a common first part."""

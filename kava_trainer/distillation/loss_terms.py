@@ -17,7 +17,7 @@ from .model import StudentOutput
 from .targets import HiddenStateTarget
 from .token_means import TokenMeans
 
-ALIGNMENT_TERMS, LOGITS_TERMS = ("mercator", "mse", "anchor"), ("lm", "kd")
+ALIGNMENT_TERMS, LOGITS_TERMS = ("mercator", "mse", "anchor"), ("lm", "smoothing", "kd")
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
@@ -58,26 +58,26 @@ class LossTerms:
     ) -> None:
         self.args, self.target, self.teacher, self.autocast = args, target, teacher, autocast
         self._vocabulary = vocabulary
-        weights = {
-            "mercator": args.mercator_weight,
-            "mse": args.mse_weight,
-            "anchor": args.anchor_weight if target.decoders and args.aligns else 0.0,
-            "lm": args.lm_weight,
-            "kd": args.kd_weight,
-        }
-        self._weights = {name: weight for name, weight in weights.items() if weight > 0}
 
     def weights(self, progress: float) -> dict[str, float]:
-        """The weight of each term when the share `progress` of the training is done.
+        """The weight of each term, as the arguments have it now, when the share `progress` of the training is done.
 
         The schedule moves what pulls on the student's states; the anchor, which holds the projector, stays.
         """
-        factor = schedule_factor(self.args.alignment_schedule, progress)
-        return {name: w * factor if name in ("mercator", "mse") else w for name, w in self._weights.items()}
+        args, factor = self.args, schedule_factor(self.args.alignment_schedule, progress)
+        weights = {
+            "mercator": args.mercator_weight,
+            "mse": args.mse_weight,
+            "anchor": args.anchor_weight if self.target.decoders and args.aligns else 0.0,
+            "lm": args.lm_weight,
+            "smoothing": args.lm_weight * args.label_smoothing_factor,
+            "kd": args.kd_weight,
+        }
+        return {name: w * factor if name in ("mercator", "mse") else w for name, w in weights.items() if w > 0}
 
     def teacher_states(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor] | None:
         """The teacher's states on a batch; None where no term reads them."""
-        if self.teacher is None or not (self.args.aligns or self.args.kd_weight > 0):
+        if self.teacher is None or not self.args.reads_teacher:
             return None
         with self.autocast():
             return self.teacher.features(inputs)
@@ -124,7 +124,6 @@ class LossTerms:
             inputs["answer_index"],
             inputs["next_tokens"],
             self._vocabulary,
-            args.label_smoothing_factor if torch.is_grad_enabled() else 0.0,
             args.kd_temperature,
             args.kd_beta,
             teacher,

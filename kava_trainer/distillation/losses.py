@@ -150,14 +150,24 @@ def generalized_jsd_loss(
     return token_mean(generalized_jsd_per_token(student_logits, teacher_logits, temperature, beta), mask, num_items)
 
 
-def next_token_sum(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def next_token_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the cross-entropies in nats of the next tokens, as a float32 scalar.
 
     Args:
         logits: [N, vocabulary].
         targets: the token that follows [N], `IGNORED` where it carries no loss.
-        label_smoothing: share of the probability spread evenly over the vocabulary.
     """
-    return F.cross_entropy(
-        logits.float(), targets, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def smoothing_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What label smoothing adds to `next_token_sum` for a share of 1: the cross-entropy against all tokens alike in
+    place of that of the next one (Szegedy et al., arXiv 1512.00567, section 7), as a float32 scalar.
+
+    Args:
+        logits: [N, vocabulary].
+        targets: the token that follows [N], `IGNORED` where it carries no loss.
+    """
+    known = targets != IGNORED
+    mean, own = logits.float().mean(dim=-1), logits.float().gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(known, own - mean, 0.0).sum()

@@ -17,7 +17,7 @@ from ..models.lora import has_adapter
 from ..models.teacher import OnlineTeacher, TeacherSource
 from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
-from .targets import HiddenStateTarget, build_target
+from .targets import HiddenStateTarget, build_target, no_target
 
 
 def check_given(
@@ -83,7 +83,8 @@ def pair_up(
         args: say which layers are aligned, how, and which terms there are.
         student: the model to train.
         teacher: a model, which is frozen and put on the training's device, or any other source of states.
-        target: what is aligned; made as the arguments ask where it is None.
+        target: what is aligned; made as the arguments ask where it is None, with a teacher, or without one where no
+            term needs it.
 
     Returns:
         The source, which is None where no term reads the teacher, and the target.
@@ -94,6 +95,10 @@ def pair_up(
     """
     if isinstance(teacher, (str, nn.Module)):
         check_causal("teacher", teacher)
+    if teacher is None and not args.reads_teacher:
+        return None, no_target(student) if target is None else target
+    if teacher is None:
+        raise ValueError("mercator_weight, mse_weight or kd_weight is above 0; give a teacher, or set all three to 0.")
     if not isinstance(teacher, PreTrainedModel):
         if target is None:
             raise ValueError("Give the teacher as a model, or say what is aligned: target=build_target(args, ...).")
@@ -141,8 +146,36 @@ class Pairing:
         with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them
             torch.manual_seed(self._args.seed)
             source, target = pair_up(self._args, student, self._teacher, target)
-        if not self._args.aligns:
-            target.requires_grad_(False)
+        self._trained = [parameter for parameter in target.parameters() if parameter.requires_grad]
+        self._train_projectors()
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
         return DistillationModel(student, target), source
+
+    def source_now(self, model: DistillationModel, source: TeacherSource | None) -> TeacherSource | None:
+        """The source that the weights ask for as they are now: the one that there is, or one of other layers.
+
+        Projectors learn from now on where something is aligned, and nowhere else.
+
+        Args:
+            model: of `pair`.
+            source: that it has had so far.
+
+        Raises:
+            ValueError: if a term reads a teacher, and there is none.
+        """
+        self._train_projectors()
+        teacher, target = self._teacher, model.target
+        if teacher is not None and not isinstance(teacher, PreTrainedModel):
+            return source
+        if isinstance(teacher, PreTrainedModel):
+            layers = needed_teacher_layers(self._args, target, number_of_layers(teacher))
+            if not isinstance(source, OnlineTeacher | None) or layers == (source.layers if source else []):
+                return source
+            if source is not None:
+                source.close()
+        return pair_up(self._args, model.student, teacher, target)[0]
+
+    def _train_projectors(self) -> None:
+        for parameter in self._trained:
+            parameter.requires_grad_(self._args.aligns)

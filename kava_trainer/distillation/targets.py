@@ -157,3 +157,8 @@ def build_target(args: KavaTrainingArguments, student: PreTrainedModel, teacher:
     config = ProjectorConfig(*sizes, args.projector_mlp_ratio, args.projector_dropout, args.projector_anchor)
     shape = (args.mercator_alpha, args.mercator_beta, args.projector_direction, args.layer_weights)
     return HiddenStateTarget(pairs, config, *shape)
+
+
+def no_target(student: PreTrainedModel) -> HiddenStateTarget:
+    """The alignment of nothing, for a student that learns from its next tokens alone."""
+    return HiddenStateTarget([], ProjectorConfig(hidden_size(student), hidden_size(student)))

@@ -11,7 +11,14 @@ from .verdict import REQUIRED_COS_SIM
 MOST_POINTS = 1000
 """A curve with more points is thinned out: nobody sees more, and the page would grow with the length of the run."""
 
-TERMS = {"mercator": "Mercator", "mse": "squared difference", "anchor": "anchor", "lm": "next token", "kd": "KD"}
+TERMS = {
+    "mercator": "Mercator",
+    "mse": "squared difference",
+    "anchor": "anchor",
+    "lm": "next token",
+    "kd": "KD",
+    "smoothing": "label smoothing",
+}
 
 _RAISED = str.maketrans("-0123456789", "\N{SUPERSCRIPT MINUS}⁰¹²³⁴⁵⁶⁷⁸⁹")
 

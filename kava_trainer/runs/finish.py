@@ -80,7 +80,7 @@ def conclude(run: Run, collapse: str | None) -> None:
     console, training, data, summary = run.console, run.training, run.data, run.summary
     supervised = training.lm_weight > 0 or training.kd_weight > 0
     broken = [str(folder) for folder in list_checkpoints(training.output_dir) if broken_reason(folder)]
-    examples, taught = data.evaluation and len(data.evaluation), training.aligns or training.kd_weight > 0
+    examples, taught = data.evaluation and len(data.evaluation), training.reads_teacher
     summary.content.verdict = judge(summary.content, collapse, supervised, broken, examples, taught)
     show_verdict(console, summary)
     if not training.should_save:

@@ -181,9 +181,7 @@ def measure(
 def _train(run: Run) -> None:
     console, trainer, checkpoint, summary = run.console, run.trainer, run.checkpoint, run.summary
     try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not result.metrics:
-            console.print("The checkpoint is at the last step already; nothing is left to train.")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if (peak := peak_memory_bytes(trainer.args.device)) is not None:
             whose = "on the device" if trainer.args.device.type == "cuda" else "of the whole process"
             console.print(f"Peak memory so far, {whose}: {peak / 1e9:.2f} GB")

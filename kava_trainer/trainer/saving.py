@@ -4,6 +4,7 @@ Every private method of Trainer that KAVA overrides is here.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, speed_metrics
 
 from ..config.arguments import KavaTrainingArguments
 from ..distillation.model import DistillationModel
@@ -161,11 +162,12 @@ class SavingTrainer(Trainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put Trainer's sums back; with another number of ranks the next log line covers the steps from here on."""
-        # transformers 5.23.0 divides what a session has lost by its own steps, and 5.17.0 by all of the training's.
-        self._total_loss_scalar = 0.0 if hasattr(self, "_initial_global_step") else state["total_loss"]
-        self._globalstep_last_logged = self.state.global_step
+        loss, self._globalstep_last_logged = torch.zeros_like(state["loss"]), self.state.global_step
         if state["same_ranks"]:
-            self._tr_loss, self._globalstep_last_logged = state["loss"].to(self.args.device), state["last_logged"]
+            loss, self._globalstep_last_logged = state["loss"], state["last_logged"]
+        # transformers 5.23.0 divides what a session has lost by its own steps, and 5.17.0 by all of the training's.
+        self._total_loss_scalar = -loss.item() if hasattr(self, "_initial_global_step") else state["total_loss"]
+        self._tr_loss = loss.to(self.args.device)
 
     def take_up_finished(self, checkpoint: str) -> TrainOutput | None:
         """Load a checkpoint with no step left to train, as if it had just been trained; None where steps are left."""
@@ -181,7 +183,10 @@ class SavingTrainer(Trainer):
         best = state.best_model_checkpoint
         if self.args.load_best_model_at_end and best and Path(best).is_dir():
             self._load_best_model()
-        return TrainOutput(state.global_step, 0.0, {})
+        self.incidents.console.print("The checkpoint is at the last step already; nothing is left to train.")
+        metrics = speed_metrics("train", time.time(), num_samples=0, num_steps=0)
+        metrics |= {"total_flos": state.total_flos, "train_loss": 0.0, "epoch": state.epoch}
+        return TrainOutput(state.global_step, 0.0, metrics)
 
     def _restore_callbacks(self) -> None:
         """Give the callbacks the states that they were saved with, where `args` ask for it.

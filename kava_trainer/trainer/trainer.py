@@ -115,13 +115,10 @@ class KavaTrainer(StudentTrainer):
 
     def _add_parts(self) -> None:
         """Let Trainer call the parts, those first that begin anew with a training, then what a checkpoint holds."""
-        for callback in (self.clock, self.batches, self.steps, self.run_state, self.emergency, self.status):
+        parts = [self.clock, self.batches, self.steps, self.run_state, self.emergency, self.status, self.probe]
+        saving = ProjectorSaveCallback(self.try_to_save_projector, self._folder_of_trial)
+        for callback in (*parts, saving, *filter(None, [self.pusher])):
             self.add_callback(callback)
-        if self.args.aligns:
-            self.add_callback(self.probe)
-            self.add_callback(ProjectorSaveCallback(self.try_to_save_projector, self._folder_of_trial))
-        if self.pusher is not None:
-            self.add_callback(self.pusher)
 
     def _take_up(self, source: TeacherSource | None) -> None:
         """Make what depends on student and teacher."""
@@ -299,7 +296,9 @@ class KavaTrainer(StudentTrainer):
             return super().train(resume_from_checkpoint, *args)
 
     def _make_ready(self) -> None:
-        """What a new model needs before it is trained."""
+        """What a model needs before it is trained; weights may have been changed since the trainer was made."""
+        if (source := self._pairing.source_now(self.model, self.teacher)) is not self.teacher:
+            self._take_up(source)
         from_main_process(self.weights.check_writable)
         if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
             apply_liger_kernel(self.student, self.args.liger_kernel_config)

@@ -10,19 +10,27 @@ from kava_trainer.distillation.logits_terms import LogitsTerms
 STUDENT_WIDTH, TEACHER_WIDTH, TEMPERATURE = 6, 5, 2.0
 
 
-def naive_sums(logits, teacher_logits, targets, smoothing):
+def naive_sums(logits, teacher_logits, targets):
     kept, size = targets != -100, min(logits.shape[1], teacher_logits.shape[1])
     logs = logits[kept].log_softmax(-1)
-    lm = -(1 - smoothing) * logs[range(len(logs)), targets[kept]].sum() - smoothing * logs.mean(-1).sum()
+    lm = -logs[range(len(logs)), targets[kept]].sum()
     p, q = ((side[kept, :size] / TEMPERATURE).softmax(-1) for side in (teacher_logits, logits))
-    return {"lm": lm, "kd": TEMPERATURE**2 * (p * (p.log() - q.log())).sum()}
+    return {"lm": lm, "smoothing": -logs.mean(-1).sum() - lm, "kd": TEMPERATURE**2 * (p * (p.log() - q.log())).sum()}
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("teacher_vocabulary", [7, 5, 9])
-@pytest.mark.parametrize("weights", [{"lm": 1.5}, {"kd": 0.5}, {"lm": 1.5, "kd": 0.5}, {"lm": 0.0, "kd": 0.5}])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"lm": 1.5},
+        {"kd": 0.5},
+        {"lm": 1.5, "kd": 0.5},
+        {"lm": 0.0, "kd": 0.5},
+        {"lm": 1.5, "smoothing": 0.3, "kd": 0.5},
+    ],
+)
 @pytest.mark.parametrize("shape", [(2, 5), (1, 1), (3, 7)])
-def test_value_and_gradient_equal_the_naive_reference(shape, weights, teacher_vocabulary, smoothing, monkeypatch):
+def test_value_and_gradient_equal_the_naive_reference(shape, weights, teacher_vocabulary, monkeypatch):
     in_fours = partial(sum_in_chunks, chunk_bytes=4 * 7 * 4)
     monkeypatch.setattr(logits_terms, "sum_in_chunks", in_fours)
     torch.manual_seed(0)
@@ -34,10 +42,10 @@ def test_value_and_gradient_equal_the_naive_reference(shape, weights, teacher_vo
     targets[3:4] = -100
     teacher = (teacher_states, lambda own: own @ teacher_weight.T)
     kd = {"temperature": TEMPERATURE, "teacher": teacher} if "kd" in weights else {}
-    terms = LogitsTerms(weights, answers, targets, 7, smoothing, **kd)
+    terms = LogitsTerms(weights, answers, targets, 7, **kd)
     total, sums = terms(lambda own: own @ weight.T, [weight], states)
     rows, teacher_rows = states.flatten(0, 1)[answers], teacher_states.flatten(0, 1)[answers]
-    expected = naive_sums(rows @ weight.T, teacher_rows @ teacher_weight.T, targets, smoothing)
+    expected = naive_sums(rows @ weight.T, teacher_rows @ teacher_weight.T, targets)
     reference = sum(own * expected[name] for name, own in weights.items())
     torch.testing.assert_close(total, reference)
     torch.testing.assert_close(sums, {name: expected[name].detach() for name in weights})

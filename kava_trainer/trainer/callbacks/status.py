@@ -4,14 +4,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import IntervalStrategy, has_length
 
+from ...config.arguments import KavaTrainingArguments
 from ...evaluation.diagnostics import alignment_status
 from ...utils.console import Console, status_text
 from ...utils.progress_bar import progress_bar
 
 ALWAYS_LOGGED_STEPS = (50, 100, 200)
-"""Steps whose CosSim the run summary names; they are logged whatever `logging_steps` is."""
+"""Steps whose CosSim the run summary names; where anything is logged, they are, whatever `logging_steps` is."""
 
 
 class StatusCallback(TrainerCallback):
@@ -31,12 +32,16 @@ class StatusCallback(TrainerCallback):
         self.close()
         self._bar = progress_bar(state.max_steps, "Training", "step", initial=state.global_step, leave=True)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance the bar, and have the last step logged as well as those that the summary names."""
+    def on_step_end(
+        self, args: KavaTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar; of a distillation have the last step logged, and those that the summary names."""
         if self._bar is not None:
             self._bar.update()
-        if state.global_step in ALWAYS_LOGGED_STEPS or state.global_step >= state.max_steps:
-            control.should_log = True
+        if not args.reads_teacher or args.logging_strategy == IntervalStrategy.NO:
+            return
+        ends = state.global_step >= state.max_steps and args.logging_strategy == IntervalStrategy.STEPS
+        control.should_log |= ends or state.global_step in ALWAYS_LOGGED_STEPS
 
     def on_log(
         self,
