@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
-from .checks import settle_numbers, training_problems
+from .checks import accelerator_problems, settle_numbers, training_problems
 from .data_arguments import DataArguments
 from .launcher import device_problem, is_fsdp_asked, sharding_problems
 from .model_arguments import ModelArguments, argument
@@ -156,6 +156,7 @@ class KavaTrainingArguments(TrainingArguments):
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
             found += [*filter(None, [device_problem(self.device.type)]), *sharding_problems(self)]
+            found += accelerator_problems(cast(AcceleratorConfig, self.accelerator_config))
         except (ValueError, ImportError) as error:
             found += problems_of(error)
         if found:

@@ -1,12 +1,14 @@
 """Every check of the training's own arguments that needs no model."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments
 from .launcher import engine_problems
 from .layer_mapping import parse_layer_mapping
-from .optimizer_names import missing_package
+from .optimizer_names import missing_package, steps_in_backward
 
 if TYPE_CHECKING:  # which asks here
     from .arguments import KavaTrainingArguments
@@ -53,8 +55,23 @@ def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
         for name in _NOT_NEGATIVE
         if (getattr(training, name) or 0) < 0
     ]
-    found += [*engine_problems(training.fsdp, training.deepspeed), *filter(None, [missing_package(training.optim)])]
+    found += [*engine_problems(training.fsdp, training.deepspeed), *_optimizer_problems(training.optim)]
     return [*found, *_wrong_values(training), *_projector_problems(training), *_contradictions(training)]
+
+
+def _optimizer_problems(optim: Any) -> list[Problem]:
+    return [problem for check in (steps_in_backward, missing_package) if (problem := check(optim))]
+
+
+def accelerator_problems(config: AcceleratorConfig) -> list[Problem]:
+    """What of an `accelerator_config`, however it was given, is not supported."""
+    return [
+        Problem(
+            "accelerator_config", f"accelerator_config.{name} {str(value).lower()} is not supported;", "leave it out."
+        )
+        for name, value in _UNWANTED.items()
+        if getattr(config, name) == value
+    ]
 
 
 def _wrong_values(training: "KavaTrainingArguments") -> Iterator[Problem]:
@@ -69,13 +86,12 @@ def _wrong_values(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield Problem.of_value("kd_beta", training.kd_beta, "write a number from 0 to 1.")
     if (length := training.generation_max_new_tokens) is not None and length < 1:
         yield Problem.of_value("generation_max_new_tokens", length, "write 1 or more.")
+    if training.ddp_static_graph:
+        what = "ddp_static_graph is true, but KAVA's steps differ in their passes, which a static graph does not allow;"
+        yield Problem("ddp_static_graph", what, "leave it out.")
     if training.label_names not in (None, ["labels"]):
         what = f"label_names is {training.label_names}; KAVA reads the column labels alone."
         yield Problem("label_names", what, "Rename the column, and leave label_names out.")
-    given = training.accelerator_config if isinstance(training.accelerator_config, dict) else {}
-    for name in (name for name, value in _UNWANTED.items() if given.get(name, not value) == value):
-        what = f"accelerator_config.{name} {str(_UNWANTED[name]).lower()} is not supported;"
-        yield Problem("accelerator_config", what, "leave it out.")
 
 
 def _projector_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:

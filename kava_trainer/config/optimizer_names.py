@@ -31,3 +31,15 @@ def missing_package(optim: Any) -> Problem | None:
     command = 'pip install -c constraints.txt -e ".[bf16]"' if pinned else "pip install torchao"
     what = f"optim is {optimizer_name(optim)}, which needs torchao;"
     return Problem("optim", what, f"run {command}, or write another optim, such as adamw_torch_fused.")
+
+
+def steps_in_backward(optim: Any) -> Problem | None:
+    """What is wrong with an `optim` that takes its steps within the backward pass; None for any other.
+
+    A step that is no finite number could not be skipped, and the projectors would have no rate of their own.
+    """
+    name = optimizer_name(optim)
+    if not name.endswith("_layerwise") and name not in ("lomo", "adalomo"):
+        return None
+    what = f"optim is {name}, which takes its steps within the backward pass, where KAVA can skip none;"
+    return Problem("optim", what, "write another, such as adamw_torch_fused.")

@@ -33,9 +33,17 @@ class DistillationCollator:
         read_states: reads the teacher's states, which are then part of the batch.
     """
 
+    _needs_labels = False
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, read_states: StatesReader | None = None) -> None:
         self.read_states = read_states
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def for_training(self) -> "DistillationCollator":
+        """The same collator, refusing examples without labels, of which nothing can be learned."""
+        collator = copy.copy(self)
+        collator._needs_labels = True
+        return collator
 
     def reading(self, read_states: StatesReader) -> "DistillationCollator":
         """The same collator, reading the teacher's states."""
@@ -48,8 +56,11 @@ class DistillationCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, and where states are
-            read `teacher_states` [B, T, d_t] by layer.
+            read `teacher_states` [B, T, d_t] by layer. Examples of which none has labels, which can be predicted on
+            and not learned, give `input_ids` and `attention_mask` alone.
         """
+        if not self._needs_labels and not any("labels" in example for example in examples):
+            return self._unlabelled(examples)
         input_ids, labels = _tokens(examples)
         answers = [_answers(own) for own in labels]
         width = max(map(len, input_ids))
@@ -61,6 +72,13 @@ class DistillationCollator:
             "answer_index": torch.cat([row * width + positions for row, (positions, _) in enumerate(answers)]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
             **states,
+        }
+
+    def _unlabelled(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        input_ids, _ = _tokens([{**example, "labels": example["input_ids"]} for example in examples])
+        return {
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
         }
 
 

@@ -73,7 +73,9 @@ class StepBatches(TrainerCallback):
 
     def collator(self, padding: Any) -> Any:
         """What collates training examples: the trainer's own, or for packing one that only joins them."""
-        return JoiningCollator(padding.read_states) if self.packs and type(padding) is DistillationCollator else padding
+        if type(padding) is not DistillationCollator:
+            return padding
+        return JoiningCollator(padding.read_states) if self.packs else padding.for_training()
 
     def gather(
         self, batches: Iterator[Any], count: int, batch_size: int, row_limit: int | None, sharded: bool

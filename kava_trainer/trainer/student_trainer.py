@@ -86,14 +86,20 @@ class StudentTrainer(SavingTrainer):
         inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Loss on one evaluation batch; also logits at every position and labels where they are asked for.
+
+        Examples without labels have logits alone.
 
         Raises:
             Interrupted: on all ranks, if any has got a signal.
         """
         WATCH.check()
-        inputs = self._without_repeated(dict(completed(self._prepare_inputs(inputs))))
+        prepared = self._prepare_inputs(inputs)
+        if "labels" not in prepared and not prediction_loss_only:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return None, self.model(**prepared).logits, None
+        inputs = self._without_repeated(dict(completed(prepared)))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             if prediction_loss_only:
@@ -138,7 +144,7 @@ class StudentTrainer(SavingTrainer):
         metrics = cast(dict[str, float], output.metrics)
         means = self.eval_means.drain(self.sum_over_ranks)
         give_up_whole_weights(self.model)
-        if not self.has_own_loss:  # Trainer's is a mean over examples
+        if means and not self.has_own_loss:  # Trainer's is a mean over examples
             metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
         metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
@@ -218,7 +224,7 @@ class StudentTrainer(SavingTrainer):
         Raises:
             BadRequest: if there is no repository and none can be made.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._announce_push()
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -227,8 +233,7 @@ class StudentTrainer(SavingTrainer):
             return None
         folder = TemporaryDirectory()
         self.weights.export_student(folder.name, state)
-        name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
-        self.create_model_card(model_name=name, **kwargs)
+        self._write_card(**kwargs)
         shutil.copy(Path(str(self.args.output_dir)) / "README.md", folder.name)
         if self.pusher is not None:
             self.pusher.finish()
@@ -241,6 +246,16 @@ class StudentTrainer(SavingTrainer):
         )
         sent.add_done_callback(lambda _: folder.cleanup())
         return sent.result() if blocking else sent
+
+    def _announce_push(self) -> None:
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+
+    def _write_card(self, model_name: str | None = None, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Trainer's card, in `output_dir`, with the tags that the student has beside those that are asked for."""
+        asked = [tags] if isinstance(tags, str) else list(tags or [])
+        own = [tag for tag in getattr(self.student, "model_tags", None) or [] if tag not in asked]
+        name = model_name or str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(model_name=name, tags=[*asked, *own] or None, **kwargs)
 
     def sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         """A tensor added up over the ranks, each of which must ask."""

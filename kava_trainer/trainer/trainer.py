@@ -111,7 +111,7 @@ class KavaTrainer(StudentTrainer):
         parts: list[Part] = [self, self.incidents, self.clock, self.batches, self.steps, self.probe, self.emergency]
         self.run_state = RunState(parts, self.evaluate_late, self.probe.log_measured)
         if args.push_to_hub and args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
-            self.pusher = CheckpointPusher(str(self.hub_model_id), args, self.incidents)
+            self.pusher = CheckpointPusher(str(self.hub_model_id), args, self.incidents, self._announce_push)
 
     def _add_parts(self) -> None:
         """Let Trainer call the parts, those first that begin anew with a training, then what a checkpoint holds."""

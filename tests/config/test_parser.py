@@ -156,6 +156,8 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         ({"fsdp": "full_shard"}, "fsdp is not read from the arguments; start with accelerate launch"),
         ({"deepspeed": "ds.json"}, "deepspeed is not supported; shard with FSDP2"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches true is not supported; leave it out"),
+        ({"ddp_static_graph": True}, "ddp_static_graph is true, but KAVA's steps differ"),
+        ({"optim": "galore_adamw_layerwise"}, "takes its steps within the backward pass"),
         ({"load_best_model_at_end": True, "projector_dropout": 2.0}, "projector_dropout is 2.0"),
         ({"generation_max_new_tokens": 0}, "generation_max_new_tokens is 0"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),

@@ -377,7 +377,8 @@ def test_a_trainer_sends_its_student_and_nothing_else(tmp_path, tokenizer, hub, 
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "hub_token": "hf_planted"}
     trainer = make_trainer(tmp_path / "out", tokenizer, hub_model_id="me/sent", hub_private_repo=True, **settings)
     trainer.train()
-    sent = trainer.push_to_hub("My words", blocking=blocking)
+    trainer.student.model_tags = ["mine", "asked"]
+    sent = trainer.push_to_hub("My words", blocking=blocking, tags="asked")
     commit = sent if blocking else sent.result()
     repository = hub.repositories["me/sent"]
     assert commit.commit_message == repository.messages[-1] == "My words"
@@ -385,7 +386,9 @@ def test_a_trainer_sends_its_student_and_nothing_else(tmp_path, tokenizer, hub, 
     files = repository.files()
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(files)
     assert not [name for name in files if name.startswith("checkpoint") or name.endswith((".bin", ".pth", ".pt"))]
-    assert ModelCard(files["README.md"].decode()).data.library_name == "transformers"
+    card = ModelCard(files["README.md"].decode()).data
+    assert card.library_name == "transformers"
+    assert [tag for tag in card.tags if tag in ("mine", "asked")] == ["asked", "mine"]
     loaded = AutoModelForCausalLM.from_pretrained("me/sent")
     for name, weight in trainer.student.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name

@@ -180,7 +180,15 @@ def test_checkpoints_go_to_the_hub_without_any_secret(tmp_path, tokenizer, monke
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     monkeypatch.setattr(KavaTrainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/student"))
     settings = {"save_strategy": "steps", "save_steps": 2, "push_to_hub": True, "hub_token": "hf_planted"}
-    make_trainer(tmp_path, tokenizer, hub_strategy=strategy, **settings).train()
+    trainer, begun = make_trainer(tmp_path, tokenizer, hub_strategy=strategy, **settings), []
+
+    class Watch(TrainerCallback):
+        def on_push_begin(self, args, state, control, **kwargs):
+            begun.append((state.global_step, len(sent)))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert begun == ([] if strategy == "end" else [(2, 0)])
     expected = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
     assert [path for path, *_ in sent] == ([] if strategy == "end" else [expected])
     for _, names, content in sent:

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -19,13 +20,15 @@ from transformers import (
     HfArgumentParser,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from kava_trainer import KavaTrainer, KavaTrainingArguments
 from kava_trainer.data.collators import completed
 from kava_trainer.models.student import mend_generation_config
-from kava_trainer.utils.errors import BadRequest
+from kava_trainer.utils.errors import BadRequest, WrongArguments
 
 
 def student(seed=2):
@@ -176,7 +179,15 @@ def test_projectors_start_from_the_seed_alone(tmp_path, tokenizer, rows):
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("sampling", [{"train_sampling_strategy": "group_by_length"}, {"data_seed": 7}])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"train_sampling_strategy": "group_by_length"},
+        {"accelerator_config": {"use_seedable_sampler": False}},
+        {"data_seed": 7},
+    ],
+    ids=str,
+)
 def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path, tokenizer, rows, sampling):
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 1, **sampling}
     whole = plain_trainer(tmp_path, tokenizer, rows, **settings)
@@ -321,3 +332,96 @@ def test_what_would_keep_the_student_from_being_saved_is_found_before_the_first_
     with pytest.raises(BadRequest, match="The student could not be saved"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("padded_rows", [False, True])
+def test_rows_without_labels_are_predicted_on_as_by_trainer(tmp_path, tokenizer, rows, padded_rows):
+    unlabelled = [{n: v for n, v in row.items() if n != "labels"} for row in (padded(rows) if padded_rows else rows)]
+    ours = plain_trainer(tmp_path, tokenizer, rows).predict(Dataset.from_list(unlabelled))
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, per_device_eval_batch_size=SETTINGS["per_device_eval_batch_size"]
+    )
+    theirs = Trainer(student(), args, processing_class=tokenizer).predict(Dataset.from_list(unlabelled))
+    assert ours.label_ids is theirs.label_ids is None
+    assert {name for name in ours.metrics if "loss" in name} == set()
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        assert np.allclose(ours.predictions[number, :length], theirs.predictions[number, :length], atol=1e-5)
+
+
+def test_rows_without_labels_are_neither_trained_nor_evaluated_on(tmp_path, tokenizer, rows):
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
+    for budget in (0, None):
+        with pytest.raises(ValueError, match="no labels"):
+            plain_trainer(tmp_path, tokenizer, unlabelled, held_out=rows, max_tokens_per_batch=budget).train()
+    with pytest.raises(ValueError, match="no labels"):
+        plain_trainer(tmp_path, tokenizer, rows).evaluate(Dataset.from_list(unlabelled))
+
+
+TEACHERS = (
+    {"mercator_weight": 0.0},
+    {"kd_weight": 1.0},
+    {"mercator_weight": 0.0, "kd_weight": 1.0},
+    {"mse_weight": 0.5},
+)
+
+
+@pytest.mark.parametrize("start", [{"mercator_weight": 0.0}, {"mercator_weight": 3.0}, {"kd_weight": 1.0}])
+@pytest.mark.parametrize("changes", TEACHERS, ids=str)
+def test_weights_that_are_changed_before_the_training_take_effect(tmp_path, tokenizer, rows, start, changes):
+    made = plain_trainer(tmp_path / "made", tokenizer, rows, **{**start, **changes})
+    made.train()
+    later = plain_trainer(tmp_path / "later", tokenizer, rows, **start)
+    for name, value in changes.items():
+        setattr(later.args, name, value)
+    later.train()
+    assert loss_lines(later) == loss_lines(made)
+    assert [n for n, p in later.model.named_parameters() if p.requires_grad] == [
+        n for n, p in made.model.named_parameters() if p.requires_grad
+    ]
+
+
+def test_a_weight_that_needs_a_teacher_is_refused_where_there_is_none(tmp_path, tokenizer, rows):
+    trainer = plain_trainer(tmp_path, tokenizer, rows, pair=(student(), None), mercator_weight=0.0)
+    trainer.train()
+    trainer.args.kd_weight = 1.0
+    with pytest.raises(ValueError, match="kd_weight is above 0; give a teacher"):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"mercator_weight, .* give a teacher"):
+        plain_trainer(tmp_path, tokenizer, rows, pair=(student(), None), mercator_weight=1.0)
+
+
+def test_label_smoothing_is_in_the_loss_that_is_evaluated_and_not_in_the_perplexity(tmp_path, tokenizer, rows):
+    plain, smooth = (
+        plain_trainer(tmp_path, tokenizer, rows, mercator_weight=0.0, label_smoothing_factor=share).evaluate()
+        for share in (0.0, 0.3)
+    )
+    assert smooth["eval_perplexity"] == pytest.approx(plain["eval_perplexity"])
+    assert smooth["eval_loss"] == pytest.approx(plain["eval_loss"] + 0.3 * smooth["eval_smoothing_loss"])
+    assert smooth["eval_loss"] != pytest.approx(plain["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["object", "dictionary", "text", "file"])
+@pytest.mark.parametrize("unwanted", [{"dispatch_batches": True}, {"split_batches": True}, {"even_batches": False}])
+def test_what_of_accelerator_config_is_not_supported_is_refused_in_every_form(tmp_path, form, unwanted):
+    (tmp_path / "config.json").write_text(json.dumps(unwanted))
+    forms = {
+        "object": AcceleratorConfig(**unwanted), "dictionary": unwanted, "text": json.dumps(unwanted),
+        "file": str(tmp_path / "config.json"),
+    }  # fmt: skip
+    (name,) = unwanted
+    with pytest.raises(WrongArguments, match=f"accelerator_config.{name} .* is not supported; leave it out"):
+        KavaTrainingArguments(str(tmp_path), use_cpu=True, accelerator_config=forms[form])
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo"])
+def test_an_optimizer_that_steps_within_the_backward_pass_is_refused(tmp_path, optim):
+    with pytest.raises(WrongArguments, match=f"optim is {optim}, which takes its steps within the backward pass"):
+        KavaTrainingArguments(str(tmp_path), use_cpu=True, optim=optim, optim_target_modules=["mlp"])
+
+
+@pytest.mark.parametrize("when", [{"logging_strategy": "no"}, {"logging_strategy": "epoch"}, {"logging_steps": 50}])
+def test_a_distillation_logs_its_last_step_unless_nothing_is_to_be_logged(tmp_path, tokenizer, rows, when):
+    trainer = plain_trainer(tmp_path, tokenizer, rows, max_steps=2, logging_first_step=False, **when)
+    trainer.train()
+    assert [line["step"] for line in loss_lines(trainer)] == ([] if when == {"logging_strategy": "no"} else [2])

@@ -95,10 +95,13 @@ class CheckpointPusher(TrainerCallback):
             `all_checkpoints` all of it under its own name. A checkpoint is left out while another is on its way,
             unless `hub_always_push` is set.
         incidents: takes a note of each failure.
+        announce: called before each checkpoint that is sent.
     """
 
-    def __init__(self, repo_id: str, arguments: KavaTrainingArguments, incidents: Incidents) -> None:
-        self._repo_id, self._arguments, self._incidents = repo_id, arguments, incidents
+    def __init__(
+        self, repo_id: str, arguments: KavaTrainingArguments, incidents: Incidents, announce: Callable[[], Any]
+    ) -> None:
+        self._repo_id, self._arguments, self._incidents, self._announce = repo_id, arguments, incidents, announce
         self._running: dict[Future[None], tuple[Path, int]] = {}
         self._told: set[str] = set()
         self._bars_were_on: bool | None = None
@@ -113,6 +116,7 @@ class CheckpointPusher(TrainerCallback):
         self._note_done()
         if self._running and not self._arguments.hub_always_push:
             return
+        self._announce()
         self._running[in_background(lambda: self._upload(folder), after=list(self._running))] = (folder, step)
 
     def finish(self) -> None:

@@ -73,7 +73,7 @@ class ProbeCallback(TrainerCallback):
             model: student and projectors, not wrapped.
             progress: share of the training that is done, for the weights of the terms.
         """
-        if self.fixed is None:
+        if self.fixed is None or not self._args.aligns:
             return None
         with needs_memory("while the probe measured the alignment", self._incidents.smaller_evaluation):
             result = self.fixed.measure(model, self._terms, progress)
