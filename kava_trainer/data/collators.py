@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import has_length
 
 from .formats import IGNORED
 
@@ -29,15 +30,19 @@ class DistillationCollator:
     The attention mask follows from the lengths, never from the padding token: many tokenizers pad with end-of-text.
 
     Args:
-        tokenizer: gives the padding token; its end-of-text token stands in where it has none.
+        tokenizer: gives the padding token; its end-of-text token stands in where it has none. Without a tokenizer it is
+            token 0, which no loss sees either.
         read_states: reads the teacher's states, which are then part of the batch.
     """
 
     _needs_labels = False
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, read_states: StatesReader | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None = None, read_states: StatesReader | None = None
+    ) -> None:
         self.read_states = read_states
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        known = () if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        self.pad_token_id = next((token for token in known if token is not None), 0)
 
     def for_training(self) -> "DistillationCollator":
         """The same collator, refusing examples without labels, of which nothing can be learned."""
@@ -158,6 +163,27 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
     return batch
 
 
+def check_rows(name: str, dataset: Any) -> None:
+    """Raise `ValueError` for a data set, or one of several by name, that is empty or was not tokenised.
+
+    Args:
+        name: that the user knows it by.
+        dataset: rows, a dictionary of data sets, or None; of one without columns and length nothing is known.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_rows(f"{name}[{key!r}]", part)
+        return
+    if has_length(dataset) and len(dataset) == 0:
+        raise ValueError(f"{name} holds no examples.")
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "input_ids" not in columns:
+        raise ValueError(
+            f"{name} has the columns {', '.join(columns)}, and no input_ids. Tokenise it first: "
+            "kava_trainer.encode(dataset, tokenizer)."
+        )
+
+
 def choose_collator(
     given: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -165,11 +191,11 @@ def choose_collator(
 
     Args:
         given: the user's own; it is completed where it is not KAVA's.
-        tokenizer: what KAVA's pads for, where there is none of the user's; without both, examples cannot be padded.
+        tokenizer: what KAVA's pads for, where there is none of the user's.
     """
-    if given is None and tokenizer is not None:
+    if given is None:
         return DistillationCollator(tokenizer)
-    return given if isinstance(given, DistillationCollator) else CompletingCollator(given or default_data_collator)
+    return given if isinstance(given, DistillationCollator) else CompletingCollator(given)
 
 
 def _tokens(examples: list[dict[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

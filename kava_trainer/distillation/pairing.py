@@ -1,16 +1,17 @@
 """A teacher and a student that a trainer is given as plain models: where the states come from, and what is aligned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.arguments import KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
+from ..data.collators import check_rows
 from ..models.layers import number_of_layers
 from ..models.loading import on_device
 from ..models.lora import has_adapter
@@ -19,11 +20,32 @@ from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
 from .targets import HiddenStateTarget, build_target, no_target
 
+_OWN_NAMES = {"model": "student", "teacher_model": "teacher", "ref_model": "teacher", "tokenizer": "processing_class"}
+"""Parameters as other trainers call them, and as they are called here."""
+
 
 def check_given(
-    args: Any, student: PreTrainedModel | None, model_init: Callable[..., Any] | None, options: dict[str, Any]
+    args: Any,
+    student: PreTrainedModel | None,
+    model_init: Callable[..., Any] | None,
+    others: Sequence[Any],
+    options: dict[str, Any],
 ) -> None:
-    """Raise `ValueError` for what a `KavaTrainer` cannot be made of; `options` are those that Trainer gets too."""
+    """Raise `ValueError` for what a `KavaTrainer` cannot be made of.
+
+    Args:
+        args: of the training.
+        student: the model, if any.
+        model_init: makes one, if any.
+        others: what was given as the teacher and as the target.
+        options: those that Trainer gets too.
+    """
+    for theirs, ours in ((name, _OWN_NAMES[name]) for name in options if name in _OWN_NAMES):
+        raise ValueError(f"{theirs} is called {ours} here; write KavaTrainer({ours}=...).")
+    if any(isinstance(given, TrainingArguments) for given in (student, *others)):
+        raise ValueError("The arguments stand in another's place; write KavaTrainer(student, teacher, args=...).")
+    for name in ("train_dataset", "eval_dataset") if options.get("data_collator") is None else ():
+        check_rows(name, options.get(name))  # a collator may tokenise texts itself
     if not isinstance(args, KavaTrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}; write KavaTrainingArguments, which takes the same.")
     if options.get("compute_loss_func") is not None:

@@ -78,7 +78,7 @@ class KavaTrainer(StudentTrainer):
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
-        check_given(args, student, model_init, kwargs)
+        check_given(args, student, model_init, (teacher, target), kwargs)
         if student is None:
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)

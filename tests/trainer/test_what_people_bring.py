@@ -425,3 +425,57 @@ def test_a_distillation_logs_its_last_step_unless_nothing_is_to_be_logged(tmp_pa
     trainer = plain_trainer(tmp_path, tokenizer, rows, max_steps=2, logging_first_step=False, **when)
     trainer.train()
     assert [line["step"] for line in loss_lines(trainer)] == ([] if when == {"logging_strategy": "no"} else [2])
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "told"),
+    [
+        (lambda args: (student(), args), {}, "The arguments stand in another's place"),
+        (lambda args: (student(), teacher(), args), {}, "The arguments stand in another's place"),
+        (lambda args: (args,), {}, "The arguments stand in another's place"),
+        (lambda args: (), {"model": student, "teacher": teacher}, "model is called student here"),
+        (lambda args: (student(),), {"teacher_model": teacher}, "teacher_model is called teacher here"),
+        (lambda args: (student(), teacher()), {"tokenizer": str}, "tokenizer is called processing_class here"),
+    ],
+)
+def test_parameters_in_anothers_place_or_under_anothers_name_are_told(tmp_path, positional, named, told):
+    args = KavaTrainingArguments(str(tmp_path), use_cpu=True, plain_output=True)
+    with pytest.raises(ValueError, match=told):
+        KavaTrainer(*positional(args), args=args, **{name: make() for name, make in named.items()})
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (Dataset.from_list([{"text": "a"}]), "has the columns text, and no input_ids. Tokenise it first"),
+        (Dataset.from_list([]), "holds no examples"),
+        ([], "holds no examples"),
+        (
+            {"first": Dataset.from_list([{"question": "a", "answer": "b"}])},
+            r"\['first'\] has the columns question, answer",
+        ),
+    ],
+)
+def test_data_that_was_not_tokenised_or_is_empty_is_told(tmp_path, name, data, told):
+    args = KavaTrainingArguments(str(tmp_path), use_cpu=True, plain_output=True)
+    with pytest.raises(ValueError, match=f"{name}.*{told}"):
+        KavaTrainer(student(), teacher(), args=args, **{name: data})
+
+
+def test_rows_are_padded_without_a_tokenizer_and_texts_may_be_tokenised_by_a_collator(tmp_path, tokenizer, rows):
+    settings = {"output_dir": str(tmp_path), **SETTINGS, "plain_output": True, "max_tokens_per_batch": 0}
+    data = Dataset.from_list(rows)
+    without = KavaTrainer(student(), teacher(), args=KavaTrainingArguments(**settings), train_dataset=data)
+    without.train()
+    ours = plain_trainer(tmp_path, tokenizer, rows, max_tokens_per_batch=0, projector_init="least_squares")
+    ours.train()
+    assert loss_lines(without) == loss_lines(ours)
+
+    def collate(examples):
+        batch = tokenizer([example["text"] for example in examples], padding=True, return_tensors="pt")
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    texts = Dataset.from_list([{"text": f"{number} and {number}"} for number in range(16)])
+    args = KavaTrainingArguments(**settings, remove_unused_columns=False, projector_init="random")
+    KavaTrainer(student(), teacher(), args=args, train_dataset=texts, data_collator=collate).train()
