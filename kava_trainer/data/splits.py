@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART
 from ..quickstart import SPLIT_SIZES
 from ..quickstart.problems import generate_problems
 from ..utils.errors import BadRequest
-from .files import BUILDERS, find_files, loading
+from .files import find_builder, loading
 
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
 """Where a data set has no test split, this share of the training split is held out, up to this many examples."""
@@ -82,11 +82,11 @@ def _read(arguments: DataArguments) -> Mapping[str, Dataset]:
     name = cast(str, arguments.dataset_name)
     if name == QUICKSTART:
         return {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
-    path = Path(name).expanduser()
-    if builder := BUILDERS.get(path.suffix):
-        return load_dataset(builder, data_files=find_files(name))
-    saved = saved_splits(path, arguments)
-    return load_dataset(name, arguments.dataset_config_name) if saved is None else saved
+    if (saved := saved_splits(Path(name).expanduser(), arguments)) is not None:
+        return saved
+    builder = find_builder(name, arguments.dataset_config_name)
+    builder.download_and_prepare()
+    return cast(Mapping[str, Dataset], builder.as_dataset())
 
 
 def _first(dataset: Dataset | None, count: int | None) -> Dataset | None:
