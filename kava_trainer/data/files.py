@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape, glob, has_magic
@@ -83,8 +82,8 @@ def find_files(name: str) -> list[Path]:
             raise BadRequest.of(absent("dataset_name", "file", str(file)))
         if not is_file_name(str(file)):
             raise BadRequest(
-                f"The data file {file} has an ending that tells not what it holds; KAVA reads {ENDINGS}.",
-                "Rename it to the ending of what it is.",
+                f"The ending of the data file {file} does not say what it holds;",
+                f"rename it to one of those that are read: {ENDINGS}.",
             )
     filled = [file for file in files if file.stat().st_size > 0]
     if not filled:
@@ -122,12 +121,21 @@ def _files_builder(files: Sequence[Path]) -> datasets.DatasetBuilder:
 
 
 def _folder_builder(folder: Path, config_name: str | None) -> datasets.DatasetBuilder:
-    """What reads a folder of files; endings in capital letters are unknown to `datasets`."""
-    if any(is_file_name(file.name) and file.suffix != file.suffix.lower() for file in folder.rglob("*")):
+    """What reads a folder of files: `datasets`, unless it would leave some out or take none."""
+    endings = {ending_of(file.name): file.suffix for file in folder.rglob("*") if is_file_name(file.name)}
+    mixed = {".csv", ".tsv"} & endings.keys() and {".json", ".jsonl", ".ndjson"} & endings.keys()
+    capital = any(suffix != suffix.lower() for suffix in endings.values())
+    if (mixed or capital) and endings.keys() <= READERS.keys() and not _is_configured(folder):
         found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
         files = {split: [escape(file) for file in part if ending_of(file) in READERS] for split, part in found.items()}
         return TextFiles(data_files={split: part for split, part in files.items() if part}, hash=READING_VERSION)
     return _as_text(load_dataset_builder(str(folder), config_name))
+
+
+def _is_configured(folder: Path) -> bool:
+    """Whether a folder says itself which of its files are which split."""
+    card = folder / "README.md"
+    return card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _as_text(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:

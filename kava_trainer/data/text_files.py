@@ -1,6 +1,9 @@
 """Files of JSON and delimited text as a data set, or a stream, in which every cell is what stands in the file."""
 
+import gzip
+import lzma
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -85,18 +88,23 @@ class TextFiles(datasets.ArrowBasedBuilder):
             split: {"files": [dl_manager.iter_files(path) for path in paths[split]], "names": [*names[split]]}
             for split in names
         }
-        columns = self._columns(parts.values(), CHECKED_ROWS if dl_manager.is_streaming else None)
+        checked = CHECKED_ROWS if dl_manager.is_streaming else None
+        columns = {name: None for split, part in parts.items() for name in self._columns(split, checked, **part)}
         self.info.features = datasets.Features({name: Cell() for name in columns})
         return [datasets.SplitGenerator(name=split, gen_kwargs=part) for split, part in parts.items()]
 
-    def _columns(self, parts: Iterable[dict[str, list[Any]]], checked: int | None) -> list[str]:
-        """The columns of all files, in the order in which they are met; of remote ones that are streamed, of the first."""
+    def _columns(self, split: str, checked: int | None, files: list[Any], names: list[str]) -> list[str]:
+        """The columns of a split in the order in which they are met, within so many rows of each of its files.
+
+        Of remote files that are streamed only the first is opened for it. Raises `BrokenFile` where there is no row.
+        """
         found: dict[str, None] = {}
-        for part in parts:
-            for place, (files, name) in enumerate(zip(part["files"], part["names"], strict=True)):
-                if checked is None or place == 0 or "://" not in name:
-                    for _, cells in islice(self._rows(files, name), checked):
-                        found.update(dict.fromkeys(cells))
+        for place, (paths, name) in enumerate(zip(files, names, strict=True)):
+            if checked is None or place == 0 or "://" not in name:
+                for _, cells in islice(self._rows(paths, name), checked):
+                    found.update(dict.fromkeys(cells))
+        if not found:
+            raise BrokenFile(f"its split {str(split)!r} holds no examples.", None)
         return [*found]
 
     def _generate_shards(self, files: list[Any], names: list[str]) -> Iterator[str]:
@@ -124,6 +132,10 @@ class TextFiles(datasets.ArrowBasedBuilder):
             except BrokenFile as error:
                 error.file = name
                 raise
+            except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+                broken = BrokenFile(f"it is no whole {name.rpartition('.')[2]} file ({error}).", "Pack it again.")
+                broken.file = name
+                raise broken from error
 
 
 def _check_columns(row: Row, columns: list[str], name: str) -> None:
