@@ -12,6 +12,9 @@ IGNORED = -100
 
 _FORMATS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
 
+CELL_VERSION = 2
+"""Part of the key of tokenised data sets; raised whenever a value of a typed column becomes other text."""
+
 READ_COLUMNS = frozenset(name for names in _FORMATS for name in names) | {"system", "tools"}
 """Every column that can be part of what a row teaches."""
 

@@ -250,11 +250,8 @@ def _rows_in(values: list[Any], unwrap: bool) -> list[Any]:
 def _unwrapped(value: dict[str, Any]) -> list[Any]:
     """The rows of one object: the list of objects that it has, or its columns, or itself."""
     lists = {name: cell for name, cell in value.items() if isinstance(cell, list) and cell}
-    if (
-        lists
-        and len(lists) == len(value)
-        and not any(isinstance(item, dict) for cell in lists.values() for item in cell)
-    ):
+    items = [item for cell in lists.values() for item in cell]
+    if lists and len(lists) == len(value) and not any(isinstance(item, dict) for item in items):
         if len({len(cell) for cell in lists.values()}) > 1:
             lengths = ", ".join(f"{name} {len(cell)}" for name, cell in lists.items())
             raise BrokenFile(f"its columns are not equally long: {lengths}.")

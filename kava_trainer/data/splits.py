@@ -79,8 +79,8 @@ def _check_types(split: Any, arguments: DataArguments) -> None:
         kind = str(getattr(split.features[column], "dtype", ""))
         if kind.startswith(("float16", "float32", "timestamp", "date", "time", "duration")):
             raise BadRequest(
-                f"The column {column!r} of {arguments.dataset_name!r} holds {kind} values, which can be written as text "
-                "in more than one way;",
+                f"The column {column!r} of {arguments.dataset_name!r} holds {kind} values, which can be written as "
+                "text in more than one way;",
                 "save it as a column of text.",
             )
 

@@ -41,6 +41,7 @@ class Cell:
     _type: str = field(default="KavaCell", init=False, repr=False)
 
     def __call__(self) -> Any:
+        """The type of the table's column."""
         return self.pa_type
 
     def encode_example(self, value: Any) -> str | None:

@@ -41,8 +41,8 @@ def test_a_file_with_another_ending_is_refused_with_those_that_are_read(tmp_path
         said = refusal(path)
         assert said.startswith(f"The ending of the data file {name if path != tmp_path / name else path} does not say")
         assert said.endswith(
-            "rename it to one of those that are read: .jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .bz2, .xz, "
-            ".zst behind it), .parquet and .arrow, in small or capital letters."
+            "rename it to one of those that are read: .jsonl, .ndjson, .json, .csv, .tsv (each also with .gz, .bz2, "
+            ".xz, .zst behind it), .parquet and .arrow, in small or capital letters."
         )
 
 
@@ -84,17 +84,24 @@ def test_a_file_packed_with_a_package_that_is_missing_says_so(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("data.csv", "text\nré\n".encode("latin-1"), "line 2 is not UTF-8 text. The UTF-8 codec can't decode its byte 0xe9; where the file is Latin-1, this mends it: iconv -f LATIN1 -t UTF-8 OLD > NEW"),
-        ("data.jsonl", ROW.encode("utf-16"), "it is UTF-16 text where UTF-8 is needed. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
+        (
+            "data.csv",
+            "text\nré\n".encode("latin-1"),
+            "line 2 is not UTF-8 text. The UTF-8 codec can't decode its byte 0xe9; where the file is Latin-1, this mends "
+            "it: iconv -f LATIN1 -t UTF-8 OLD > NEW",
+        ),
+        (
+            "data.jsonl",
+            ROW.encode("utf-16"),
+            "it is UTF-16 text where UTF-8 is needed. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+        ),
         ("data.csv", b"question,answer\n", "its split 'train' holds no examples."),
         ("data.csv", b'text,note\n"a\n', "the quote that opens in line 2 is never closed: EOF inside string"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_read_gets_one_sentence(tmp_path, no_hub, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    assert refusal(tmp_path / name).removesuffix(
-        "."
-    ) == f"The data set '{tmp_path / name}' cannot be loaded: {expected}".removesuffix(".")
+    assert refusal(tmp_path / name) == f"The data set '{tmp_path / name}' cannot be loaded: {expected}"
 
 
 def test_the_broken_one_of_a_folder_is_named_by_its_place_in_it(tmp_path):
@@ -109,7 +116,7 @@ def test_the_broken_one_of_a_folder_is_named_by_its_place_in_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("a.jsonl", True), ("x/a.CSV.gz", True), ("a.parquet", True), ("a.arrow.gz", False), ("me/json", False), ("a", False)],
-)  # fmt: skip
+    [("a.jsonl", True), ("x/a.CSV.gz", True), ("a.parquet", True), ("a.arrow.gz", False), ("me/json", False)],
+)
 def test_names_of_files_are_told_from_others(name, expected):
     assert is_file_name(name) == expected

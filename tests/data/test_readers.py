@@ -97,20 +97,24 @@ def test_what_is_stored_comes_out_again(value):
     assert type(restore(store(value))) is type(value)
 
 
+USER, SYSTEM = {"role": "user", "content": "7"}, {"role": "system", "content": "2021-01-05"}
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
         ([{"text": "a"}, {"text": 0.5}], [{"text": "a"}, {"text": "0.5"}]),
         (["a", "b"], [{"text": "a"}, {"text": "b"}]),
         ({"version": "1", "data": [{"text": "a"}, {"text": 7}]}, [{"text": "a"}, {"text": "7"}]),
-        ({"question": ["a", 1], "answer": [None, 2.5]}, [{"question": "a", "answer": None}, {"question": "1", "answer": "2.5"}]),
-        ({"messages": [[{"role": "user"}], [{"role": "system"}]]}, [{"messages": [{"role": "user"}]}, {"messages": [{"role": "system"}]}]),
-        ({"messages": [{"role": "user"}]}, [{"messages": [{"role": "user"}]}]),
-        ({"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}, [{"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}]),
+        ({"text": ["a", 1, None, 2.5]}, [{"text": "a"}, {"text": "1"}, {"text": None}, {"text": "2.5"}]),
+        ({"prompt": ["a", 1], "n": [7, 2.5]}, [{"prompt": "a", "n": "7"}, {"prompt": "1", "n": "2.5"}]),
+        ({"messages": [[USER], [SYSTEM]]}, [{"messages": [USER]}, {"messages": [SYSTEM]}]),
+        ({"messages": [USER]}, [{"messages": [USER]}]),
+        ({"prompt": [USER], "completion": [SYSTEM]}, [{"prompt": [USER], "completion": [SYSTEM]}]),
         ({"question": "a", "answer": 1}, [{"question": "a", "answer": "1"}]),
         ([], []),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("indent", [None, 2])
 def test_the_shapes_of_a_json_file(value, expected, indent):
     assert cells(".json", json.dumps(value, indent=indent)) == expected
@@ -164,7 +168,7 @@ def test_lines_longer_than_what_is_read_at_once_are_whole():
         (".json", '[{"a": 1},\n{"a": ]', "line 2 is not valid JSON (Expecting value, column 7)"),
         (".json", '[{"a": 1}, 7]', "its row 2 holds a number where an object in braces is needed."),
         (".json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "it holds several lists of rows: train, test."),
-        (".json", '{"question": ["a"], "answer": ["b", "c"]}', "its columns are not equally long: question 1, answer 2."),
+        (".json", '{"a": ["a"], "b": ["b", "c"]}', "its columns are not equally long: a 1, b 2."),
         (".json", '["\\ud83d"]', "its row 1 holds half of a surrogate pair"),
         (".csv", "a,b\n1,2\n\n1,2,3\n", "Expected 2 fields in line 4, saw 3."),
         (".csv", 'a,b\n1,2\n3,"4\n5,6\n', "the quote that opens in line 3 is never closed: EOF inside string"),
@@ -175,7 +179,7 @@ def test_lines_longer_than_what_is_read_at_once_are_whole():
         (".csv", "a,b\n".encode("utf-16-be"), "it is UTF-16 text where UTF-8 is needed."),
         (".tsv", "a\tb\n".encode("utf-16-le"), "it is UTF-16 text where UTF-8 is needed."),
     ],
-)  # fmt: skip
+)
 def test_what_is_broken_is_named_with_its_line(ending, content, expected):
     assert problem(ending, content).startswith(expected)
 

@@ -204,7 +204,5 @@ def test_typed_columns_that_could_be_written_in_several_ways_are_refused(tmp_pat
     data = Dataset.from_dict({"text": [1, 2, 3]}, features=Features({"text": Value("int32")}))
     data.cast_column("text", Value(kind)).to_parquet(tmp_path / "data.parquet")
     for read in (load_splits, open_rows):
-        with pytest.raises(
-            BadRequest, match="holds .* values, which can be written as text in more than one way; save"
-        ):
+        with pytest.raises(BadRequest, match="which can be written as text in more than one way; save it as a column"):
             read(DataArguments(dataset_name=str(tmp_path / "data.parquet")))
