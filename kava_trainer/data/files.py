@@ -106,7 +106,7 @@ def find_builder(name: str, config_name: str | None) -> datasets.DatasetBuilder:
         return _files_builder(find_files(name))
     if is_local(name):
         raise BadRequest(f"The data set {name!r} cannot be loaded: there is no file or folder of that name.")
-    return _as_text(load_dataset_builder(name, config_name))
+    return as_text(load_dataset_builder(name, config_name))
 
 
 def _files_builder(files: Sequence[Path]) -> datasets.DatasetBuilder:
@@ -129,7 +129,7 @@ def _folder_builder(folder: Path, config_name: str | None) -> datasets.DatasetBu
         found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
         files = {split: [escape(file) for file in part if ending_of(file) in READERS] for split, part in found.items()}
         return TextFiles(data_files={split: part for split, part in files.items() if part}, hash=READING_VERSION)
-    return _as_text(load_dataset_builder(str(folder), config_name))
+    return as_text(load_dataset_builder(str(folder), config_name))
 
 
 def _is_configured(folder: Path) -> bool:
@@ -138,7 +138,7 @@ def _is_configured(folder: Path) -> bool:
     return card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace")
 
 
-def _as_text(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
+def as_text(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
     """A builder of `datasets`, or one that reads its files as text where they are JSON or delimited text."""
     if not isinstance(builder, (Json, Csv)):
         return builder

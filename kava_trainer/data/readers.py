@@ -124,8 +124,8 @@ def _decoded(line: bytes, number: int) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte = f"The UTF-8 codec can't decode its byte 0x{line[error.start]:02x}; where the file is Latin-1,"
-        raise BrokenFile(f"line {number} is not UTF-8 text.", f"{byte} this mends it: {_as_utf8('LATIN1')}") from error
+        remedy = f"Save it as UTF-8, whose codec can't decode its byte 0x{line[error.start]:02x}; where it is Latin-1:"
+        raise BrokenFile(f"line {number} is not UTF-8 text.", f"{remedy} {_as_utf8('LATIN1')}") from error
 
 
 def _as_utf8(kind: str) -> str:

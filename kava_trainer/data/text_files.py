@@ -67,13 +67,13 @@ def ending_of(name: str) -> str:
 
 
 @dataclass
-class TextFilesConfig(datasets.BuilderConfig):
+class TextFilesConfig(datasets.BuilderConfig):  # type: ignore[misc]
     """Which files, and what they are where their names do not tell."""
 
     ending: str = ".json"
 
 
-class TextFiles(datasets.ArrowBasedBuilder):
+class TextFiles(datasets.ArrowBasedBuilder):  # type: ignore[misc]
     """Reads such files as `datasets` does: from the disk or the hub, cached or streamed, compressed or not."""
 
     BUILDER_CONFIG_CLASS = TextFilesConfig

@@ -1,5 +1,8 @@
 """Which files a name means, and that what is on this machine is never looked for on the hub."""
 
+import gzip
+
+import fsspec
 import pytest
 
 from kava_trainer.config.data_arguments import DataArguments
@@ -87,8 +90,8 @@ def test_a_file_packed_with_a_package_that_is_missing_says_so(tmp_path, monkeypa
         (
             "data.csv",
             "text\nré\n".encode("latin-1"),
-            "line 2 is not UTF-8 text. The UTF-8 codec can't decode its byte 0xe9; where the file is Latin-1, this mends "
-            "it: iconv -f LATIN1 -t UTF-8 OLD > NEW",
+            "line 2 is not UTF-8 text. Save it as UTF-8, whose codec can't decode its byte 0xe9; where it is Latin-1: "
+            "iconv -f LATIN1 -t UTF-8 OLD > NEW",
         ),
         (
             "data.jsonl",
@@ -120,3 +123,17 @@ def test_the_broken_one_of_a_folder_is_named_by_its_place_in_it(tmp_path):
 )
 def test_names_of_files_are_told_from_others(name, expected):
     assert is_file_name(name) == expected
+
+
+def test_files_that_are_not_on_this_machine_are_read_as_text_too():
+    memory = fsspec.filesystem("memory")
+    for number in range(2):
+        row = f'{{"text": 0.{number}0}}\n{{"text": "NA"}}\n'
+        memory.pipe(f"/kava/train-{number}.jsonl.gz", gzip.compress(row.encode()))
+    memory.pipe("/kava/t.tsv", b"text\tnote\n007\tNA\n")
+    for kind, name, options, expected in (
+        ("json", "train-*.jsonl.gz", {}, [{"text": "0.00"}, {"text": "NA"}, {"text": "0.10"}, {"text": "NA"}]),
+        ("csv", "t.tsv", {"sep": "\t"}, [{"text": "007", "note": "NA"}]),
+    ):
+        library = files.load_dataset_builder(kind, data_files=f"memory://kava/{name}", **options)
+        assert list(files.as_text(library).as_streaming_dataset()["train"]) == expected
