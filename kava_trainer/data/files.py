@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape, glob, has_magic
-from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
+import fsspec
 from datasets import load_dataset_builder
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.packaged_modules.csv.csv import Csv
@@ -122,10 +122,13 @@ def _files_builder(files: Sequence[Path]) -> datasets.DatasetBuilder:
 
 def _folder_builder(folder: Path, config_name: str | None) -> datasets.DatasetBuilder:
     """What reads a folder of files: `datasets`, unless it would leave some out or take none."""
-    endings = {ending_of(file.name): file.suffix for file in folder.rglob("*") if is_file_name(file.name)}
-    mixed = {".csv", ".tsv"} & endings.keys() and {".json", ".jsonl", ".ndjson"} & endings.keys()
-    capital = any(suffix != suffix.lower() for suffix in endings.values())
-    if (mixed or capital) and endings.keys() <= READERS.keys() and not _is_configured(folder):
+    files = [file for file in folder.rglob("*") if is_file_name(file.name)]
+    endings = {ending_of(file.name) for file in files}
+    capital = next((file for file in files if ending_of(file.name) not in file.name), None)
+    mixed = {".csv", ".tsv"} & endings and {".json", ".jsonl", ".ndjson"} & endings
+    if capital and not endings <= READERS.keys():
+        raise BadRequest(f"The ending of {capital} is in capital letters;", "write it in small ones.")
+    if (mixed or capital) and endings <= READERS.keys() and not _is_configured(folder):
         found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
         files = {split: [escape(file) for file in part if ending_of(file) in READERS] for split, part in found.items()}
         return TextFiles(data_files={split: part for split, part in files.items() if part}, hash=READING_VERSION)
@@ -166,7 +169,7 @@ def as_text(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
 
 def _check_packages(files: Iterator[str]) -> None:
     packed = next((file for file in files if file.lower().endswith(".zst")), None)
-    if packed and find_spec("zstandard") is None:
+    if packed and "zstd" not in fsspec.available_compressions():
         raise BadRequest(f"The data file {packed} is compressed with zstd;", "pip install zstandard, or unpack it.")
 
 

@@ -18,7 +18,7 @@ STRUCTURE = "\0"
 """Begins a stored cell that is JSON: a list, an object, or a text that begins with this character itself."""
 
 _CHUNK = 2**20
-_WIDE_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_WIDE_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _LARGEST_CELL = 2**31 - 1
 
 
@@ -107,7 +107,8 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Row]]] = {
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, str]]:
     """Numbers from 1 and lines of a file, without the mark that some editors begin UTF-8 with."""
     number, rest, chunk = 0, b"", file.read(_CHUNK)
-    if kind := _WIDE_MARKS.get(chunk[:2]) or ("UTF-16" if b"\0" in chunk[:4] else None):
+    marked = next((kind for mark, kind in _WIDE_MARKS.items() if chunk.startswith(mark)), None)
+    if kind := marked or ("UTF-16" if b"\0" in chunk[:4] else None):
         raise BrokenFile(f"it is {kind} text where UTF-8 is needed.", f"Save it as UTF-8: {_as_utf8(kind)}")
     chunk = chunk.removeprefix(b"\xef\xbb\xbf")
     while chunk:  # plain iteration is slow where a file is remote

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART
@@ -76,6 +76,12 @@ def _check_types(split: Any, arguments: DataArguments) -> None:
     if split.features is None:
         return
     for column in find_format(list(split.features)):
+        if isinstance(split.features[column], ClassLabel):
+            raise BadRequest(
+                f"The column {column!r} of {arguments.dataset_name!r} holds the numbers of classes, such as 0 for "
+                f"{split.features[column].int2str(0)!r};",
+                "save it as a column of text.",
+            )
         kind = str(getattr(split.features[column], "dtype", ""))
         if kind.startswith(("float16", "float32", "timestamp", "date", "time", "duration")):
             raise BadRequest(

@@ -176,6 +176,7 @@ def test_lines_longer_than_what_is_read_at_once_are_whole():
         (".csv", "a,a\n1,2\n", "two of its columns are named 'a'."),
         (".csv", b"a,b\n1,\xe9\n", "line 2 is not UTF-8 text."),
         (".jsonl", '{"a": 1}\n'.encode("utf-16"), "it is UTF-16 text where UTF-8 is needed."),
+        (".json", "[]".encode("utf-32"), "it is UTF-32 text where UTF-8 is needed."),
         (".csv", "a,b\n".encode("utf-16-be"), "it is UTF-16 text where UTF-8 is needed."),
         (".tsv", "a\tb\n".encode("utf-16-le"), "it is UTF-16 text where UTF-8 is needed."),
     ],

@@ -6,7 +6,7 @@ import json
 import lzma
 
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from helpers.stream_child import stream_of
 
 from kava_trainer.config.data_arguments import DataArguments
@@ -206,3 +206,22 @@ def test_typed_columns_that_could_be_written_in_several_ways_are_refused(tmp_pat
     for read in (load_splits, open_rows):
         with pytest.raises(BadRequest, match="which can be written as text in more than one way; save it as a column"):
             read(DataArguments(dataset_name=str(tmp_path / "data.parquet")))
+
+
+def test_the_numbers_of_classes_are_no_answers(tmp_path):
+    features = Features({"question": Value("string"), "answer": ClassLabel(names=["A", "B"])})
+    Dataset.from_dict({"question": ["x", "y", "z"], "answer": [0, 1, 0]}, features=features).save_to_disk(
+        tmp_path / "d"
+    )
+    for read in (load_splits, open_rows):
+        with pytest.raises(
+            BadRequest, match=r"'answer' of .* holds the numbers of classes, such as 0 for 'A'; save it"
+        ):
+            read(DataArguments(dataset_name=str(tmp_path / "d")))
+
+
+def test_typed_files_with_capital_endings_are_not_left_out_of_a_folder(tmp_path):
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "train.parquet")
+    write(tmp_path / "test.JSONL", LINES)
+    with pytest.raises(BadRequest, match=r"The ending of \S+test\.JSONL is in capital letters; write it in small ones"):
+        load_splits(DataArguments(dataset_name=str(tmp_path)))
