@@ -32,11 +32,14 @@ class BrokenFile(Exception):
         """Its path, once that is known."""
 
 
+_AS_JSON = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each value
+
+
 def store(value: Any) -> str:
     """A text, or the JSON of a list or an object, as one text that `restore` tells apart."""
     if isinstance(value, str) and not value.startswith(STRUCTURE):
         return value
-    return STRUCTURE + json.dumps(value, ensure_ascii=False)
+    return STRUCTURE + _AS_JSON(value)
 
 
 def restore(cell: str) -> Any:
@@ -151,7 +154,7 @@ def _line_cells(number: int, line: str) -> dict[str, str | None]:
     if not isinstance(row, dict):
         raise BrokenFile(_named(number, line))
     cells = _cells(row, lambda: _WRITTEN.decode(line))
-    if _has_half_pair(line, cells):
+    if _may_hold_half_pair(line) and _is_no_text(cells):
         raise BrokenFile(f"line {number} {_HALF_PAIR}.")
     return cells
 
@@ -164,9 +167,11 @@ _WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 _HALF_PAIR = r"holds half of a surrogate pair, such as \ud83d alone, which is no text"
 
 
-def _has_half_pair(source: str, cells: dict[str, str | None]) -> bool:
-    if "\\ud" not in source and "\\uD" not in source:
-        return False
+def _may_hold_half_pair(source: str) -> bool:
+    return "\\ud" in source or "\\uD" in source
+
+
+def _is_no_text(cells: dict[str, str | None]) -> bool:
     try:
         "".join(part for pair in cells.items() for part in pair if part).encode("utf-8")
     except UnicodeEncodeError:
@@ -176,16 +181,18 @@ def _has_half_pair(source: str, cells: dict[str, str | None]) -> bool:
 
 def _cells(row: dict[str, Any], written: Callable[[], dict[str, Any]]) -> dict[str, str | None]:
     """A row's cells as they are stored; `written` gives the row with its numbers as they stand in the file."""
-    texts = written() if any(type(value) in (int, float) for value in row.values()) else row
-    return {name: _cell(value, texts[name]) for name, value in row.items()}
+    cells: dict[str, str | None] = {}
+    for name, value in row.items():
+        if value is None or value is True or value is False:
+            cells[name] = _WORDS[value]
+        elif type(value) is int and value:  # which JSON can write in one way only, but for 0 and -0
+            cells[name] = str(value)
+        else:
+            cells[name] = store(written()[name] if isinstance(value, (int, float)) else value)
+    return cells
 
 
-def _cell(value: Any, written: Any) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return store(written if isinstance(value, (int, float)) else value)
+_WORDS = {None: None, True: "true", False: "false"}
 
 
 def _joined(lines: Iterator[tuple[int, str]]) -> str:
@@ -211,12 +218,12 @@ def _whole_rows(text: str, first_line: tuple[int, str] | None) -> Iterator[Row]:
     if first_line is not None and not isinstance(values[0], (dict, list)):
         raise BrokenFile(_named(*first_line))
     unwrap = first_line is None and len(values) == 1
-    written = cache(lambda: _rows_in(_values(text, _WRITTEN), unwrap))
+    written, may_hold_half_pair = cache(lambda: _rows_in(_values(text, _WRITTEN), unwrap)), _may_hold_half_pair(text)
     for place, row in enumerate(_rows_in(values, unwrap)):
         if not isinstance(row, dict):
             raise BrokenFile(f"its row {place + 1} holds {json_kind(row)} where an object in braces is needed.")
         cells = _cells(row, partial(lambda at: written()[at], place))
-        if _has_half_pair(text, cells):
+        if may_hold_half_pair and _is_no_text(cells):
             raise BrokenFile(f"its row {place + 1} {_HALF_PAIR}.")
         yield None, cells
 

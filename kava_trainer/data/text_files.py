@@ -113,11 +113,13 @@ class TextFiles(datasets.ArrowBasedBuilder):  # type: ignore[misc]
 
     def _generate_tables(self, files: list[Any], names: list[str]) -> Iterator[tuple[tuple[int, int], pa.Table]]:
         schema = self.info.features.arrow_schema
+        known = frozenset(schema.names)
         for shard, (paths, name) in enumerate(zip(files, names, strict=True)):
             rows, number = self._rows(paths, name), 0
             while taken := [*islice(rows, _TABLE_ROWS)]:
                 for row in taken:
-                    _check_columns(row, schema.names, name)
+                    if not row[1].keys() <= known:
+                        _check_columns(row, known, name)
                 columns = [[cells.get(column) for _, cells in taken] for column in schema.names]
                 arrays = [pa.array(column, type=pa.string()) for column in columns]
                 yield (shard, number), pa.Table.from_arrays(arrays, schema=schema)
@@ -139,10 +141,10 @@ class TextFiles(datasets.ArrowBasedBuilder):  # type: ignore[misc]
                 raise broken from error
 
 
-def _check_columns(row: Row, columns: list[str], name: str) -> None:
+def _check_columns(row: Row, known: frozenset[str], name: str) -> None:
     """Raise `BrokenFile` where a stream has come to a column that can't be left out and was not there before."""
     line, cells = row
-    if late := READ_COLUMNS & cells.keys() - set(columns):
+    if late := READ_COLUMNS & cells.keys() - known:
         where = "a row" if line is None else f"line {line}"
         error = BrokenFile(
             f"{where} has the column {min(late)!r}, which none of the first {CHECKED_ROWS} rows has.",
