@@ -25,7 +25,7 @@ READING_VERSION = "1"
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Endings that may stand after another."""
 
-_TABLE_ROWS = 1000
+_TABLE_ROWS, _STREAM_TABLE_ROWS = 1000, 100
 
 
 @dataclass
@@ -92,7 +92,8 @@ class TextFiles(datasets.ArrowBasedBuilder):  # type: ignore[misc]
         checked = CHECKED_ROWS if dl_manager.is_streaming else None
         columns = {name: None for split, part in parts.items() for name in self._columns(split, checked, **part)}
         self.info.features = datasets.Features({name: Cell() for name in columns})
-        return [datasets.SplitGenerator(name=split, gen_kwargs=part) for split, part in parts.items()]
+        size = {"table_rows": _STREAM_TABLE_ROWS if dl_manager.is_streaming else _TABLE_ROWS}
+        return [datasets.SplitGenerator(name=split, gen_kwargs=part | size) for split, part in parts.items()]
 
     def _columns(self, split: str, checked: int | None, files: list[Any], names: list[str]) -> list[str]:
         """The columns of a split in the order in which they are met, within so many rows of each of its files.
@@ -102,21 +103,34 @@ class TextFiles(datasets.ArrowBasedBuilder):  # type: ignore[misc]
         found: dict[str, None] = {}
         for place, (paths, name) in enumerate(zip(files, names, strict=True)):
             if checked is None or place == 0 or "://" not in name:
-                for _, cells in islice(self._rows(paths, name), checked):
+                for cells in self._first_cells(paths, name, checked):
                     found.update(dict.fromkeys(cells))
         if not found:
             raise BrokenFile(f"its split {str(split)!r} holds no examples.", None)
         return [*found]
 
-    def _generate_shards(self, files: list[Any], names: list[str]) -> Iterator[str]:
+    def _first_cells(self, paths: Iterable[str], name: str, checked: int | None) -> Iterator[dict[str, str | None]]:
+        """The cells of so many rows; a stream breaks where it comes to a broken one, and not here."""
+        anything = False
+        try:
+            for _, cells in islice(self._rows(paths, name), checked):
+                anything = True
+                yield cells
+        except BrokenFile:
+            if checked is None or not anything:
+                raise
+
+    def _generate_shards(self, files: list[Any], names: list[str], table_rows: int) -> Iterator[str]:
         yield from names
 
-    def _generate_tables(self, files: list[Any], names: list[str]) -> Iterator[tuple[tuple[int, int], pa.Table]]:
+    def _generate_tables(
+        self, files: list[Any], names: list[str], table_rows: int
+    ) -> Iterator[tuple[tuple[int, int], pa.Table]]:
         schema = self.info.features.arrow_schema
         known = frozenset(schema.names)
         for shard, (paths, name) in enumerate(zip(files, names, strict=True)):
             rows, number = self._rows(paths, name), 0
-            while taken := [*islice(rows, _TABLE_ROWS)]:
+            while taken := [*islice(rows, table_rows)]:
                 for row in taken:
                     if not row[1].keys() <= known:
                         _check_columns(row, known, name)
