@@ -82,8 +82,9 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[Row]:
     skipped, first = 0, next(lines, "")
     while first and not first.strip():
         skipped, first = skipped + 1, next(lines, "")
-    found = next((sign for sign in (delimiter, ",", ";", "\t", "|") if sign in first), delimiter)
     csv.field_size_limit(_LARGEST_CELL)  # else a cell of more than 131,072 characters is refused
+    signs = (delimiter, ",", ";", "\t", "|")
+    found = next((sign for sign in signs if len(next(csv.reader([first], delimiter=sign), [])) > 1), delimiter)
     rows = _delimited(csv.reader(chain([first], lines), delimiter=found, strict=True), skipped)
     header = [name or f"Unnamed: {place}" for place, name in enumerate(next(rows, (0, []))[1])]
     if twice := next((name for name in header if header.count(name) > 1), None):

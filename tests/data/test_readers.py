@@ -185,6 +185,11 @@ def test_what_is_broken_is_named_with_its_line(ending, content, expected):
     assert problem(ending, content).startswith(expected)
 
 
+def test_a_delimiter_within_quotes_does_not_divide_the_header():
+    assert cells(".csv", '"a, b";c\n1,5;2\n') == [{"a, b": "1,5", "c": "2"}]
+    assert cells(".csv", "text\na;b\tc\n") == [{"text": "a;b\tc"}]
+
+
 def test_a_trailing_delimiter_is_no_cell():
     assert cells(".csv", "a,b\n1,2,\n3,4,,\n") == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
 
