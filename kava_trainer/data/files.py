@@ -130,8 +130,8 @@ def _folder_builder(folder: Path, config_name: str | None) -> datasets.DatasetBu
         raise BadRequest(f"The ending of {capital} is in capital letters;", "write it in small ones.")
     if (mixed or capital) and endings <= READERS.keys() and not _is_configured(folder):
         found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
-        files = {split: [escape(file) for file in part if ending_of(file) in READERS] for split, part in found.items()}
-        return TextFiles(data_files={split: part for split, part in files.items() if part}, hash=READING_VERSION)
+        parts = {split: [escape(file) for file in part if ending_of(file) in READERS] for split, part in found.items()}
+        return TextFiles(data_files={split: part for split, part in parts.items() if part}, hash=READING_VERSION)
     return as_text(load_dataset_builder(str(folder), config_name))
 
 
