@@ -17,7 +17,7 @@ class DataArguments:
     """Which examples."""
 
     dataset_name: str | None = argument(
-        None, "Hub id, a folder, a jsonl, json, csv, parquet or arrow file, a pattern of them, or 'quickstart'."
+        None, "Hub id, a folder, a jsonl, json, csv, tsv, parquet or arrow file, a pattern of them, or 'quickstart'."
     )
     dataset_config_name: str | None = argument(None, "Configuration of a hub data set.")
     dataset_train_split: str = argument("train", "Split to train on.")

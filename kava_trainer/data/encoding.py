@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.errors import BadRequest
-from .formats import IGNORED, PROMPT, find_format, prompt_and_answer
+from .formats import CELL_VERSION, IGNORED, PROMPT, find_format, prompt_and_answer
 from .row_locations import empty_answers, locate_rows, source_rows
 
 FORMAT_VERSION = 1
@@ -57,7 +57,7 @@ def encode_dataset(
         with_indices=True,
         remove_columns=dataset.column_names,
         # `_fingerprint` is the data set's own content key (read in datasets 5.2.0)
-        new_fingerprint=encoding_fingerprint(dataset._fingerprint, names, tokenizer, max_length),
+        new_fingerprint=encoding_fingerprint(f"{dataset._fingerprint} {CELL_VERSION}", names, tokenizer, max_length),
         desc=description,
     )
     is_answered = list(encoded["answered"])

@@ -1,6 +1,8 @@
 """The columns that a data set may have, and what of a row is its prompt and what its answer."""
 
+import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from ..utils.errors import BadRequest
@@ -9,6 +11,12 @@ IGNORED = -100
 """Label of a token that carries no language-model loss, as those of a prompt."""
 
 _FORMATS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+
+CELL_VERSION = 2
+"""Part of the key of tokenised data sets; raised whenever a value of a typed column becomes other text."""
+
+READ_COLUMNS = frozenset(name for names in _FORMATS for name in names) | {"system", "tools"}
+"""Every column that can be part of what a row teaches."""
 
 PROMPT = "Question: {question}\nAnswer:"
 """How a `question` becomes a prompt; the `answer` follows after one space."""
@@ -55,9 +63,17 @@ def prompt_kind(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
 
 
 def _text(value: Any, name: str) -> str:
-    """A cell as text: nothing for a missing one, `42` for the number 42."""
-    if value is None or isinstance(value, (str, int, float)):
-        return "" if value is None else str(value)
+    """A cell as text.
+
+    That is what stands in a file of text. Of a typed column a number is its shortest decimal (`42`, `0.5`, `1.0`), a
+    truth value `true` or `false`; a missing cell and a float that is not a number are nothing.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (str, int, float, Decimal)):
+        return str(value)
     raise ValueError(f"{name} must be text, but it is a {type(value).__name__}")
 
 

@@ -1,13 +1,16 @@
 """Where rows of a data set stand, in words that lead to them, and which of them have no answer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from datasets import Dataset
 
-from .broken_files import lines_of_rows
 from .files import matching_files
+from .readers import READERS
+from .text_files import ending_of
 
 MOST_LOCATED = 5
 """So many rows are named where more have the same fault."""
@@ -20,12 +23,38 @@ def locate_rows(name: str, rows: Sequence[int]) -> str:
     """
     shown, more = rows[:MOST_LOCATED], ", ..." if len(rows) > MOST_LOCATED else ""
     path = Path(name).expanduser()
-    files = [file for file in matching_files(path) if file.is_file()] if path.suffix == ".jsonl" else []
-    lines = lines_of_rows(files, shown)
+    files = [] if path.is_dir() else [file for file in matching_files(path) if file.is_file()]
+    lines = _lines_of_rows(files, shown)
     if lines is None:
         return f"{_numbered('row', [row + 1 for row in shown])}{more} of {name}"
     *others, (file, numbers) = [(file, _numbered("line", numbers)) for file, numbers in lines]
     return "; ".join([*(f"{found} of {other}" for other, found in others), f"{numbers}{more} of {file}"])
+
+
+def _lines_of_rows(files: Iterable[Path], rows: Sequence[int]) -> list[tuple[Path, list[int]]] | None:
+    """The lines, counted from 1, on which rows of some files laid end to end begin; None where a row is no line.
+
+    The rows are counted from 0 and rising.
+    """
+    found: dict[Path, list[int]] = {}
+    wanted, last = set(rows), max(rows, default=-1)
+    for position, (file, line) in enumerate(islice(_row_lines(files), last + 1)):
+        if line is None:
+            return None
+        if position in wanted:
+            found.setdefault(file, []).append(line)
+    return [*found.items()] if sum(map(len, found.values())) == len(wanted) else None
+
+
+def _row_lines(files: Iterable[Path]) -> Iterator[tuple[Path, int | None]]:
+    """The file and the line of each row; None in place of the line where the rows of a file are no lines."""
+    for file in files:
+        read = READERS.get(ending_of(file.name))
+        if read is None:
+            yield file, None
+            return
+        with fsspec.open(str(file), "rb", compression="infer") as opened:
+            yield from ((file, line) for line, _ in read(opened))
 
 
 def _numbered(word: str, numbers: Sequence[int]) -> str:

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART
 from ..quickstart import SPLIT_SIZES
 from ..quickstart.problems import generate_problems
 from ..utils.errors import BadRequest
-from .files import BUILDERS, find_files, loading
+from .files import find_builder, loading
+from .formats import find_format
 
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
 """Where a data set has no test split, this share of the training split is held out, up to this many examples."""
@@ -54,6 +55,7 @@ def find_train_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any
             f"The data set {arguments.dataset_name!r} has no split {arguments.dataset_train_split!r};",
             f"set dataset_train_split to one of {', '.join(splits)}.",
         )
+    _check_types(splits[arguments.dataset_train_split], arguments)
     return splits[arguments.dataset_train_split]
 
 
@@ -69,6 +71,26 @@ def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
     return next((splits[name] for name in names if name in splits and name != train), None)
 
 
+def _check_types(split: Any, arguments: DataArguments) -> None:
+    """Raise `BadRequest` where a column to be read has a type that does not say which text its values are."""
+    if split.features is None:
+        return
+    for column in find_format(list(split.features)):
+        if isinstance(split.features[column], ClassLabel):
+            raise BadRequest(
+                f"The column {column!r} of {arguments.dataset_name!r} holds the numbers of classes, such as 0 for "
+                f"{split.features[column].int2str(0)!r};",
+                "save it as a column of text.",
+            )
+        kind = str(getattr(split.features[column], "dtype", ""))
+        if kind.startswith(("float16", "float32", "timestamp", "date", "time", "duration")):
+            raise BadRequest(
+                f"The column {column!r} of {arguments.dataset_name!r} holds {kind} values, which can be written as "
+                "text in more than one way;",
+                "save it as a column of text.",
+            )
+
+
 def saved_splits(folder: Path, arguments: DataArguments) -> Mapping[str, Dataset] | None:
     """The splits of a folder that was written by `save_to_disk`; None for any other."""
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -82,11 +104,11 @@ def _read(arguments: DataArguments) -> Mapping[str, Dataset]:
     name = cast(str, arguments.dataset_name)
     if name == QUICKSTART:
         return {split: Dataset.from_list(generate_problems(count, split)) for split, count in SPLIT_SIZES.items()}
-    path = Path(name).expanduser()
-    if builder := BUILDERS.get(path.suffix):
-        return load_dataset(builder, data_files=find_files(name))
-    saved = saved_splits(path, arguments)
-    return load_dataset(name, arguments.dataset_config_name) if saved is None else saved
+    if (saved := saved_splits(Path(name).expanduser(), arguments)) is not None:
+        return saved
+    builder = find_builder(name, arguments.dataset_config_name)
+    builder.download_and_prepare()
+    return cast(Mapping[str, Dataset], builder.as_dataset())
 
 
 def _first(dataset: Dataset | None, count: int | None) -> Dataset | None:

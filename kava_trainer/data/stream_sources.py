@@ -10,7 +10,7 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, load_dataset_builder
+from datasets import Dataset
 
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART
@@ -18,15 +18,12 @@ from ..quickstart import SPLIT_SIZES
 from ..quickstart.problems import generate_problems
 from ..utils.digests import read_samples
 from ..utils.errors import BadRequest
-from .files import BUILDERS, find_files, loading
+from .files import find_builder, loading
 from .formats import find_format, prompt_and_answer
 from .splits import HELD_OUT_LIMIT, find_test_split, find_train_split, saved_splits
 
 TABLE_ROWS = 100
 """Rows that are taken from a reader at once; only these are ever turned into Python objects."""
-
-CHECKED_LINES = 1000
-"""Lines at the beginning of each jsonl file that are looked at before anything is loaded."""
 
 
 def _open(arguments: DataArguments) -> tuple[dict[str, datasets.IterableDataset], dict[str, list[str]]]:
@@ -40,10 +37,7 @@ def _open(arguments: DataArguments) -> tuple[dict[str, datasets.IterableDataset]
     if (splits := saved_splits(path, arguments)) is not None:
         files = {split: [file["filename"] for file in part.cache_files] for split, part in splits.items()}
         return {split: part.to_iterable_dataset() for split, part in splits.items()}, files
-    if kind := BUILDERS.get(path.suffix):
-        builder = load_dataset_builder(kind, data_files=find_files(name, CHECKED_LINES))
-    else:
-        builder = load_dataset_builder(name, arguments.dataset_config_name)
+    builder = find_builder(name, arguments.dataset_config_name)
     return dict(builder.as_streaming_dataset()), dict(builder.config.data_files or {})
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config.model_arguments import QUICKSTART
-from ..data.files import BUILDERS
+from ..data.files import is_file_name
 from ..utils.redaction import without_secrets
 from .card_snippets import exports_adapter, projector_code, usage_code
 from .charts import number_text
@@ -59,7 +59,7 @@ def hub_id(name: str | None, argument: str, summary: Summary) -> str | None:
     """
     if name is None or name == QUICKSTART or argument in summary.environment.get("local_sources", []):
         return None
-    if "://" in name or Path(name).suffix in BUILDERS or Path(name).expanduser().exists():
+    if "://" in name or is_file_name(name) or Path(name).expanduser().exists():
         return None
     try:
         validate_repo_id(name)
