@@ -6,14 +6,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.data_arguments import DataArguments
-from ..config.model_arguments import ModelArguments
-from ..config.parser import fits_type, is_utf8
 from ..trainer.checkpoint import TRAINER_STATE_FILE, find_newest_checkpoint, list_checkpoints, read_manifest
 from ..trainer.final_student import FINAL_PROJECTOR, FINAL_STUDENT, difference, has_student
-from ..trainer.run_state import read_progress
 from ..utils.errors import BadRequest, reason_of
-from .recipe import with_defaults
+from ..utils.files import is_utf8
 from .summary import HISTORY_FILE, SCHEMA_VERSION, SUMMARY_FILE, Evaluations, RunSummary, Sample, Summary, finite
 
 CUT_OFF = "cut_off"
@@ -23,11 +19,10 @@ _NO_ARGUMENTS = {"data", "teacher", "student", "sharded", "world_size", "dataset
 """What `identity.run_identity` adds to the arguments."""
 
 _READ = {
-    *(field.name for group in (ModelArguments, DataArguments) for field in fields(group)),
-    *("output_dir", "final_dir", "mercator_weight", "mse_weight", "projector_direction", "projector_anchor"),
+    "output_dir", "final_dir", "mercator_weight", "mse_weight", "projector_direction", "projector_anchor",
     "generation_max_new_tokens",
-}
-"""Arguments that something is made of, not only shown."""
+}  # fmt: skip
+"""Arguments of the training that something is made of, not only shown; of those of models and data all are."""
 
 _UNTRAINED = ("teacher", "student_before")
 """The models that are measured before the training."""
@@ -84,6 +79,16 @@ def read_run(folder: str | Path) -> RunRecord:
     return _with_lines_of_checkpoint(folder, summary)
 
 
+def _of_their_types(arguments: Mapping[str, Any]) -> bool:
+    """Whether those arguments that something is made of are of their types."""
+    from ..config.data_arguments import DataArguments
+    from ..config.model_arguments import ModelArguments
+    from ..config.parser import fits_type  # takes seconds, which a folder without a run need not wait for
+
+    read = _READ.union(*({field.name for field in fields(group)} for group in (ModelArguments, DataArguments)))
+    return all(fits_type(name, value) for name, value in arguments.items() if name in read)
+
+
 def _read_json(path: Path) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +114,7 @@ def read_summary(folder: Path) -> Summary | None:
         )
     try:
         summary = Summary.from_dict(found)
-        if not all(fits_type(name, value) for name, value in summary.arguments.items() if name in _READ):
+        if not _of_their_types(summary.arguments):
             raise ValueError("arguments")
     except ValueError as error:
         raise BadRequest(f"{path} is not as it was written: look at {error}.") from error
@@ -164,6 +169,8 @@ def _from_checkpoint(folder: Path, before: Summary | None) -> RunRecord | None:
     step, history = state["global_step"], state["log_history"]
     if before is not None and step <= before.global_step:
         return None
+    from ..trainer.run_state import read_progress  # with torch
+
     asked = read_manifest(newest)["run"] or {}
     arguments = {name: value for name, value in asked.items() if name not in _NO_ARGUMENTS}
     collected = RunSummary(arguments or (before.arguments if before else {}), {})
@@ -198,6 +205,8 @@ def finished_summary(output_dir: str | Path) -> Summary:
     summary = read_summary(folder)
     if summary is None:
         raise BadRequest(f"{folder} has no {SUMMARY_FILE}; name the output_dir of a run that has ended.")
+    from .recipe import with_defaults  # takes seconds, as above
+
     return replace(summary, arguments=with_defaults(summary.arguments))
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast, get_args, get_origin
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from ..trainer.callbacks.status import ALWAYS_LOGGED_STEPS
+from ..trainer.callbacks import ALWAYS_LOGGED_STEPS
 from ..utils.atomic_files import write_atomically
 from ..utils.redaction import without_secrets
 

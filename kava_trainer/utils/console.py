@@ -1,8 +1,10 @@
 """What the user sees: one place that prints, on the main process alone, with or without emoji."""
 
+import io
+import os
 import sys
+from typing import Any
 
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .redaction import without_secrets
@@ -34,6 +36,8 @@ class Console:
 
     def print(self, text: str = "") -> None:
         """Print one line, without secrets."""
+        from accelerate import PartialState  # takes seconds, and not every command prints so
+
         if PartialState().is_main_process:
             tqdm.write(without_secrets(text))
             sys.stdout.flush()
@@ -45,3 +49,28 @@ class Console:
     def warn(self, text: str) -> None:
         """Print a warning."""
         self.print(f"{'⚠️ ' if self.emoji else 'Warning:'} {text}")
+
+
+class _Output(io.FileIO):
+    """A descriptor that is written to until nobody reads it any more; then it is the null device."""
+
+    def write(self, content: Any) -> int | None:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return memoryview(content).nbytes
+
+
+def outlive_readers() -> None:
+    """Let what is printed go nowhere once its reader has left, as `head` does: no run ends for that, nor with a
+    traceback."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper:  # not what a test or a notebook has put there
+            stream.flush()
+            raw: Any = _Output(stream.fileno(), "w", closefd=False)
+            kept = {kind: getattr(stream, kind) for kind in ("encoding", "errors", "line_buffering", "write_through")}
+            setattr(sys, name, io.TextIOWrapper(raw if stream.write_through else io.BufferedWriter(raw), **kept))

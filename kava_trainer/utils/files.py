@@ -7,10 +7,20 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import BadRequest, Problem
 
 _OTHER_FOLDER = "Choose another folder."
+
+
+def is_utf8(value: Any) -> bool:
+    """Whether all text in a value can be written to a file: a name of bytes that are not UTF-8 cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def make_folder(name: str, path: str | Path) -> Path:

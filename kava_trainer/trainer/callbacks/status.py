@@ -9,9 +9,7 @@ from transformers.trainer_utils import has_length
 from ...evaluation.diagnostics import alignment_status
 from ...utils.console import Console, status_text
 from ...utils.progress_bar import progress_bar
-
-ALWAYS_LOGGED_STEPS = (50, 100, 200)
-"""Steps whose CosSim the run summary names; they are logged whatever `logging_steps` is."""
+from . import ALWAYS_LOGGED_STEPS
 
 
 class StatusCallback(TrainerCallback):

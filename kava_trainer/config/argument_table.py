@@ -1,0 +1,37 @@
+"""What `explain` tells of every argument, as a table beside the code: to read it from the fields of the arguments takes
+seconds, because those import torch and transformers.
+
+The table knows what it was made of. Where that is not what is installed the fields are read all the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("arguments.json")
+"""`python tests/helpers/argument_table.py` makes it."""
+
+_SOURCES = ("arguments.py", "model_arguments.py", "data_arguments.py", "help.py")
+
+
+def fingerprint() -> str:
+    """What the table depends on, as a checksum: the files that say what the arguments are, and transformers."""
+    digest = hashlib.sha256(version("transformers").encode())
+    for name in _SOURCES:
+        digest.update(TABLE.with_name(name).read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
+def table_text(rows: Iterable[dict[str, Any]]) -> str:
+    """The text of the table that these rows make, a row a line."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    return f'{{"made_of": "{fingerprint()}", "arguments": [\n{lines}\n]}}\n'
+
+
+def read_table() -> list[dict[str, Any]] | None:
+    """The rows of the table; None where it was made of something else than what is installed."""
+    found = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found["arguments"] if found["made_of"] == fingerprint() else None
