@@ -165,7 +165,7 @@ class KavaTrainingArguments(TrainingArguments):
         self.auto_find_batch_size = False  # it would begin again from the weights reached, with another batch
         self.enable_jit_checkpoint = False  # its handler would take SIGTERM away from KAVA's
         self.dataloader_pin_memory &= self.device.type != "cpu"
-        if self.final_dir is None:
+        if not self.final_dir:
             self.final_dir = self.output_dir
 
     def stand_beside(self, *others: ModelArguments | DataArguments) -> None:

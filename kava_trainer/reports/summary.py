@@ -98,6 +98,17 @@ class Verdict:
     """None where it measured too little to tell."""
     collapsed: bool | None = None
     reasons: list[str] = field(default_factory=list)
+    """All sentences: why, then the caveats, then what the control shows."""
+    caveats: list[str] = field(default_factory=list)
+    """Those of the reasons that say how little the figures may tell."""
+    control: list[str] = field(default_factory=list)
+    """Those that compare the student with the control."""
+    next_steps: list[str] = field(default_factory=list)
+    """What to try next. These are not among the reasons."""
+
+    def why(self) -> list[str]:
+        """The reasons that are neither caveats nor about the control."""
+        return [reason for reason in self.reasons if reason not in (*self.caveats, *self.control)]
 
 
 @strict

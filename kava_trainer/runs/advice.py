@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
-from ..utils.console import size_text
+from ..utils.console import apart, size_text
 from ..utils.errors import BadRequest, Problem
 from ..utils.memory import free_memory_bytes
 
@@ -132,7 +132,7 @@ def memory_shortage(needed: int, device: torch.device) -> Problem | None:
         return None
     return Problem(
         None,
-        f"That is more than the {size_text(free)} that are free.",
+        f"That is more than the {apart(needed, free, 2, size_text)[1]} that are free.",
         "Lower per_device_train_batch_size (and raise gradient_accumulation_steps), set gradient_checkpointing, choose "
         "teacher_quantization 4bit or a teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit.",
     )

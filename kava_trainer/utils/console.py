@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -23,9 +24,39 @@ def status_text(status: str, emoji: bool) -> str:
     return f"{_SYMBOLS[status]} {status}" if emoji else status
 
 
-def size_text(count: int) -> str:
-    """A number of bytes for people, in MB or GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+def size_text(count: float, decimals: int = 2) -> str:
+    """A number of bytes for people, in MB or GB; those in GB with so many decimals, and one less in MB."""
+    return f"{count / 1e9:.{decimals}f} GB" if count >= 1e8 else f"{count / 1e6:.{decimals - 1}f} MB"
+
+
+def significant(value: float, digits: int) -> str:
+    """A number with so many significant digits at most."""
+    return f"{value:.{digits}g}"
+
+
+def fixed(value: float, decimals: int) -> str:
+    """A number with so many decimals."""
+    return f"{value:.{decimals}f}"
+
+
+_MOST_DIGITS = 17
+"""Of a float; with so many any two that differ differ as text, but for tiny ones with fixed decimals."""
+
+
+def apart(first: float, second: float, digits: int, text: Callable[[float, int], str] = significant) -> tuple[str, str]:
+    """Two numbers that a sentence compares, as text: where they differ, so do their texts.
+
+    Args:
+        first: a number.
+        second: another.
+        digits: how many are shown where that tells the two apart.
+        text: writes a number with so many digits, such as `significant`, `fixed` or `size_text`.
+    """
+    for count in range(digits, _MOST_DIGITS + 1):
+        shown = text(first, count), text(second, count)
+        if shown[0] != shown[1] or first == second or first != first or second != second:  # NaN is like nothing
+            return shown
+    return significant(first, _MOST_DIGITS), significant(second, _MOST_DIGITS)
 
 
 class Console:
