@@ -110,6 +110,21 @@ class Verdict:
         """The reasons that are neither caveats nor about the control."""
         return [reason for reason in self.reasons if reason not in (*self.caveats, *self.control)]
 
+    def in_parts(self) -> "Verdict":
+        """This verdict, or that of an older summary with its one list of reasons taken apart."""
+        if self.caveats or self.control:
+            return self
+        caveats, control = (
+            [reason for reason in self.reasons if reason.startswith(beginnings)]
+            for beginnings in (_CAVEATS_BEGIN, _CONTROL_BEGINS)
+        )
+        return replace(self, caveats=caveats, control=control)
+
+
+_CAVEATS_BEGIN = ("Only ", "The teacher's own answers matched none")
+
+_CONTROL_BEGINS = ("KAVA beat the control", "KAVA did not beat the control", "The control broke off")
+
 
 @strict
 @dataclass

@@ -1,14 +1,16 @@
 """The figures of a run as a report words them: what each is called, how it is written, and what the verdict says."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..evaluation.diagnostics import COLLAPSED
+from ..evaluation.diagnostics import COLLAPSED, MINIMUM_MARGIN
 from ..utils.console import size_text
 from .charts import number_text
 from .run_reader import CUT_OFF, RunRecord
 from .summary import Measured, Summary
+from .verdict import REQUIRED_COS_SIM
 
 NOT_MEASURED = "not measured"
 
@@ -33,9 +35,9 @@ _FINAL = {
     "shuffled_cos_sim": "CosSim, shuffled",
     "margin": "Margin",
     "cka": "CKA to the teacher",
-    "student_effective_rank": "Effective rank, student",
-    "target_effective_rank": "Effective rank, targets",
-    "teacher_effective_rank": "Effective rank, teacher",
+    "student_effective_rank": "Effective rank, student (dimensions)",
+    "target_effective_rank": "Effective rank, targets (dimensions)",
+    "teacher_effective_rank": "Effective rank, teacher (dimensions)",
 }
 
 _COST = {
@@ -88,11 +90,20 @@ class Figure:
     label: str
     value: Measured
     """As in the summary."""
+    unit: str = ""
+    """What stands behind the number; `text` has those of shares, sizes and durations already."""
+    meaning: str = ""
+    """The figure in one plain sentence."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its place."""
+        return self.place.rsplit(".", 1)[-1]
 
     @property
     def text(self) -> str:
         """For people."""
-        return figure_text(self.place.rsplit(".", 1)[-1], self.value)
+        return figure_text(self.name, self.value)
 
     @property
     def exact(self) -> str:
@@ -130,17 +141,63 @@ def cost_figures(summary: Summary) -> list[Figure]:
     ]
 
 
+_HEADLINE = (
+    (
+        "final.cos_sim",
+        "CosSim",
+        "from -1 to 1",
+        f"How well the student's states point where their targets do; success needs {REQUIRED_COS_SIM}.",
+    ),
+    (
+        "final.margin",
+        "Margin",
+        "of CosSim",
+        f"By how much CosSim is above that with other tokens' targets; below {MINIMUM_MARGIN} it means nothing.",
+    ),
+    (
+        "final.cka",
+        "CKA to the teacher",
+        "from 0 to 1",
+        "How alike the student's and the teacher's own states are, which no projector can change.",
+    ),
+    (
+        "evaluation.student_after.perplexity",
+        "Student's perplexity",
+        "tokens",
+        "Among how many tokens the student hesitates at each token of the held-out answers; 1 is certainty.",
+    ),
+    (
+        "evaluation.student_after.exact_match",
+        "Student's exact match",
+        "of the problems",
+        "How many held-out problems the student's own answer solves.",
+    ),
+    ("duration_seconds", "Duration", "", "Of the whole run, with its evaluations and its control."),
+)
+"""Place, label, unit and meaning of the figures at the top."""
+
+
 def headline_figures(summary: Summary) -> list[Figure]:
-    """The few that stand at the top."""
-    final, after = summary.final, summary.evaluation.student_after
-    return [
-        Figure("final.cos_sim", "CosSim", final.cos_sim),
-        Figure("final.margin", "Margin", final.margin),
-        Figure("final.cka", "CKA to the teacher", final.cka),
-        Figure("evaluation.student_after.perplexity", "Student's perplexity", after.perplexity if after else None),
-        Figure("evaluation.student_after.exact_match", "Student's exact match", after.exact_match if after else None),
-        Figure("duration_seconds", "Duration", summary.duration_seconds),
-    ]
+    """The few that stand at the top, each with its unit and a sentence on what it is."""
+    return [Figure(place, label, _at(summary, place), unit, meaning) for place, label, unit, meaning in _HEADLINE]
+
+
+def _at(summary: Summary, place: str) -> Measured:
+    """The figure at a place of a summary; None also where a part on the way to it is missing."""
+    found: Any = summary
+    for name in place.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def measured(figures: Iterable[Figure]) -> list[Figure]:
+    """Those figures that were measured."""
+    return [figure for figure in figures if figure.value is not None]
+
+
+def not_measured(figures: Iterable[Figure]) -> list[str]:
+    """The labels of those that were not."""
+    return [figure.label for figure in figures if figure.value is None]
 
 
 @dataclass(frozen=True)
@@ -151,13 +208,28 @@ class ShownVerdict:
     kind: str
     """`good`, `bad` or `open`."""
     reasons: list[str]
+    """Why; and how it ended, where it did not complete."""
+    caveats: list[str] = field(default_factory=list)
+    control: list[str] = field(default_factory=list)
+    next_steps: list[str] = field(default_factory=list)
+
+    def parts(self) -> dict[str, list[str]]:
+        """The sentences below their headings; headings without any are left out."""
+        found = {
+            "Why": self.reasons,
+            "Against the control": self.control,
+            "Caveats": self.caveats,
+            "What to try next": self.next_steps,
+        }
+        return {heading: sentences for heading, sentences in found.items() if sentences}
 
 
 def verdict_of(record: RunRecord) -> ShownVerdict:
     """The verdict of a run; of one that did not complete, how it ended, and whether it was collapsed by then."""
     summary = record.summary
-    judged, status, step = summary.verdict, summary.status, summary.global_step
-    reasons, collapsed = list(judged.reasons), judged.collapsed
+    judged, status, step = summary.verdict.in_parts(), summary.status, summary.global_step
+    reasons, collapsed = judged.why(), judged.collapsed
+    others = (judged.caveats, judged.control, judged.next_steps)
     if status != "completed":
         collapsed = collapsed or _collapsed_at_last(record.log_history)
         if status == "interrupted":
@@ -173,9 +245,9 @@ def verdict_of(record: RunRecord) -> ShownVerdict:
     ended = {True: "Success", False: "No success", None: "No verdict"}[judged.success]
     word = _STATUS.get(status, ended)
     if collapsed:
-        return ShownVerdict(f"{COLLAPSED} \N{EN DASH} {word.lower()}", "bad", reasons)
+        return ShownVerdict(f"{COLLAPSED} \N{EN DASH} {word.lower()}", "bad", reasons, *others)
     bad = judged.success is False or status == "failed"
-    return ShownVerdict(word, "bad" if bad else "good" if word == "Success" else "open", reasons)
+    return ShownVerdict(word, "bad" if bad else "good" if word == "Success" else "open", reasons, *others)
 
 
 def _collapsed_at_last(history: list[dict[str, Any]]) -> bool:
