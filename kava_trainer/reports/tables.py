@@ -1,16 +1,16 @@
 """The figures of a run as a report words them: what each is called, how it is written, and what the verdict says."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ..evaluation.diagnostics import COLLAPSED, MINIMUM_MARGIN
 from ..utils.console import size_text
 from .charts import number_text
 from .run_reader import CUT_OFF, RunRecord
 from .summary import Measured, Summary
-from .verdict import REQUIRED_COS_SIM
+from .verdict import REQUIRED_COS_SIM, TIE
 
 NOT_MEASURED = "not measured"
 
@@ -127,9 +127,17 @@ def evaluation_rows(summary: Summary) -> list[tuple[str, list[Figure]]]:
 
 def alignment_figures(summary: Summary) -> list[Figure]:
     """The final figures, and CosSim at the named steps."""
-    found = [Figure(f"final.{name}", label, getattr(summary.final, name)) for name, label in _FINAL.items()]
-    steps = [Figure(f"cos_sim_at.{step}", f"CosSim at step {step}", x) for step, x in summary.cos_sim_at.items()]
-    return found + steps
+    return final_figures(summary) + step_figures(summary)
+
+
+def final_figures(summary: Summary) -> list[Figure]:
+    """The final figures of the alignment."""
+    return [Figure(f"final.{name}", label, getattr(summary.final, name)) for name, label in _FINAL.items()]
+
+
+def step_figures(summary: Summary) -> list[Figure]:
+    """CosSim at the named steps."""
+    return [Figure(f"cos_sim_at.{step}", f"CosSim at step {step}", x) for step, x in summary.cos_sim_at.items()]
 
 
 def cost_figures(summary: Summary) -> list[Figure]:
@@ -188,6 +196,53 @@ def _at(summary: Summary, place: str) -> Measured:
     for name in place.split("."):
         found = getattr(found, name, None)
     return found
+
+
+_BETTER = {
+    **dict.fromkeys(("cos_sim", "centred_cos_sim", "margin", "cka", "exact_match"), 1),
+    **dict.fromkeys(("tokens_per_second", "samples_per_second"), 1),
+    **dict.fromkeys(("perplexity", "cross_entropy"), -1),
+    **dict.fromkeys(("padding_fraction", "peak_memory_bytes", "duration_seconds"), -1),
+}
+"""1 for figures of which more is better, and -1 for those of which less is; of all others neither is."""
+
+_NOT_OF_THE_RUN = ("evaluation.teacher.", "evaluation.student_before.", "evaluation.control_sft.")
+"""Where figures stand that say nothing of how well a run did."""
+
+
+def best_of(figures: Sequence[Figure]) -> int | None:
+    """Which of the figures, one of each run, is the best.
+
+    Returns:
+        Its number. None where fewer than two were measured, there is no better and worse, or nothing stands out: two
+        are equal, or cross-entropies are within 2 % of each other.
+    """
+    direction = _BETTER.get(figures[0].name, 0)
+    order = sorted(
+        (n for n in range(len(figures)) if figures[n].value is not None),
+        key=lambda n: -direction * cast(float, figures[n].value),
+    )
+    if len(order) < 2 or not direction or figures[0].place.startswith(_NOT_OF_THE_RUN):
+        return None
+    best, second = (cast(float, figures[n].value) for n in order[:2])
+    is_tie = best == second or (figures[0].name == "cross_entropy" and best > (1 - TIE) * second)
+    return None if is_tie else order[0]
+
+
+def difference_text(figure: Figure, other: Figure) -> str:
+    """By how much a figure is above another run's, with its sign and unit; empty where one was not measured."""
+    if figure.value is None or other.value is None:
+        return ""
+    difference = figure.value - other.value
+    if difference == 0:
+        return "±0"
+    sign = "+" if difference > 0 else "−"
+    size = abs(difference)
+    if figure.name in _SHARES:
+        return f"{sign}{number_text(100 * size)} points"
+    if figure.name.endswith(("_bytes", "_seconds")):
+        return f"{sign}{figure_text(figure.name, size)}"
+    return f"{sign}{size:,.0f}" if size >= 10_000 else f"{sign}{number_text(size)}"
 
 
 def measured(figures: Iterable[Figure]) -> list[Figure]:
