@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 from ..utils.errors import Problem, WrongArguments
 from .launcher import engine_problems
 from .layer_mapping import parse_layer_mapping
-from .optimizer_names import missing_package
+from .optimizer_names import missing_package, other_missing_packages
 
 if TYPE_CHECKING:  # which asks here
     from .arguments import KavaTrainingArguments
@@ -54,6 +54,7 @@ def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
         if (getattr(training, name) or 0) < 0
     ]
     found += [*engine_problems(training.fsdp, training.deepspeed), *filter(None, [missing_package(training.optim)])]
+    found += other_missing_packages(training)
     return [*found, *_wrong_values(training), *_projector_problems(training), *_contradictions(training)]
 
 
