@@ -4,9 +4,10 @@ seconds, because those import torch and transformers.
 The table knows what it was made of. Where that is not what is installed the fields are read all the same.
 """
 
+import ast
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,20 @@ _SOURCES = ("arguments.py", "model_arguments.py", "data_arguments.py", "help.py"
 
 
 def fingerprint() -> str:
-    """What the table depends on, as a checksum: the files that say what the arguments are, and transformers."""
-    digest = hashlib.sha256(version("transformers").encode())
+    """What the table depends on, as a checksum: the fields of the arguments, the notes on them, and transformers."""
+    parts = [version("transformers")]
     for name in _SOURCES:
-        digest.update(TABLE.with_name(name).read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()
+        parts += _assigned(TABLE.with_name(name).read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _assigned(source: str) -> Iterator[str]:
+    """The assignments of a file and of its classes as they stand there; what its functions do does not count."""
+    body, lines = ast.parse(source).body, source.splitlines()
+    nodes = [*body, *(node for kind in body if isinstance(kind, ast.ClassDef) for node in kind.body)]
+    for node in nodes:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            yield from lines[node.lineno - 1 : node.end_lineno]
 
 
 def table_text(rows: Iterable[dict[str, Any]]) -> str:

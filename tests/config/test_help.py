@@ -44,7 +44,10 @@ def test_a_table_of_another_transformers_or_of_other_arguments_is_not_read(tmp_p
         (tmp_path / name).write_bytes(argument_table.TABLE.with_name(name).read_bytes())
     monkeypatch.setattr(argument_table, "TABLE", tmp_path / argument_table.TABLE.name)
     assert argument_table.read_table() is not None
-    (tmp_path / "data_arguments.py").write_text("another = 1")
+    source = (tmp_path / "data_arguments.py").read_text(encoding="utf-8")
+    (tmp_path / "data_arguments.py").write_text(f"{source}\n\ndef another():\n    pass\n", encoding="utf-8")
+    assert argument_table.read_table() is not None
+    (tmp_path / "data_arguments.py").write_text(source.replace("Longest example", "Shortest example"), encoding="utf-8")
     assert argument_table.read_table() is None
 
 

@@ -44,7 +44,7 @@ def check_memory(checkup: Checkup, arguments: KavaArguments) -> dict[str, int] |
     shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
     estimated, there = apart(total, free, 2, size_text)
     text = f"an estimated {estimated} on {device} ({shown}), where {there} are free."
-    if problem := memory_shortage(total, device):
+    if problem := memory_shortage(total, arguments):
         checkup.warn_of(replace(problem, what=text))
     else:
         checkup.ok(text)
