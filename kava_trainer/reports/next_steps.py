@@ -6,6 +6,19 @@ from typing import Any
 from ..evaluation.diagnostics import STATUSES, collapse_remedy
 from .summary import Summary, Verdict
 
+WITHOUT_CONTROL = "Set run_control to true: only a student trained without the teacher tells whether it helped."
+
+NOTHING_HELD_OUT = "Name a dataset_test_split, or data with more rows, so that something is held out to measure on."
+
+IN_A_SCRIPT = {
+    WITHOUT_CONTROL: (
+        "Train a second student from the same start with mercator_weight 0: only one without the teacher tells whether "
+        "it helped."
+    ),
+    NOTHING_HELD_OUT: "Give the trainer an eval_dataset, so that something is held out to measure on.",
+}
+"""What to write in a script, which has no arguments of the command line, in place of a sentence."""
+
 
 def next_steps(
     summary: Summary, verdict: Verdict, supervised: bool, broken: bool, taught: bool, wanted: int | None = None
@@ -67,14 +80,14 @@ def _towards_evidence(summary: Summary, taught: bool, wanted: int | None) -> Ite
     """What would make the figures tell more."""
     control, after = summary.evaluation.control_sft, summary.evaluation.student_after
     if after is None:
-        yield "Name a dataset_test_split, or data with more rows, so that something is held out to measure on."
+        yield NOTHING_HELD_OUT
         return
     if wanted is not None:
-        yield f"Hold out {wanted} examples or more: raise max_eval_samples, or name a test file of your own."
+        yield f"Hold out {wanted} examples or more, in a test file of your own or by max_eval_samples."
     if not taught:
         return
     if control is None:
-        yield "Set run_control to true: only a student trained without the teacher tells whether the teacher helped."
+        yield WITHOUT_CONTROL
     elif not _more(control.cross_entropy, after.cross_entropy):
         yield (
             "A student that was trained before rarely gains from a teacher over the same steps of next-token loss; "

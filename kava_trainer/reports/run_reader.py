@@ -1,6 +1,7 @@
 """What a run has left on disk, read back: also of a run that was cut off and wrote no summary."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -183,10 +184,13 @@ def _from_checkpoint(folder: Path, before: Summary | None) -> RunRecord | None:
     summary.checkpoints = [str(path) for path in list_checkpoints(folder)]
     peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
     summary.throughput.peak_memory_bytes = max(peaks, default=None)
-    note = (
-        f"The run was cut off, or is still running: there is no {SUMMARY_FILE} of its end. What is shown is what "
-        f"{newest.name} holds; whatever came after step {step} is lost or not yet there."
-    )
+    shown = f"What is shown is what {newest.name} holds; whatever came after step {step} is lost or not yet there."
+    note = f"The run was cut off, or is still running: there is no {SUMMARY_FILE} of its end. {shown}"
+    if not asked and step >= state.get("max_steps", math.inf):
+        note = (
+            f"The training ended at step {step}, and left no {SUMMARY_FILE}: in a script kava_trainer.write_report "
+            f"writes it. {shown}"
+        )
     if before is not None:
         _take_over(summary, before)
         note += f" It had been resumed after step {before.global_step}."

@@ -71,7 +71,7 @@ def judge(
         failures.append("The teacher was no better than chance on the answers, so there was nothing to learn from it.")
     reasons = failures or (_achievements(summary) if measured else [])
     if not measured:
-        reasons = [*reasons, _missing(cos_sim, evaluation)]
+        reasons = [*reasons, _missing(cos_sim, evaluation, examples)]
     notes = [few_examples(examples), _teacher_without_match(evaluation) if taught else None]
     caveats, control = list(filter(None, notes)), _comparison(summary)
     found = Verdict(
@@ -96,7 +96,9 @@ def _teacher_without_match(evaluation: Evaluations) -> str | None:
     )
 
 
-def _missing(cos_sim: Measured, evaluation: Evaluations) -> str:
+def _missing(cos_sim: Measured, evaluation: Evaluations, examples: int | None) -> str:
+    if evaluation.student_after is None and examples:
+        return "What the student's answers are worth was not measured."
     if evaluation.student_after is None:
         return "There were no held-out examples, so the student was not measured."
     if cos_sim is None:

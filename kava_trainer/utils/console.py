@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .redaction import without_secrets
 
-_SYMBOLS = {"Adapting": "🔄", "Learning": "⚠️", "Good": "👍", "Great": "✅", "Excellent": "🎯", "Collapsed": "❌"}
+_SYMBOLS = {"Adapting": "🔄", "Learning": "📈", "Good": "👍", "Great": "✅", "Excellent": "🎯", "Collapsed": "❌"}
 
 
 def can_show_emoji(plain: bool) -> bool:

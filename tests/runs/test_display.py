@@ -62,7 +62,7 @@ def status_line(capsys, logs, emoji):
 
 def test_the_status_line(capsys):
     logs = {"loss": 0.45213, "cos_sim": 0.54791}
-    assert status_line(capsys, logs, True) == "[Step 0050] Loss: 0.4521 | CosSim: 0.5479 ⚠️ Learning\n"
+    assert status_line(capsys, logs, True) == "[Step 0050] Loss: 0.4521 | CosSim: 0.5479 📈 Learning\n"
     assert status_line(capsys, logs, False) == "[Step 0050] Loss: 0.4521 | CosSim: 0.5479 Learning\n"
     assert status_line(capsys, {"loss": 0.45213}, False) == "[Step 0050] Loss: 0.4521\n"
     assert status_line(capsys, {"eval_loss": 1.0}, False) == ""
