@@ -77,7 +77,7 @@ def bars_of(summary: Summary) -> dict[str, Bars]:
         title: [(label, figures[place(name)]) for label, figures in evaluation_rows(summary)]
         for title, name in titles.items()
     }
-    drawn_bars = {
+    drawn_bars: dict[str, Bars] = {
         title: [(label, figure.value, figure.text) for label, figure in rows if figure.value is not None]
         for title, rows in found.items()
     }

@@ -143,7 +143,7 @@ def write_report(trainer: KavaTrainer, folder: str | Path | None = None) -> Path
         raise BadRequest("There was no training yet, so there is nothing to report;", "call trainer.train() first.")
     from ..reports.page import write_report as write_page  # with matplotlib, as above
 
-    folder = Path(folder or cast(str, trainer.args.output_dir))
+    folder = Path(folder or str(trainer.args.output_dir))
     metrics, summary = _last_evaluation(trainer), _summary_of(trainer)
     if metrics is not None:
         summary.add_final(metrics)

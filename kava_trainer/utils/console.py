@@ -85,7 +85,7 @@ class Console:
 class _Output(io.FileIO):
     """A descriptor that is written to until nobody reads it any more; then it is the null device."""
 
-    def write(self, content: Any) -> int | None:
+    def write(self, content: Any, /) -> int:
         try:
             return super().write(content)
         except BrokenPipeError:
