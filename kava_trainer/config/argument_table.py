@@ -19,10 +19,8 @@ _SOURCES = ("arguments.py", "model_arguments.py", "data_arguments.py", "help.py"
 
 
 def fingerprint() -> str:
-    """What the table depends on, as a checksum: the fields of the arguments, the notes on them, and transformers."""
-    parts = [version("transformers")]
-    for name in _SOURCES:
-        parts += _assigned(TABLE.with_name(name).read_text(encoding="utf-8"))
+    """What the table depends on, as a checksum: the fields of KAVA's arguments, and the notes on them."""
+    parts = [line for name in _SOURCES for line in _assigned(TABLE.with_name(name).read_text(encoding="utf-8"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -38,10 +36,12 @@ def _assigned(source: str) -> Iterator[str]:
 def table_text(rows: Iterable[dict[str, Any]]) -> str:
     """The text of the table that these rows make, a row a line."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    return f'{{"made_of": "{fingerprint()}", "arguments": [\n{lines}\n]}}\n'
+    made_of = json.dumps({"transformers": version("transformers"), "fields": fingerprint()})
+    return f'{{"made_of": {made_of}, "arguments": [\n{lines}\n]}}\n'
 
 
 def read_table() -> list[dict[str, Any]] | None:
     """The rows of the table; None where it was made of something else than what is installed."""
     found = json.loads(TABLE.read_text(encoding="utf-8"))
-    return found["arguments"] if found["made_of"] == fingerprint() else None
+    made_of = {"transformers": version("transformers"), "fields": fingerprint()}
+    return found["arguments"] if found["made_of"] == made_of else None
