@@ -35,7 +35,7 @@ def next_steps(
     """
     found = [*_against_failures(summary, verdict, supervised, broken), *_towards_evidence(summary, taught, wanted)]
     if not found and verdict.success and taught:
-        found.append("Do it again with another seed: one pair of runs shows large differences only.")
+        found.append("Do it again with other seeds, to see how much of the difference is chance.")
     return list(dict.fromkeys(found))
 
 

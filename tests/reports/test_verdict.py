@@ -238,7 +238,7 @@ def test_the_parts_of_the_verdict_are_all_reasons_in_order():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({}, "Do it again with another seed"),
+        ({}, "Do it again with other seeds"),
         ({"evaluation__control_sft": None}, "Set run_control to true"),
         ({"final__cos_sim": 0.9}, "If CosSim was still rising"),
         ({"supervised": False}, "Set lm_weight to 1"),
