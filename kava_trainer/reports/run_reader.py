@@ -16,6 +16,9 @@ from .summary import HISTORY_FILE, SCHEMA_VERSION, SUMMARY_FILE, Evaluations, Ru
 CUT_OFF = "cut_off"
 """Status of a run that wrote no summary when it ended, beside those that a summary can have."""
 
+ENDED = "ended"
+"""The same of a training in a script that came to its end."""
+
 _NO_ARGUMENTS = {"data", "teacher", "student", "sharded", "world_size", "datasets_version"}
 """What `identity.run_identity` adds to the arguments."""
 
@@ -36,7 +39,7 @@ class RunRecord:
     folder: Path
     """Its `output_dir`."""
     summary: Summary
-    """For a run that was cut off, one with status `cut_off`."""
+    """For one that left none of its end, one with status `cut_off`, or `ended` where its training was over."""
     log_history: list[dict[str, Any]]
     """The log lines of its training."""
     note: str | None = None
@@ -187,9 +190,10 @@ def _from_checkpoint(folder: Path, before: Summary | None) -> RunRecord | None:
     shown = f"What is shown is what {newest.name} holds; whatever came after step {step} is lost or not yet there."
     note = f"The run was cut off, or is still running: there is no {SUMMARY_FILE} of its end. {shown}"
     if not asked and step >= state.get("max_steps", math.inf):
+        summary.status = ENDED
         note = (
             f"The training ended at step {step}, and left no {SUMMARY_FILE}: in a script kava_trainer.write_report "
-            f"writes it. {shown}"
+            f"writes it. What is shown is what {newest.name} holds."
         )
     if before is not None:
         _take_over(summary, before)

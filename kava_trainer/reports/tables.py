@@ -8,7 +8,7 @@ from typing import Any, cast
 from ..evaluation.diagnostics import COLLAPSED, MINIMUM_MARGIN
 from ..utils.console import size_text
 from .charts import number_text
-from .run_reader import CUT_OFF, RunRecord
+from .run_reader import CUT_OFF, ENDED, RunRecord
 from .summary import Measured, Summary
 from .verdict import REQUIRED_COS_SIM, TIE
 
@@ -54,7 +54,7 @@ _SHARES = {"exact_match", "padding_fraction"}
 
 _FIXED = {"cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka"}
 
-_STATUS = {"interrupted": "Interrupted", "failed": "Failed", CUT_OFF: "Cut off"}
+_STATUS = {"interrupted": "Interrupted", "failed": "Failed", CUT_OFF: "Cut off", ENDED: "Not judged"}
 
 
 def seconds_text(seconds: float) -> str:

@@ -77,4 +77,4 @@ def test_a_training_that_wrote_none_is_shown_by_its_checkpoint_with_how_to(tmp_p
     assert read_run(tmp_path).note.startswith(
         "The training ended at step 2, and left no run_summary.json: in a script kava_trainer.write_report writes it."
     )
-    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts["h2"][0] == "Cut off"
+    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts["h2"][0] == "Not judged"
