@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .evaluation.final_answer_match import metric_path as metric_path
     from .models.hidden_states import HiddenStateCapture as HiddenStateCapture
     from .models.teacher import OnlineTeacher as OnlineTeacher
+    from .runs.finish import write_report as write_report
     from .trainer.trainer import KavaTrainer as KavaTrainer
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "distillation.projector_files": ["export_projectors", "load_projectors"],
     "distillation.targets": ["HiddenStateTarget", "build_target"],
     "models.teacher": ["OnlineTeacher"],
+    "runs.finish": ["write_report"],
     "trainer.trainer": ["KavaTrainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

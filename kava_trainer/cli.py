@@ -5,7 +5,6 @@ arguments need wait for.
 """
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from . import __version__
+from .utils.console import outlive_readers
 from .utils.errors import BadRequest, Interrupted, Problem, RunFailed, exit_code
 from .utils.redaction import without_secrets
 
@@ -54,6 +54,12 @@ def train(argv: list[str]) -> int:
     Raises:
         BadRequest, RunFailed, Interrupted: as `pipeline.run`.
     """
+    if {"-h", "--help"} & {*argv}:
+        from .config.help import short_help
+        from .config.launcher import program
+
+        print(short_help(program()), end="")
+        sys.exit(0)
     from .config.parser import parse_arguments
 
     arguments = parse_arguments(argv)
@@ -137,8 +143,6 @@ def report(options: argparse.Namespace) -> int:
     Raises:
         BadRequest: naming every folder that no report can be made of, before anything is written.
     """
-    from .reports.comparison import is_comparison, write_comparison
-    from .reports.page import write_report
     from .reports.run_reader import RunRecord, read_run
     from .utils.files import check_output_file
 
@@ -154,12 +158,16 @@ def report(options: argparse.Namespace) -> int:
         except BadRequest as error:
             problems += error.problems
     if len(folders) > 1:
+        from .reports.comparison import is_comparison, write_comparison
+
         try:
             check_output_file(Path(options.output), is_comparison)
         except BadRequest as error:
             problems += error.problems
     if problems:
         raise BadRequest.of(*problems)
+    from .reports.page import write_report
+
     try:
         for record in records:
             print(f"Report: {write_report(record)}")
@@ -189,14 +197,15 @@ def push(options: argparse.Namespace) -> int:
         BadRequest: if there is no finished run, or the name cannot be that of a repository.
         RunFailed: if the hub did not take it; what is on disk is as it was.
     """
-    from .reports.publish import make_repository, publish
     from .reports.run_reader import completed_summary, find_student
+
+    summary = completed_summary(options.output_dir)
+    student = find_student(options.output_dir, summary)
+    from .reports.publish import make_repository, publish
     from .utils.console import Console
     from .utils.hub import Place, push_command
     from .utils.signals import WATCH
 
-    summary = completed_summary(options.output_dir)
-    student = find_student(options.output_dir, summary)
     place = Place(options.repo, private=options.private or None, revision=options.revision)
     console = Console()
     try:
@@ -236,10 +245,7 @@ def explain(options: argparse.Namespace) -> int:
         text = as_markdown()
     else:
         text = explain_in_full(find_arguments(options.name) if options.name else all_arguments()) + "\n"
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:  # as by `head`; Python would complain once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(text, end="")
     return 0
 
 
@@ -302,6 +308,7 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         main: the program; an exception that it does not expect is shown without secrets.
     """
     sys.excepthook = show_traceback
+    outlive_readers()
     try:
         code = main()
     except KeyboardInterrupt:  # while the libraries are imported

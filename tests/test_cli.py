@@ -117,6 +117,40 @@ def test_ctrl_c_while_libraries_are_imported_is_told_and_needs_no_ranks(monkeypa
     assert "kava_trainer.utils.distributed" not in sys.modules
 
 
+GOES_ON = """
+import sys, time
+from pathlib import Path
+from kava_trainer.cli import exit_with
+
+def main():
+    for number in range(20_000):
+        print("line", number)
+        print("line", number, file=sys.stderr)
+    Path(sys.argv[1]).write_text("to the end")
+    return 3
+
+exit_with(main)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]])
+def test_work_goes_on_where_nobody_reads_what_it_prints(tmp_path, unbuffered):
+    command = [sys.executable, *unbuffered, "-c", GOES_ON, str(tmp_path / "file")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"line 0\n"
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 3
+    assert (tmp_path / "file").read_text() == "to the end"
+
+
+@pytest.mark.parametrize("argv", ["--help", "train --help", "explain", "explain --markdown", "push none me/x 2>&1"])
+def test_a_reader_that_leaves_sees_no_traceback(argv):
+    command = f"{{ {sys.executable} -m kava_trainer {argv}; echo code $? >&2; }} | true"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stderr == f"code {2 if 'push' in argv else 0}\n"
+
+
 def test_an_interruption_before_anything_was_saved_is_told(monkeypatch, capsys):
     def interrupted():
         raise Interrupted(signal.SIGTERM)

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
-from .checks import accelerator_problems, settle_numbers, training_problems
+from .checks import accelerator_problems, precision_problem, settle_numbers, training_problems
 from .data_arguments import DataArguments
 from .launcher import device_problem, is_fsdp_asked, sharding_problems
 from .model_arguments import ModelArguments, argument
@@ -154,6 +154,8 @@ class KavaTrainingArguments(TrainingArguments):
             self.report_to = [name.strip() for name in self.report_to.split(",")]
         found = self.problems()
         try:
+            if precision := precision_problem(self):  # Trainer's own words name a remedy that another advice undoes
+                raise WrongArguments.of(precision)
             super().__post_init__()  # type: ignore[no-untyped-call]
             found += [*filter(None, [device_problem(self.device.type)]), *sharding_problems(self)]
             found += accelerator_problems(cast(AcceleratorConfig, self.accelerator_config))
@@ -166,7 +168,7 @@ class KavaTrainingArguments(TrainingArguments):
         self.auto_find_batch_size = False  # it would begin again from the weights reached, with another batch
         self.enable_jit_checkpoint = False  # its handler would take SIGTERM away from KAVA's
         self.dataloader_pin_memory &= self.device.type != "cpu"
-        if self.final_dir is None:
+        if not self.final_dir:
             self.final_dir = self.output_dir
 
     def stand_beside(self, *others: ModelArguments | DataArguments) -> None:

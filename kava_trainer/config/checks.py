@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from torch import cuda
+from torch.backends import cpu
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from ..utils.errors import Problem, WrongArguments
 from .launcher import engine_problems
 from .layer_mapping import parse_layer_mapping
-from .optimizer_names import missing_package, steps_in_backward
+from .optimizer_names import missing_package, other_missing_packages, steps_in_backward
 
 if TYPE_CHECKING:  # which asks here
     from .arguments import KavaTrainingArguments
@@ -48,6 +51,20 @@ def settle_numbers(training: "KavaTrainingArguments") -> None:
             setattr(training, name, [float(number) for number in value])
 
 
+def precision_problem(training: "KavaTrainingArguments") -> Problem | None:
+    """What to write where `bf16` asks for a GPU that is not there; None where it can be had."""
+    asked = next((name for name in ("bf16", "bf16_full_eval") if getattr(training, name)), None)
+    if asked is None or training.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available():
+        return None
+    if cuda.is_available():
+        what = f"{asked} is true, and this GPU does not compute in bfloat16;"
+        return Problem(asked, what, f"write {asked} false, or {asked.replace('bf16', 'fp16')} true in its place.")
+    what = f"{asked} is true, and there is no GPU here, where it would be of use;"
+    if cpu.get_cpu_capability() == "AVX2":  # where a run advises against it
+        return Problem(asked, what, f"write {asked} false.")
+    return Problem(asked, what, f"write {asked} false, or use_cpu true to compute so on the CPU.")
+
+
 def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
     """Every mistake in the distillation's own arguments."""
     found = [
@@ -56,11 +73,13 @@ def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
         if (getattr(training, name) or 0) < 0
     ]
     found += [*engine_problems(training.fsdp, training.deepspeed), *_optimizer_problems(training.optim)]
+    found += other_missing_packages(training)
     return [*found, *_wrong_values(training), *_projector_problems(training), *_contradictions(training)]
 
 
 def _optimizer_problems(optim: Any) -> list[Problem]:
-    return [problem for check in (steps_in_backward, missing_package) if (problem := check(optim))]
+    problem = steps_in_backward(optim) or missing_package(optim)
+    return [problem] if problem else []
 
 
 def accelerator_problems(config: AcceleratorConfig) -> list[Problem]:

@@ -11,9 +11,7 @@ from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..utils.errors import BadRequest, Problem
-from .arguments import KavaTrainingArguments
-from .data_arguments import DataArguments
-from .model_arguments import ModelArguments
+from .argument_table import read_table
 
 GROUPS = MODEL, DATA, DISTILLATION, PROJECTOR, TRAINING, INHERITED = (
     "Model", "Data", "Distillation", "Projector", "Training and output", "TrainingArguments",
@@ -73,11 +71,13 @@ class Argument:
 
 _GROUP_OF = attrgetter("group")
 
+_GROUP_OF_CLASS = {"ModelArguments": MODEL, "DataArguments": DATA}
+
 
 def _group(name: str, owner: type) -> str:
-    if owner is not KavaTrainingArguments:
-        return MODEL if owner is ModelArguments else DATA
-    if name not in KavaTrainingArguments.__annotations__:
+    if (group := _GROUP_OF_CLASS.get(owner.__name__)) is not None:
+        return group
+    if name not in owner.__annotations__:
         return INHERITED
     return next((group for group, prefixes in _PREFIXES.items() if name.startswith(prefixes)), TRAINING)
 
@@ -101,6 +101,16 @@ def _describe(argument: Field[Any], owner: type, hint: Any) -> Argument:
 
 def all_arguments() -> list[Argument]:
     """Every argument there is, KAVA's own before those that are as in `TrainingArguments`, group by group."""
+    rows = read_table()
+    return read_fields() if rows is None else [Argument(**{**row, "choices": tuple(row["choices"])}) for row in rows]
+
+
+def read_fields() -> list[Argument]:
+    """`all_arguments` from the definitions of the arguments themselves, which import torch and transformers."""
+    from .arguments import KavaTrainingArguments
+    from .data_arguments import DataArguments
+    from .model_arguments import ModelArguments
+
     found = []
     for owner in (ModelArguments, DataArguments, KavaTrainingArguments):
         hints = get_type_hints(owner)

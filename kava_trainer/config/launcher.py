@@ -8,14 +8,15 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import Problem
 from ..utils.redaction import is_secret_name
 from .optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name
 from .recipes import accelerate_config
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -61,7 +62,7 @@ _UNWANTED = {
 _WANTED = {"fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 
 
-def sharding_problems(training: TrainingArguments) -> list[Problem]:
+def sharding_problems(training: "TrainingArguments") -> list[Problem]:
     """Each thing that FSDP2 was asked for with and that would go wrong."""
     return [*_launcher_problems(), *_argument_problems(training)] if is_fsdp_asked() else []
 
@@ -82,7 +83,7 @@ def _launcher_problems() -> Iterator[Problem]:
         yield Problem(None, what, "leave it out, the blocks are known.")
 
 
-def _argument_problems(training: TrainingArguments) -> Iterator[Problem]:
+def _argument_problems(training: "TrainingArguments") -> Iterator[Problem]:
     """What the arguments have that would go wrong."""
     if training.bf16 or training.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         yield Problem(
@@ -196,6 +197,11 @@ def _launcher() -> str:
 def is_module(program: str) -> bool:
     """Whether a program, `sys.argv[0]`, is this package, started with `python -m`."""
     return Path(program).resolve() == _PACKAGE / "__main__.py"
+
+
+def program() -> str:
+    """What this process was started as, before KAVA's own arguments, in one line."""
+    return f"python {shlex.join(started_as())}"
 
 
 def started_as() -> list[str]:

@@ -4,7 +4,6 @@ import argparse
 import difflib
 import json
 import math
-import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -19,12 +18,12 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames
 
 from ..utils.errors import BadRequest, Problem, problems_of
-from ..utils.files import json_mistake
+from ..utils.files import is_utf8, json_mistake
 from ..utils.redaction import is_secret_name
 from .arguments import KavaArguments, KavaTrainingArguments
 from .data_arguments import DataArguments
 from .help import short_help, unknown_argument
-from .launcher import started_as
+from .launcher import program
 from .model_arguments import ModelArguments
 from .recipes import find_recipe, recipe_names
 
@@ -66,7 +65,7 @@ class _Parser(HfArgumentParser):
     def __init__(self) -> None:
         self.converters: dict[str, Callable[[str], Any] | None] = {}
         """What makes a value of the words of an argument, by its name."""
-        super().__init__(cast(Any, _GROUPS), prog=f"python {shlex.join(started_as())}", allow_abbrev=False)
+        super().__init__(cast(Any, _GROUPS), prog=program(), allow_abbrev=False)
         self.add_argument("json_file", nargs="?", metavar="ARGS.json", help="Arguments as one JSON object.")
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
@@ -175,15 +174,6 @@ def fits_type(name: str, value: Any) -> bool:
     """Whether a value has a type that an argument takes; any has where there is no such argument."""
     is_pairs = name == "layer_mapping" and isinstance(value, list)
     return name not in _HINTS or is_pairs or _fits(name, value, _HINTS[name])
-
-
-def is_utf8(value: Any) -> bool:
-    """Whether all text in a value can be written to a file: a name of bytes that are not UTF-8 cannot."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _shown(name: str, value: Any) -> str:

@@ -23,7 +23,7 @@ from ..models.loading import build_causal_lm, check_reads, load_config
 from ..models.sizes import model_bytes
 from ..models.student import student_config
 from ..models.teacher import OnlineTeacher, load_teacher, quantization_config
-from ..utils.console import Console, size_text
+from ..utils.console import Console, apart, fixed, size_text
 from ..utils.distributed import from_main_process
 from ..utils.memory import free_memory_bytes
 from ..utils.progress_bar import with_progress
@@ -136,10 +136,12 @@ def poor_fidelity(figures: dict[str, Any]) -> str | None:
     layer, found = _worst(figures["layers"]), []
     cos_sim = figures["layers"][layer]["cos_sim"]
     if not cos_sim >= FAITHFUL_COS_SIM:  # so that NaN is poor too
-        found.append(f"its states at layer {layer} have a CosSim of {cos_sim:.4f}, below {FAITHFUL_COS_SIM}")
+        shown = apart(cos_sim, FAITHFUL_COS_SIM, 4, fixed)[0]
+        found.append(f"its states at layer {layer} have a CosSim of {shown}, below {FAITHFUL_COS_SIM}")
     ratio = perplexity(figures["cross_entropy"] - figures["reference_cross_entropy"])
     if not ratio <= FAITHFUL_PERPLEXITY:
-        found.append(f"its perplexity is {ratio:.3g} times as high, more than {FAITHFUL_PERPLEXITY}")
+        shown = apart(ratio, FAITHFUL_PERPLEXITY, 3)[0]
+        found.append(f"its perplexity is {shown} times as high, more than {FAITHFUL_PERPLEXITY}")
     return " and ".join(found) or None
 
 
@@ -258,10 +260,10 @@ class TeacherFidelity:
         return figures
 
     def _tell(self, figures: dict[str, Any]) -> None:
+        perplexities = apart(figures["perplexity"], figures["reference_perplexity"], 4)
         self._console.print(
             f"{self._name} against {figures['reference_dtype']} on {figures['tokens']} {figures['examples']} tokens: "
-            f"{_shown(figures['layers'])}, perplexity {figures['perplexity']:.4g} against "
-            f"{figures['reference_perplexity']:.4g}"
+            f"{_shown(figures['layers'])}, perplexity {' against '.join(perplexities)}"
         )
         if (problem := poor_fidelity(figures)) is not None:
             milder = "8bit or none" if self._kind == "4bit" else "none"

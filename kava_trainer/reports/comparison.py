@@ -3,13 +3,24 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .charts import compared_charts
 from .page import drawn, render
 from .run_reader import RunRecord
 from .summary import Summary, write_text
-from .tables import Figure, alignment_figures, cost_figures, evaluation_rows, verdict_of
+from .tables import (
+    Figure,
+    best_of,
+    cost_figures,
+    difference_text,
+    evaluation_rows,
+    final_figures,
+    step_figures,
+    verdict_of,
+)
+from .verdict import TIE
 
 _WHERE = {"output_dir", "final_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
 """Arguments that differ between any two runs and say nothing."""
@@ -33,28 +44,95 @@ def differing_arguments(summaries: Sequence[Summary]) -> list[tuple[str, list[st
     return [(name, values) for name, values in shown if len(set(values)) > 1]
 
 
-def _results(summary: Summary) -> list[Figure]:
-    """The figures of one run that are compared."""
+def _results(summary: Summary) -> list[list[Figure]]:
+    """The figures of one run that are compared, in groups."""
     evaluated = [
         Figure(figure.place, f"{label}: {figure.label.lower()}", figure.value)
         for label, figures in evaluation_rows(summary)
         for figure in figures
     ]
-    return alignment_figures(summary) + evaluated + cost_figures(summary)
+    return [final_figures(summary), step_figures(summary), evaluated, cost_figures(summary)]
+
+
+def compared_rows(summaries: Sequence[Summary]) -> list[list[Figure]]:
+    """One row for each figure that any of the runs has measured, with that of each run; the runs need not name the
+    same steps."""
+    rows = []
+    for groups in zip(*map(_results, summaries), strict=True):
+        columns = [{figure.place: figure for figure in group} for group in groups]
+        labels = {place: figure.label for column in columns for place, figure in column.items()}
+        for place in sorted(labels, key=_step_of):
+            rows.append([column.get(place, Figure(place, labels[place], None)) for column in columns])
+    return [row for row in rows if any(figure.value is not None for figure in row)]
+
+
+def _step_of(place: str) -> int:
+    """The step that a place in the summary is of; 0 for all others, whose order stays."""
+    group, _, step = place.rpartition(".")
+    return int(step) if group == "cos_sim_at" and step.isdigit() else 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of one run in the table."""
+
+    figure: Figure
+    difference: str
+    """From the first run; empty for that one."""
+    best: bool
+
+
+def _cells(row: Sequence[Figure]) -> list[Cell]:
+    best = best_of(row)
+    return [Cell(figure, difference_text(figure, row[0]) if n else "", n == best) for n, figure in enumerate(row)]
+
+
+_MEASURED_ON = ("dataset_name", "dataset_config_name", "dataset_test_split", "max_eval_samples", "max_length")
+"""Arguments that say on what a student was measured."""
+
+
+def better_run(summaries: Sequence[Summary]) -> tuple[int | None, str]:
+    """Which run has the better student, by the cross-entropy of its answers, and a sentence on that.
+
+    Returns:
+        Its number, or None where there is none, and why.
+    """
+    figures = [
+        Figure(
+            "evaluation.student_after.cross_entropy", "", getattr(one.evaluation.student_after, "cross_entropy", None)
+        )
+        for one in summaries
+    ]
+    if sum(figure.value is not None for figure in figures) < 2:
+        return None, "No run is marked as the better one: the finished student was measured in fewer than two."
+    asked = [tuple(str(one.arguments.get(name)) for name in _MEASURED_ON) for one in summaries]
+    if len({*zip(asked, [one.held_out_examples for one in summaries], strict=True)}) > 1:
+        return None, "No run is marked as the better one: their students were measured on different data."
+    best = best_of(figures)
+    if best is None:
+        return None, f"No run is marked as the better one: cross-entropies within {100 * TIE:.0f} % count as equal."
+    if summaries[best].verdict.collapsed:
+        return (
+            None,
+            "No run is marked as the better one: the alignment of that with the lowest cross-entropy collapsed.",
+        )
+    return best, "The better run has the lowest cross-entropy on the held-out answers."
 
 
 def comparison_page(records: Sequence[RunRecord]) -> str:
     """The page that compares runs as HTML."""
-    names = run_names([record.folder for record in records])
-    columns = [_results(record.summary) for record in records]
+    names, summaries = run_names([record.folder for record in records]), [record.summary for record in records]
     found = compared_charts({name: record.log_history for name, record in zip(names, records, strict=True)})
+    better, told = better_run(summaries)
     return render(
         "comparison.html.j2",
         names=names,
         verdicts=[verdict_of(record) for record in records],
         notes=[(name, record.note) for name, record in zip(names, records, strict=True) if record.note],
-        results=[row for row in zip(*columns, strict=True) if any(figure.value is not None for figure in row)],
-        arguments=differing_arguments([record.summary for record in records]),
+        better=better,
+        told=told,
+        results=[_cells(row) for row in compared_rows(summaries)],
+        arguments=differing_arguments(summaries),
         charts=drawn(found),
     )
 

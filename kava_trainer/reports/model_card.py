@@ -108,6 +108,11 @@ def parameters_text(count: int) -> str:
     return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
 
 
+def _one_line(name: str) -> str:
+    """A name for the metadata, where YAML would end a line at whatever Unicode calls the end of one."""
+    return " ".join(name.split())
+
+
 def _eval_results(summary: Summary) -> list[EvalResult]:
     arguments, measured = summary.arguments, summary.evaluation.student_after
     dataset = arguments["dataset_name"]
@@ -118,9 +123,10 @@ def _eval_results(summary: Summary) -> list[EvalResult]:
             dataset_type=hub_id(dataset, "dataset_name", summary) or "custom",
             dataset_name="arithmetic word problems of KAVA's quickstart"
             if dataset == QUICKSTART
-            else Path(dataset).name,
-            dataset_config=arguments["dataset_config_name"],
-            dataset_split=arguments["dataset_test_split"] or ("test" if dataset == QUICKSTART else "held-out"),
+            else _one_line(Path(dataset).name),
+            dataset_config=_one_line(arguments["dataset_config_name"] or "") or None,
+            dataset_split=_one_line(arguments["dataset_test_split"] or "")
+            or ("test" if dataset == QUICKSTART else "held-out"),
             dataset_args={"num_examples": count} if (count := summary.held_out_examples) else None,
             metric_type=metric,
             metric_name=title,

@@ -21,13 +21,22 @@ from .tables import (
     cost_figures,
     evaluation_rows,
     headline_figures,
+    measured,
     model_names,
+    not_measured,
     verdict_of,
 )
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 _IN_PICTURE = ("cos_sim", "terms", "margin", "ranks")
+
+SHOWN_SAMPLES = 3
+"""Held-out problems that are open on the page; the others are folded."""
+
+MOST_LINES, MOST_CHARACTERS = 8, 400
+"""Of a prompt or an answer that are open on the page; the rest of a longer one is folded: an untrained student writes
+until it is stopped."""
 
 _VERDICT_COLOURS = {"good": "#177245", "bad": "#b42318", "open": "#7a5b00"}
 
@@ -64,23 +73,52 @@ def bars_of(summary: Summary) -> dict[str, Bars]:
     """What is drawn as bars, by title."""
     titles = {"Cross-entropy, nats: lower is better": "cross_entropy", "Exact match: higher is better": "exact_match"}
     place = list(EVALUATED).index
-    rows = evaluation_rows(summary)
-    return {
-        title: [(label, figures[place(name)].value, figures[place(name)].text) for label, figures in rows]
+    found = {
+        title: [(label, figures[place(name)]) for label, figures in evaluation_rows(summary)]
         for title, name in titles.items()
+    }
+    drawn_bars: dict[str, Bars] = {
+        title: [(label, figure.value, figure.text) for label, figure in rows if figure.value is not None]
+        for title, rows in found.items()
+    }
+    return {title: bars for title, bars in drawn_bars.items() if bars}
+
+
+def _evaluation(summary: Summary) -> dict[str, Any]:
+    """The table of what the models are worth: only models and kinds of figures of which something was measured."""
+    rows = [(label, figures) for label, figures in evaluation_rows(summary) if measured(figures)]
+    kept = [n for n in range(len(EVALUATED)) if any(figures[n].value is not None for _, figures in rows)]
+    return {
+        "titles": [list(EVALUATED.values())[n] for n in kept],
+        "rows": [(label, [figures[n] for n in kept]) for label, figures in rows],
+        "missing": [label for label, figures in evaluation_rows(summary) if not measured(figures)],
     }
 
 
 def _samples(summary: Summary) -> list[dict[str, Any]]:
-    """The held-out problems with the answer of each model and whether it is right; None where it gave none."""
+    """The held-out problems with the answer of each model that gave any, and whether it is right."""
+    answering = [who for who in WHO if any(sample.answers.get(who) is not None for sample in summary.samples)]
     return [
         {
-            "prompt": sample.prompt,
-            "reference": sample.reference,
-            "answers": [(label, sample.answers.get(who), sample.matches.get(who)) for who, label in WHO.items()],
+            "prompt": shortened(sample.prompt),
+            "reference": shortened(sample.reference),
+            "answers": [
+                (
+                    WHO[who],
+                    None if (answer := sample.answers.get(who)) is None else shortened(answer),
+                    sample.matches.get(who),
+                )
+                for who in answering
+            ],
         }
         for sample in summary.samples
     ]
+
+
+def shortened(text: str) -> tuple[str, str | None]:
+    """The beginning of a text that is long, and the whole of it; a short one whole, and None."""
+    beginning = "\n".join(text.split("\n")[:MOST_LINES])[:MOST_CHARACTERS]
+    return (text, None) if beginning == text else (beginning, text)
 
 
 def report_page(record: RunRecord) -> str:
@@ -102,15 +140,19 @@ def report_page(record: RunRecord) -> str:
         data=data,
         verdict=verdict_of(record),
         note=record.note,
-        headline=headline_figures(summary),
-        evaluated=list(EVALUATED.values()),
-        evaluation=evaluation_rows(summary),
+        headline=measured(headline_figures(summary)),
+        evaluation=_evaluation(summary),
         bars=bars,
-        alignment=alignment_figures(summary),
-        cost=cost_figures(summary),
+        alignment=measured(alignment_figures(summary)),
+        cost=measured(cost_figures(summary)),
+        missing_figures={
+            "alignment": not_measured(alignment_figures(summary)),
+            "cost": not_measured(cost_figures(summary)),
+        },
         charts=drawn(made),
         empty=empty,
         samples=_samples(summary),
+        shown_samples=SHOWN_SAMPLES,
         fidelity=flat(summary.teacher_fidelity or {}),
         environment=flat(summary.environment),
         arguments=flat(summary.arguments),
@@ -125,8 +167,10 @@ def _write_picture(record: RunRecord, path: Path) -> None:
     chosen = [*chosen, *made.values()][:4]
     title = f"{teacher} \N{RIGHTWARDS ARROW} {student} on {data}, {record.summary.global_step} steps"
     colour = _VERDICT_COLOURS[verdict.kind]
-    lines = [without_secrets(line) for line in verdict.reasons]
-    write_png(path, without_secrets(title), verdict.word, colour, lines, chosen, bars_of(record.summary))
+    control, others = (
+        [without_secrets(line) for line in lines] for lines in (verdict.control, verdict.reasons + verdict.caveats)
+    )
+    write_png(path, without_secrets(title), verdict.word, colour, control, others, chosen, bars_of(record.summary))
 
 
 def write_report(record: RunRecord) -> Path:

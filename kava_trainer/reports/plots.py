@@ -26,6 +26,9 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
 _FEW = 40
 """A curve with at most so many points shows each of them."""
 
+_LINES, _LINE = 5, 165
+"""Lines of text in the picture, and characters in one of them."""
+
 _SVG: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kava"}
 
 _VARIABLES = {
@@ -36,8 +39,8 @@ _VARIABLES = {
 Bars = list[tuple[str, float | None, str]]
 """A label, a value, None where it was not measured, and the text for it."""
 
-_BAR_COLOURS = (INKS["quiet"], INKS["mild"], *COLOURS)
-"""The first two are what there was before."""
+_BAR_COLOURS = {"Teacher": INKS["quiet"], "Student before": INKS["mild"], "Control": COLOURS[1]}
+"""Of the bars with these labels; any other bar has the first colour of the curves."""
 
 
 def _number(value: float, _: object = None) -> str:
@@ -107,7 +110,7 @@ def _draw_bars(axes: Axes, bars: Bars) -> None:
     largest = max((value for _, value, _ in bars if value is not None), default=0)
     heights = [value or 0.0 for _, value, _ in bars]
     places = range(len(bars))
-    axes.barh(places, heights, color=_BAR_COLOURS[: len(bars)], height=0.62)
+    axes.barh(places, heights, color=[_BAR_COLOURS.get(label, COLOURS[0]) for label, _, _ in bars], height=0.62)
     axes.set_yticks(places, [label for label, _, _ in bars], color=INKS["ink"])
     axes.set_xlim(0, 1.25 * largest or 1)
     axes.set_xticks([])
@@ -154,12 +157,21 @@ def bars_svg(name: str, bars: Bars) -> str:
     return _svg(figure, name)
 
 
+def _told(whole: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The lines of the picture's text: those of `others` that fit, then all of `whole`."""
+    kept = [line for text in whole for line in textwrap.wrap(text, _LINE)]
+    told = [line for text in others for line in textwrap.wrap(text, _LINE)]
+    room = max(_LINES - len(kept), 1)
+    return [*(told if len(told) <= room else [*told[: room - 1], f"{told[room - 1]} ..."]), *kept]
+
+
 def write_png(
     path: Path,
     title: str,
     verdict: str,
     colour: str,
-    lines: Sequence[str],
+    whole: Sequence[str],
+    others: Sequence[str],
     charts: Sequence[Chart],
     bars: dict[str, Bars],
 ) -> None:
@@ -170,7 +182,8 @@ def write_png(
         title: what was distilled.
         verdict: a word or two.
         colour: of the verdict.
-        lines: sentences below it; what does not fit is cut off with dots.
+        whole: sentences below it that are never cut off.
+        others: sentences between the two; what does not fit beside the former is cut off with dots.
         charts: at most four.
         bars: two of them by title.
     """
@@ -178,10 +191,8 @@ def write_png(
     plain: dict[str, Any] = {"parse_math": False, "va": "top"}  # a name may hold dollar signs
     figure.text(0.03, 0.965, textwrap.shorten(title, 110), size=17, color=INKS["quiet"], **plain)
     figure.text(0.03, 0.925, verdict, size=34, weight="bold", color=colour, **plain)
-    told = [line for text in lines for line in textwrap.wrap(text, 150)]
-    told = told[:3] if len(told) <= 3 else [*told[:2], f"{told[2]} ..."]
-    figure.text(0.03, 0.855, "\n".join(told), size=13.5, color=INKS["ink"], linespacing=1.5, **plain)
-    grid = figure.add_gridspec(2, 3, left=0.045, right=0.975, top=0.7, bottom=0.05, wspace=0.18, hspace=0.38)
+    figure.text(0.03, 0.86, "\n".join(_told(whole, others)), size=12.5, color=INKS["ink"], linespacing=1.45, **plain)
+    grid = figure.add_gridspec(2, 3, left=0.045, right=0.975, top=0.655, bottom=0.05, wspace=0.18, hspace=0.4)
     for place, chart in zip(((0, 0), (0, 1), (1, 0), (1, 1)), charts, strict=False):
         axes = figure.add_subplot(grid[place])
         _draw(axes, chart)

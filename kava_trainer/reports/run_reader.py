@@ -1,33 +1,32 @@
 """What a run has left on disk, read back: also of a run that was cut off and wrote no summary."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.data_arguments import DataArguments
-from ..config.model_arguments import ModelArguments
-from ..config.parser import fits_type, is_utf8
 from ..trainer.checkpoint import TRAINER_STATE_FILE, find_newest_checkpoint, list_checkpoints, read_manifest
 from ..trainer.final_student import FINAL_PROJECTOR, FINAL_STUDENT, difference, has_student
-from ..trainer.run_state import read_progress
 from ..utils.errors import BadRequest, reason_of
-from .recipe import with_defaults
+from ..utils.files import is_utf8
 from .summary import HISTORY_FILE, SCHEMA_VERSION, SUMMARY_FILE, Evaluations, RunSummary, Sample, Summary, finite
 
 CUT_OFF = "cut_off"
 """Status of a run that wrote no summary when it ended, beside those that a summary can have."""
 
+ENDED = "ended"
+"""The same of a training in a script that came to its end."""
+
 _NO_ARGUMENTS = {"data", "teacher", "student", "sharded", "world_size", "datasets_version"}
 """What `identity.run_identity` adds to the arguments."""
 
 _READ = {
-    *(field.name for group in (ModelArguments, DataArguments) for field in fields(group)),
-    *("output_dir", "final_dir", "mercator_weight", "mse_weight", "projector_direction", "projector_anchor"),
+    "output_dir", "final_dir", "mercator_weight", "mse_weight", "projector_direction", "projector_anchor",
     "generation_max_new_tokens",
-}
-"""Arguments that something is made of, not only shown."""
+}  # fmt: skip
+"""Arguments of the training that something is made of, not only shown; of those of models and data all are."""
 
 _UNTRAINED = ("teacher", "student_before")
 """The models that are measured before the training."""
@@ -40,7 +39,7 @@ class RunRecord:
     folder: Path
     """Its `output_dir`."""
     summary: Summary
-    """For a run that was cut off, one with status `cut_off`."""
+    """For one that left none of its end, one with status `cut_off`, or `ended` where its training was over."""
     log_history: list[dict[str, Any]]
     """The log lines of its training."""
     note: str | None = None
@@ -84,6 +83,16 @@ def read_run(folder: str | Path) -> RunRecord:
     return _with_lines_of_checkpoint(folder, summary)
 
 
+def _of_their_types(arguments: Mapping[str, Any]) -> bool:
+    """Whether those arguments that something is made of are of their types."""
+    from ..config.data_arguments import DataArguments
+    from ..config.model_arguments import ModelArguments
+    from ..config.parser import fits_type  # takes seconds, which a folder without a run need not wait for
+
+    read = _READ.union(*({field.name for field in fields(group)} for group in (ModelArguments, DataArguments)))
+    return all(fits_type(name, value) for name, value in arguments.items() if name in read)
+
+
 def _read_json(path: Path) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +118,7 @@ def read_summary(folder: Path) -> Summary | None:
         )
     try:
         summary = Summary.from_dict(found)
-        if not all(fits_type(name, value) for name, value in summary.arguments.items() if name in _READ):
+        if not _of_their_types(summary.arguments):
             raise ValueError("arguments")
     except ValueError as error:
         raise BadRequest(f"{path} is not as it was written: look at {error}.") from error
@@ -164,6 +173,8 @@ def _from_checkpoint(folder: Path, before: Summary | None) -> RunRecord | None:
     step, history = state["global_step"], state["log_history"]
     if before is not None and step <= before.global_step:
         return None
+    from ..trainer.run_state import read_progress  # with torch
+
     asked = read_manifest(newest)["run"] or {}
     arguments = {name: value for name, value in asked.items() if name not in _NO_ARGUMENTS}
     collected = RunSummary(arguments or (before.arguments if before else {}), {})
@@ -176,10 +187,14 @@ def _from_checkpoint(folder: Path, before: Summary | None) -> RunRecord | None:
     summary.checkpoints = [str(path) for path in list_checkpoints(folder)]
     peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
     summary.throughput.peak_memory_bytes = max(peaks, default=None)
-    note = (
-        f"The run was cut off, or is still running: there is no {SUMMARY_FILE} of its end. What is shown is what "
-        f"{newest.name} holds; whatever came after step {step} is lost or not yet there."
-    )
+    shown = f"What is shown is what {newest.name} holds; whatever came after step {step} is lost or not yet there."
+    note = f"The run was cut off, or is still running: there is no {SUMMARY_FILE} of its end. {shown}"
+    if not asked and step >= state.get("max_steps", math.inf):
+        summary.status = ENDED
+        note = (
+            f"The training ended at step {step}, and left no {SUMMARY_FILE}: in a script kava_trainer.write_report "
+            f"writes it. What is shown is what {newest.name} holds."
+        )
     if before is not None:
         _take_over(summary, before)
         note += f" It had been resumed after step {before.global_step}."
@@ -198,6 +213,8 @@ def finished_summary(output_dir: str | Path) -> Summary:
     summary = read_summary(folder)
     if summary is None:
         raise BadRequest(f"{folder} has no {SUMMARY_FILE}; name the output_dir of a run that has ended.")
+    from .recipe import with_defaults  # takes seconds, as above
+
     return replace(summary, arguments=with_defaults(summary.arguments))
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast, get_args, get_origin
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from ..trainer.callbacks.status import ALWAYS_LOGGED_STEPS
+from ..trainer.callbacks import ALWAYS_LOGGED_STEPS
 from ..utils.atomic_files import write_atomically
 from ..utils.redaction import without_secrets
 
@@ -98,6 +98,32 @@ class Verdict:
     """None where it measured too little to tell."""
     collapsed: bool | None = None
     reasons: list[str] = field(default_factory=list)
+    """All sentences: why, then the caveats, then what the control shows."""
+    caveats: list[str] = field(default_factory=list)
+    """Those of the reasons that say how little the figures may tell."""
+    control: list[str] = field(default_factory=list)
+    """Those that compare the student with the control."""
+    next_steps: list[str] = field(default_factory=list)
+    """What to try next. These are not among the reasons."""
+
+    def why(self) -> list[str]:
+        """The reasons that are neither caveats nor about the control."""
+        return [reason for reason in self.reasons if reason not in (*self.caveats, *self.control)]
+
+    def in_parts(self) -> "Verdict":
+        """This verdict, or that of an older summary with its one list of reasons taken apart."""
+        if self.caveats or self.control:
+            return self
+        caveats, control = (
+            [reason for reason in self.reasons if reason.startswith(beginnings)]
+            for beginnings in (_CAVEATS_BEGIN, _CONTROL_BEGINS)
+        )
+        return replace(self, caveats=caveats, control=control)
+
+
+_CAVEATS_BEGIN = ("Only ", "The teacher's own answers matched none")
+
+_CONTROL_BEGINS = ("KAVA beat the control", "KAVA did not beat the control", "The control broke off")
 
 
 @strict

@@ -1,14 +1,16 @@
 """The figures of a run as a report words them: what each is called, how it is written, and what the verdict says."""
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from ..evaluation.diagnostics import COLLAPSED
+from ..evaluation.diagnostics import COLLAPSED, MINIMUM_MARGIN
 from ..utils.console import size_text
 from .charts import number_text
-from .run_reader import CUT_OFF, RunRecord
+from .run_reader import CUT_OFF, ENDED, RunRecord
 from .summary import Measured, Summary
+from .verdict import REQUIRED_COS_SIM, TIE
 
 NOT_MEASURED = "not measured"
 
@@ -33,9 +35,9 @@ _FINAL = {
     "shuffled_cos_sim": "CosSim, shuffled",
     "margin": "Margin",
     "cka": "CKA to the teacher",
-    "student_effective_rank": "Effective rank, student",
-    "target_effective_rank": "Effective rank, targets",
-    "teacher_effective_rank": "Effective rank, teacher",
+    "student_effective_rank": "Effective rank, student (dimensions)",
+    "target_effective_rank": "Effective rank, targets (dimensions)",
+    "teacher_effective_rank": "Effective rank, teacher (dimensions)",
 }
 
 _COST = {
@@ -52,7 +54,7 @@ _SHARES = {"exact_match", "padding_fraction"}
 
 _FIXED = {"cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka"}
 
-_STATUS = {"interrupted": "Interrupted", "failed": "Failed", CUT_OFF: "Cut off"}
+_STATUS = {"interrupted": "Interrupted", "failed": "Failed", CUT_OFF: "Cut off", ENDED: "Not judged"}
 
 
 def seconds_text(seconds: float) -> str:
@@ -88,11 +90,20 @@ class Figure:
     label: str
     value: Measured
     """As in the summary."""
+    unit: str = ""
+    """What stands behind the number; `text` has those of shares, sizes and durations already."""
+    meaning: str = ""
+    """The figure in one plain sentence."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its place."""
+        return self.place.rsplit(".", 1)[-1]
 
     @property
     def text(self) -> str:
         """For people."""
-        return figure_text(self.place.rsplit(".", 1)[-1], self.value)
+        return figure_text(self.name, self.value)
 
     @property
     def exact(self) -> str:
@@ -116,9 +127,17 @@ def evaluation_rows(summary: Summary) -> list[tuple[str, list[Figure]]]:
 
 def alignment_figures(summary: Summary) -> list[Figure]:
     """The final figures, and CosSim at the named steps."""
-    found = [Figure(f"final.{name}", label, getattr(summary.final, name)) for name, label in _FINAL.items()]
-    steps = [Figure(f"cos_sim_at.{step}", f"CosSim at step {step}", x) for step, x in summary.cos_sim_at.items()]
-    return found + steps
+    return final_figures(summary) + step_figures(summary)
+
+
+def final_figures(summary: Summary) -> list[Figure]:
+    """The final figures of the alignment."""
+    return [Figure(f"final.{name}", label, getattr(summary.final, name)) for name, label in _FINAL.items()]
+
+
+def step_figures(summary: Summary) -> list[Figure]:
+    """CosSim at the named steps."""
+    return [Figure(f"cos_sim_at.{step}", f"CosSim at step {step}", x) for step, x in summary.cos_sim_at.items()]
 
 
 def cost_figures(summary: Summary) -> list[Figure]:
@@ -130,17 +149,110 @@ def cost_figures(summary: Summary) -> list[Figure]:
     ]
 
 
+_HEADLINE = (
+    (
+        "final.cos_sim",
+        "CosSim",
+        "from -1 to 1",
+        f"How well the student's states point where their targets do; success needs {REQUIRED_COS_SIM}.",
+    ),
+    (
+        "final.margin",
+        "Margin",
+        "of CosSim",
+        f"By how much CosSim is above that with other tokens' targets; below {MINIMUM_MARGIN} it means nothing.",
+    ),
+    (
+        "final.cka",
+        "CKA to the teacher",
+        "from 0 to 1",
+        "How alike the student's and the teacher's own states are, which no projector can change.",
+    ),
+    (
+        "evaluation.student_after.perplexity",
+        "Student's perplexity",
+        "tokens",
+        "Among how many tokens the student hesitates at each token of the held-out answers; 1 is certainty.",
+    ),
+    (
+        "evaluation.student_after.exact_match",
+        "Student's exact match",
+        "of the problems",
+        "How many held-out problems the student's own answer solves.",
+    ),
+    ("duration_seconds", "Duration", "", "Of the whole run, with its evaluations and its control."),
+)
+"""Place, label, unit and meaning of the figures at the top."""
+
+
 def headline_figures(summary: Summary) -> list[Figure]:
-    """The few that stand at the top."""
-    final, after = summary.final, summary.evaluation.student_after
-    return [
-        Figure("final.cos_sim", "CosSim", final.cos_sim),
-        Figure("final.margin", "Margin", final.margin),
-        Figure("final.cka", "CKA to the teacher", final.cka),
-        Figure("evaluation.student_after.perplexity", "Student's perplexity", after.perplexity if after else None),
-        Figure("evaluation.student_after.exact_match", "Student's exact match", after.exact_match if after else None),
-        Figure("duration_seconds", "Duration", summary.duration_seconds),
-    ]
+    """The few that stand at the top, each with its unit and a sentence on what it is."""
+    return [Figure(place, label, _at(summary, place), unit, meaning) for place, label, unit, meaning in _HEADLINE]
+
+
+def _at(summary: Summary, place: str) -> Measured:
+    """The figure at a place of a summary; None also where a part on the way to it is missing."""
+    found: Any = summary
+    for name in place.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+_BETTER = {
+    **dict.fromkeys(("cos_sim", "centred_cos_sim", "margin", "cka", "exact_match"), 1),
+    **dict.fromkeys(("tokens_per_second", "samples_per_second"), 1),
+    **dict.fromkeys(("perplexity", "cross_entropy"), -1),
+    **dict.fromkeys(("padding_fraction", "peak_memory_bytes", "duration_seconds"), -1),
+}
+"""1 for figures of which more is better, and -1 for those of which less is; of all others neither is."""
+
+_NOT_OF_THE_RUN = ("evaluation.teacher.", "evaluation.student_before.", "evaluation.control_sft.")
+"""Where figures stand that say nothing of how well a run did."""
+
+
+def best_of(figures: Sequence[Figure]) -> int | None:
+    """Which of the figures, one of each run, is the best.
+
+    Returns:
+        Its number. None where fewer than two were measured, there is no better and worse, or nothing stands out: two
+        are equal, or cross-entropies are within 2 % of each other.
+    """
+    direction = _BETTER.get(figures[0].name, 0)
+    order = sorted(
+        (n for n in range(len(figures)) if figures[n].value is not None),
+        key=lambda n: -direction * cast(float, figures[n].value),
+    )
+    if len(order) < 2 or not direction or figures[0].place.startswith(_NOT_OF_THE_RUN):
+        return None
+    best, second = (cast(float, figures[n].value) for n in order[:2])
+    is_tie = best == second or (figures[0].name == "cross_entropy" and best > (1 - TIE) * second)
+    return None if is_tie else order[0]
+
+
+def difference_text(figure: Figure, other: Figure) -> str:
+    """By how much a figure is above another run's, with its sign and unit; empty where one was not measured."""
+    if figure.value is None or other.value is None:
+        return ""
+    difference = figure.value - other.value
+    if difference == 0:
+        return "±0"
+    sign = "+" if difference > 0 else "−"
+    size = abs(difference)
+    if figure.name in _SHARES:
+        return f"{sign}{number_text(100 * size)} points"
+    if figure.name.endswith(("_bytes", "_seconds")):
+        return f"{sign}{figure_text(figure.name, size)}"
+    return f"{sign}{size:,.0f}" if size >= 10_000 else f"{sign}{number_text(size)}"
+
+
+def measured(figures: Iterable[Figure]) -> list[Figure]:
+    """Those figures that were measured."""
+    return [figure for figure in figures if figure.value is not None]
+
+
+def not_measured(figures: Iterable[Figure]) -> list[str]:
+    """The labels of those that were not."""
+    return [figure.label for figure in figures if figure.value is None]
 
 
 @dataclass(frozen=True)
@@ -151,13 +263,28 @@ class ShownVerdict:
     kind: str
     """`good`, `bad` or `open`."""
     reasons: list[str]
+    """Why; and how it ended, where it did not complete."""
+    caveats: list[str] = field(default_factory=list)
+    control: list[str] = field(default_factory=list)
+    next_steps: list[str] = field(default_factory=list)
+
+    def parts(self) -> dict[str, list[str]]:
+        """The sentences below their headings; headings without any are left out."""
+        found = {
+            "Why": self.reasons,
+            "Against the control": self.control,
+            "Caveats": self.caveats,
+            "What to try next": self.next_steps,
+        }
+        return {heading: sentences for heading, sentences in found.items() if sentences}
 
 
 def verdict_of(record: RunRecord) -> ShownVerdict:
     """The verdict of a run; of one that did not complete, how it ended, and whether it was collapsed by then."""
     summary = record.summary
-    judged, status, step = summary.verdict, summary.status, summary.global_step
-    reasons, collapsed = list(judged.reasons), judged.collapsed
+    judged, status, step = summary.verdict.in_parts(), summary.status, summary.global_step
+    reasons, collapsed = judged.why(), judged.collapsed
+    others = (judged.caveats, judged.control, judged.next_steps)
     if status != "completed":
         collapsed = collapsed or _collapsed_at_last(record.log_history)
         if status == "interrupted":
@@ -173,9 +300,9 @@ def verdict_of(record: RunRecord) -> ShownVerdict:
     ended = {True: "Success", False: "No success", None: "No verdict"}[judged.success]
     word = _STATUS.get(status, ended)
     if collapsed:
-        return ShownVerdict(f"{COLLAPSED} \N{EN DASH} {word.lower()}", "bad", reasons)
+        return ShownVerdict(f"{COLLAPSED} \N{EN DASH} {word.lower()}", "bad", reasons, *others)
     bad = judged.success is False or status == "failed"
-    return ShownVerdict(word, "bad" if bad else "good" if word == "Success" else "open", reasons)
+    return ShownVerdict(word, "bad" if bad else "good" if word == "Success" else "open", reasons, *others)
 
 
 def _collapsed_at_last(history: list[dict[str, Any]]) -> bool:

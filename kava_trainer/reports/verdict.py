@@ -1,8 +1,11 @@
 """Whether a run succeeded, and why, in plain sentences, from the figures of its summary."""
 
 import math
+from typing import cast
 
 from ..evaluation.diagnostics import STATUSES
+from ..utils.console import apart, fixed, significant
+from .next_steps import next_steps
 from .summary import Evaluations, Measured, ModelFigures, Summary, Verdict
 
 REQUIRED_COS_SIM = STATUSES[0][0]
@@ -50,7 +53,7 @@ def judge(
     Success needs a CosSim of at least 0.95 without collapse, a language head that some term supervised, no problem
     during training, whole checkpoints, an answer perplexity no higher than before, and a teacher better than chance
     where the run learned from it. Few held-out examples, and a teacher without a single exact match, are named and take
-    no success away.
+    no success away. The sentences that say so, and those on the control, are also apart from the others.
 
     Args:
         summary: of the run, final figures and evaluation filled in.
@@ -68,14 +71,19 @@ def judge(
         failures.append("The teacher was no better than chance on the answers, so there was nothing to learn from it.")
     reasons = failures or (_achievements(summary) if measured else [])
     if not measured:
-        reasons = [*reasons, _missing(cos_sim, evaluation)]
+        reasons = [*reasons, _missing(cos_sim, evaluation, examples)]
     notes = [few_examples(examples), _teacher_without_match(evaluation) if taught else None]
-    reasons = [*reasons, *filter(None, notes)]
-    return Verdict(
+    caveats, control = list(filter(None, notes)), _comparison(summary)
+    found = Verdict(
         success=False if failures else (True if measured else None),
         collapsed=None if margin is None else collapse is not None,
-        reasons=[*reasons, *_comparison(summary)],
+        reasons=[*reasons, *caveats, *control],
+        caveats=caveats,
+        control=control,
     )
+    wanted = None if few_examples(examples) is None else FEW_EXAMPLES
+    found.next_steps = next_steps(summary, found, supervised, bool(broken), taught, wanted)
+    return found
 
 
 def _teacher_without_match(evaluation: Evaluations) -> str | None:
@@ -88,7 +96,9 @@ def _teacher_without_match(evaluation: Evaluations) -> str | None:
     )
 
 
-def _missing(cos_sim: Measured, evaluation: Evaluations) -> str:
+def _missing(cos_sim: Measured, evaluation: Evaluations, examples: int | None) -> str:
+    if evaluation.student_after is None and examples:
+        return "What the student's answers are worth was not measured."
     if evaluation.student_after is None:
         return "There were no held-out examples, so the student was not measured."
     if cos_sim is None:
@@ -100,7 +110,7 @@ def _alignment_failures(cos_sim: Measured, collapse: str | None) -> list[str]:
     if collapse is not None:
         return [f"The alignment collapsed, so CosSim means nothing. {collapse}"]
     if cos_sim is not None and not cos_sim >= REQUIRED_COS_SIM:  # so that NaN is no success either
-        return [f"CosSim is {cos_sim:.4f}, below {REQUIRED_COS_SIM}."]
+        return [f"CosSim is {apart(cos_sim, REQUIRED_COS_SIM, 4, fixed)[0]}, below {REQUIRED_COS_SIM}."]
     return []
 
 
@@ -123,7 +133,7 @@ def _perplexity_failures(evaluation: Evaluations) -> list[str]:
     before, after = evaluation.student_before, evaluation.student_after
     if before is None or after is None or _cross_entropy(after) <= _cross_entropy(before):
         return []
-    return [f"The student's answer perplexity rose from {before.perplexity:.4g} to {after.perplexity:.4g}."]
+    return [f"The student's answer {_change('rose', before, after)}."]
 
 
 def _achievements(summary: Summary) -> list[str]:
@@ -133,8 +143,21 @@ def _achievements(summary: Summary) -> list[str]:
         "that with other tokens' targets."
     ]
     if before is not None and after is not None:
-        found.append(f"The student's answer perplexity went from {before.perplexity:.4g} to {after.perplexity:.4g}.")
+        found.append(f"The student's answer {_change('went', before, after)}.")
     return found
+
+
+def _change(verb: str, before: ModelFigures, after: ModelFigures) -> str:
+    """From which perplexity to which; from which cross-entropy where the perplexities do not tell the two apart."""
+    figures = (before.perplexity, after.perplexity)
+    losses = (_cross_entropy(before), _cross_entropy(after))
+    if losses[0] == losses[1]:
+        return f"perplexity stayed at {significant(cast(float, before.perplexity), 4)}"
+    if None in figures or figures[0] == figures[1]:  # both beyond the largest float, or rounded to one
+        first, last = apart(*losses, 4, fixed)
+        return f"cross-entropy {verb} from {first} to {last} nats"
+    first, last = apart(*cast(tuple[float, float], figures), 4)
+    return f"perplexity {verb} from {first} to {last}"
 
 
 def _comparison(summary: Summary) -> list[str]:
@@ -145,11 +168,12 @@ def _comparison(summary: Summary) -> list[str]:
     if control is None or after is None:
         return []
     ours, theirs = _cross_entropy(after), _cross_entropy(control)
-    ratio = ours / max(theirs, 1e-12)
+    ratio = 1.0 if ours == theirs else ours / max(theirs, 1e-12)
+    shown = apart(ours, theirs, 4, fixed)
     word = "beat" if ratio <= 1 - TIE else "did not beat"
     found = (
         f"KAVA {word} the control at equal steps: its answer cross-entropy is {_times(ratio)} the control's "
-        f"({ours:.4f} against {theirs:.4f} nats)"
+        f"({shown[0]} against {shown[1]} nats)"
     )
     if abs(ratio - 1) < TIE:
         found += f", and a difference under {100 * TIE:.0f} % counts as none"
@@ -165,9 +189,10 @@ def _cross_entropy(figures: ModelFigures) -> float:
 def _times(ratio: float) -> str:
     """How one cross-entropy stands to another, as the words before the other."""
     if abs(ratio - 1) >= TIE:
-        return f"{ratio:.2f} times"
-    share = f"{100 * abs(ratio - 1):.1f}"
-    return "equal to" if share == "0.0" else f"{share} % {'below' if ratio < 1 else 'above'}"
+        return f"{significant(ratio, 2) if 0 < ratio < 0.095 else f'{ratio:,.2f}'} times"
+    if ratio == 1:
+        return "equal to"
+    return f"{apart(100 * abs(ratio - 1), 0, 1, fixed)[0]} % {'below' if ratio < 1 else 'above'}"
 
 
 def _matches(after: ModelFigures, control: ModelFigures) -> str:
@@ -177,4 +202,5 @@ def _matches(after: ModelFigures, control: ModelFigures) -> str:
         return ""
     if ours == theirs:
         return f"; both have {100 * ours:.1f} % exact match"
-    return f", its exact match {100 * abs(ours - theirs):.1f} points {'higher' if ours > theirs else 'lower'}"
+    points = apart(100 * abs(ours - theirs), 0, 1, fixed)[0]
+    return f", its exact match {points} points {'higher' if ours > theirs else 'lower'}"

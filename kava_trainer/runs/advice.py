@@ -2,17 +2,40 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
-from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
-from ..utils.console import size_text
+from ..config.optimizer_names import TORCHAO_OPTIMIZERS, missing_package, optimizer_name, parse_optim_args
+from ..utils.console import apart, size_text
 from ..utils.errors import BadRequest, Problem
 from ..utils.memory import free_memory_bytes
+
+
+def precision_problems(
+    arguments: KavaArguments, teacher: PreTrainedModel, student: PreTrainedModel, trained: Iterable[torch.dtype]
+) -> list[Problem]:
+    """What is wrong with the precision that was asked for. No remedy undoes another, and none is told twice.
+
+    Args:
+        arguments: of the run.
+        teacher: which may be without storage, as the student.
+        student: before the training.
+        trained: the data types of the weights that are trained.
+    """
+    slow, training = slow_half_precision(arguments, teacher, student), arguments.training
+    if slow is not None and student.dtype != torch.float32:  # whose remedy makes the student float32
+        return [slow]
+    rounding = rounding_problem(training.optim, training.optim_args, trained, training.device)
+    return [*filter(None, (rounding, slow))]
+
+
+def is_slow_at_half_precision(device: torch.device) -> bool:
+    """Whether PyTorch has no fast way to multiply matrices of bfloat16 or float16 on a device."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def slow_half_precision(arguments: KavaArguments, teacher: PreTrainedModel, student: PreTrainedModel) -> Problem | None:
@@ -22,7 +45,7 @@ def slow_half_precision(arguments: KavaArguments, teacher: PreTrainedModel, stud
     PyTorch 2.13.0 at Qwen2.5's shapes; PyTorch's issue 146508 has up to 500 times, for float16 as well).
     """
     training, model = arguments.training, arguments.model
-    if training.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+    if not is_slow_at_half_precision(training.device):
         return None
     remedies = {
         "bf16 false": training.bf16,
@@ -83,12 +106,15 @@ _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Values of `lr_scheduler_type` that have none (read in transformers 5.23.0)."""
 
 
-def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.dtype]) -> Problem | None:
+def rounding_problem(
+    optim: Any, optim_args: str | None, dtypes: Iterable[torch.dtype], device: torch.device | None = None
+) -> Problem | None:
     """Whether small updates of the weights will be lost.
 
     A bfloat16 holds 8 significant bits. A step smaller than about 1/512 of a weight is rounded away, unless the
     optimizer rounds at random (torchao) or carries what was lost (Kahan: `stable_adamw`, which does so of itself, and
-    `adamw_anyprecision`). The data types are those of the weights that are trained; None where nothing is lost.
+    `adamw_anyprecision`). The data types are those of the weights that are trained; None where nothing is lost. The
+    remedy is one that can be followed on the device, a GPU by default.
     """
     name = optimizer_name(optim)
     switch = parse_optim_args(optim_args).get(_SWITCHES.get(name, ""), "false")
@@ -96,7 +122,12 @@ def rounding_problem(optim: Any, optim_args: str | None, dtypes: Iterable[torch.
     if torch.bfloat16 not in set(dtypes) or switched_on or name == "stable_adamw":
         return None
     what = f"The student's weights are bfloat16, and optim {name} rounds away most updates at a low learning rate."
-    return Problem("optim", what, f"Write {REMEDY}, or student_dtype float32 with bf16 true.")
+    whole = "student_dtype float32"  # bf16 wants a GPU, or a CPU that is fast at it
+    if device is None or device.type != "cpu":
+        whole += " with bf16 true"
+    if missing_package(TORCHAO_OPTIMIZERS[0]) is None:
+        return Problem("optim", what, f"Write {REMEDY}, or {whole}.")
+    return Problem("optim", what, f"Write {whole}; or install torchao, and write {REMEDY}.")
 
 
 def planned_steps(training: TrainingArguments, examples: int, processes: int) -> int:
@@ -125,17 +156,35 @@ def long_warmup(training: TrainingArguments, steps: int) -> Problem | None:
     return Problem("warmup_steps", what, f"Lower warmup_steps{remedy}.")
 
 
-def memory_shortage(needed: int, device: torch.device) -> Problem | None:
-    """What to write where a device has not so many bytes free; None where it has."""
+def memory_shortage(needed: int, arguments: KavaArguments) -> Problem | None:
+    """What to write where the device of a run has not so many bytes free; None where it has.
+
+    What has been written already is not advised, nor what another advice would undo.
+    """
+    device = arguments.training.device
     free = free_memory_bytes(device)
     if needed <= free:
         return None
-    return Problem(
-        None,
-        f"That is more than the {size_text(free)} that are free.",
-        "Lower per_device_train_batch_size (and raise gradient_accumulation_steps), set gradient_checkpointing, choose "
-        "teacher_quantization 4bit or a teacher_cache_dir, or an optim with 8-bit states such as adamw_torch_8bit.",
-    )
+    remedies = ", ".join([*_memory_remedies(arguments), "or choose smaller models."])
+    what = f"That is more than the {apart(needed, free, 2, size_text)[1]} that are free."
+    return Problem(None, what, f"{remedies[0].upper()}{remedies[1:]}")
+
+
+def _memory_remedies(arguments: KavaArguments) -> Iterator[str]:
+    training, model = arguments.training, arguments.model
+    if training.per_device_train_batch_size > 1:
+        yield "lower per_device_train_batch_size (and raise gradient_accumulation_steps)"
+    else:
+        yield f"lower max_length (now {arguments.data.max_length})"
+    if not training.gradient_checkpointing:
+        yield "set gradient_checkpointing"
+    if model.teacher_quantization != "4bit" and not is_slow_at_half_precision(training.device):
+        yield "choose teacher_quantization 4bit"
+    if training.teacher_cache_dir is None:
+        yield "name a teacher_cache_dir"
+    if not any(bits in optimizer_name(training.optim) for bits in ("8bit", "4bit")):
+        ready = missing_package(TORCHAO_OPTIMIZERS[0]) is None
+        yield f"choose an optim with 8-bit states such as {'adamw_torch_8bit' if ready else 'adamw_8bit'}"
 
 
 def check_processes(training: KavaTrainingArguments) -> None:

@@ -15,7 +15,7 @@ from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import describe_engine
 from ..evaluation.diagnostics import alignment_status
 from ..reports.summary import ModelFigures, RunSummary
-from ..reports.tables import LONG_NAMES
+from ..reports.tables import LONG_NAMES, NOT_MEASURED
 from ..trainer.checkpoint import Resumption
 from ..utils.console import Console, status_text
 from ..utils.environment import device_name
@@ -64,11 +64,12 @@ def tell_alignment(console: Console, metrics: dict[str, float], collapse: str | 
 def show_figures(console: Console, measured: Mapping[str, ModelFigures]) -> None:
     """A line for each model that was measured, by the names in `LONG_NAMES`."""
     for who, figures in measured.items():
-        match = "" if figures.exact_match is None else f"   exact match {100 * figures.exact_match:5.1f} %"
-        console.print(
-            f"{LONG_NAMES[who]:<32} perplexity {figures.perplexity:<9.4g} "
-            f"cross-entropy {figures.cross_entropy:7.4f}{match}"
-        )
+        shown = [
+            "" if figures.perplexity is None else f"perplexity {figures.perplexity:<9.4g}",
+            "" if figures.cross_entropy is None else f" cross-entropy {figures.cross_entropy:7.4f}",  # an older run's
+            "" if figures.exact_match is None else f"   exact match {100 * figures.exact_match:5.1f} %",
+        ]
+        console.print(f"{LONG_NAMES[who]:<32} {''.join(shown).rstrip() or NOT_MEASURED}")
 
 
 def show_verdict(console: Console, summary: RunSummary) -> None:
@@ -79,6 +80,10 @@ def show_verdict(console: Console, summary: RunSummary) -> None:
     console.print({True: "Success.", False: "No success.", None: "No verdict."}[verdict.success])
     for reason in verdict.reasons:
         console.print(f"- {reason}")
+    if verdict.next_steps:
+        console.print("What to try next:")
+    for step in verdict.next_steps:
+        console.print(f"- {step}")
 
 
 def shows_bars(training: KavaTrainingArguments) -> bool:

@@ -1,22 +1,30 @@
 """The end of a run: its verdict, and the files that tell of it."""
 
+from collections.abc import Sized
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from ..config.launcher import resume_command
+from ..models.teacher import OnlineTeacher
+from ..reports.next_steps import IN_A_SCRIPT
 from ..reports.publish import CARD_FILE, publish, write_card
 from ..reports.run_reader import record_of
-from ..reports.summary import RunSummary
+from ..reports.summary import REPORT_PAGE, RunSummary
 from ..reports.verdict import judge
 from ..trainer.callbacks.emergency import EMERGENCY_PROJECTOR
 from ..trainer.checkpoint import broken_reason, list_checkpoints
 from ..trainer.final_student import FINAL_PROJECTOR, FINAL_STUDENT
 from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console
-from ..utils.errors import reason_of
+from ..utils.environment import describe_environment
+from ..utils.errors import BadRequest, reason_of
 from ..utils.hub import Place
 from .display import show_verdict
-from .setup import Run
+from .setup import Run, own_parameters
 
 
 def save_student(run: Run) -> None:
@@ -111,6 +119,92 @@ def _push(run: Run, student: Path) -> None:
     else:
         console.warn(problem)
         summary.content.problems.append({"step": None, "kind": "hub", "action": problem})
+
+
+def write_report(trainer: KavaTrainer, folder: str | Path | None = None) -> Path:
+    """Write what a run of the command line leaves, for a training in a script: call it after `trainer.train()`.
+
+    Where the last step was not evaluated and the trainer has an `eval_dataset`, that is done first. All processes have
+    to call it; the main one writes `run_summary.json`, `log_history.json`, `report.html` and `report.png`. `python -m
+    kava_trainer report FOLDER` builds the page anew then, and compares it with those of other runs.
+
+    Args:
+        trainer: that has trained.
+        folder: where they go, `args.output_dir` by default.
+
+    Returns:
+        The page.
+
+    Raises:
+        BadRequest: if nothing was trained yet.
+        OSError: if they cannot be written.
+    """
+    if trainer.state.global_step == 0:
+        raise BadRequest("There was no training yet, so there is nothing to report;", "call trainer.train() first.")
+    from ..reports.page import write_report as write_page  # with matplotlib, as above
+
+    folder = Path(folder or str(trainer.args.output_dir))
+    metrics, summary = _last_evaluation(trainer), _summary_of(trainer)
+    if metrics is not None:
+        summary.add_final(metrics)
+        _add_perplexity(summary, "student_after", metrics)
+    args, content = trainer.args, summary.content
+    content.checkpoints = [str(path) for path in list_checkpoints(args.output_dir)]
+    broken = [path for path in content.checkpoints if broken_reason(Path(path))]
+    supervised, taught = args.lm_weight > 0 or args.kd_weight > 0, args.aligns or args.kd_weight > 0
+    status = "interrupted" if was_interrupted(trainer) else "completed"
+    if status == "completed":
+        examples = content.held_out_examples
+        content.verdict = judge(content, trainer.collapse, supervised, broken, examples, taught)
+        content.verdict.next_steps = [IN_A_SCRIPT.get(step, step) for step in content.verdict.next_steps]
+    if args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        summary.write(folder, status)
+        write_page(record_of(folder, summary))
+    return folder / REPORT_PAGE
+
+
+def _last_evaluation(trainer: KavaTrainer) -> dict[str, Any] | None:
+    """The metrics of the last step; None where nothing is held out."""
+    at_the_end = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
+    found = next((line for line in reversed(at_the_end) if "eval_runtime" in line), None)
+    if found is None and trainer.eval_dataset is not None:
+        return trainer.evaluate()
+    return found
+
+
+def _summary_of(trainer: KavaTrainer) -> RunSummary:
+    """What a trainer knows of its training."""
+    teacher, student, history = trainer.teacher, trainer.student, trainer.state.log_history
+    arguments = {**trainer.args.to_dict(), "student_model_name_or_path": _name_of(student)}
+    if isinstance(teacher, OnlineTeacher):
+        arguments["teacher_model_name_or_path"] = _name_of(teacher.model)
+    if name := getattr(getattr(trainer.train_dataset, "info", None), "dataset_name", None):
+        arguments["dataset_name"] = name
+    summary = RunSummary(arguments, describe_environment(trainer.args.device))
+    seconds = next((line["train_runtime"] for line in reversed(history) if "train_runtime" in line), 0.0)
+    began = datetime.now(timezone.utc) - timedelta(seconds=seconds)
+    summary.go_on_from({"started_at": began.isoformat(timespec="seconds"), "seconds": seconds})
+    summary.add_training(history, trainer.state.global_step)
+    content = summary.content
+    content.problems, content.student_parameters = trainer.problems, own_parameters(student)
+    content.held_out_examples = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else None
+    peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
+    content.throughput = replace(content.throughput, **trainer.throughput(), peak_memory_bytes=max(peaks, default=None))
+    if (start := next((line for line in history if line["step"] == 0 and "eval_runtime" in line), None)) is not None:
+        _add_perplexity(summary, "student_before", start)
+    return summary
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__
+
+
+def _add_perplexity(summary: RunSummary, who: str, metrics: dict[str, Any]) -> None:
+    """Note what an evaluation of Trainer's tells of a model's answers, if it does."""
+    if (loss := metrics.get("eval_lm_loss")) is not None:
+        figures = {"cross_entropy": loss, "perplexity": metrics["eval_perplexity"], "exact_match": None}
+        summary.add_evaluation(who, figures)
 
 
 def last_checkpoint(trainer: KavaTrainer) -> Path:

@@ -45,8 +45,7 @@ from .advice import (
     loose_projector,
     memory_shortage,
     planned_steps,
-    rounding_problem,
-    slow_half_precision,
+    precision_problems,
 )
 from .resources import check_space, estimate_memory
 from .tracking import RunTracking
@@ -208,7 +207,7 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
     total, device = sum(parts.values()), arguments.training.device
     shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
     console.print(f"Memory estimate for training: {size_text(total)} ({shown})")
-    if device.type == "cuda" and (problem := memory_shortage(total, device)):
+    if device.type == "cuda" and (problem := memory_shortage(total, arguments)):
         console.warn(str(problem))
     check_space(parts, arguments.training)
     return total
@@ -279,8 +278,7 @@ def build_trainer(run: Run) -> KavaTrainer:
     # A stream has no length, and its training is one of max_steps.
     examples = 0 if isinstance(data.train, ExampleStream) else len(data.train)
     problems = (
-        rounding_problem(training.optim, training.optim_args, trained),
-        slow_half_precision(run.arguments, models.teacher, models.student),
+        *precision_problems(run.arguments, models.teacher, models.student, trained),
         long_warmup(training, planned_steps(training, examples, training.world_size)),
     )
     for problem in filter(None, problems):

@@ -1,13 +1,15 @@
 """The stages of a run before its first step."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import run_command
 from ..evaluation.teacher_fidelity import TeacherFidelity
 from ..reports.model_card import local_sources
 from ..reports.summary import RunSummary
+from ..trainer.callbacks.trackers import tracker_problem
 from ..trainer.checkpoint import Resumption, resolve_checkpoint, sweep
 from ..trainer.final_student import FINAL_STUDENT
 from ..trainer.run_state import progress_file, read_progress
@@ -41,6 +43,7 @@ def begin(console: Console, arguments: KavaArguments, argv: list[str]) -> Run:
     for name in ("output_dir", "final_dir"):
         make_folder(name, getattr(training, name))
     check_places(training)
+    check_trackers(training)
     resumption = from_main_process(lambda: _find_checkpoint(arguments))
     training.run_name = from_main_process(lambda: name_run(training, resumption.checkpoint))
     asked = arguments.to_dict()
@@ -59,6 +62,12 @@ def check_places(training: KavaTrainingArguments) -> None:
     student = training.final_folder / FINAL_STUDENT
     if student.exists() and not student.is_dir():
         raise BadRequest(f"{student} is a file, but the student's folder goes there;", "move it or set final_dir.")
+
+
+def check_trackers(training: KavaTrainingArguments) -> None:
+    """Make sure that what `report_to` names is installed and can be set up. Raises `BadRequest` if not."""
+    if problem := tracker_problem([name for name in cast(list[str], training.report_to) if name != "none"]):
+        raise BadRequest.of(replace(problem, what=f"Trainer cannot be set up with these arguments: {problem.what}"))
 
 
 def _find_checkpoint(arguments: KavaArguments) -> Resumption:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from ..utils.atomic_files import DELETED, PREVIOUS, STAGING, remove
 from ..utils.digests import checksum
 from ..utils.errors import BadRequest, reason_of
+
+PREFIX_CHECKPOINT_DIR = "checkpoint"
+"""As in `transformers.trainer_utils`, which takes seconds to import; whoever reads a finished run need not wait."""
 
 PROJECTOR_FILE = "projector.pth"
 """Name of the projector file inside a checkpoint folder."""

@@ -7,10 +7,21 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from .console import apart, size_text
 from .errors import BadRequest, Problem
 
 _OTHER_FOLDER = "Choose another folder."
+
+
+def is_utf8(value: Any) -> bool:
+    """Whether all text in a value can be written to a file: a name of bytes that are not UTF-8 cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def make_folder(name: str, path: str | Path) -> Path:
@@ -126,8 +137,9 @@ def check_cache_space(folder: Path, needed: int) -> None:
     """Make sure that the disk of a cache, which need not exist yet, holds so many bytes. Raises `BadRequest` if not."""
     free = shutil.disk_usage(existing_folder(folder)).free
     if needed > free:
+        shown = apart(needed, free, 2, size_text)
         raise BadRequest(
-            f"The teacher cache would take {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free.",
+            f"The teacher cache would take {shown[0]} in {folder}, where {shown[1]} are free.",
             "Name a folder on a larger disk, write teacher_cache_dtype int8, or map fewer layers.",
         )
 

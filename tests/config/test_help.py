@@ -1,14 +1,18 @@
 """What every argument is for, and that the document of it is the one that the code makes."""
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
 
 import pytest
+from helpers.argument_table import table
 from helpers.places import ROOT
 from transformers import TrainingArguments
 
 from kava_trainer.cli import main
+from kava_trainer.config import argument_table, help
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.config.help import INHERITED, NOTES, all_arguments, as_markdown, find_arguments, short_help
@@ -23,6 +27,58 @@ def test_the_document_is_what_the_code_says():
     assert (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8") == as_markdown(), (
         "run python -m kava_trainer explain --markdown > docs/arguments.md"
     )
+
+
+MADE_OF = json.loads(argument_table.TABLE.read_text(encoding="utf-8"))["made_of"]
+of_this_transformers = pytest.mark.skipif(
+    MADE_OF["transformers"] != version("transformers"), reason="the table was made of another transformers"
+)
+
+
+@of_this_transformers
+def test_the_table_that_explain_reads_is_what_the_code_says():
+    assert argument_table.TABLE.read_text(encoding="utf-8") == table(), "run python tests/helpers/argument_table.py"
+    assert all_arguments() == help.read_fields()
+
+
+@of_this_transformers
+def test_a_table_of_another_transformers_or_of_other_arguments_is_not_read(tmp_path, monkeypatch):
+    assert argument_table.read_table() is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(argument_table, "version", lambda name: "5.0")
+        assert argument_table.read_table() is None
+        assert all_arguments() == help.read_fields()
+    for name in (*argument_table._SOURCES, argument_table.TABLE.name):
+        (tmp_path / name).write_bytes(argument_table.TABLE.with_name(name).read_bytes())
+    monkeypatch.setattr(argument_table, "TABLE", tmp_path / argument_table.TABLE.name)
+    assert argument_table.read_table() is not None
+    source = (tmp_path / "data_arguments.py").read_text(encoding="utf-8")
+    (tmp_path / "data_arguments.py").write_text(f"{source}\n\ndef another():\n    pass\n", encoding="utf-8")
+    assert argument_table.read_table() is not None
+    (tmp_path / "data_arguments.py").write_text(source.replace("Longest example", "Shortest example"), encoding="utf-8")
+    assert argument_table.read_table() is None
+
+
+@of_this_transformers
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["explain", "mercator_weight", "adam_beta1"], 0),
+        (["explain"], 0),
+        (["explain", "xyzzy"], 2),
+        (["train", "--help"], 0),
+        (["push", "no/such/folder", "me/name"], 2),
+        (["report", "no/such/folder"], 2),
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(argv, code):
+    program = (
+        "import sys\nfrom kava_trainer.cli import main\ntry: code = main(sys.argv[1:])\n"
+        "except SystemExit as ended: code = ended.code\n"
+        "print([name for name in ('torch', 'datasets', 'accelerate') if name in sys.modules], code)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.splitlines()[-1] == f"[] {code}"
 
 
 def test_every_argument_is_explained_and_own_ones_come_first():

@@ -155,6 +155,14 @@ def test_local_data_is_named_without_its_folder_in_the_metadata(tmp_path):
     assert (result.dataset_type, result.dataset_name) == ("custom", "own.jsonl")
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\t"])
+def test_names_with_ends_of_lines_leave_the_metadata_whole(tmp_path, end):
+    (tmp_path / f"my{end}own.jsonl").write_text('{"text": "a"}\n')
+    data = card_of(summary_with(dataset_name=tmp_path / f"my{end}own.jsonl", dataset_test_split=f"the{end}test")).data
+    (result,) = data.eval_results
+    assert (result.dataset_name, result.dataset_split, result.dataset_config) == ("my own.jsonl", "the test", "main")
+
+
 def test_the_embedded_data_are_no_data_set_of_the_hub():
     (result,) = card_of(summary_with(dataset_name="quickstart")).data.eval_results
     assert (result.dataset_type, result.dataset_name) == ("custom", "arithmetic word problems of KAVA's quickstart")

@@ -16,12 +16,15 @@ from helpers.summaries import EVIL, FEW, history_of, make_summary
 from helpers.trainers import make_trainer
 
 from kava_trainer import cli
+from kava_trainer.reports import plots
 from kava_trainer.reports.charts import MOST_POINTS, charts_of, number_text, points, thin_out
-from kava_trainer.reports.comparison import comparison_page, differing_arguments, run_names
-from kava_trainer.reports.page import report_page, write_report
+from kava_trainer.reports.comparison import (
+    comparison_page,
+)
+from kava_trainer.reports.page import report_page, shortened, write_report
 from kava_trainer.reports.run_reader import read_run, record_of
 from kava_trainer.reports.summary import ModelFigures, RunSummary, Summary, Verdict
-from kava_trainer.reports.tables import figure_text, verdict_of
+from kava_trainer.reports.tables import figure_text, headline_figures, verdict_of
 from kava_trainer.runs.finish import report_on
 from kava_trainer.trainer import throughput
 from kava_trainer.trainer.checkpoint import write_manifest
@@ -106,16 +109,127 @@ def test_the_plots_take_their_colours_from_the_page_and_say_what_they_show(whole
     assert len(ids) == len(set(ids))
 
 
-def test_a_figure_that_was_not_measured_is_never_0(tmp_path):
+def test_a_figure_that_was_not_measured_is_never_0_and_has_no_row(tmp_path):
     summary = RunSummary({}, {})
     summary.write(tmp_path, "completed")
     text = report_page(read_run(tmp_path))
     page = check_page(text, json.loads(summary.to_json()))
-    measured = {place for place, exact, _ in page.figures if exact is not None}
-    assert measured == {"global_step", "duration_seconds"}
-    assert page.texts["text"].count("not measured") == 8  # the bars
+    assert {place for place, _, _ in page.figures} == {"global_step", "duration_seconds"}
+    assert not {"not measured"} & {*page.texts.get("td", []), *page.texts.get("span", []), *page.texts.get("text", [])}
+    assert not [1 for tag, _ in page.tags if tag == "figure"]  # neither curves nor bars
     assert "Not measured in this run: CosSim, Margin, Loss terms, raw," in text
+    assert "Not measured: Teacher, Student before, Student after, Control." in text
+    assert "Not measured: Loss, Mercator term, CosSim," in text
     assert page.texts["h2"][0] == "No verdict"
+
+
+def test_models_and_figures_that_were_not_measured_leave_no_gap(tmp_path):
+    summary = RunSummary({}, {})
+    summary.add_evaluation("student_after", {"cross_entropy": 0.5, "perplexity": 1.65, "exact_match": None})
+    problems = [{"prompt": f"{n}?", "reference": "1"} for n in range(2)]
+    summary.add_answers("student_after", problems, ["1", ""], str.__eq__)
+    summary.write(tmp_path, "completed")
+    page = check_page(report_page(read_run(tmp_path)), json.loads(summary.to_json()))
+    assert {"Answer perplexity", "Cross-entropy (nats)"} <= set(page.texts["th"])
+    assert not {"Exact match", "Teacher", "Control"} & set(page.texts["th"])
+    figures = [attributes["aria-label"] for tag, attributes in page.tags if tag == "figure"]
+    assert figures == ["Cross-entropy, nats: lower is better. Student after 0.5."]
+    assert [text for text in page.texts["p"] if text in ("Teacher", "Student after")] == ["Student after"] * 2
+    assert "(an empty answer)" in page.texts["pre"]
+
+
+@pytest.mark.parametrize(("count", "open_ones"), [(10, 3), (4, 3), (3, 3), (1, 1)])
+def test_three_problems_are_open_and_the_others_folded(tmp_path, count, open_ones):
+    summary = RunSummary({}, {})
+    problems = [{"prompt": f"{n}?", "reference": "1"} for n in range(count)]
+    summary.add_answers("student_after", problems, ["1"] * count, str.__eq__)
+    summary.write(tmp_path, "completed")
+    page = Page(report_page(read_run(tmp_path)))
+    depth, found = 0, []
+    for tag, _ in Page.with_ends(report_page(read_run(tmp_path))):
+        depth += {"details": 1, "/details": -1}.get(tag, 0)
+        found += [depth] if tag == "article" else []
+    assert found == [0] * open_ones + [1] * (count - open_ones)
+    folded = [f"{count - open_ones} more"] if count > open_ones else []
+    assert [text for text in page.texts["summary"] if text.endswith("more")] == folded
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("x" * 400, ("x" * 400, None)),
+        ("x" * 401, ("x" * 400, "x" * 401)),
+        ("1\n" * 7 + "8", ("1\n" * 7 + "8", None)),
+        ("1\n" * 30, ("\n".join("1" * 8), "1\n" * 30)),
+        ("", ("", None)),
+    ],
+)
+def test_a_long_text_is_shown_by_its_beginning(text, shown):
+    assert shortened(text) == shown
+
+
+def test_the_garbage_of_an_untrained_student_does_not_fill_the_page(tmp_path):
+    summary = make_summary(FEW)
+    for sample in summary.content.samples:
+        sample.prompt, sample.answers = "p" * 9000, dict.fromkeys(sample.answers, "<&\n" * 5000)
+    summary.write(tmp_path, "completed")
+    text = report_page(read_run(tmp_path))
+    page, depth, shown = Page(text), 0, 0
+    for tag, data in Page.with_ends(text):
+        depth += {"details": 1, "/details": -1}.get(tag, 0)
+        shown += len(data) if tag == "" and depth == 0 else 0
+    assert shown < 20_000
+    assert "<&\n" * 5000 in page.raw  # whole, where it is folded
+    assert page.texts["summary"].count("All 9,000 characters") == 10
+
+
+def test_the_verdict_stands_in_parts(tmp_path, summary):
+    parts = {
+        "Why": ["Because."],
+        "Against the control": ["As good."],
+        "Caveats": ["Few."],
+        "What to try next": ["More."],
+    }
+    reasons = ["Because.", "Few.", "As good."]
+    summary.content.verdict = Verdict(True, False, reasons, ["Few."], ["As good."], ["More."])
+    summary.write(tmp_path, "completed")
+    record = read_run(tmp_path)
+    assert record.summary.verdict.reasons == reasons
+    assert verdict_of(record).parts() == parts
+    page = Page(report_page(record))
+    assert [text for text in page.texts["h3"] if text in parts] == list(parts)
+    assert page.texts["li"][:4] == ["Because.", "As good.", "Few.", "More."]
+
+
+def test_the_reasons_of_an_older_summary_are_taken_apart():
+    reasons = [
+        "CosSim is 0.9, below 0.95.",
+        "Only 8 examples are held out, ...",
+        "KAVA did not beat the control at ...",
+    ]
+    older = Summary.from_dict({"verdict": {"success": False, "collapsed": False, "reasons": reasons}})
+    found = older.verdict.in_parts()
+    assert (found.why(), found.caveats, found.control) == (reasons[:1], reasons[1:2], reasons[2:])
+
+
+def test_each_tile_has_a_unit_and_a_sentence(whole):
+    page = Page(whole[0])
+    tiles = headline_figures(Summary.from_dict(whole[1]))
+    assert len(tiles) == page.texts["dt"].count("CosSim") + 5 == 6
+    for tile in tiles:
+        assert tile.meaning.endswith(".")
+        assert tile.meaning in page.texts["dd"]
+        assert tile.unit in page.texts["small"] or tile.name == "duration_seconds"  # whose text has its own
+
+
+def test_the_sentence_on_the_control_is_whole_in_the_picture():
+    control, others = "word " * 60, ["long " * 100] * 4
+    lines = plots._told([control], others)
+    assert " ".join(lines).count("word") == 60
+    assert len(lines) == plots._LINES
+    assert sum(line.endswith(" ...") for line in lines) == 1
+    assert plots._told([control], []) == plots._told([control], [])[:2]
+    assert " ".join(plots._told([control * 5], others)).count("word") == 300
 
 
 def test_a_collapse_is_what_the_page_says_first(summary, tmp_path):
@@ -239,17 +353,6 @@ def test_the_command_builds_reports_and_the_comparison(tmp_path, capsys, monkeyp
     assert "--output mine.html is there already, and this command did not write it" in capsys.readouterr().err
     assert (tmp_path / "mine.html").read_text() == "<title>mine</title>"
     assert not (tmp_path / "a" / "out" / "report.html").exists()
-
-
-def test_only_arguments_that_differ_are_compared():
-    runs = [{"output_dir": "a", "seed": 1, "same": [1]}, {"output_dir": "b", "seed": 2, "same": [1], "new": "x"}]
-    found = differing_arguments([Summary(arguments=arguments) for arguments in runs])
-    assert found == [("seed", ["1", "2"]), ("new", ["-", '"x"'])]
-
-
-def test_runs_in_folders_of_one_name_are_told_apart(tmp_path):
-    assert run_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
-    assert run_names([tmp_path / "a" / "out", tmp_path / "b" / "out"]) == ["a/out", "b/out"]
 
 
 def test_a_run_that_measured_less_is_compared_as_not_measured(folder, tmp_path):

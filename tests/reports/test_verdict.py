@@ -1,9 +1,12 @@
 import copy
+import math
+import re
 
 import pytest
 
 from kava_trainer.reports.summary import Summary
 from kava_trainer.reports.verdict import CONTROL_FAILED, TEACHER_AT_CHANCE, few_examples, judge
+from kava_trainer.utils.console import apart, fixed, significant, size_text
 
 GOOD = {
     "final": {"cos_sim": 0.96, "margin": 0.9},
@@ -158,3 +161,103 @@ def test_a_teacher_without_a_single_exact_match_is_named_and_takes_no_success_aw
     result = verdict(evaluation__teacher={"perplexity": 1.5, "cross_entropy": 0.4, "exact_match": match})
     assert result.success is True
     assert any("The teacher's own answers matched none" in reason for reason in result.reasons) is said
+
+
+def figures(cross_entropy, match=None):
+    return {"perplexity": math.exp(min(cross_entropy, 700)), "cross_entropy": cross_entropy, "exact_match": match}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (1e-5, 2e-5, "answer perplexity rose from 1.00001 to 1.00002."),
+        (0.02, 0.020001, "answer perplexity rose from 1.020201 to 1.020202."),
+        (6.2, 6.2000001, "answer perplexity rose from 492.749 to 492.7491."),
+        (1e-17, 3e-17, "answer cross-entropy rose from 0.00000000000000001 to 0.00000000000000003 nats."),
+        (800.0, 800.00001, "answer cross-entropy rose from 800.00000 to 800.00001 nats."),
+    ],
+)
+def test_a_rise_is_told_with_figures_that_differ(before, after, said):
+    result = verdict(evaluation__student_before=figures(before), evaluation__student_after=figures(after))
+    assert result.success is False
+    assert result.reasons[0].endswith(said)
+    fall = verdict(evaluation__student_before=figures(after), evaluation__student_after=figures(before))
+    first, last = re.search(r"from (\S+) to (\S+?)( nats)?\.$", said).groups()[:2]
+    assert f"went from {last} to {first}" in " ".join(fall.reasons)
+
+
+def test_what_did_not_change_is_told_so():
+    result = verdict(evaluation__student_before=figures(0.02), evaluation__student_after=figures(0.02))
+    assert result.success is True
+    assert "The student's answer perplexity stayed at 1.02." in result.reasons
+
+
+@pytest.mark.parametrize(("cos_sim", "shown"), [(0.94999, "0.94999"), (0.9499999999, "0.9499999999"), (0.5, "0.5000")])
+def test_a_cos_sim_below_the_edge_does_not_look_like_it(cos_sim, shown):
+    assert verdict(final__cos_sim=cos_sim).reasons[0] == f"CosSim is {shown}, below 0.95."
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "matches", "said"),
+    [
+        (1e-6, 2e-5, (0.5, 0.50001), "0.05 times the control's (0.00000 against 0.00002 nats), its exact match 0.001 "),
+        (1e-7, 2e-3, (None, None), "0.00005 times the control's (0.0000 against 0.0020 nats). One"),
+        (1.00001, 1.0, (None, None), "0.001 % above the control's (1.00001 against 1.00000 nats), and a difference"),
+        (0.0, 0.0, (None, None), "equal to the control's (0.0000 against 0.0000 nats), and a difference"),
+        (3000.0, 1.0, (None, None), "3,000.00 times the control's"),
+    ],
+)
+def test_what_differs_from_the_control_does_not_look_equal(ours, theirs, matches, said):
+    pair = (figures(loss, match) for loss, match in zip((ours, theirs), matches, strict=True))
+    after, control = pair
+    result = verdict(evaluation__student_after=after, evaluation__control_sft=control)
+    assert said.replace("0.00005", "5e-05") in result.control[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "digits", "text", "shown"),
+    [
+        (2_640_000_000, 2_638_000_000, 2, size_text, ("2.640 GB", "2.638 GB")),
+        (5_010_000, 5_000_000, 2, size_text, ("5.01 MB", "5.00 MB")),
+        (1.0, 1.0, 4, significant, ("1", "1")),
+        (float("nan"), 0.95, 4, fixed, ("nan", "0.9500")),
+        (1e-300, 2e-300, 4, fixed, ("1e-300", "2.0000000000000001e-300")),
+    ],
+)
+def test_two_numbers_that_differ_are_told_apart(first, second, digits, text, shown):
+    assert apart(first, second, digits, text) == shown
+
+
+def test_the_parts_of_the_verdict_are_all_reasons_in_order():
+    result = judge(good(), None, True, [], examples=20)
+    assert result.reasons == [*result.why(), *result.caveats, *result.control]
+    assert [len(part) for part in (result.why(), result.caveats, result.control)] == [2, 1, 1]
+    assert not set(result.next_steps) & set(result.reasons)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "Do it again with other seeds"),
+        ({"evaluation__control_sft": None}, "Set run_control to true"),
+        ({"final__cos_sim": 0.9}, "If CosSim was still rising"),
+        ({"supervised": False}, "Set lm_weight to 1"),
+        ({"collapse": "Because.", "supervised": False}, "Set lm_weight above 0"),
+        ({"collapse": "Because."}, "Lower mercator_weight, or align another layer"),
+        ({"broken": ["out/checkpoint-5"]}, "Delete the checkpoints"),
+        ({"problems": [{"step": 3, "kind": "nan", "action": ""}]}, "Lower learning_rate and projector_learning_rate."),
+        ({"problems": [{"step": None, "kind": TEACHER_AT_CHANCE, "action": ""}]}, "Look at the teacher's weights"),
+        ({"evaluation__student_after": None}, "Name a dataset_test_split"),
+        ({"evaluation__student_after": figures(7.0)}, "Lower learning_rate or mercator_weight"),
+        ({"evaluation__control_sft": figures(0.001)}, "A student that was trained before rarely gains"),
+    ],
+)
+def test_each_verdict_says_what_to_try_next(arguments, said):
+    assert verdict(**arguments).next_steps[0].startswith(said)
+
+
+def test_few_examples_are_a_caveat_with_what_to_do():
+    assert any(step.startswith("Hold out 50 examples") for step in judge(good(), None, True, [], 20).next_steps)
+    assert "run_control" not in " ".join(
+        judge(good(evaluation__control_sft=None), None, True, [], taught=False).next_steps
+    )

@@ -16,11 +16,11 @@ from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.launcher import resume_command
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.distillation.token_means import TokenMeans
-from kava_trainer.reports.summary import RunSummary
+from kava_trainer.reports.summary import ModelFigures, RunSummary, Verdict
 from kava_trainer.runs.advice import slow_half_precision
-from kava_trainer.runs.display import use_all_cores
+from kava_trainer.runs.display import show_figures, show_verdict, use_all_cores
 from kava_trainer.trainer.callbacks.status import StatusCallback
-from kava_trainer.utils.console import can_show_emoji, status_text
+from kava_trainer.utils.console import Console, can_show_emoji, status_text
 from kava_trainer.utils.environment import describe_environment, device_name
 
 
@@ -62,7 +62,7 @@ def status_line(capsys, logs, emoji):
 
 def test_the_status_line(capsys):
     logs = {"loss": 0.45213, "cos_sim": 0.54791}
-    assert status_line(capsys, logs, True) == "[Step 0050] Loss: 0.4521 | CosSim: 0.5479 ⚠️ Learning\n"
+    assert status_line(capsys, logs, True) == "[Step 0050] Loss: 0.4521 | CosSim: 0.5479 📈 Learning\n"
     assert status_line(capsys, logs, False) == "[Step 0050] Loss: 0.4521 | CosSim: 0.5479 Learning\n"
     assert status_line(capsys, {"loss": 0.45213}, False) == "[Step 0050] Loss: 0.4521\n"
     assert status_line(capsys, {"eval_loss": 1.0}, False) == ""
@@ -242,3 +242,33 @@ def test_a_run_and_doctor_warn_once_of_slow_half_precision(monkeypatch, tmp_path
     assert len(warnings) == 1
     assert warnings[0].startswith("Warning: PyTorch uses no AVX-512 on this processor,")
     assert warnings[0].endswith(" Write student_dtype float32, where the memory suffices, or train on a GPU.")
+
+
+@pytest.mark.parametrize(
+    ("figures", "shown"),
+    [
+        ((0.5, 1.6487, 0.25), "perplexity 1.649     cross-entropy  0.5000   exact match  25.0 %"),
+        ((None, 1.6487, 0.25), "perplexity 1.649       exact match  25.0 %"),
+        ((0.5, 1.6487, None), "perplexity 1.649     cross-entropy  0.5000"),
+        ((None, None, None), "not measured"),
+    ],
+)
+def test_figures_that_an_older_summary_lacks_are_left_out(capsys, figures, shown):
+    names = ("cross_entropy", "perplexity", "exact_match")
+    measured = {"student_after": ModelFigures(**dict(zip(names, figures, strict=True)))}
+    show_figures(Console(plain=True), measured)
+    assert capsys.readouterr().out == f"{'Student after':<32} {shown}\n"
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_no_final_dir_and_an_empty_one_are_the_output_dir(tmp_path, given):
+    training = KavaTrainingArguments(output_dir=str(tmp_path), final_dir=given, use_cpu=True)
+    assert training.final_dir == training.output_dir
+    assert training.final_folder == tmp_path
+
+
+def test_the_verdict_ends_with_what_to_try_next(capsys):
+    summary = RunSummary({}, {})
+    summary.content.verdict = Verdict(False, False, ["Because."], next_steps=["Do this.", "Do that."])
+    show_verdict(Console(plain=True), summary)
+    assert capsys.readouterr().out.endswith("No success.\n- Because.\nWhat to try next:\n- Do this.\n- Do that.\n")

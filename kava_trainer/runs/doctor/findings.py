@@ -1,7 +1,7 @@
 """What checks find, a line each, and what to change for it in the end."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ...utils.console import Console
@@ -33,6 +33,17 @@ class Change:
     text: str
     needed: bool
     """Whether nothing can be trained without it."""
+
+
+def _without_repetitions(changes: Iterable[Change]) -> list[Change]:
+    """The changes, what is needed first; one that several checks ask for stands there once, with all their names."""
+    found: dict[str, Change] = {}
+    for change in sorted(changes, key=lambda change: not change.needed):
+        key = f"{change.check}: {change.text}" if change.text == NAMED_ABOVE else change.text
+        first = found.setdefault(key, change)
+        if change.check not in first.check.split(", "):
+            found[key] = replace(first, check=f"{first.check}, {change.check}")
+    return list(found.values())
 
 
 class Checkup:
@@ -107,7 +118,7 @@ class Checkup:
             command: of the run.
         """
         self._console.stage("What to change")
-        changes = sorted(self.changes, key=lambda change: not change.needed)
+        changes = _without_repetitions(self.changes)
         for number, change in enumerate(changes, start=1):
             optional = "" if change.needed else " (not needed to train)"
             self._console.print(f"{number}. {change.check}{optional}: {change.text}")

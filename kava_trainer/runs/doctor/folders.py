@@ -18,7 +18,7 @@ from ...distillation.teacher_cache import MANIFEST, TeacherCache, teacher_identi
 from ...models.layers import hidden_size, number_of_layers
 from ...trainer.checkpoint import PROJECTOR_FILE, list_checkpoints, resolve_checkpoint
 from ...trainer.trainer import KavaTrainer
-from ...utils.console import size_text
+from ...utils.console import apart, size_text
 from ...utils.errors import reason_of
 from ...utils.files import check_cache_space, check_folder, existing_folder
 from ...utils.memory import free_memory_bytes
@@ -42,8 +42,9 @@ def check_memory(checkup: Checkup, arguments: KavaArguments) -> dict[str, int] |
     device = arguments.training.device
     total, free = sum(parts.values()), free_memory_bytes(device)
     shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
-    text = f"an estimated {size_text(total)} on {device} ({shown}), where {size_text(free)} are free."
-    if problem := memory_shortage(total, device):
+    estimated, there = apart(total, free, 2, size_text)
+    text = f"an estimated {estimated} on {device} ({shown}), where {there} are free."
+    if problem := memory_shortage(total, arguments):
         checkup.warn_of(replace(problem, what=text))
     else:
         checkup.ok(text)

@@ -35,7 +35,7 @@ from ...utils.console import size_text
 from ...utils.errors import BadRequest, reason_of
 from ...utils.files import existing_folder
 from ...utils.hub import hub_reason
-from ..advice import long_warmup, loose_projector, planned_steps, rounding_problem, slow_half_precision
+from ..advice import long_warmup, loose_projector, planned_steps, precision_problems
 from ..setup import Data, Models, load_tokenizers, make_trainer, measure_teacher
 from .data import Examples
 from .findings import Checkup
@@ -112,9 +112,7 @@ def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: Pre
         weights = f"starts from {starts[model.student_init]}"
     checkup.ok(f"{_describe(student, name, revision)}, {weights}{', LoRA adapters' if model.use_peft else ''}.")
     trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
-    if problem := rounding_problem(arguments.training.optim, arguments.training.optim_args, trained):
-        checkup.warn_of(problem)
-    if problem := slow_half_precision(arguments, teacher, student):
+    for problem in precision_problems(arguments, teacher, student, trained):
         checkup.warn_of(problem)
     return student
 

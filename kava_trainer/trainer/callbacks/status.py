@@ -10,9 +10,7 @@ from ...config.arguments import KavaTrainingArguments
 from ...evaluation.diagnostics import alignment_status
 from ...utils.console import Console, status_text
 from ...utils.progress_bar import progress_bar
-
-ALWAYS_LOGGED_STEPS = (50, 100, 200)
-"""Steps whose CosSim the run summary names; where anything is logged, they are, whatever `logging_steps` is."""
+from . import ALWAYS_LOGGED_STEPS
 
 
 class StatusCallback(TrainerCallback):

@@ -6,7 +6,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, WandbCallback, get_reporting_integration_callbacks
+from transformers.integrations import (
+    TensorBoardCallback,
+    WandbCallback,
+    get_reporting_integration_callbacks,
+    integration_utils,
+)
 from transformers.integrations.integration_utils import default_logdir, rewrite_logs
 
 from ...distillation.model import DistillationModel
@@ -25,7 +30,10 @@ Failed = Callable[[int, Exception], None]
 def tracker_problem(names: list[str]) -> Problem | None:
     """Why one of these trackers cannot be used; None where all of them can be set up."""
     for name in names:
+        is_installed = getattr(integration_utils, f"is_{name}_available", lambda: True)  # most names have one
         try:
+            if not is_installed():  # that of MLflow prints a traceback of its own where it is made in vain
+                raise ImportError(f"{name} is not installed")
             for kind in get_reporting_integration_callbacks([name]):
                 kind()
         except Exception as error:  # each package has its own way to say that it is missing

@@ -1,0 +1,95 @@
+"""What to try after a run, by what its verdict rests on; `docs/troubleshooting.md` has the measurements behind it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..evaluation.diagnostics import STATUSES, collapse_remedy
+from .summary import Summary, Verdict
+
+WITHOUT_CONTROL = "Set run_control to true: only a student trained without the teacher tells whether it helped."
+
+NOTHING_HELD_OUT = "Name a dataset_test_split, or data with more rows, so that something is held out to measure on."
+
+IN_A_SCRIPT = {
+    WITHOUT_CONTROL: (
+        "Train a second student from the same start with mercator_weight 0: only one without the teacher tells whether "
+        "it helped."
+    ),
+    NOTHING_HELD_OUT: "Give the trainer an eval_dataset, so that something is held out to measure on.",
+}
+"""What to write in a script, which has no arguments of the command line, in place of a sentence."""
+
+
+def next_steps(
+    summary: Summary, verdict: Verdict, supervised: bool, broken: bool, taught: bool, wanted: int | None = None
+) -> list[str]:
+    """What to change or to do next, as sentences; the most pressing first.
+
+    Args:
+        summary: of the run, its figures filled in.
+        verdict: on it; whether it succeeded and whether the alignment collapsed.
+        supervised: whether a term trained the student's next-token predictions.
+        broken: whether a checkpoint is not whole.
+        taught: whether a term read the teacher.
+        wanted: how many held-out examples would tell something, where there are fewer.
+    """
+    found = [*_against_failures(summary, verdict, supervised, broken), *_towards_evidence(summary, taught, wanted)]
+    if not found and verdict.success and taught:
+        found.append("Do it again with other seeds, to see how much of the difference is chance.")
+    return list(dict.fromkeys(found))
+
+
+def _against_failures(summary: Summary, verdict: Verdict, supervised: bool, broken: bool) -> Iterator[str]:
+    asked, kinds = summary.arguments, {problem["kind"] for problem in summary.problems}
+    if "teacher_at_chance" in kinds:
+        yield "Look at the teacher's weights, its tokenizer and the data: it should know more than chance."
+    if verdict.collapsed:
+        yield _after_a_collapse(asked, supervised)
+    elif not supervised:
+        yield "Set lm_weight to 1, so that the student learns to answer."
+    if "nan" in kinds:
+        precision = ", and write bf16 in place of fp16" if asked.get("fp16") else ""
+        yield f"Lower learning_rate and projector_learning_rate{precision}."
+    if not verdict.collapsed and _is_low(summary.final.cos_sim):
+        yield (
+            "If CosSim was still rising at the end, train longer (max_steps or num_train_epochs); if it was flat, "
+            "raise mercator_weight or align other layers (layer_mapping)."
+        )
+    before, after = summary.evaluation.student_before, summary.evaluation.student_after
+    if before and after and _more(after.cross_entropy, before.cross_entropy):
+        yield "Lower learning_rate or mercator_weight: the student forgot more than it learned."
+    if broken:
+        yield "Delete the checkpoints that are not whole; nothing can be resumed from them."
+
+
+def _after_a_collapse(asked: dict[str, Any], supervised: bool) -> str:
+    anchor = asked.get("projector_anchor")
+    trained = asked.get("projector_direction") == "teacher_to_student" and anchor != "pca"
+    return collapse_remedy(trained, anchor == "reconstruction", supervised)
+
+
+def _is_low(cos_sim: int | float | None) -> bool:
+    return cos_sim is not None and not cos_sim >= STATUSES[0][0]
+
+
+def _more(value: int | float | None, than: int | float | None) -> bool:
+    return value is not None and than is not None and value > than
+
+
+def _towards_evidence(summary: Summary, taught: bool, wanted: int | None) -> Iterator[str]:
+    """What would make the figures tell more."""
+    control, after = summary.evaluation.control_sft, summary.evaluation.student_after
+    if after is None:
+        yield NOTHING_HELD_OUT
+        return
+    if wanted is not None:
+        yield f"Hold out {wanted} examples or more, in a test file of your own or by max_eval_samples."
+    if not taught:
+        return
+    if control is None:
+        yield WITHOUT_CONTROL
+    elif not _more(control.cross_entropy, after.cross_entropy):
+        yield (
+            "A student that was trained before rarely gains from a teacher over the same steps of next-token loss; "
+            "several seeds, or a harder task, would tell."
+        )

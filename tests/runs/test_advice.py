@@ -1,0 +1,132 @@
+"""What is advised can be followed: no advice undoes another, and none is given twice."""
+
+import re
+
+import pytest
+import torch
+from helpers.models import tiny_llama
+from helpers.programs import QUICKSTART, words
+
+from kava_trainer.config import checks, optimizer_names
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.runs import advice
+from kava_trainer.runs.advice import memory_shortage, precision_problems, rounding_problem
+from kava_trainer.runs.doctor.findings import NAMED_ABOVE, Checkup
+from kava_trainer.utils.console import Console
+from kava_trainer.utils.errors import BadRequest, Problem
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.float32}
+
+
+@pytest.fixture(params=["AVX2", "AVX512"])
+def processor(request, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    monkeypatch.setattr(checks, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(checks.cuda, "is_available", lambda: False)
+    return request.param
+
+
+def asked_for(tmp_path, **options):
+    return parse_arguments(words({**QUICKSTART, "output_dir": tmp_path, **options}))
+
+
+def problems_with(tmp_path, options):
+    """What is said of a request, first by its arguments, then by what its models are."""
+    try:
+        arguments = asked_for(tmp_path, **options)
+    except BadRequest as error:
+        return error.problems
+    teacher, student = (tiny_llama(32, 1).to(DTYPES[getattr(arguments.model, f"{role}_dtype")]) for role in
+                        ("teacher", "student"))  # fmt: skip
+    return precision_problems(arguments, teacher, student, {student.dtype})
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first remedy", "last remedy"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": "true"},
+        {"bf16_full_eval": "true"},
+        {"bf16": "true", "use_cpu": "true"},
+        {"bf16": "true", "student_dtype": "bfloat16"},
+        {"student_dtype": "bfloat16"},
+        {"student_dtype": "bfloat16", "teacher_dtype": "bfloat16", "use_cpu": "true"},
+    ],
+)
+def test_whoever_follows_the_advice_on_a_cpu_arrives(tmp_path, processor, options, first):
+    written, options = {}, dict(options)
+    for _ in range(5):
+        problems = problems_with(tmp_path, options)
+        assert len({problem.remedy for problem in problems}) == len(problems)
+        if not problems:
+            return
+        for problem in problems:
+            parts = re.split(r",? or ", problem.remedy.removesuffix(" where the memory suffices, or train on a GPU."))
+            chosen = parts[0] if first else parts[-1]
+            for name, value in re.findall(r"(\w+) (true|false|none|float32|bfloat16|adamw_torch_8bit)\b", chosen):
+                assert written.get(name, value) == value, f"{name} was to be {written[name]} and now {value}"
+                written[name] = options[name] = value
+            if "bf16_stochastic_round" in chosen:
+                options["optim_args"] = "bf16_stochastic_round=True,block_size=64"
+    raise AssertionError(f"no end of advice: {problems}")
+
+
+def test_one_remedy_for_slow_and_for_rounded_weights(tmp_path, processor):
+    problems = problems_with(tmp_path, {"student_dtype": "bfloat16"})
+    assert len(problems) == 1
+    assert ("AVX-512" in problems[0].what) is (processor == "AVX2")
+
+
+@pytest.mark.parametrize(("device", "said"), [(CPU, "float32."), (GPU, "float32 with bf16 true.")])
+def test_bf16_is_advised_on_a_gpu_alone(device, said):
+    assert rounding_problem("adamw_torch", None, [torch.bfloat16], device).remedy.endswith(f"student_dtype {said}")
+
+
+def test_an_optimizer_that_is_not_installed_is_not_the_first_advice(monkeypatch):
+    monkeypatch.setattr(optimizer_names, "is_torchao_available", lambda: False)
+    remedy = rounding_problem("adamw_torch", None, [torch.bfloat16], CPU).remedy
+    assert remedy.startswith("Write student_dtype float32; or install torchao, and write optim adamw_torch_8bit")
+
+
+@pytest.mark.parametrize(
+    ("options", "advised", "left_out"),
+    [
+        ({}, ["Lower per_device_train_batch_size (and", "set gradient_checkpointing", "name a teacher_cache_dir"], []),
+        ({"per_device_train_batch_size": 1}, ["Lower max_length (now 512)"], ["per_device_train_batch_size"]),
+        ({"gradient_checkpointing": "true"}, [], ["gradient_checkpointing"]),
+        ({"teacher_cache_dir": "cache"}, [], ["teacher_cache_dir"]),
+        ({"optim": "paged_adamw_8bit"}, [], ["optim"]),
+    ],
+)
+def test_memory_that_is_short_is_advised_by_what_was_not_done_yet(tmp_path, monkeypatch, options, advised, left_out):
+    monkeypatch.setattr(advice, "free_memory_bytes", lambda device: 2_638_000_000)
+    problem = memory_shortage(2_640_000_000, asked_for(tmp_path, use_cpu="true", **options))
+    assert problem.what == "That is more than the 2.638 GB that are free."
+    assert all(part in problem.remedy for part in advised)
+    assert not any(part in problem.remedy for part in left_out)
+    assert memory_shortage(2_638_000_000, asked_for(tmp_path, use_cpu="true")) is None
+
+
+def test_four_bits_are_not_advised_where_they_are_advised_against(tmp_path, monkeypatch, processor):
+    monkeypatch.setattr(advice, "free_memory_bytes", lambda device: 1)
+    remedy = memory_shortage(2, asked_for(tmp_path, use_cpu="true")).remedy
+    assert ("4bit" in remedy) is (processor == "AVX512")
+
+
+def test_doctor_s_advice_is_numbered_once(capsys):
+    checkup = Checkup(Console(plain=True))
+    checkup.check("Data", lambda: checkup.warn("The training data is long.", "Raise max_length."))
+    checkup.check("Student", lambda: checkup.warn("The student reads more.", "Raise max_length."))
+    checkup.check("Student", lambda: checkup.warn("It is slow.", "Write float32."))
+    checkup.check("Hub", lambda: checkup.refuse([Problem(None, "It is not there."), Problem(None, "Nor that.")]))
+    checkup.check("Disk", lambda: checkup.refuse([Problem(None, "It is full.")]))
+    checkup.check("Teacher", lambda: checkup.refuse([Problem(None, "It is 16 bits.", "write float32.")]))
+    checkup.conclude("go")
+    changes = capsys.readouterr().out.split("== What to change\n")[1].splitlines()
+    assert changes == [
+        f"1. Hub: {NAMED_ABOVE}",
+        f"2. Disk: {NAMED_ABOVE}",
+        "3. Teacher, Student: Write float32.",
+        "4. Data, Student (not needed to train): Raise max_length.",
+    ]
