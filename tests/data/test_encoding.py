@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from kava_trainer.config.data_arguments import DataArguments
-from kava_trainer.data.encoding import encode_dataset, encode_example
+from kava_trainer.data.encoding import encode_dataset
 from kava_trainer.data.row_locations import locate_rows, source_rows
 from kava_trainer.data.splits import load_splits
 from kava_trainer.utils.errors import BadRequest
@@ -215,6 +215,6 @@ def test_missing_empty_and_broken_data_are_refused(tmp_path):
 
 
 def test_boundary_tokens_that_merge_belong_to_the_answer(tokenizer):
-    row = encode_example("Question", ": x", tokenizer, 50)
+    row = encode_one({"prompt": "Question", "completion": ": x"}, tokenizer, 50)
     assert row["input_ids"][: row["prompt_length"]] == tokenizer("Question")["input_ids"]
     assert row["input_ids"][:-1] == tokenizer("Question: x")["input_ids"]

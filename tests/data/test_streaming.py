@@ -14,8 +14,8 @@ from helpers.stream_child import stream_of
 
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.data_arguments import DataArguments
-from kava_trainer.data import streaming
 from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.data.encoder import Encoder
 from kava_trainer.data.encoding import encode_dataset
 from kava_trainer.data.selection import first_examples
 from kava_trainer.data.splits import load_splits
@@ -161,8 +161,8 @@ def test_what_a_resumed_run_has_seen_is_read_and_not_tokenised_again(tmp_path, t
         stream.note(batch["place"])
     again = stream_of(problems, tokenizer)
     again.restore(stream.state())
-    calls, encode = [], streaming.encode_row
-    monkeypatch.setattr(streaming, "encode_row", lambda *given: calls.append(given) or encode(*given))
+    calls, encode = [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, row: calls.append(row) or encode(self, row))
     batches(again, tokenizer, tmp_path, 1)
     assert len(calls) == 2
 
