@@ -11,10 +11,10 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.errors import BadRequest
-from .encoder import Encoder
 from .formats import PROMPT, find_format
-from .remarks import Found, gather, remark_problems
 from .row_locations import empty_answers, locate_rows, source_rows
+from .rows.encoder import Encoder
+from .rows.remarks import Found, gather, remark_problems
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
@@ -212,7 +212,7 @@ def _encode_numbered(row: Mapping[str, Any], place: tuple[str, Dataset, int], en
 
 def unusable(where: str, error: ValueError) -> BadRequest:
     """The refusal of a data set of which one row cannot be used."""
-    return BadRequest(f"The data cannot be used: in {where}, {error}.")
+    return BadRequest(f"The data cannot be used: in {where}, {error}.", "Change it, or leave it out.")
 
 
 def no_answers(max_length: int) -> BadRequest:

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from ..config.arguments import KavaTrainingArguments
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import progress_bar
-from .encoder import Encoder
 from .encoding import encoding_fingerprint, no_answers, unusable
-from .remarks import Found, gather
 from .row_locations import locate_rows
+from .rows.encoder import Encoder
+from .rows.remarks import Found, gather
 from .stream_sources import Rows
 
 CHECKED_ROWS = 1000

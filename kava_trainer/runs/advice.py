@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.model_arguments import ModelArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
-from ..data.chat.template import DATE, ChatTemplate
 from ..data.formats import find_format, prompt_kind, unread_columns
+from ..data.rows.template import DATE, ChatTemplate
 from ..models.loading import load_tokenizer
 from ..utils.console import size_text
 from ..utils.errors import BadRequest, Problem

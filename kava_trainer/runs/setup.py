@@ -15,8 +15,8 @@ from ..config.data_arguments import DataArguments
 from ..data.collators import DistillationCollator
 from ..data.encoding import Encoded, encode_dataset
 from ..data.formats import find_format, prompt_kind
-from ..data.remarks import remark_problems
 from ..data.row_locations import empty_problem
+from ..data.rows.remarks import remark_problems
 from ..data.selection import first_examples
 from ..data.splits import load_splits
 from ..data.stream_sources import open_rows

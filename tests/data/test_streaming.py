@@ -15,8 +15,8 @@ from helpers.stream_child import stream_of
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.data.collators import DistillationCollator
-from kava_trainer.data.encoder import Encoder
 from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.data.rows.encoder import Encoder
 from kava_trainer.data.selection import first_examples
 from kava_trainer.data.splits import load_splits
 from kava_trainer.data.stream_sources import open_rows

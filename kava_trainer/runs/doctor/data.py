@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config.arguments import KavaArguments
 from ...config.data_arguments import DataArguments
-from ...data.encoder import Encoder
 from ...data.encoding import encode_dataset, encode_first, remarks_on
 from ...data.formats import IGNORED, find_format
-from ...data.remarks import remark_problems
 from ...data.row_locations import empty_answers, empty_problem, source_rows
+from ...data.rows.encoder import Encoder
+from ...data.rows.remarks import remark_problems
 from ...data.splits import HELD_OUT_SHARE, has_test_split, load_splits
 from ...data.stream_sources import open_rows
 from ...data.streaming import ExampleStream, open_stream

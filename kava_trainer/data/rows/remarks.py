@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..utils.errors import Problem
-from .row_locations import locate_rows
+from ...utils.errors import Problem
+from ..row_locations import locate_rows
 
 LEFT_OUT, CONTROL, SYSTEM, ARGUMENTS, PROMPT, TURNS, UNLEARNED, BLANK = (
     "left out", "control", "system", "arguments", "prompt", "turns", "unlearned", "blank",

@@ -7,11 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..utils.errors import BadRequest
-from .chat.left_out import LeftOut
-from .chat.template import ChatTemplate, Message
-from .chat.turns import common_prefix, find_turn, opening
-from .formats import IGNORED, has_two_systems, is_blank, prompt_and_answer, tools_of, without_filler
+from ...utils.errors import BadRequest
+from ..formats import IGNORED, has_two_systems, is_blank, prompt_and_answer, tools_of, without_filler
+from .left_out import LeftOut
 from .remarks import (
     ARGUMENTS,
     BLANK,
@@ -25,6 +23,8 @@ from .remarks import (
     Remark,
     as_text,
 )
+from .template import ChatTemplate, Message
+from .turns import common_prefix, find_turn, opening
 
 
 @dataclass
