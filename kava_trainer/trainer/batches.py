@@ -137,7 +137,7 @@ class StepBatches(TrainerCallback):
             self._incidents.note("data", "")
             self._told = self._incidents.problems[-1]
         process = " in one process" if self._args.world_size > 1 else ""
-        self._told["action"] = f"left out rows of the stream that cannot be used, {count} so far{process}"
+        self._told["action"] = f"left out rows of the stream that cannot be used, {count} times so far{process}"
 
     def _row_budget(self, batches: list[dict[str, Any]], batch_size: int, row_limit: int | None) -> int:
         """Tokens of one row; memory that ran out lowers it."""

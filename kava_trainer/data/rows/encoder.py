@@ -52,6 +52,9 @@ class Encoder:
         max_length: longest example in tokens.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
         features: types of the columns, where they are known.
+
+    Raises:
+        BadRequest: if `assistant_turns` is neither, or the tokenizer has no end-of-text token.
     """
 
     def __init__(
@@ -62,6 +65,11 @@ class Encoder:
         assistant_turns: str = "last",
         features: Mapping[str, Any] | None = None,
     ) -> None:
+        if assistant_turns not in ("last", "all"):
+            raise BadRequest(f"assistant_turns is {assistant_turns!r};", "write last or all.")
+        if tokenizer.eos_token_id is None:
+            what = "The tokenizer has no end-of-text token, so a student could never learn to stop;"
+            raise BadRequest(what, "set its eos_token.")
         self.max_length = max_length
         self._names, self._tokenizer, self._features = names, tokenizer, features or {}
         self._all_turns = assistant_turns == "all"
