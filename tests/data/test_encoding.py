@@ -120,9 +120,9 @@ def test_rows_are_told_where_they_stood_before_the_data_was_split():
 
 
 def test_an_example_without_an_answer_is_dropped(tokenizer):
-    rows = [PROBLEM, {"question": "why?", "answer": ""}, {"question": "why?", "answer": None}]
+    rows = [PROBLEM, *({"question": "why?", "answer": answer} for answer in ("", None, " \n"))]
     encoded = encode_dataset(Dataset.from_list(rows), tokenizer, 256, "test")
-    assert (len(encoded.dataset), encoded.dropped, encoded.empty) == (1, 2, [1, 2])
+    assert (len(encoded.dataset), encoded.dropped, encoded.empty) == (1, 3, [1, 2, 3])
 
 
 def test_no_answers_at_all_is_refused(tokenizer):

@@ -127,7 +127,7 @@ class Encoder:
         }
 
     def _plain(self, prompt: str, answer: str) -> _Text:
-        if not answer:
+        if not answer.strip():
             return _Text()
         tokens = self._tokens_of(prompt + answer)
         start = common_prefix(self._tokens_of(prompt), tokens)
