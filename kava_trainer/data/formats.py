@@ -66,8 +66,8 @@ def prompt_and_answer(row: Mapping[str, Any], names: tuple[str, ...]) -> tuple[A
         messages = _messages(row["messages"], "messages")
         return _conversation(_under_system(messages[:-1], messages, row, names), messages[-1:])
     if any(isinstance(row[name], list) for name in names[:2]):
-        prompt, answer = (_messages(row[name], name) for name in names[:2])
-        return _conversation(_under_system(prompt, prompt, row, names), answer)
+        asked, given = (_messages(row[name], name) for name in names[:2])
+        return _conversation(_under_system(asked, asked, row, names), given)
     prompt, answer = (_text(row[name], name) for name in names[:2])
     if names[0] == "question":
         return PROMPT.format(question=prompt), f" {answer}" if answer else ""

@@ -63,14 +63,13 @@ def _frame(
 ) -> tuple[str, str] | None:
     """What stands before and behind the words of one message, whatever they are; None where the template refuses."""
     own = messages[index]["role"]
-    tried = [
+    first, second = (
         chat.attempt([*messages[:index], {"role": own, "content": probe}, *messages[index + 1 :]], tools)
         for probe in _PROBES
-    ]
-    if tried[0] is None or tried[1] is None or tried[0] == tried[1]:
+    )
+    if first is None or second is None or first == second:
         return None
-    start, end = common_prefix(*tried), common_prefix(tried[0][::-1], tried[1][::-1])
-    return tried[0][:start], tried[0][len(tried[0]) - end :]
+    return first[: common_prefix(first, second)], first[len(first) - common_prefix(first[::-1], second[::-1]) :]
 
 
 def _ended(chat: ChatTemplate, text: str) -> str:
