@@ -147,12 +147,12 @@ class Encoder:
             head = opening(self._chat, messages, len(prompt), tools)
             start = max(start, common_prefix(self._chat_tokens(head), tokens))
             notes.append((PROMPT, ""))
-        found = self._ended(_Text(tokens, [(start, len(tokens))], [(start, answer_text)], notes))
-        if any(message.get("tool_calls") for message in answer):
-            found.answers = [
-                (start, str(self._tokenizer.decode(found.tokens[start:], skip_special_tokens=True)).strip())
-            ]
-        return found
+        words = self._words(tokens[start:])
+        if not words and not answer_text.strip():  # the template leaves out the calls that are all of the answer
+            return _Text(notes=notes)
+        called = any(message.get("tool_calls") for message in answer)
+        answers = [(start, words if called else answer_text)]
+        return self._ended(_Text(tokens, [(start, len(tokens))], answers, notes))
 
     def _each_turn(self, messages: list[Message], first: int, tools: list[Message] | None) -> _Text:
         """A conversation of which each answer from the message `first` on is learned; what follows the last is cut."""
@@ -164,6 +164,10 @@ class Encoder:
         *earlier, last = filled
         text = "".join(messages[last].get("content") or "")
         found = self._last_turn(messages[:last], [messages[last]], tools, text)
+        if not found.tokens and earlier:
+            left = self._each_turn(messages[: earlier[-1] + 1], first, tools)
+            left.notes += [*found.notes, *[(BLANK, "")] * sum(i > earlier[-1] for i in turns)]
+            return left
         found.notes += blanks
         if not earlier:
             return found
@@ -176,7 +180,8 @@ class Encoder:
         tokens, marks = self._chat.marked_tokens(messages, tools)
         begin = 0
         if first:
-            before = self._chat.attempt(messages[:first], tools, prompts=True) or ""
+            before = self._chat.attempt(messages[:first], tools, prompts=True)
+            before = opening(self._chat, messages, first, tools) if before is None else before
             begin = common_prefix(self._chat_tokens(before), tokens)
         edges = [0, *([0] * begin), *marks[begin:], 0]
         changes = [i for i in range(len(edges) - 1) if edges[i] != edges[i + 1]]
@@ -195,9 +200,14 @@ class Encoder:
         text = self._chat.render(messages, tools)
         spans = [find_turn(self._chat, messages, i, tools, text) for i in earlier]
         known = [span for span in spans if span is not None]
-        learned = self._token_spans(text, [(span.start, span.end) for span in known])
-        found.learned = [*learned, *found.learned]
-        found.answers = [*((start, self._words(found.tokens[start:end])) for start, end in learned), *found.answers]
+        spoken = [
+            (start, end, words)
+            for start, end in self._token_spans(text, [(span.start, span.end) for span in known])
+            if (words := self._words(found.tokens[start:end]))
+        ]
+        found.learned = [*((start, end) for start, end, _ in spoken), *found.learned]
+        found.answers = [*((start, words) for start, _, words in spoken), *found.answers]
+        found.notes += [(BLANK, "")] * (len(known) - len(spoken))
         found.notes += [(UNLEARNED, "")] if len(known) < len(spans) else []
         found.notes += [(TURNS, "")] if not all(span.nested for span in known) else []
         return found

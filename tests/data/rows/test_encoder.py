@@ -308,6 +308,24 @@ def test_empty_answers_between_others_are_not_learned_and_counted(tokenizer, tem
     assert (silent.dropped, silent.empty) == (1, [0])
 
 
+def test_calls_that_the_template_leaves_out_teach_nothing(tokenizer):
+    call = assistant("", tool_calls=CALL)
+    rows = [
+        {"messages": [user("2+1?"), call]},
+        {"messages": [user("2+1?"), call, {"role": "tool", "content": "3"}, assistant("It is 3.")]},
+        {"messages": [*TALK[:2], user("2+1?"), call]},
+    ]
+    last, every = (encoded(rows, tokenizer, PLAIN, turns=turns) for turns in ("last", "all"))
+    assert [learned(tokenizer, row) for row in last.dataset] == [[f"It is 3.{END}"]]
+    assert [learned(tokenizer, row) for row in every.dataset] == [[f"It is 3.{END}"], [f"1{END}"]]
+    assert (last.empty, every.empty) == ([0, 2], [0])
+    assert told(every, 3) == [
+        "In 3 of 3 training rows the chat template leaves out what the data holds: tool_calls of assistant messages. "
+        "Rows 1, 2, 3 of the data.",
+        "In 2 of 3 training rows assistant messages are empty and teach nothing, 2 in all. Rows 2, 3 of the data.",
+    ]
+
+
 def test_of_a_cut_conversation_the_last_answer_that_is_left_is_asked_for(tokenizer):
     talk = [*TALK[:2], user("word " * 90), assistant("far")]
     row = encoded([{"messages": talk}], tokenizer, PLAIN, 60, "all").dataset[0]
