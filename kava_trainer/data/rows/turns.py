@@ -49,7 +49,7 @@ def find_turn(
     start, end = common_prefix(opened, text), len(text) - common_prefix(frame[1][::-1], text[::-1])
     closed = _ended(chat, closing[1])
     end += len(closed) if text.startswith(closed, end) else 0
-    return Span(start, end, False) if start < end else None
+    return Span(start, end, index == 0) if start < end else None  # before a first message there is no prompt
 
 
 def opening(chat: ChatTemplate, messages: Sequence[Message], index: int, tools: list[Message] | None) -> str:

@@ -157,12 +157,13 @@ def _check_sample(
 def _show(checkup: Checkup, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """One example as the models will see it."""
     learned = sum(label != IGNORED for label in example["labels"])
-    lines = marked_text(example["input_ids"], example["labels"], tokenizer).splitlines()
+    text = marked_text(example["input_ids"], example["labels"], tokenizer)
+    shown = "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
     checkup.ok(
         f"the first example as the models will see it, {len(example['input_ids'])} tokens; the {learned} in [[ ]] are "
         "learned:"
     )
-    checkup.show(lines)
+    checkup.show(shown.split("\n"))
 
 
 def marked_text(input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -278,6 +278,12 @@ def test_every_answer_is_learned_with_its_end(tokenizer, template):
     assert [line.split(" the chat")[0] for line in told(found)] == ["In 1 of 1 training rows"] * (template == THINKING)
 
 
+def test_a_first_message_of_the_assistant_is_learned_without_its_head(tokenizer):
+    found = encoded([{"messages": [assistant("Welcome."), *TALK[:2]]}], tokenizer, PLAIN, turns="all")
+    assert learned(tokenizer, found.dataset[0]) == [f"Welcome.{END}", f"1{END}"]
+    assert told(found) == []
+
+
 def test_answers_to_functions_are_learned_too(tokenizer):
     talk = [user("2+1?"), assistant(None, tool_calls=CALL), {"role": "tool", "content": "3"}, assistant("It is 3.")]
     row = encoded([{"messages": talk, "tools": [TOOL]}], tokenizer, TOOLS, turns="all").dataset[0]

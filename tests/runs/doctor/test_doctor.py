@@ -574,6 +574,14 @@ def test_a_chat_template_and_turns_that_nothing_uses_are_told(doctor, tmp_path):
     assert "Data: assistant_turns has no effect on data that is no chat." in told.of("Warning")
 
 
+@pytest.mark.usefixtures("quick")
+def test_signs_that_a_terminal_would_obey_are_written_out(doctor, tmp_path):
+    rows = [{"prompt": "a\x1b[2J\tb\n", "completion": f"\x0c{n}"} for n in range(60)]
+    path = write_dataset(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    told = doctor(dataset_name=path)
+    assert "\n    a\\x1b[2J\\tb\n    [[\\x0c" in told.text
+
+
 def test_a_long_example_is_shown_in_parts(tokenizer):
     ids = tokenizer("word " * 400)["input_ids"]
     text = marked_text(ids, [-100] * 350 + ids[350:], tokenizer)
