@@ -40,7 +40,7 @@ class LeftOut:
                 kept = ("role",) if key == "content" else ("role", "content")  # transformers copies reasoning
                 other = {name: own for name, own in message.items() if name in kept or own != value}
                 if key == "content":
-                    other[key] = value + "A"
+                    other[key] = "B" if value == "A" else "A"
                 if self._chat.attempt([*messages[:number], other, *messages[number + 1 :]], tools) == text:
                     found.add(_role(message) if key == "content" else f"{key} of {message['role']} messages")
         return found

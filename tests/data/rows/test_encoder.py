@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from helpers.places import shared_path
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.utils import chat_template_utils
 
 from kava_trainer.data.encoding import encode_dataset
@@ -155,18 +155,21 @@ def test_what_is_read_of_some_messages_alone_is_told(tokenizer):
 def test_roles_and_parts_of_texts_that_a_template_leaves_out_are_told(tokenizer):
     template = (
         "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<{{ m.role }}>"
-        "{{ m.content.split('</think>')[-1] | trim }}{% endif %}{% endfor %}"
+        "{{ m.content.split('</think>')[-1].split('--')[0] | trim }}{% endif %}{% endfor %}"
     )
     rows = [
         {"messages": [user("a"), {"role": "critic", "content": "a"}, assistant("b")]},
         {"messages": [user("a"), assistant("<think>\nhidden\n</think>\nb")]},
         {"messages": [user("a"), assistant(" b ")]},
+        {"messages": [user("a--c"), assistant("b")]},
     ]
-    assert told(encoded(rows, tokenizer, template), 3) == [
-        "In 1 of 3 training rows the chat template leaves out what the data holds: messages of the role critic. "
+    assert told(encoded(rows, tokenizer, template), 4) == [
+        "In 1 of 4 training rows the chat template leaves out what the data holds: messages of the role critic. "
         "Row 1 of the data.",
-        "In 1 of 3 training rows the chat template leaves out what the data holds: part of the content of assistant "
+        "In 1 of 4 training rows the chat template leaves out what the data holds: part of the content of assistant "
         "messages. Row 2 of the data.",
+        "In 1 of 4 training rows the chat template leaves out what the data holds: part of the content of user "
+        "messages. Row 4 of the data.",
     ]
 
 
@@ -276,6 +279,16 @@ def test_every_answer_is_learned_with_its_end(tokenizer, template):
     for name in ("input_ids", "prompt_length", "answer_text"):
         assert row[name] == last[name]
     assert [line.split(" the chat")[0] for line in told(found)] == ["In 1 of 1 training rows"] * (template == THINKING)
+
+
+def test_a_tokenizer_that_knows_no_characters_learns_every_answer(tokenizer):
+    """Those written in Python say not which characters a token stands for."""
+    slow = ByT5Tokenizer()
+    assert not slow.is_fast
+    ended = MARKED.replace(END, "</s>")
+    for template in (ended, ended.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        row = encoded([{"messages": TALK}], slow, template, turns="all").dataset[0]
+        assert learned(slow, row) == ["1</s>", "2</s>", "3</s>"]
 
 
 def test_a_first_message_of_the_assistant_is_learned_without_its_head(tokenizer):
