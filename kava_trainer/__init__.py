@@ -16,6 +16,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from .config.arguments import KavaTrainingArguments as KavaTrainingArguments
     from .data.collators import DistillationCollator as DistillationCollator
+    from .data.encoding import encode as encode
     from .distillation.losses import generalized_jsd_loss as generalized_jsd_loss
     from .distillation.losses import mercator_loss as mercator_loss
     from .distillation.projector import ElasticBottleneck as ElasticBottleneck
@@ -34,6 +35,7 @@ _HOMES = {
     "config.arguments": ["KavaTrainingArguments"],
     "models.hidden_states": ["HiddenStateCapture"],
     "data.collators": ["DistillationCollator"],
+    "data.encoding": ["encode"],
     "evaluation.final_answer_match": ["metric_path"],
     "distillation.losses": ["generalized_jsd_loss", "mercator_loss"],
     "distillation.projector": ["ElasticBottleneck", "ProjectorConfig"],

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -25,6 +25,9 @@ class DataArguments:
         None, "Split to evaluate on; by default test, else validation, else a held-out part of the training split."
     )
     max_length: int = argument(512, "Longest example in tokens; longer ones are cut and counted.", unit="tokens")
+    assistant_turns: Literal["last", "all"] = argument(
+        "last", "Which answers of a conversation are learned: the last one, or each that the assistant gives."
+    )
     max_train_samples: int | None = argument(None, "Use only the first so many examples.", unit="examples")
     max_eval_samples: int | None = argument(None, "Evaluate on only the first so many examples.", unit="examples")
     streaming: bool = argument(

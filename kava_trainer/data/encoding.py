@@ -2,20 +2,39 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.errors import BadRequest
-from .formats import CELL_VERSION, IGNORED, PROMPT, find_format, prompt_and_answer
+from .formats import CELL_VERSION, PROMPT, find_format
 from .row_locations import empty_answers, locate_rows, source_rows
+from .rows.encoder import Encoder
+from .rows.remarks import Found, gather, remark_problems
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
+
+_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int64")),
+        "prompt_length": Value("int64"),
+        "truncated": Value("bool"),
+        "answer_text": Value("string"),
+        "answered": Value("bool"),
+        "remarks": Value("string"),
+    }
+)
+"""Of encoded rows. Where none of the first ones has an answer, they could not be told from these."""
+
+_TOKENS = ("input_ids", "labels")
+
+_D = TypeVar("_D", Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
 
 
 @dataclass(frozen=True)
@@ -27,10 +46,71 @@ class Encoded:
     dropped: int
     empty: list[int]
     """The rows, from 0 as `locate_rows` counts them, that were dropped because their answer is empty."""
+    remarks: Found
+    """What is to be told of rows, counted likewise."""
+
+
+def encode(dataset: _D, tokenizer: PreTrainedTokenizerBase, max_length: int = 512, assistant_turns: str = "last") -> _D:
+    """Turn a data set of questions, prompts, conversations or plain text into one that `KavaTrainer` trains on.
+
+        >>> rows = Dataset.from_list([{"question": "What is 2+3?", "answer": "5"}])
+        >>> encode(rows, tokenizer).column_names
+        ['input_ids', 'labels']
+
+    The answers alone have labels, and end with the end-of-text token. Examples without an answer are dropped. What a
+    chat template leaves out of the rows, and the like, is told by `warnings`, with how many rows it concerns.
+
+    Args:
+        dataset: with the columns `question` and `answer`, `prompt` and `completion`, `messages` (beside them `tools`
+            and `system`) or `text`, in memory, streamed, or several splits of either.
+        tokenizer: of both models; for conversations with a chat template.
+        max_length: longest example in tokens; longer ones are cut.
+        assistant_turns: which answers of a conversation are learned, `last` or `all`.
+
+    Returns:
+        The same kind of data set, with `input_ids` and `labels` (-100 where nothing is learned). Of a stream the rows
+        that cannot be used are left out, with one warning.
+
+    Raises:
+        BadRequest: as `encode_dataset`; of a stream, if its columns are not known or a chat has no template.
+    """
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        splits = {name: encode(rows, tokenizer, max_length, assistant_turns) for name, rows in dataset.items()}
+        return cast(_D, type(dataset)(cast(Any, splits)))
+    if isinstance(dataset, IterableDataset):
+        return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns))
+    rows = cast(Dataset, dataset).with_format(None)
+    encoded = encode_dataset(rows, tokenizer, max_length, "Tokenizing", assistant_turns=assistant_turns)
+    for problem in remark_problems(encoded.remarks, "the data", "encoded", len(rows)):
+        warnings.warn(str(problem), stacklevel=2)
+    return cast(_D, encoded.dataset.select_columns(list(_TOKENS)))
+
+
+def _encode_stream(
+    dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_turns: str
+) -> IterableDataset:
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    encoder = Encoder(find_format(columns), tokenizer, max_length, assistant_turns, dataset.features)
+
+    def encode_one(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        try:
+            example = encoder({name: cells[0] for name, cells in rows.items()})
+        except ValueError as error:
+            warnings.warn(f"A row that cannot be used is left out: {error}. Others like it are not told.", stacklevel=2)
+            example = {"answered": False}
+        return {name: [example[name]] if example["answered"] else [] for name in _TOKENS}
+
+    features = Features({name: _FEATURES[name] for name in _TOKENS})
+    return dataset.map(encode_one, batched=True, batch_size=1, remove_columns=columns, features=features)
 
 
 def encode_dataset(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, description: str, name: str = "the data"
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    description: str,
+    name: str = "the data",
+    assistant_turns: str = "last",
 ) -> Encoded:
     """Tokenise a data set, drop the examples without an answer, and count what was cut and dropped.
 
@@ -40,24 +120,29 @@ def encode_dataset(
         max_length: longest example in tokens.
         description: name of the progress bar.
         name: of the data set, for messages that name rows.
+        assistant_turns: which answers of a conversation are learned, `last` or `all`.
 
     Returns:
         Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`.
 
     Raises:
-        BadRequest: if the columns are not known, a chat has no template, or no example has an answer.
+        BadRequest: if the columns are not known, a chat has no template, a row cannot be used, or no example has an
+            answer.
     """
     names = find_format(dataset.column_names)
+    encoder = Encoder(names, tokenizer, max_length, assistant_turns, dataset.features)
 
-    def encode(example: dict[str, Any], index: int) -> dict[str, Any]:
-        return _encode_numbered(example, (name, dataset, index), names, tokenizer, max_length)
+    def encode_numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return _encode_numbered(row, (name, dataset, index), encoder)
 
+    # `_fingerprint` is the data set's own content key (read in datasets 5.2.0)
+    tokens = encoding_fingerprint(dataset._fingerprint, names, tokenizer, max_length, assistant_turns)
     encoded = dataset.map(
-        encode,
+        encode_numbered,
         with_indices=True,
         remove_columns=dataset.column_names,
-        # `_fingerprint` is the data set's own content key (read in datasets 5.2.0)
-        new_fingerprint=encoding_fingerprint(f"{dataset._fingerprint} {CELL_VERSION}", names, tokenizer, max_length),
+        features=_FEATURES,
+        new_fingerprint=hashlib.sha256(f"{tokens} {CELL_VERSION} {[*_FEATURES]}".encode()).hexdigest()[:32],
         desc=description,
     )
     is_answered = list(encoded["answered"])
@@ -68,82 +153,34 @@ def encode_dataset(
     if not answered:
         raise _no_answers(name, empty, len(encoded), max_length)
     return Encoded(
-        dataset=encoded.select(answered).remove_columns(["truncated", "answered"]),
+        dataset=encoded.select(answered).remove_columns(["truncated", "answered", "remarks"]),
         truncated=sum(encoded["truncated"]),
         dropped=len(dropped),
         empty=empty,
+        remarks=_in_source(gather(encoded["remarks"]), dataset),
     )
 
 
-def encode_first(
-    dataset: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str = "the data"
-) -> list[dict[str, Any]]:
-    """What `encode_row` makes of the first rows; nothing is written. Raises `BadRequest` as `encode_dataset`."""
-    names, rows = find_format(dataset.column_names), range(min(count, len(dataset)))
-    encoded = [_encode_numbered(dataset[row], (name, dataset, row), names, tokenizer, max_length) for row in rows]
+def encode_first(dataset: Dataset, count: int, encoder: Encoder, name: str = "the data") -> list[dict[str, Any]]:
+    """What an `Encoder` makes of the first rows; nothing is written. Raises `BadRequest` as `encode_dataset`."""
+    rows = range(min(count, len(dataset)))
+    encoded = [_encode_numbered(dataset[row], (name, dataset, row), encoder) for row in rows]
     if len(encoded) == len(dataset) and not any(example["answered"] for example in encoded):
-        raise _no_answers(name, source_rows(dataset, empty_answers(encoded)), len(encoded), max_length)
+        raise _no_answers(name, source_rows(dataset, empty_answers(encoded)), len(encoded), encoder.max_length)
     return encoded
 
 
-def encode_row(
-    row: Mapping[str, Any], names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, Any]:
-    """Tokenise one row of a data set.
-
-    Args:
-        row: with the columns of one of the known formats.
-        names: these columns, see `find_format`.
-        tokenizer: the tokenizer of both models.
-        max_length: longest example in tokens.
-
-    Returns:
-        What `encode_example` gives, the `answer_text`, and whether the row is `answered`; otherwise it teaches nothing.
-
-    Raises:
-        ValueError: if a cell is not what its column should hold.
-        BadRequest: if the row is a chat and the tokenizer has no chat template.
-    """
-    prompt, answer = prompt_and_answer(row, names)
-    if isinstance(answer, list) and not tokenizer.chat_template:
-        raise BadRequest("The data set holds chat messages, but the tokenizer has no chat template;", "add one to it.")
-    text = answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
-    encoded = encode_example(prompt, answer, tokenizer, max_length)
-    return {**encoded, "answer_text": text, "answered": any(label != IGNORED for label in encoded["labels"][1:])}
-
-
-def encode_example(prompt: Any, answer: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
-    """Turn one prompt and answer into tokens and labels.
-
-    The text is tokenised as a whole, as the model will see it; the prompt is the part that its own tokens share with
-    that. A complete answer always ends with the end-of-text token and learns it. A cut answer does not: it must not
-    teach the student to stop in the middle.
-
-    Args:
-        prompt: text or chat messages that carry no language-model loss.
-        answer: text or chat messages that do.
-        tokenizer: the tokenizer of both models.
-        max_length: longest example in tokens.
-
-    Returns:
-        `input_ids`, `labels` (-100 on the prompt), `prompt_length`, and whether the example was `truncated`. Without
-        an answer left, `labels` holds nothing but -100.
-    """
-    prompt_tokens, tokens = _tokenize(prompt, answer, tokenizer) if answer else ([], [])
-    prompt_length = _common_prefix(prompt_tokens, tokens)
-    if prompt_length < len(tokens):
-        tokens = _end_with_eos(tokens, tokenizer)
-    kept = tokens[:max_length]
-    return {
-        "input_ids": kept,
-        "labels": [IGNORED] * min(prompt_length, len(kept)) + kept[prompt_length:],
-        "prompt_length": prompt_length,
-        "truncated": len(kept) < len(tokens),
-    }
+def remarks_on(encoded: Sequence[Mapping[str, Any]], dataset: Dataset) -> Found:
+    """The remarks on the first rows of a data set, given what `encode_first` made of them."""
+    return _in_source(gather(example["remarks"] for example in encoded), dataset)
 
 
 def encoding_fingerprint(
-    content: str, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+    content: str,
+    names: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    assistant_turns: str = "last",
 ) -> str:
     """A hash of all that decides which tokens come out of some data, and of nothing else.
 
@@ -154,23 +191,28 @@ def encoding_fingerprint(
         names: of `find_format`.
         tokenizer: the tokenizer of both models.
         max_length: longest example in tokens.
+        assistant_turns: which answers of a conversation are learned.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)  # set by mere use
     text = [FORMAT_VERSION, PROMPT, vocabulary, str(tokenizer.chat_template), tokenizer.eos_token_id]
-    parts = [*text, content, names, max_length]
+    parts = [*text, content, names, max_length, *([assistant_turns] if assistant_turns != "last" else [])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _encode_numbered(row: Mapping[str, Any], place: tuple[str, Dataset, int], *encoding: Any) -> dict[str, Any]:
-    """`encode_row` of a row that is named where it cannot be used: the data set's name, itself, and the row in it."""
+def _encode_numbered(row: Mapping[str, Any], place: tuple[str, Dataset, int], encoder: Encoder) -> dict[str, Any]:
+    """What becomes of a row, which is named where it cannot be used: the data set's name, itself, and the row in it."""
     name, dataset, index = place
     try:
-        return encode_row(row, *encoding)
+        return encoder(row)
     except ValueError as error:
-        where = locate_rows(name, source_rows(dataset, [index]))
-        raise BadRequest(f"The data cannot be used: in {where}, {error}.") from error
+        raise unusable(locate_rows(name, source_rows(dataset, [index])), error) from error
+
+
+def unusable(where: str, error: ValueError) -> BadRequest:
+    """The refusal of a data set of which one row cannot be used."""
+    return BadRequest(f"The data cannot be used: in {where}, {error}.", "Change it, or leave it out.")
 
 
 def no_answers(max_length: int) -> BadRequest:
@@ -186,23 +228,9 @@ def _no_answers(name: str, empty: list[int], count: int, max_length: int) -> Bad
     return BadRequest(what, "write one in every row, or look at the data's columns.")
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-def _tokenize(prompt: Any, answer: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt alone and of prompt and answer together."""
-    if isinstance(answer, str):
-        return tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
-    template: Any = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
-    return template(prompt, add_generation_prompt=True) if prompt else [], template(prompt + answer)
-
-
-def _end_with_eos(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Make end-of-text the last token; white space that a chat template leaves behind it is dropped."""
-    eos = tokenizer.eos_token_id
-    if eos in tokens:
-        last = len(tokens) - 1 - tokens[::-1].index(eos)
-        if not str(tokenizer.decode(tokens[last + 1 :])).strip():
-            return tokens[: last + 1]
-    return [*tokens, eos]
+def _in_source(found: Found, dataset: Dataset) -> Found:
+    """The same remarks, on rows as they stood before the data set was split."""
+    return {
+        kind: {detail: source_rows(dataset, rows) for detail, rows in details.items()}
+        for kind, details in found.items()
+    }

@@ -1,7 +1,8 @@
 """The columns that a data set may have, and what of a row is its prompt and what its answer."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -15,18 +16,31 @@ _FORMATS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("t
 CELL_VERSION = 2
 """Part of the key of tokenised data sets; raised whenever a value of a typed column becomes other text."""
 
-READ_COLUMNS = frozenset(name for names in _FORMATS for name in names) | {"system", "tools"}
+_BESIDE_A_CHAT = ("tools", "system")
+"""Columns that are read beside chat messages: the functions that may be called, and a system message."""
+
+READ_COLUMNS = frozenset(name for names in (*_FORMATS, _BESIDE_A_CHAT) for name in names)
 """Every column that can be part of what a row teaches."""
 
 PROMPT = "Question: {question}\nAnswer:"
 """How a `question` becomes a prompt; the `answer` follows after one space."""
 
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
-def find_format(columns: list[str]) -> tuple[str, ...]:
-    """The columns that hold prompt and answer. Raises `BadRequest` where no known set of columns is there."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Under which names a message may hold the reasoning before its answer."""
+
+
+def find_format(columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that are read: those of prompt and answer, then those that stand beside a chat.
+
+    Raises:
+        BadRequest: where no known set of columns is there.
+    """
     for names in _FORMATS:
         if set(names) <= set(columns):
-            return names
+            may_be_chat = names[0] in ("messages", "prompt")
+            return (*names, *(name for name in _BESIDE_A_CHAT if may_be_chat and name in columns))
     raise BadRequest(
         f"The data set has the columns {', '.join(columns)}; KAVA reads "
         f"{', '.join(' + '.join(names) for names in _FORMATS)}.",
@@ -34,32 +48,93 @@ def find_format(columns: list[str]) -> tuple[str, ...]:
     )
 
 
-def prompt_and_answer(example: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Any, Any]:
-    """Prompt and answer of one example: two texts, or two lists of chat messages.
+def unread_columns(columns: Sequence[str], row: Mapping[str, Any]) -> list[str]:
+    """The columns of a data set that nothing reads, where its rows are like this one."""
+    names = find_format(columns)
+    plain = prompt_kind(row, names) != "messages"
+    return [name for name in columns if name not in names or (plain and name in _BESIDE_A_CHAT)]
 
-    Of a conversation the last message is the answer; plain `text` is all answer.
+
+def prompt_and_answer(row: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Any, Any]:
+    """Prompt and answer of one row: two texts, or two lists of chat messages.
+
+    Of a conversation the last message is the answer; plain `text` is all answer. A `system` column stands before the
+    messages as a system message, where they do not begin with one.
+
+    Args:
+        row: with the columns that are read.
+        names: these columns, see `find_format`.
 
     Raises:
         ValueError: if a cell is not what its column should hold, or a conversation does not end with the assistant.
     """
-    if names == ("text",):
-        return "", _text(example["text"], "text")
-    if names == ("messages",):
-        messages = _messages(example["messages"], "messages")
-        return _conversation(messages[:-1], messages[-1:])
-    if any(isinstance(example[name], list) for name in names):
-        return _conversation(*(_messages(example[name], name) for name in names))
-    prompt, answer = (_text(example[name], name) for name in names)
-    if names == ("question", "answer"):
+    if names[0] == "text":
+        return "", _text(row["text"], "text")
+    if names[0] == "messages":
+        messages = _messages(row["messages"], "messages")
+        return _conversation(_under_system(messages[:-1], messages, row, names), messages[-1:])
+    if any(isinstance(row[name], list) for name in names[:2]):
+        asked, given = (_messages(row[name], name) for name in names[:2])
+        return _conversation(_under_system(asked, asked, row, names), given)
+    prompt, answer = (_text(row[name], name) for name in names[:2])
+    if names[0] == "question":
         return PROMPT.format(question=prompt), f" {answer}" if answer else ""
     return prompt, answer
 
 
+def tools_of(row: Mapping[str, Any], names: tuple[str, ...]) -> list[dict[str, Any]] | None:
+    """The functions that a chat may call, as JSON schemas: the `tools` column, as a list or as JSON text; else None.
+
+    Raises:
+        ValueError: if the cell holds anything else.
+    """
+    if "tools" not in names or row["tools"] in _NOTHING:
+        return None
+    tools = _from_json(row["tools"])
+    tools = [_from_json(tool) for tool in tools] if isinstance(tools, list) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("tools must be a list of JSON schemas, or the JSON text of one")
+    return tools or None
+
+
+def has_two_systems(row: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether a `system` column is not used because the row's messages begin with another system message."""
+    cell = row[names[0]]
+    if "system" not in names or not row["system"] or not isinstance(cell, list) or not cell:
+        return False
+    return cell[0].get("role") == "system" and cell[0].get("content") != row["system"]
+
+
 def prompt_kind(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
     """What a row's prompt is: a `question`, a plain `prompt`, chat `messages`, or plain `text` that has none."""
-    if names in (("question", "answer"), ("text",)):
+    if names[0] in ("question", "text"):
         return names[0]
-    return "messages" if isinstance(row[names[0]], list) else "prompt"
+    return "messages" if isinstance(row[names[0]], list) or names[0] == "messages" else "prompt"
+
+
+def is_blank(message: Mapping[str, Any]) -> bool:
+    """Whether a message says nothing: neither text nor calls nor reasoning."""
+    return not message.get("tool_calls") and not any(
+        str(message.get(name) or "").strip() for name in ("content", *_REASONING)
+    )
+
+
+def without_filler(value: Any, feature: Any) -> Any:
+    """A cell without the keys that it holds only because other rows of a typed column have them.
+
+    Arrow gives each object of a column the keys of all of them, with None for those that it did not have. What is
+    stored as JSON text stays as it is: there None is somebody's own.
+
+    Args:
+        value: the cell.
+        feature: its type, of `Dataset.features`; None where it is not known.
+    """
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: without_filler(own, feature.get(key)) for key, own in value.items() if own is not None}
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list):
+        return [without_filler(own, inner) for own in value]
+    return value
 
 
 def _text(value: Any, name: str) -> str:
@@ -77,18 +152,43 @@ def _text(value: Any, name: str) -> str:
     raise ValueError(f"{name} must be text, but it is a {type(value).__name__}")
 
 
-def _messages(value: Any, name: str) -> list[dict[str, str]]:
-    """Chat messages with a role and text each; none where the cell is empty."""
+def _from_json(value: Any) -> Any:
+    """What JSON text stands for; anything else, and text that is no JSON, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+    """Chat messages with a role and text each, without keys that hold None; none where the cell is empty.
+
+    An assistant may say nothing, as where it calls a function.
+    """
     value = value or []
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(f"{name} must be a list of messages, but it is a {type(value).__name__}")
     for message in value:
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+        silent = message.get("role") == "assistant" and message.get("content") is None
+        silent = silent and not ({"from", "value"} & message.keys())
+        if not isinstance(message.get("role"), str) or not (silent or isinstance(message.get("content"), str)):
             raise ValueError(f'{name} must hold messages such as {{"role": "user", "content": "text"}}')
-    return value
+    return [{key: own for key, own in message.items() if own is not None} for message in value]
 
 
-def _conversation(prompt: list[dict[str, str]], answer: list[dict[str, str]]) -> tuple[Any, Any]:
+def _under_system(
+    prompt: list[dict[str, Any]], messages: list[dict[str, Any]], row: Mapping[str, Any], names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The prompt of some messages, with the row's `system` column before it where they have no system message."""
+    if "system" not in names or (messages and messages[0]["role"] == "system"):
+        return prompt
+    system = _text(row["system"], "system")
+    return [{"role": "system", "content": system}, *prompt] if system.strip() else prompt
+
+
+def _conversation(prompt: list[dict[str, Any]], answer: list[dict[str, Any]]) -> tuple[Any, Any]:
     """Both parts, unless it is not the assistant that answers."""
     if answer and answer[-1]["role"] != "assistant":
         raise ValueError(f"a conversation must end with the assistant, but this one ends with {answer[-1]['role']!r}")

@@ -19,7 +19,7 @@ from ..quickstart.problems import generate_problems
 from ..utils.digests import read_samples
 from ..utils.errors import BadRequest
 from .files import find_builder, loading
-from .formats import find_format, prompt_and_answer
+from .formats import find_format
 from .splits import HELD_OUT_LIMIT, find_test_split, find_train_split, saved_splits
 
 TABLE_ROWS = 100
@@ -80,20 +80,21 @@ class Rows:
         skipped: int = 0,
         limit: int | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.skipped = name, skipped
         first = next(_tables(name, stream), None)
         if first is None:
             raise BadRequest(f"The data set {name!r} holds no examples to {purpose} on.")
-        self.columns = find_format(first.column_names)
+        self.column_names = first.column_names
+        self.columns = find_format(self.column_names)
         self._whole = stream.select_columns(list(self.columns))
-        self._features = self._whole.features
+        self.features = self._whole.features
         kept = self._whole.skip(skipped) if skipped else self._whole
         self._kept = kept if limit is None else kept.take(limit)
         self.digest = files_digest(files) + f" {skipped} {limit}"
 
     def first(self, count: int) -> Dataset:
         """The first rows of the split, those that are left out included."""
-        return Dataset.from_list(list(islice(self._plain_rows(), count)), features=self._features)
+        return Dataset.from_list(list(islice(self._plain_rows(), count)), features=self.features)
 
     def tables(self, shuffle_buffer: int, seed: list[int]) -> Iterator[pa.Table]:
         """All rows, a table of some at a time.
@@ -111,19 +112,10 @@ class Rows:
     def plain(self, table: pa.Table) -> list[dict[str, Any]]:
         """Rows as Python objects."""
         rows = table.to_pylist()
-        return rows if self._features is None else [self._features.decode_example(row) for row in rows]
+        return rows if self.features is None else [self.features.decode_example(row) for row in rows]
 
     def _plain_rows(self) -> Iterator[dict[str, Any]]:
         return (row for table in _tables(self.name, self._whole) for row in self.plain(table))
-
-    def bad_row(self) -> int | None:
-        """The first row, counted from 0, whose cells are not what their columns should hold."""
-        for number, row in enumerate(self._plain_rows()):
-            try:
-                prompt_and_answer(row, self.columns)
-            except ValueError:
-                return number
-        return None
 
 
 def _tables(name: str, stream: datasets.IterableDataset) -> Iterator[pa.Table]:

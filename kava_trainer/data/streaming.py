@@ -7,7 +7,7 @@ the rows it has come past, so that a resumed run reads up to there without token
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -18,16 +18,21 @@ from transformers import PreTrainedTokenizerBase
 from ..config.arguments import KavaTrainingArguments
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import progress_bar
-from .encoding import encode_row, encoding_fingerprint, no_answers
+from .encoding import encoding_fingerprint, no_answers, unusable
 from .row_locations import locate_rows
+from .rows.encoder import Encoder
+from .rows.remarks import Found, gather
 from .stream_sources import Rows
+
+CHECKED_ROWS = 1000
+"""Rows at the beginning that are looked at before the training: one of them that cannot be used is refused."""
 
 
 class ExampleStream(IterableDataset[dict[str, Any]]):
     """Tokenised examples without an end: pass after pass over some rows, each in another order.
 
     Iterated by a data loader, it gives the share of this rank and of the loader's worker, from where `place` says.
-    Rows that leave no answer are passed over.
+    Rows that leave no answer are passed over, and rows that cannot be used are left out.
 
     Args:
         rows: where the text comes from.
@@ -35,16 +40,29 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         max_length: longest example in tokens.
         shuffle_buffer: rows that are mixed with each other; 0 for the order as it stands.
         seed: of that.
+        assistant_turns: which answers of a conversation are learned, `last` or `all`.
     """
 
     def __init__(
-        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, shuffle_buffer: int, seed: int
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        shuffle_buffer: int,
+        seed: int,
+        assistant_turns: str = "last",
     ) -> None:
-        self._rows, self._tokenizer, self._max_length = rows, tokenizer, max_length
+        self._rows, self._max_length = rows, max_length
+        self._encode = Encoder(rows.columns, tokenizer, max_length, assistant_turns, rows.features)
         self._shuffle_buffer, self._seed = shuffle_buffer, seed
         self.rank, self.ranks = 0, 1
-        self.digest = encoding_fingerprint(rows.digest, rows.columns, tokenizer, max_length)
+        self.digest = encoding_fingerprint(rows.digest, rows.columns, tokenizer, max_length, assistant_turns)
         """What tells these examples from others without reading them, see `stream_sources.files_digest`."""
+        self.checked = 0
+        """Rows that were looked at by `check`."""
+        self.remarks: Found = {}
+        """What is to be told of these."""
+        self._refused: list[str] = []
         self.rewind()
 
     def rewind(self) -> None:
@@ -75,27 +93,35 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
             start: rows to pass over; they are read and not tokenised.
 
         Returns:
-            What `encode_row` gives, and `row`: how many rows have been passed with this one.
+            What an `Encoder` gives, and `row`: how many rows have been passed with this one.
 
         Raises:
-            BadRequest: where a file is broken, or a row cannot be used.
+            BadRequest: where a file is broken.
         """
         end = 0
         for table in self._rows.tables(self._shuffle_buffer, [self._seed, number]):
             begin, end = end, end + len(table)
             own = [i for i in range((part - begin) % parts, len(table), parts) if begin + i >= start]
             for index, row in zip(own, self._rows.plain(table.take(own)) if own else [], strict=True):
-                example = self._encode(row)
+                try:
+                    example = self._encode(row)
+                except ValueError as error:
+                    self._refused.append(str(error))
+                    continue
                 if example["answered"]:
                     yield {**example, "row": begin + index + 1}
 
-    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return encode_row(row, self._rows.columns, self._tokenizer, self._max_length)
-        except ValueError as error:
-            name, number = self._rows.name, self._rows.bad_row()
-            where = name if number is None else locate_rows(name, [number])
-            raise BadRequest(f"The data cannot be used: in {where}, {error}.") from error
+    def check(self) -> None:
+        """Look at the first rows. Raises `BadRequest` if one of them cannot be used."""
+        first = (row for table in self._rows.tables(0, [0]) for row in self._rows.plain(table))
+        remarks = []
+        for number, row in enumerate(islice(first, CHECKED_ROWS), start=self._rows.skipped):
+            try:
+                remarks.append(self._encode(row)["remarks"])
+            except ValueError as error:
+                raise unusable(locate_rows(self._rows.name, [number]), error) from error
+        self.checked = len(remarks)
+        self.remarks = gather(remarks, self._rows.skipped)
 
     def count_rows(self, limit: int) -> int:
         """Rows of one pass, read and not tokenised, up to a limit."""
@@ -109,14 +135,16 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         return counted
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """This rank's and worker's examples with their `place`; `problem` in place of one that cannot be had.
+        """This rank's and worker's examples with their `place`, and why rows before each were left out, as `refused`.
 
+        Where the data is broken there is a `problem` in place of an example.
         An exception would reach the trainer with the traceback of the worker in place of its message.
         """
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker is not None:
             reset_lock()  # else a forked worker waits for ever for a connection of its parent
+        self._refused.clear()  # what was looked at before counts for nothing
         turn = (self._turn + own) % workers
         first, start = self._places.get(turn, (0, 0))
         try:
@@ -124,7 +152,9 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
                 place = None
                 for example in self.one_pass(number, self.rank * workers + turn, self.ranks * workers, start):
                     place = (turn, workers, number, example["row"])
-                    yield {"input_ids": example["input_ids"], "labels": example["labels"], "place": place}
+                    refused, self._refused = self._refused, []
+                    tokens = {name: example[name] for name in ("input_ids", "labels")}
+                    yield {**tokens, "place": place, "refused": refused}
                 if place is None and start == 0:
                     raise self._nothing_for(workers)
                 start = 0
@@ -142,10 +172,16 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
 
 
 def open_stream(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, shuffle_buffer: int, seed: int
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    shuffle_buffer: int,
+    seed: int,
+    assistant_turns: str = "last",
 ) -> ExampleStream:
-    """The stream of some rows. Raises `BadRequest` if no example has an answer, or the first one cannot be had."""
-    stream = ExampleStream(rows, tokenizer, max_length, shuffle_buffer, seed)
+    """The stream of some rows. Raises `BadRequest` if no example has an answer, or one of the first cannot be used."""
+    stream = ExampleStream(rows, tokenizer, max_length, shuffle_buffer, seed, assistant_turns)
+    stream.check()
     if next(stream.one_pass(), None) is None:
         raise no_answers(max_length)
     return stream
@@ -163,7 +199,8 @@ def stream_loader(
     have different numbers of them.
 
     Returns:
-        Batches with their `place`, see `ExampleStream.note`; where the data is broken one with a `problem` alone.
+        Batches with their `place`, see `ExampleStream.note`, and why rows were left out, as `refused`; where the data
+        is broken one with a `problem` alone.
     """
     stream.rank, stream.ranks = args.process_index, args.world_size
     return DataLoader(
@@ -182,6 +219,10 @@ def stream_loader(
 def _placed(
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """A batch of the collator's with where it ends in the stream, or why there is none."""
+    """A batch of the collator's with where it ends in the stream and what was left out, or why there is none."""
     last = examples[-1]
-    return last if "problem" in last else {**collator(examples), "place": last["place"]}
+    if "problem" in last:
+        return last
+    refused = [reason for example in examples for reason in example["refused"]]
+    batch = collator([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
+    return {**batch, "place": last["place"], "refused": refused}

@@ -2,14 +2,18 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.model_arguments import ModelArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, missing_package, optimizer_name, parse_optim_args
+from ..data.formats import find_format, prompt_kind, unread_columns
+from ..data.rows.template import DATE, ChatTemplate
+from ..models.loading import load_tokenizer
 from ..utils.console import apart, size_text
 from ..utils.errors import BadRequest, Problem
 from ..utils.memory import free_memory_bytes
@@ -218,3 +222,46 @@ def loose_projector(training: KavaTrainingArguments) -> Problem | None:
         "Nothing holds the projector of the teacher's states, so both sides may agree on next to nothing.",
         "Write projector_anchor pca or reconstruction, or projector_direction student_to_teacher, to rule that out.",
     )
+
+
+def on_format(
+    arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], row: Mapping[str, Any]
+) -> tuple[list[str], list[Problem]]:
+    """What of the data is not read and what of the tokenizer is not used.
+
+    Args:
+        arguments: of the run.
+        tokenizer: of both models.
+        columns: of the data set.
+        row: its first one.
+
+    Returns:
+        What is as it may be, in sentences, and what may be wrong.
+    """
+    kind, unread = prompt_kind(row, find_format(columns)), unread_columns(columns, row)
+    notes = [f"Nothing reads the column{'s' if len(unread) > 1 else ''} {', '.join(unread)}."] if unread else []
+    if kind == "messages":
+        dated = bool(tokenizer.chat_template) and ChatTemplate(tokenizer).dated()
+        today = f"The chat template writes today's date, for which {DATE:%d %b %Y} stands on any day."
+        return [*notes, *([today] if dated else [])], []
+    problems = []
+    if _has_chat_template(arguments.model, tokenizer):
+        problems.append(
+            Problem(
+                None,
+                "The teacher's chat template is not used, for the data is no chat: an instruct teacher is asked "
+                "otherwise than it was taught.",
+                "Give the data as messages where the teacher is one.",
+            )
+        )
+    if arguments.data.assistant_turns != "last":
+        what = "assistant_turns has no effect on data that is no chat."
+        problems.append(Problem("assistant_turns", what, "Leave it out, or give the data as messages."))
+    return notes, problems
+
+
+def _has_chat_template(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the teacher's tokenizer has one; it is read only where that of the pair has none."""
+    if tokenizer.chat_template or model.student_model_name_or_path is None:
+        return bool(tokenizer.chat_template)
+    return bool(load_tokenizer(model.teacher_name, "teacher", model.teacher_revision, model).chat_template)

@@ -16,6 +16,7 @@ from ..data.collators import DistillationCollator
 from ..data.encoding import Encoded, encode_dataset
 from ..data.formats import find_format, prompt_kind
 from ..data.row_locations import empty_problem
+from ..data.rows.remarks import remark_problems
 from ..data.selection import first_examples
 from ..data.splits import load_splits
 from ..data.stream_sources import open_rows
@@ -44,6 +45,7 @@ from .advice import (
     long_warmup,
     loose_projector,
     memory_shortage,
+    on_format,
     planned_steps,
     precision_problems,
 )
@@ -135,9 +137,9 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
         console.warn("There are no held-out examples, so nothing will be evaluated.")
     if few := few_examples(len(held_out.dataset) if held_out else None):
         console.warn(few)
+    kind = _tell_format(console, arguments, tokenizer, train.column_names, train[0])
     batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
-    kind = prompt_kind(train[0], find_format(train.column_names))
     return Data(encoded.dataset, held_out.dataset if held_out else None, DistillationCollator(tokenizer), kind)
 
 
@@ -146,12 +148,14 @@ def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     asked, training = arguments.data, arguments.training
     rows, held_out = open_rows(asked)
     seed = training.seed if training.data_seed is None else training.data_seed
-    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed)
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed, asked.assistant_turns)
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
     encoded = _encode(asked, tokenizer, "held-out", held_out)
     _tell_encoding(console, "held-out", encoded, len(held_out), asked)
-    kind = prompt_kind(rows.first(1)[0], rows.columns)
+    for problem in remark_problems(stream.remarks, rows.name, "training", stream.checked):
+        console.warn(str(problem))
+    kind = _tell_format(console, arguments, tokenizer, rows.column_names, rows.first(1)[0])
     return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind)
 
 
@@ -181,7 +185,7 @@ def own_parameters(student: PreTrainedModel) -> int:
 
 def _encode(asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset) -> Encoded:
     told = f"Tokenizing the {which} data"
-    return encode_dataset(rows, tokenizer, asked.max_length, told, cast(str, asked.dataset_name))
+    return encode_dataset(rows, tokenizer, asked.max_length, told, cast(str, asked.dataset_name), asked.assistant_turns)
 
 
 def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, asked: DataArguments) -> None:
@@ -191,6 +195,24 @@ def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, a
     )
     if encoded.empty:
         console.warn(empty_problem(cast(str, asked.dataset_name), which, encoded.empty))
+    for problem in remark_problems(encoded.remarks, cast(str, asked.dataset_name), which, total):
+        console.warn(str(problem))
+
+
+def _tell_format(
+    console: Console,
+    arguments: KavaArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: list[str],
+    row: dict[str, Any],
+) -> str:
+    """Say what of the data is not read, and what of the tokenizer is not used; the `prompt_kind` of its first row."""
+    notes, problems = on_format(arguments, tokenizer, columns, row)
+    for note in notes:
+        console.print(note)
+    for problem in problems:
+        console.warn(str(problem))
+    return prompt_kind(row, find_format(columns))
 
 
 def tell_memory(console: Console, arguments: KavaArguments) -> int | None:

@@ -15,10 +15,13 @@ from ..data.formats import IGNORED
 from ..data.packing import as_many_rows, pack_step, spread
 from ..data.streaming import ExampleStream, stream_loader
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
-from ..utils.distributed import any_rank, largest_over_ranks
+from ..utils.distributed import largest_over_ranks
 from ..utils.errors import RunFailed
 from ..utils.signals import spare_worker
 from .incidents import Incidents
+
+_BROKEN = 2**40
+"""Stands for a stream that breaks off, beside the number of rows that one has left out."""
 
 
 class StepBatches(TrainerCallback):
@@ -39,6 +42,8 @@ class StepBatches(TrainerCallback):
         """Whether rows are packed."""
         self.stream: ExampleStream | None = None
         """The training examples, where they are a stream."""
+        self._refused = 0
+        self._told: dict[str, Any] | None = None
 
     def choose_packing(self, models: dict[str, PreTrainedModel], collator: Any) -> str | None:
         """Turn packing on where it is wanted and every model keeps packed examples apart.
@@ -108,15 +113,33 @@ class StepBatches(TrainerCallback):
         return dealt, rows, torch.tensor(_count_packed(found))
 
     def _note_places(self, stream: ExampleStream, batches: list[dict[str, Any]]) -> None:
-        """Keep count of where in the stream this rank is. Raises `RunFailed` on all ranks if one cannot read on."""
+        """Keep count of where in the stream this rank is, and of the rows it left out.
+
+        Raises:
+            RunFailed: on all ranks if one cannot read on.
+        """
         problem = next((batch["problem"] for batch in batches if "problem" in batch), None)
-        if any_rank(problem is not None):
+        reasons = [reason for batch in batches for reason in batch.pop("refused", ())]
+        self._refused += len(reasons)
+        most = largest_over_ranks(self._refused if problem is None else _BROKEN)
+        if most == _BROKEN:
             told = problem or "Another process could not read on in its data."
             raise RunFailed(
                 f"{told} If a file is broken, repair it without changing its size. {self._incidents.advice()}"
             )
+        if most:
+            self._tell_refused(most, reasons[0] if reasons else "another process read it")
         for batch in batches:
             stream.note(batch.pop("place"))
+
+    def _tell_refused(self, count: int, reason: str) -> None:
+        """Warn of the first row that was left out, and keep how many there are among the problems of the run."""
+        if self._told is None:
+            self._incidents.console.warn(f"A row of the stream cannot be used and is left out: {reason}.")
+            self._incidents.note("data", "")
+            self._told = self._incidents.problems[-1]
+        process = " in one process" if self._args.world_size > 1 else ""
+        self._told["action"] = f"left out rows of the stream that cannot be used, {count} times so far{process}"
 
     def _row_budget(self, batches: list[dict[str, Any]], batch_size: int, row_limit: int | None) -> int:
         """Tokens of one row; memory that ran out lowers it."""

@@ -1,10 +1,13 @@
+import copy
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
+from helpers.trainers import loss_lines, make_trainer
 
+from kava_trainer import encode
 from kava_trainer.config.data_arguments import DataArguments
-from kava_trainer.data.encoding import encode_dataset, encode_example
+from kava_trainer.data.encoding import encode_dataset
 from kava_trainer.data.row_locations import locate_rows, source_rows
 from kava_trainer.data.splits import load_splits
 from kava_trainer.utils.errors import BadRequest
@@ -117,9 +120,9 @@ def test_rows_are_told_where_they_stood_before_the_data_was_split():
 
 
 def test_an_example_without_an_answer_is_dropped(tokenizer):
-    rows = [PROBLEM, {"question": "why?", "answer": ""}, {"question": "why?", "answer": None}]
+    rows = [PROBLEM, *({"question": "why?", "answer": answer} for answer in ("", None, " \n"))]
     encoded = encode_dataset(Dataset.from_list(rows), tokenizer, 256, "test")
-    assert (len(encoded.dataset), encoded.dropped, encoded.empty) == (1, 2, [1, 2])
+    assert (len(encoded.dataset), encoded.dropped, encoded.empty) == (1, 3, [1, 2, 3])
 
 
 def test_no_answers_at_all_is_refused(tokenizer):
@@ -215,6 +218,53 @@ def test_missing_empty_and_broken_data_are_refused(tmp_path):
 
 
 def test_boundary_tokens_that_merge_belong_to_the_answer(tokenizer):
-    row = encode_example("Question", ": x", tokenizer, 50)
+    row = encode_one({"prompt": "Question", "completion": ": x"}, tokenizer, 50)
     assert row["input_ids"][: row["prompt_length"]] == tokenizer("Question")["input_ids"]
     assert row["input_ids"][:-1] == tokenizer("Question: x")["input_ids"]
+
+
+def test_anybody_can_encode_a_data_set(tokenizer):
+    rows = [PROBLEM, {"question": "why?", "answer": ""}, {"question": "2+2?", "answer": "4"}]
+    whole = encode_dataset(Dataset.from_list(rows), tokenizer, 256, "test").dataset.select_columns(
+        ["input_ids", "labels"]
+    )
+    for given in (Dataset.from_list(rows), Dataset.from_list(rows).with_format("torch")):
+        assert encode(given, tokenizer, max_length=256).to_list() == whole.to_list()
+    for stream in (Dataset.from_list(rows).to_iterable_dataset(), IterableDataset.from_generator(lambda: iter(rows))):
+        encoded = encode(stream, tokenizer, max_length=256)
+        assert isinstance(encoded, IterableDataset)
+        assert list(encoded) == list(encoded) == whole.to_list()
+    splits = encode(DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[:1])), tokenizer)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 2, "test": 1}
+    with pytest.raises(BadRequest, match="has the columns foo; KAVA reads"):
+        encode(Dataset.from_list([{"foo": "x"}]), tokenizer)
+    with pytest.raises(BadRequest, match="has the columns foo; KAVA reads"):
+        encode(Dataset.from_list([{"foo": "x"}]).to_iterable_dataset(), tokenizer)
+
+
+def test_what_is_to_be_told_of_encoded_rows_is_a_warning(chat_tokenizer):
+    turns = [{"role": "user", "content": "2+3?", "name": "Ann"}, {"role": "assistant", "content": "5"}]
+    with pytest.warns(
+        UserWarning, match="In 2 of 2 encoded rows the chat template leaves out .*: name of user messages"
+    ):
+        encode(Dataset.from_list([{"messages": turns}] * 2), chat_tokenizer)
+    with pytest.raises(BadRequest, match="in row 2 of the data, a conversation must end"):
+        encode(Dataset.from_list([{"messages": turns}, {"messages": turns[:1]}]), chat_tokenizer)
+    rows = Dataset.from_list([{"messages": turns}, {"messages": turns[:1]}, {"messages": turns}]).to_iterable_dataset()
+    with pytest.warns(UserWarning, match="A row that cannot be used is left out: a conversation must end") as told:
+        assert len(list(encode(rows, chat_tokenizer, assistant_turns="all"))) == 2
+    assert len(told) == 1
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.eos_token = None
+    with pytest.raises(BadRequest, match="has no end-of-text token, so a student could never learn to stop; set its"):
+        encode(Dataset.from_list([PROBLEM]), own)
+
+
+def test_encoded_data_is_trained_on(tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.train_dataset = encode(Dataset.from_list([PROBLEM] * 16), tokenizer)
+    trainer.train()
+    assert len(loss_lines(trainer)) == 2

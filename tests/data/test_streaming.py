@@ -11,12 +11,14 @@ import pytest
 from datasets import Dataset, DatasetDict
 from helpers.data import write_problems
 from helpers.stream_child import stream_of
+from helpers.trainers import make_trainer
 
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.data import streaming
 from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.data.rows.encoder import Encoder
 from kava_trainer.data.selection import first_examples
 from kava_trainer.data.splits import load_splits
 from kava_trainer.data.stream_sources import open_rows
@@ -161,8 +163,8 @@ def test_what_a_resumed_run_has_seen_is_read_and_not_tokenised_again(tmp_path, t
         stream.note(batch["place"])
     again = stream_of(problems, tokenizer)
     again.restore(stream.state())
-    calls, encode = [], streaming.encode_row
-    monkeypatch.setattr(streaming, "encode_row", lambda *given: calls.append(given) or encode(*given))
+    calls, encode = [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, row: calls.append(row) or encode(self, row))
     batches(again, tokenizer, tmp_path, 1)
     assert len(calls) == 2
 
@@ -269,16 +271,84 @@ def test_the_broken_one_of_several_files_is_named(tmp_path, tokenizer, problems,
     assert str(caught.value).startswith(f"The data set '{name}' cannot be loaded: {expected}")
 
 
-def test_a_row_that_cannot_be_used_is_named_by_its_number_in_the_file(tmp_path, tokenizer):
+@pytest.fixture
+def chats(tmp_path, tokenizer):
+    """30 conversations of which the 17th cannot be used, and a template for them."""
     turns = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
     rows = [{"messages": turns if number != 17 else turns[:1]} for number in range(1, 31)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = tokenizer.chat_template
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    yield tmp_path / "data.jsonl"
+    tokenizer.chat_template = before
+
+
+def test_a_row_that_cannot_be_used_is_named_by_its_number_in_the_file(tokenizer, chats):
+    with pytest.raises(BadRequest, match=r"cannot be used: in line 17 of \S+data.jsonl, a conversation must"):
+        stream_of(chats, tokenizer)
+
+
+def test_a_row_that_the_template_refuses_is_named_by_its_number_in_the_file(tokenizer, chats):
+    tokenizer.chat_template = "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}x"
+    rows = chats.read_text().replace('"role": "user", "content": "2+3?"}]', '"role": "assistant", "content": "5"}]')
+    chats.write_text(rows)
+    for held_out in (3, 20):
+        with pytest.raises(BadRequest, match=r"in line 17 of \S+data.jsonl, the chat template refuses .*\(too short\)"):
+            encoded_or_streamed(chats, tokenizer, held_out)
+
+
+def encoded_or_streamed(path, tokenizer, held_out):
+    """The stream behind so many rows, and these themselves."""
+    stream_of(path, tokenizer, held_out=held_out)
+    _, rows = open_rows(DataArguments(dataset_name=str(path), max_eval_samples=held_out))
+    encode_dataset(rows, tokenizer, 64, "test", str(path))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_far_down_that_cannot_be_used_is_left_out_and_counted(tmp_path, tokenizer, chats, monkeypatch, workers):
+    monkeypatch.setattr(streaming, "CHECKED_ROWS", 10)
+    stream = stream_of(chats, tokenizer, shuffle_buffer=0)
+    assert [example["row"] for example in stream.one_pass()] == [row for row in range(1, 28) if row != 14]
+    found = batches(stream, tokenizer, tmp_path, 20, workers)  # a pass and a half
+    assert not any("problem" in batch for batch in found)
+    reasons = [reason for batch in found for reason in batch["refused"]]
+    assert set(reasons) == {"a conversation must end with the assistant, but this one ends with 'user'"}
+    assert len(reasons) == 2
+
+
+def test_rows_that_were_left_out_are_told_once_and_counted(tmp_path, tokenizer, chats, monkeypatch, capsys):
+    monkeypatch.setattr(streaming, "CHECKED_ROWS", 10)
+    trainer = make_trainer(tmp_path / "run", tokenizer, max_steps=8)
+    trainer.train_dataset = stream_of(chats, tokenizer, shuffle_buffer=0)
+    trainer.train()
+    assert capsys.readouterr().out.count("A row of the stream cannot be used and is left out: a conversation must") == 1
+    told = [problem for problem in trainer.problems if problem["kind"] == "data"]
+    assert [problem["action"] for problem in told] == [
+        "left out rows of the stream that cannot be used, 2 times so far"
+    ]
+
+
+def test_what_is_to_be_told_of_the_first_rows_of_a_stream_is_kept(tmp_path, tokenizer, chats):
+    rows = chats.read_text().splitlines()[:9]
+    rows[5] = rows[5].replace('"content": "2+3?"', '"content": "2+3?", "name": "Ann"')
+    chats.write_text("\n".join(rows))
+    stream = stream_of(chats, tokenizer)
+    assert stream.checked == 6
+    assert stream.remarks == {"left out": {"name of user messages": [5]}}
+
+
+def test_every_turn_of_a_streamed_conversation_is_learned_where_asked(tmp_path, tokenizer):
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 9)
+    before = tokenizer.chat_template
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     try:
-        stream = stream_of(tmp_path / "data.jsonl", tokenizer)
-        with pytest.raises(BadRequest, match=r"cannot be used: in line 17 of \S+data.jsonl, a conversation must"):
-            list(stream.one_pass())
+        rows, _ = open_rows(DataArguments(dataset_name=str(tmp_path / "chat.jsonl"), max_eval_samples=2))
+        last, every = (open_stream(rows, tokenizer, 64, 0, 5, turns) for turns in ("last", "all"))
+        whole = encode_dataset(rows.first(9), tokenizer, 64, "test", assistant_turns="all").dataset
+        assert keys(every.one_pass()) == keys(whole)[2:]
+        assert keys(last.one_pass()) != keys(every.one_pass())
+        assert last.digest == open_stream(rows, tokenizer, 64, 0, 5).digest != every.digest
     finally:
         tokenizer.chat_template = before
 

@@ -124,17 +124,17 @@ def test_a_checkpoint_of_another_stream_is_refused(tmp_path, data, capsys):
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_line_that_breaks_the_stream_in_the_middle_ends_the_run_and_keeps_its_checkpoint(tmp_path, capsys, workers):
     row = json.dumps({"prompt": "2+3=", "completion": "5", "note": "x" * 15_000}) + "\n"
-    (tmp_path / "data.jsonl").write_text(row * 700 + row.replace(":", " ", 1) + row * 99 + "         \n")
-    options = {"shuffle_buffer": 4, "max_steps": 40, "per_device_train_batch_size": 32, "save_steps": 5}
+    (tmp_path / "data.jsonl").write_text(row * 1400 + row.replace(":", " ", 1) + row * 99 + "         \n")
+    options = {"shuffle_buffer": 4, "max_steps": 50, "per_device_train_batch_size": 32, "save_steps": 5}
     options |= {"dataloader_num_workers": workers, "calibration_tokens": 300, "logging_steps": 100}
     assert start(tmp_path, tmp_path / "data.jsonl", **options) == 1
     error = capsys.readouterr().err
     newest = find_newest_checkpoint(tmp_path / "out").checkpoint
-    assert "line 701 is not valid JSON" in error
+    assert "line 1401 is not valid JSON" in error
     assert f"Resume from {newest}, which is sound." in error
     assert broken_reason(newest) is None
     assert summary_of(tmp_path / "out")["status"] == "failed"
-    (tmp_path / "data.jsonl").write_text(row * 700 + " " * (len(row) - 1) + "\n" + row * 99 + "         \n")
+    (tmp_path / "data.jsonl").write_text(row * 1400 + " " * (len(row) - 1) + "\n" + row * 99 + "         \n")
     assert start(tmp_path, tmp_path / "data.jsonl", **options, resume_from_checkpoint=True) == 0
 
 

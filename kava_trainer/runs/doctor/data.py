@@ -1,8 +1,8 @@
 """Checks of the data: the rows, what becomes of the first of them, what is held out."""
 
 import math
-import textwrap
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 from datasets import Dataset
@@ -10,19 +10,24 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config.arguments import KavaArguments
 from ...config.data_arguments import DataArguments
-from ...data.encoding import encode_dataset, encode_first
+from ...data.encoding import encode_dataset, encode_first, remarks_on
 from ...data.formats import IGNORED, find_format
 from ...data.row_locations import empty_answers, empty_problem, source_rows
+from ...data.rows.encoder import Encoder
+from ...data.rows.remarks import remark_problems
 from ...data.splits import HELD_OUT_SHARE, has_test_split, load_splits
 from ...data.stream_sources import open_rows
 from ...data.streaming import ExampleStream, open_stream
 from ...reports.verdict import FEW_EXAMPLES, few_examples
-from ..advice import check_evaluation
+from ..advice import check_evaluation, on_format
 from ..identity import data_digest
 from .findings import Checkup
 
 SAMPLE = 1000
 """Rows of each split that are tokenised; where there are no more, doctor sees exactly what the run will."""
+
+MOST_SHOWN, MOST_PARTS = 400, 12
+"""Characters of each part of the example that is shown, and how many parts."""
 
 MANY = 0.1
 """Share of cut or dropped examples from which on it is worth a warning."""
@@ -39,26 +44,37 @@ class Examples:
     count: int
     """Training examples; of a stream those that the run will take."""
     held_out: int
+    columns: list[str]
+    """All of them, also those that are not read."""
 
     def tokens(self) -> int:
         """About how many tokens all training examples hold, by the mean of the sample."""
         lengths = [len(example["input_ids"]) for example in self.sample]
         return round(self.count * sum(lengths) / len(lengths)) if lengths else 0
 
-    def digest(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    def digest(self, tokenizer: PreTrainedTokenizerBase, asked: DataArguments) -> str:
         """What tells the examples of the run from others; all of them are tokenised for it, as the run does."""
         if isinstance(self.train, ExampleStream):
             return self.train.digest
-        return data_digest(encode_dataset(self.train, tokenizer, max_length, "Tokenizing the training data").dataset)
+        told = "Tokenizing the training data"
+        turns = asked.assistant_turns
+        encoded = encode_dataset(self.train, tokenizer, asked.max_length, told, assistant_turns=turns)
+        return data_digest(encoded.dataset)
 
 
 def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Examples:
     """Load the data, tokenise the first rows of both splits, and show one of them."""
     examples, train, held_out = _open(arguments, tokenizer)
-    columns = " + ".join(find_format(train.column_names))
+    names = find_format(train.column_names)
+    columns = " + ".join(names)
     streamed = isinstance(examples.train, ExampleStream)
     rows = "a stream of rows" if streamed else f"{examples.count} rows"
     checkup.ok(f"{rows} with {columns}; held out: {examples.held_out}.")
+    notes, problems = on_format(arguments, tokenizer, examples.columns, train[0])
+    for note in notes:
+        checkup.ok(f"{note[0].lower()}{note[1:]}")
+    for problem in problems:
+        checkup.warn_of(problem)
     answered = _check_sample(checkup, train, "training", arguments, tokenizer)
     if not streamed:
         examples.count = round(examples.count * len(answered) / min(len(train), SAMPLE))
@@ -101,12 +117,13 @@ def _open(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
     asked, training = arguments.data, arguments.training
     if not asked.streaming:
         train, held_out, _ = load_splits(asked)
-        return Examples(train, [], len(train), len(held_out or [])), train, held_out
+        return Examples(train, [], len(train), len(held_out or []), train.column_names), train, held_out
     rows, held_out = open_rows(asked)
-    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed)
+    turns = asked.assistant_turns
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed, turns)
     steps = training.max_steps * training.gradient_accumulation_steps * training.world_size
     count = stream.count_rows(steps * training.per_device_train_batch_size)
-    return Examples(stream, [], count, len(held_out)), rows.first(SAMPLE), held_out
+    return Examples(stream, [], count, len(held_out), rows.column_names), rows.first(SAMPLE), held_out
 
 
 def _check_sample(
@@ -115,7 +132,9 @@ def _check_sample(
     """The first rows that have an answer, tokenised; how many were cut and dropped."""
     length = arguments.data.max_length
     name = cast(str, arguments.data.dataset_name)
-    sample = encode_first(rows, SAMPLE, tokenizer, length, name)
+    turns = arguments.data.assistant_turns
+    encoder = Encoder(find_format(rows.column_names), tokenizer, length, turns, rows.features)
+    sample = encode_first(rows, SAMPLE, encoder, name)
     answered = [example for example in sample if example["answered"]]
     empty = source_rows(rows, empty_answers(sample))
     cut, dropped = sum(example["truncated"] for example in sample), len(sample) - len(answered)
@@ -130,13 +149,38 @@ def _check_sample(
         checkup.ok(text)
     if empty:
         checkup.warn(empty_problem(name, which, empty), "Write an answer there, or leave these rows out.")
+    for problem in remark_problems(remarks_on(sample, rows), name, which, len(sample)):
+        checkup.warn_of(problem)
     return answered
 
 
 def _show(checkup: Checkup, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """One example as the models will see it."""
-    ids, labels = example["input_ids"], example["labels"]
-    answer = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    prompt = ids[: len(ids) - len(answer)]
-    texts = [textwrap.shorten(cast(str, tokenizer.decode(part)), 100, placeholder=" ...") for part in (prompt, answer)]
-    checkup.ok(f"first prompt {texts[0]!r} ({len(prompt)} tokens), answer {texts[1]!r} ({len(answer)} tokens).")
+    learned = sum(label != IGNORED for label in example["labels"])
+    text = marked_text(example["input_ids"], example["labels"], tokenizer)
+    shown = "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
+    checkup.ok(
+        f"the first example as the models will see it, {len(example['input_ids'])} tokens; the {learned} in [[ ]] are "
+        "learned:"
+    )
+    checkup.show(shown.split("\n"))
+
+
+def marked_text(input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of an example with `[[` and `]]` around the tokens that are learned; of long parts both ends."""
+    pairs = zip(input_ids, labels, strict=True)
+    runs = [(learned, [token for token, _ in run]) for learned, run in groupby(pairs, lambda pair: pair[1] != IGNORED)]
+    parts = [(learned, _ends(str(tokenizer.decode(tokens)), MOST_SHOWN)) for learned, tokens in runs]
+    text = [f"[[{part}]]" if learned else part for learned, part in parts]
+    if len(text) > MOST_PARTS:
+        half = MOST_PARTS // 2
+        text[half:-half] = [f"\n... ({len(text) - 2 * half} more parts) ...\n"]
+    return "".join(text)
+
+
+def _ends(text: str, most: int) -> str:
+    """A text, or both its ends where it is longer than so many characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half} more characters) ... {text[-half:]}"

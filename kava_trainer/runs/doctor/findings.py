@@ -68,6 +68,11 @@ class Checkup:
         """What is as it should be."""
         self._line(OK, text)
 
+    def show(self, lines: Iterable[str]) -> None:
+        """Text that belongs to the line before it."""
+        for line in lines:
+            self._console.print(f"    {line}")
+
     def warn(self, what: str, change: str) -> None:
         """What does not keep a run from training.
 

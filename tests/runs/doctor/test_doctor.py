@@ -21,9 +21,11 @@ from huggingface_hub import HfApi
 from kava_trainer.cli import main
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.launcher import start_command
+from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 from kava_trainer.quickstart.problems import generate_problems
 from kava_trainer.runs import advice, setup
 from kava_trainer.runs.doctor import folders, machine
+from kava_trainer.runs.doctor.data import marked_text
 from kava_trainer.runs.doctor.findings import Checkup, what_and_change
 from kava_trainer.utils.console import Console
 from kava_trainer.utils.errors import BadRequest, Problem
@@ -478,6 +480,119 @@ def test_a_stream_is_looked_at_without_reading_it_all(doctor):
     told = doctor(streaming=True)
     assert told.code == 0, told.text
     assert any(line.startswith("Data: a stream of rows with question + answer; held out: 8.") for line in told.of("OK"))
+
+
+def chat_pair(folder, template):
+    """Arguments that name the embedded pair with a chat template."""
+    for role, source in (("teacher", TEACHER_FOLDER), ("student", STUDENT_FOLDER)):
+        shutil.copytree(source, folder / role)
+        (folder / role / "chat_template.jinja").write_text(template)
+    return {
+        "teacher_model_name_or_path": folder / "teacher",
+        "student_model_name_or_path": None,
+        "student_config_name": folder / "student",
+        "student_init": "random",
+    }
+
+
+def write_chats(path, *odd, column=None):
+    """60 conversations of two questions, after those that are odd, with a column beside them."""
+    talks = [
+        [
+            {"role": "user", "content": f"{n}+1?"},
+            {"role": "assistant", "content": f"{n + 1}."},
+            {"role": "user", "content": "and 1?"},
+            {"role": "assistant", "content": f"{n + 2}!"},
+        ]
+        for n in range(60)
+    ]
+    rows = [{"messages": talk, **(column or {})} for talk in [*odd, *talks]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+CHAT_TEMPLATE = (
+    "{{ strftime_now('%Y') }}\n{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("streaming", [None, True])
+def test_the_first_conversation_is_shown_with_what_is_learned(doctor, tmp_path, streaming):
+    odd = [{"role": "user", "content": "x", "name": "Ann"}, {"role": "assistant", "content": "y"}]
+    told = doctor(
+        **chat_pair(tmp_path, CHAT_TEMPLATE),
+        dataset_name=write_chats(tmp_path / "chats.jsonl", odd, column={"source": "s"}),
+        assistant_turns="all",
+        streaming=streaming,
+        max_train_samples=None,
+        max_eval_samples=None if streaming is None else 5,
+    )
+    assert told.code == 0, told.text
+    assert "Data: nothing reads the column source." in told.of("OK")
+    assert "Data: the chat template writes today's date, for which 26 Jul 2024 stands on any day." in told.of("OK")
+    assert any(
+        "leaves out what the data holds: name of user messages. Line 1 of" in line for line in told.of("Warning")
+    )
+    shown = told.text.partition("tokens; the ")[2].splitlines()
+    assert shown[0].endswith("in [[ ]] are learned:")
+    assert shown[1] == "    2024"
+    if streaming:
+        assert shown[2:4] == ["    <user>x<|endoftext|>", "    <assistant>[[y<|endoftext|>]]"]
+    else:
+        assert re.fullmatch(r" +<user>\d+\+1\?<\|endoftext\|>", shown[2])
+        assert re.fullmatch(r" +<assistant>\[\[\d+\.<\|endoftext\|>\]\]", shown[3])
+        assert re.fullmatch(r" +<assistant>\[\[\d+!<\|endoftext\|>\]\]", shown[5])
+    assert told.text.isascii()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("changes", [{}, {"streaming": True, "max_eval_samples": 5}])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_row_that_the_template_refuses_is_named_by_doctor_too(doctor, tmp_path, changes, place):
+    path = write_chats(tmp_path / "chats.jsonl")
+    line = '{"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}\n'
+    path.write_text(line + path.read_text() if place == "first" else path.read_text() + line)
+    limits = {"max_train_samples": None, "max_eval_samples": None, **changes}
+    told = doctor(**chat_pair(tmp_path, CHAT_TEMPLATE), dataset_name=path, **limits)
+    assert told.code == 2
+    number = 1 if place == "first" else 61
+    assert told.of("Problem") == [
+        f"Data: The data cannot be used: in line {number} of {path}, the chat template refuses the conversation (no "
+        "system)."
+    ]
+    assert told.changes[0] == "Data: Change it, or leave it out."
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_chat_template_and_turns_that_nothing_uses_are_told(doctor, tmp_path):
+    told = doctor(**chat_pair(tmp_path, CHAT_TEMPLATE), assistant_turns="all")
+    assert told.code == 0, told.text
+    assert any(line.startswith("Data: The teacher's chat template is not used") for line in told.of("Warning"))
+    assert "Data: assistant_turns has no effect on data that is no chat." in told.of("Warning")
+
+
+@pytest.mark.usefixtures("quick")
+def test_signs_that_a_terminal_would_obey_are_written_out(doctor, tmp_path):
+    rows = [{"prompt": "a\x1b[2J\tb\n", "completion": f"\x0c{n}"} for n in range(60)]
+    path = write_dataset(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    told = doctor(dataset_name=path)
+    assert "\n    a\\x1b[2J\\tb\n    [[\\x0c" in told.text
+
+
+def test_a_long_example_is_shown_in_parts(tokenizer):
+    ids = tokenizer("word " * 400)["input_ids"]
+    text = marked_text(ids, [-100] * 350 + ids[350:], tokenizer)
+    assert len(text) < 1000
+    assert text.startswith("word word")
+    assert re.search(
+        r" \.\.\. \(\d+ more characters\) \.\.\. .*\[\[.*\.\.\. \(\d+ more characters\) \.\.\. .*\]\]$", text
+    )
+    turns = marked_text(ids, [ids[0], -100] * (len(ids) // 2) + [-100] * (len(ids) % 2), tokenizer)
+    assert f"... ({2 * (len(ids) // 2) - 12} more parts) ..." in turns
+    assert turns.count("[[") == 6
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,0 +1,92 @@
+"""A tokenizer's chat template: what it makes of a conversation, on any day the same."""
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, cast
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from ...utils.errors import BadRequest, reason_of
+
+Message = dict[str, Any]
+
+DATE = datetime(2024, 7, 26)
+"""What a template takes for today: the day that Llama 3.2's own names where it is told none."""
+
+_DIRECTIVES = "aAbBcdDeFHIjmMpSTuUwWxXyY"
+"""Letters of `strftime`; with a minus before them those of numbers have no leading zero."""
+
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a template may raise on a conversation: of its own accord, or because its code meets what it does not expect."""
+
+
+class ChatTemplate:
+    """Renders conversations with the chat template of a tokenizer, the same on any day.
+
+    Args:
+        tokenizer: with a `chat_template`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def render(self, messages: Sequence[Message], tools: list[Message] | None, prompts: bool = False) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: of it.
+            tools: that may be called, as JSON schemas.
+            prompts: end with what an answer begins with.
+
+        Raises:
+            ValueError: if the template refuses the conversation.
+            BadRequest: if it is no template.
+        """
+        return cast(str, self._apply(messages, tools, add_generation_prompt=prompts, tokenize=False))
+
+    def marked_tokens(self, messages: Sequence[Message], tools: list[Message] | None) -> tuple[list[int], list[int]]:
+        """The tokens of a conversation, and 1 for each that the template itself marks as generated, else 0."""
+        found = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return found["input_ids"], found["assistant_masks"]
+
+    def marks(self, tools: list[Message] | None) -> bool:
+        """Whether the template marks what an assistant generates."""
+        fast = self.tokenizer.is_fast  # others do not know which characters a token stands for
+        return fast and re.search(r"\{%-?\s*generation\s*-?%\}", self._text(tools)) is not None
+
+    def dated(self, tools: list[Message] | None = None) -> bool:
+        """Whether the template asks for the day."""
+        return "strftime_now" in self._text(tools)
+
+    def attempt(self, messages: Sequence[Message], tools: list[Message] | None, prompts: bool = False) -> str | None:
+        """The text of a conversation; None where the template refuses it."""
+        try:
+            return self.render(messages, tools, prompts)
+        except ValueError:
+            return None
+
+    def _apply(self, messages: Sequence[Message], tools: list[Message] | None, **options: Any) -> Any:
+        if self.dated(tools):
+            options["chat_template"] = _fixed_date() + self._text(tools)
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tools=cast(Any, tools), **options)
+        except TemplateSyntaxError as error:
+            raise BadRequest(f"The tokenizer's chat template cannot be read ({reason_of(error)}).") from error
+        except _REFUSALS as error:
+            raise ValueError(f"the chat template refuses the conversation ({reason_of(error)})") from error
+
+    def _text(self, tools: list[Message] | None) -> str:
+        return self.tokenizer.get_chat_template(None, cast(Any, tools))
+
+
+def _fixed_date() -> str:
+    """What makes a template take `DATE` for today: a macro in the place of the function that it asks.
+
+    `apply_chat_template` passes no functions on. The line break belongs to the tag, so nothing is added to the text.
+    """
+    told = {f"%{letter}": DATE.strftime(f"%{letter}") for letter in _DIRECTIVES}
+    told |= {f"%-{letter}": told[f"%{letter}"].lstrip("0") or "0" for letter in "dHIjmMSy"}
+    named = "".join(f"|replace({code!r}, {text!r})" for code, text in told.items())
+    return "{%- macro strftime_now(format) -%}{{ format" + named + " }}{%- endmacro %}\n"
