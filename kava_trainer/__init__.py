@@ -7,7 +7,7 @@ command line does not wait for torch and transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .utils.import_noise import leave_out
+from .utils.before_imports import leave_out
 
 leave_out()  # before anything imports the libraries
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from . import __version__
+from .utils.before_imports import let_threads_sleep
 from .utils.console import outlive_readers
 from .utils.errors import BadRequest, Interrupted, Problem, RunFailed, exit_code
 from .utils.redaction import without_secrets
@@ -309,6 +310,7 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     """
     sys.excepthook = show_traceback
     outlive_readers()
+    let_threads_sleep()
     try:
         code = main()
     except KeyboardInterrupt:  # while the libraries are imported

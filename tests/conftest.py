@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from kava_trainer.data import splits
 from kava_trainer.quickstart import STUDENT_FOLDER
-from kava_trainer.runs import finish, setup
+from kava_trainer.runs import finish, pipeline, setup
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; see `_threads` for this one
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
@@ -64,6 +64,7 @@ def _short_runs(request, monkeypatch):
             monkeypatch.setattr(finish, "report_on", lambda *_: None)
         if request.node.get_closest_marker("estimate") is None:
             monkeypatch.setattr(setup, "estimate_memory", lambda arguments: MEMORY)
+        monkeypatch.setattr(pipeline, "tell_busy_cores", lambda *_: None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import datasets
 import huggingface_hub
+import psutil
 import torch
 import transformers
 
@@ -107,6 +108,17 @@ def quieten(bars: bool) -> None:
         huggingface_hub.utils.enable_progress_bars()
 
 
+MUCH_BUSY = 0.5
+"""So many busy cores are worth a line."""
+
+
+def busy_cores(seconds: float = 0.2) -> float:
+    """How many of the cores that this process may use are busy while it looks, for so long, and does nothing itself."""
+    shares = psutil.cpu_percent(interval=seconds, percpu=True)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+    return sum(shares[core] for core in own if core < len(shares)) / 100
+
+
 def use_all_cores(training: KavaTrainingArguments) -> None:
     """Undo the single thread that `accelerate launch` gives a lone process on a CPU (read in accelerate 1.15.0).
 
@@ -116,3 +128,12 @@ def use_all_cores(training: KavaTrainingArguments) -> None:
     if launched and "OMP_THREAD_LIMIT" not in os.environ and training.world_size == 1 and training.device.type == "cpu":
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(available or 1)
+
+
+def tell_busy_cores(console: Console, training: KavaTrainingArguments) -> None:
+    """Say that a run on the CPU will be slow where other processes keep cores busy. Its threads wait asleep then."""
+    if training.device.type != "cpu" or training.world_size > 1:
+        return
+    busy, cores = busy_cores(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if busy >= MUCH_BUSY:
+        console.print(f"Other processes keep {busy:.1f} of {cores} cores busy, so this will take longer.")

@@ -27,7 +27,7 @@ from ..utils.progress_bar import show_progress_bars
 from ..utils.signals import WATCH
 from .advice import smaller_batches
 from .control import build_control, forget_control, train_control
-from .display import quieten, shows_bars, tell_alignment, use_all_cores
+from .display import quieten, shows_bars, tell_alignment, tell_busy_cores, use_all_cores
 from .fill_cache import read_from_cache, write_cache
 from .finish import conclude, save_student, tell_interruption, was_interrupted, write_summary
 from .setup import Models, Run
@@ -83,6 +83,7 @@ def open_console(training: KavaTrainingArguments) -> Console:
     show_progress_bars(shows_bars(training))
     hide_tokens()
     use_all_cores(training)
+    tell_busy_cores(console, training)
     return console
 
 

@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import subprocess
+import sys
 from datetime import timedelta
 
+import psutil
 import pytest
 import torch
 from helpers.models import tiny_llama
@@ -18,8 +21,9 @@ from kava_trainer.config.parser import parse_arguments
 from kava_trainer.distillation.token_means import TokenMeans
 from kava_trainer.reports.summary import ModelFigures, RunSummary, Verdict
 from kava_trainer.runs.advice import slow_half_precision
-from kava_trainer.runs.display import show_figures, show_verdict, use_all_cores
+from kava_trainer.runs.display import show_figures, show_verdict, tell_busy_cores, use_all_cores
 from kava_trainer.trainer.callbacks.status import StatusCallback
+from kava_trainer.utils.before_imports import let_threads_sleep
 from kava_trainer.utils.console import Console, can_show_emoji, status_text
 from kava_trainer.utils.environment import describe_environment, device_name
 
@@ -178,6 +182,35 @@ def test_a_launched_process_uses_all_cores_unless_threads_are_limited(monkeypatc
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     use_all_cores(KavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     assert asked == ([len(os.sched_getaffinity(0))] if all_of_them else [])
+
+
+@pytest.mark.parametrize("busy", [0.2, 1.3])
+def test_cores_that_other_processes_keep_busy_are_told(monkeypatch, tmp_path, capsys, busy):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2}, raising=False)
+    shares = [100 * busy / 2, 70.0, 100 * busy / 2]  # core 1 is not this process's
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: shares)
+    tell_busy_cores(Console(plain=True), KavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    said = "Other processes keep 1.3 of 2 cores busy, so this will take longer.\n"
+    assert capsys.readouterr().out == (said if busy > 1 else "")
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
+def test_threads_wait_asleep_unless_the_user_says_how(monkeypatch, given):
+    environment = dict(given)
+    monkeypatch.setattr(os, "environ", environment)
+    let_threads_sleep()
+    expected = given if "OMP_WAIT_POLICY" in given else {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0", **given}
+    assert environment == expected
+
+
+def test_the_program_settles_how_threads_wait_before_torch_is_loaded():
+    code = (
+        "import sys; from kava_trainer import cli; "
+        "cli.exit_with(lambda: print('torch' in sys.modules, __import__('os').environ['GOMP_SPINCOUNT']) or 0)"
+    )
+    environment = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "False 1000\n"
 
 
 @pytest.mark.parametrize(("threads", "said"), [(1, ", 1 thread)"), (2, ", 2 threads)")])

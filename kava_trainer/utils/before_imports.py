@@ -1,6 +1,7 @@
-"""What libraries log while they are imported and nobody can act upon; it is not shown."""
+"""What is settled before the libraries are imported: what they log then, and how their threads wait for each other."""
 
 import logging
+import os
 
 
 def _is_no_missing_extension(record: logging.LogRecord) -> bool:
@@ -25,3 +26,15 @@ def leave_out() -> None:
     logging.getLogger("torchao").addFilter(_is_no_missing_extension)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_missing_kernel)
     logging.getLogger("torch.utils._pytree").addFilter(_is_no_registration)
+
+
+def let_threads_sleep() -> None:
+    """Let threads that wait for each other fall asleep within microseconds, unless `OMP_WAIT_POLICY` has its own say.
+
+    OpenMP's would spin for milliseconds. Beside another busy process one of them has no core to itself, and at every
+    operation the others spin away the time that it needs: a run beside one took several times as long, see
+    `benchmarks/busy.py`. It has no effect on the numbers.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp's, in turns of a loop: about 50 microseconds
+        os.environ.setdefault("KMP_BLOCKTIME", "0")  # Intel's and LLVM's, in milliseconds
