@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from ..config.arguments import KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
 from ..models.layers import number_of_layers
+from ..models.lm_head import check_head
 from ..models.loading import on_device
 from ..models.lora import has_adapter
 from ..models.teacher import OnlineTeacher, TeacherSource
+from ..models.trial import check_states
 from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
 from .targets import HiddenStateTarget, build_target
@@ -110,6 +112,20 @@ def pair_up(
     return OnlineTeacher(teacher, layers), target
 
 
+def _try_out(
+    args: KavaTrainingArguments, student: PreTrainedModel, source: TeacherSource | None, target: HiddenStateTarget
+) -> None:
+    """Make sure that what the terms read of the models is what these have. Raises `BadRequest` if it is not."""
+    if args.aligns:
+        check_states(student, target.student_layers, "student")
+    if args.lm_weight > 0 or args.kd_weight > 0:
+        check_head(student, "student")
+    if isinstance(source, OnlineTeacher):
+        check_states(source.model, source.layers, "teacher")
+        if args.kd_weight > 0:
+            check_head(source.model, "teacher")
+
+
 class Pairing:
     """Makes the model that a `KavaTrainer` trains of a student, a teacher and what is aligned.
 
@@ -141,6 +157,7 @@ class Pairing:
         with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them
             torch.manual_seed(self._args.seed)
             source, target = pair_up(self._args, student, self._teacher, target)
+        _try_out(self._args, student, source, target)
         if not self._args.aligns:
             target.requires_grad_(False)
         if getattr(student, "is_quantized", False):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..data.packing import pack_step
-from ..models.layers import hidden_size, number_of_layers
+from ..models.layers import find_decoder, number_of_layers, state_width
 from ..models.lm_head import vocabulary_logits
 from ..models.loading import model_folder
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
@@ -286,8 +286,8 @@ class CachedTeacher:
 
     def __init__(self, model: PreTrainedModel, read: Callable[[Sequence[int]], dict[int, torch.Tensor]]) -> None:
         self.model, self.read, self._dtype = model, read, model.dtype
-        self.hidden_size = hidden_size(model)
         self.num_layers = number_of_layers(model)
+        self.hidden_size = state_width(model, [self.num_layers])
 
     def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
         """The states [B, T, d_t] by layer that the data collator put into a batch."""
@@ -308,7 +308,7 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     """Free a teacher's weights, so that it cannot run; its config and, if wanted, its vocabulary head are left."""
     head = model.get_output_embeddings()
     kept = {id(parameter) for parameter in head.parameters()} if keep_head else set()
-    for module in list(model.get_decoder().modules()):  # blocks go as a whole: quantised ones keep more than parameters
+    for module in list(find_decoder(model).modules()):  # blocks go as a whole: quantised ones keep more than parameters
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ModuleList):
                 setattr(module, name, nn.ModuleList())

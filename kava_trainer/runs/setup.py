@@ -25,7 +25,6 @@ from ..distillation.projector import ElasticBottleneck
 from ..distillation.teacher_cache import TeacherCache
 from ..evaluation.answers import answer_cross_entropy
 from ..models.layers import hidden_size, number_of_layers
-from ..models.lm_head import check_head
 from ..models.loading import check_reads, check_tokenizers_agree, load_tokenizer
 from ..models.lora import trained_parameters
 from ..models.student import load_student
@@ -50,9 +49,6 @@ from .advice import (
 )
 from .resources import check_space, estimate_memory
 from .tracking import RunTracking
-
-HEAD_CHECK_TOKENS = 64
-"""Tokens that the logits of a whole vocabulary are compared on, before training."""
 
 _BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
 """Parts of the names of parameters that peft adds to a model's own."""
@@ -239,11 +235,6 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
         BadRequest: if the models do not have what the arguments ask for, or Trainer refuses an argument.
     """
     teacher, target = pair_up(training, models.student, models.teacher, None)
-    text = torch.tensor([first_examples(data.train, 1)[0]["input_ids"][:HEAD_CHECK_TOKENS]])
-    if training.kd_weight > 0:
-        check_head(models.teacher, text, "teacher")
-    if training.kd_weight > 0 or training.lm_weight > 0:
-        check_head(models.student, text, "student")
     try:
         trainer = KavaTrainer(
             student=models.student,

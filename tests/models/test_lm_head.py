@@ -21,7 +21,7 @@ def test_logits_from_the_last_state_are_the_models_own(kind, changes):
     model = model_of(kind, **changes)
     output = model(input_ids=IDS, output_hidden_states=True)
     torch.testing.assert_close(vocabulary_logits(model, output.hidden_states[-1]), output.logits)
-    check_head(model, IDS, "student")
+    check_head(model, "student")
 
 
 @pytest.mark.parametrize(("role", "advice"), [("teacher", "set kd_weight to 0"), ("student", "set lm_weight and")])
@@ -36,4 +36,4 @@ def test_a_model_that_does_more_to_its_logits_is_refused(role, advice):
 
     model.forward = forward
     with pytest.raises(BadRequest, match=advice):
-        check_head(model, IDS, role)
+        check_head(model, role)

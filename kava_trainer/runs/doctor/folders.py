@@ -15,7 +15,7 @@ from ...distillation.loss_terms import needed_teacher_layers
 from ...distillation.projector_files import restore_projectors
 from ...distillation.state_shards import bytes_per_token
 from ...distillation.teacher_cache import MANIFEST, TeacherCache, teacher_identity
-from ...models.layers import hidden_size, number_of_layers
+from ...models.layers import number_of_layers, state_width
 from ...trainer.checkpoint import PROJECTOR_FILE, list_checkpoints, resolve_checkpoint
 from ...trainer.trainer import KavaTrainer
 from ...utils.console import size_text
@@ -92,7 +92,7 @@ def check_cache(
         cache.verify()
         layers, there = cache.layers, sum(path.stat().st_size for path in cache.shards.paths)
     tokens = examples.tokens()
-    size = tokens * bytes_per_token(hidden_size(pair.teacher), len(layers), training.teacher_cache_dtype)
+    size = tokens * bytes_per_token(state_width(pair.teacher, layers), len(layers), training.teacher_cache_dtype)
     check_cache_space(folder, max(size - there, 0))
     checkup.ok(f"about {size_text(size)} in {folder} for {tokens} tokens; {size_text(there)} are there already.")
 
