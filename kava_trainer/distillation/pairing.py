@@ -5,7 +5,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,7 +13,7 @@ from ..config.launcher import is_fsdp_asked
 from ..models.layers import number_of_layers
 from ..models.lm_head import check_head
 from ..models.loading import on_device
-from ..models.lora import has_adapter
+from ..models.lora import has_adapter, unwrapped
 from ..models.teacher import OnlineTeacher, TeacherSource
 from ..models.trial import check_states
 from .loss_terms import needed_teacher_layers
@@ -40,11 +39,11 @@ def check_given(
 
 def check_student(student: PreTrainedModel) -> None:
     """Raise `ValueError` for a student that cannot be trained as it is."""
-    if isinstance(student, PeftModel):
-        raise ValueError("The student is a PeftModel. Give the model itself, with adapters from lora.add_adapter.")
     if is_fsdp_asked() and has_adapter(student):
         raise ValueError("Adapters are not supported under FSDP2; start without it.")
     check_causal("student", student)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("No weight of the student needs a gradient, so it would not learn: student.requires_grad_().")
 
 
 def check_causal(role: str, model: Any) -> None:
@@ -94,6 +93,7 @@ def pair_up(
         BadRequest: if the models do not have the layers that the arguments name.
         ValueError: if there is neither a target nor a model to make it for.
     """
+    teacher = unwrapped(teacher, "teacher")
     if isinstance(teacher, (str, nn.Module)):
         check_causal("teacher", teacher)
     if not isinstance(teacher, PreTrainedModel):
@@ -152,6 +152,7 @@ class Pairing:
         Raises:
             BadRequest, ValueError: as `check_student` and `pair_up`.
         """
+        student = unwrapped(student, "student")
         check_student(student)
         target = deepcopy(self._target) if self._again else self._target
         with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them

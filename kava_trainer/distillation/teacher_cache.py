@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..data.packing import pack_step
+from ..models.adapters import find_adapter
 from ..models.layers import find_decoder, number_of_layers, state_width
 from ..models.lm_head import vocabulary_logits
 from ..models.loading import model_folder
@@ -40,11 +41,15 @@ def weights_digest(folder: Path) -> str:
     """A hash of a local model's config and weight files: their names, their sizes, and 64 samples of 64 KiB of each.
 
     Training a model changes nearly every weight, so the samples tell two versions apart without reading gigabytes.
+    Of an adapter the model beneath it counts too.
     """
     digest = hashlib.sha256()
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".pt"))
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size} ".encode() + read_samples(path, 64, 2**16))
+    if (adapter := find_adapter(str(folder), "adapter's folder")) is not None:
+        beneath = Path(adapter.base)
+        digest.update((weights_digest(beneath) if beneath.is_dir() else adapter.base).encode())
     return digest.hexdigest()
 
 

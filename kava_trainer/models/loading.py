@@ -19,6 +19,7 @@ from ..config.model_arguments import QUICKSTART, ModelArguments
 from ..quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import folder_problem
+from .adapters import SavedAdapter, find_adapter, put_on
 from .layers import context_length
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
 def _load(what: str, name: str, load: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     try:
         return load(*args, **kwargs)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BadRequest):
         raise
     except Exception as error:  # broken files raise many kinds in transformers, tokenizers, safetensors and json
         reason, remedy = _reason(error, Path(name))
@@ -75,13 +76,26 @@ def _from_pretrained(
     return _load(what, name, kind.from_pretrained, _locate(name, role), **kwargs)
 
 
+def saved_adapter(name: str, role: str, revision: str | None) -> SavedAdapter | None:
+    """The adapter that a name means; None where it means a model. Raises `BadRequest` as `find_adapter`."""
+    return find_adapter(_locate(name, role), role, revision)
+
+
 def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
-    """The config of a model. Raises `BadRequest` where it cannot be had."""
+    """The config of a model, or of what an adapter belongs on. Raises `BadRequest` where it cannot be had."""
+    if (adapter := saved_adapter(name, role, revision)) is not None:
+        name, revision = adapter.base, adapter.base_revision
     return _from_pretrained(f"{role}'s config", AutoConfig, name, role, revision, arguments)
 
 
 def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises `BadRequest` where it cannot be had or has no end-of-text token."""
+    """The tokenizer of a model; of an adapter without one, of what it belongs on.
+
+    Raises `BadRequest` where it cannot be had or has no end-of-text token.
+    """
+    adapter = saved_adapter(name, role, revision)
+    if adapter is not None and not adapter.has_tokenizer:
+        name, revision = adapter.base, adapter.base_revision
     tokenizer = _from_pretrained(f"{role}'s tokenizer", AutoTokenizer, name, role, revision, arguments)
     if tokenizer.eos_token_id is None:
         raise BadRequest(
@@ -94,7 +108,7 @@ def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelA
 def load_causal_lm(
     name: str, role: str, revision: str | None, dtype: str, arguments: ModelArguments, **kwargs: Any
 ) -> PreTrainedModel:
-    """A causal language model with its trained weights.
+    """A causal language model with its trained weights; where the name means an adapter, with that too.
 
     Args:
         name: hub id, local folder or `quickstart`.
@@ -111,7 +125,14 @@ def load_causal_lm(
         "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
         "attn_implementation": arguments.attn_implementation,
     }
-    return _from_pretrained(role, AutoModelForCausalLM, name, role, revision, arguments, **kwargs)
+    adapter = saved_adapter(name, role, revision)
+    if adapter is None:
+        return _from_pretrained(role, AutoModelForCausalLM, name, role, revision, arguments, **kwargs)
+    beneath = f"model beneath the {role}'s adapter {name!r},"
+    base = _from_pretrained(
+        beneath, AutoModelForCausalLM, adapter.base, role, adapter.base_revision, arguments, **kwargs
+    )
+    return _load(f"{role}'s adapter", name, put_on, adapter, base, role)
 
 
 def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArguments) -> PreTrainedModel:

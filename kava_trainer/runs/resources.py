@@ -30,7 +30,7 @@ from ..distillation.loss_terms import LossTerms, needed_teacher_layers
 from ..distillation.model import DistillationModel
 from ..distillation.targets import build_target
 from ..distillation.teacher_cache import CachedTeacher
-from ..models.layers import find_blocks, hidden_size, number_of_layers
+from ..models.layers import find_blocks, number_of_layers, state_width
 from ..models.lm_head import vocabulary_size
 from ..models.loading import build_causal_lm, load_config
 from ..models.lora import add_adapter
@@ -259,7 +259,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
         distilled = DistillationModel(student, target).train()
         head = teacher.get_output_embeddings().weight
-        batch = _micro_batch(arguments, hidden_size(teacher), layers if cached else [])
+        batch = _micro_batch(arguments, state_width(teacher, layers), layers if cached else [])
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         kept = weight_bytes([head]) if training.kd_weight > 0 else 0
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]

@@ -27,7 +27,7 @@ from ...distillation.calibration import check_enough_tokens
 from ...distillation.projector import ElasticBottleneck
 from ...distillation.targets import HiddenStateTarget, build_target
 from ...models.layers import find_blocks, hidden_size, number_of_layers
-from ...models.loading import build_causal_lm, check_reads, load_config, model_folder
+from ...models.loading import build_causal_lm, check_reads, load_config, model_folder, saved_adapter
 from ...models.student import load_student, quantized_by, student_config
 from ...models.teacher import freeze, load_teacher
 from ...trainer.trainer import KavaTrainer
@@ -129,6 +129,9 @@ def _describe(model: PreTrainedModel, name: str, revision: str | None) -> str:
 
 def _check_weights(name: str, role: str, revision: str | None, model: PreTrainedModel) -> str:
     """How large the weights of a model are and where they lie, in a few words. Raises `BadRequest` if they are not."""
+    if (adapter := saved_adapter(name, role, revision)) is not None:
+        beneath = _check_weights(adapter.base, role, adapter.base_revision, model)
+        return f"{beneath}, with the adapter beside"
     if (folder := model_folder(name, role)) is not None:
         return f"weights {size_text(_check_files(folder, name, role, model))}"
     for file in _WEIGHTS:
