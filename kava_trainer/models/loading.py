@@ -10,10 +10,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..config.model_arguments import QUICKSTART, ModelArguments
 from ..quickstart import STUDENT_FOLDER, TEACHER_FOLDER
@@ -86,6 +88,21 @@ def load_config(name: str, role: str, revision: str | None, arguments: ModelArgu
     if (adapter := saved_adapter(name, role, revision)) is not None:
         name, revision = adapter.base, adapter.base_revision
     return _from_pretrained(f"{role}'s config", AutoConfig, name, role, revision, arguments)
+
+
+def load_generation_config(name: str, role: str, revision: str | None) -> GenerationConfig | None:
+    """How a model answers; None where nothing is said of it. Raises `BadRequest` where it cannot be read."""
+    if (adapter := saved_adapter(name, role, revision)) is not None:
+        name, revision = adapter.base, adapter.base_revision
+    folder = model_folder(name, role)
+    if folder is not None and not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(_locate(name, role), revision=revision)
+    except OSError as error:
+        if folder is None:  # on the hub it may be missing too
+            return None
+        raise BadRequest(f"The {role}'s {GENERATION_CONFIG_NAME} cannot be read: {reason_of(error)}") from error
 
 
 def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedTokenizerBase:

@@ -6,6 +6,7 @@ the very forward and backward pass of the run is carried out on fake tensors, wh
 attend as a CPU's do, whose kernels keep as little as a GPU's.
 """
 
+import logging
 import math
 import shutil
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
+import psutil
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -39,7 +41,7 @@ from ..models.sizes import model_bytes, weight_bytes
 from ..models.student import quantized_by, student_config
 from ..models.teacher import OnlineTeacher, freeze
 from ..utils.console import size_text
-from ..utils.errors import BadRequest
+from ..utils.errors import BadRequest, reason_of
 from ..utils.files import existing_folder
 
 
@@ -276,6 +278,38 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),
         }
+
+
+def try_to_estimate(estimate: Callable[[], dict[str, int]]) -> tuple[dict[str, int] | None, str]:
+    """What `estimate`, a call of `estimate_memory`, gives; or None, and why it gives nothing.
+
+    Code of a model's own may ask for values, which fake tensors lack, or call what torch cannot play through: the run
+    itself may do well all the same. Torch would write a traceback of it on its own.
+
+    Raises:
+        BadRequest: as `estimate_memory`.
+    """
+    fakes = logging.getLogger("torch._subclasses.fake_tensor")
+    before, fakes.disabled = fakes.disabled, True
+    try:
+        return estimate(), ""
+    except BadRequest:
+        raise
+    except Exception as error:  # of any kind that models have
+        return None, f"the passes of these models cannot be played through ({reason_of(error).rstrip('.')})"
+    finally:
+        fakes.disabled = before
+
+
+def describe_estimate(parts: Mapping[str, int], device: torch.device) -> tuple[int, str]:
+    """All that a process will have in memory, in bytes, and the parts of it in words.
+
+    On a CPU that is also what Python and the libraries have taken by now, which the peak of the process is told with.
+    """
+    shown = dict(parts)
+    if device.type == "cpu":
+        shown["Python and its libraries"] = psutil.Process().memory_info().rss
+    return sum(shown.values()), ", ".join(f"{name} {size_text(size)}" for name, size in shown.items())
 
 
 def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:

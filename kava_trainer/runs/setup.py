@@ -35,7 +35,7 @@ from ..trainer.callbacks.trackers import tracker_problem
 from ..trainer.checkpoint import Resumption
 from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console, size_text
-from ..utils.errors import BadRequest, reason_of
+from ..utils.errors import BadRequest
 from ..utils.hub import hub_reason
 from .advice import (
     check_evaluation,
@@ -47,7 +47,7 @@ from .advice import (
     rounding_problem,
     slow_half_precision,
 )
-from .resources import check_space, estimate_memory
+from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .tracking import RunTracking
 
 _BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
@@ -196,13 +196,12 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
     Raises:
         BadRequest: as `estimate_memory`, and where the disk of `output_dir` is too small for a checkpoint.
     """
-    try:
-        parts = estimate_memory(arguments)
-    except RuntimeError as error:  # a model whose code asks for values, which fake tensors lack
-        console.print(f"No memory estimate: the passes of these models cannot be played through ({reason_of(error)}).")
+    parts, reason = try_to_estimate(lambda: estimate_memory(arguments))
+    if parts is None:
+        console.print(f"No memory estimate: {reason}.")
         return None
-    total, device = sum(parts.values()), arguments.training.device
-    shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    device = arguments.training.device
+    total, shown = describe_estimate(parts, device)
     console.print(f"Memory estimate for training: {size_text(total)} ({shown})")
     if device.type == "cuda" and (problem := memory_shortage(total, device)):
         console.warn(str(problem))

@@ -19,12 +19,11 @@ from ...models.layers import number_of_layers, state_width
 from ...trainer.checkpoint import PROJECTOR_FILE, list_checkpoints, resolve_checkpoint
 from ...trainer.trainer import KavaTrainer
 from ...utils.console import size_text
-from ...utils.errors import reason_of
 from ...utils.files import check_cache_space, check_folder, existing_folder
 from ...utils.memory import free_memory_bytes
 from ..advice import memory_shortage
 from ..identity import check_output_dir, check_resumable, earlier_run, run_identity
-from ..resources import check_space, checkpoint_bytes, estimate_memory
+from ..resources import check_space, checkpoint_bytes, describe_estimate, estimate_memory, try_to_estimate
 from ..start import check_places
 from .data import Examples
 from .findings import Checkup
@@ -34,16 +33,14 @@ from .models import Pair
 
 def check_memory(checkup: Checkup, arguments: KavaArguments) -> dict[str, int] | None:
     """What training will take of each device beside what is free; the parts, where they can be told."""
-    try:
-        parts = estimate_memory(arguments)
-    except RuntimeError as error:  # a model whose code asks for values, which fake tensors lack
-        checkup.ok(f"no estimate: the passes of these models cannot be played through ({reason_of(error)}).")
+    parts, reason = try_to_estimate(lambda: estimate_memory(arguments))
+    if parts is None:
+        checkup.ok(f"no estimate: {reason}.")
         return None
     device = arguments.training.device
-    total, free = sum(parts.values()), free_memory_bytes(device)
-    shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    (total, shown), free = describe_estimate(parts, device), free_memory_bytes(device)
     text = f"an estimated {size_text(total)} on {device} ({shown}), where {size_text(free)} are free."
-    if problem := memory_shortage(total, device):
+    if problem := memory_shortage(sum(parts.values()), device):
         checkup.warn_of(replace(problem, what=text))
     else:
         checkup.ok(text)

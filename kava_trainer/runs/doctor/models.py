@@ -27,8 +27,16 @@ from ...distillation.calibration import check_enough_tokens
 from ...distillation.projector import ElasticBottleneck
 from ...distillation.targets import HiddenStateTarget, build_target
 from ...models.layers import find_blocks, hidden_size, number_of_layers
-from ...models.loading import build_causal_lm, check_reads, load_config, model_folder, saved_adapter
-from ...models.student import load_student, quantized_by, student_config
+from ...models.loading import (
+    build_causal_lm,
+    check_reads,
+    load_config,
+    load_generation_config,
+    model_folder,
+    saved_adapter,
+)
+from ...models.routers import router_note
+from ...models.student import load_student, mend_generation_config, quantized_by, student_config
 from ...models.teacher import freeze, load_teacher
 from ...trainer.trainer import KavaTrainer
 from ...utils.console import size_text
@@ -106,11 +114,18 @@ def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: Pre
         student = load_student(shape, teacher)
     name, revision = model.student_name, model.student_revision
     starts = {"random": "random weights", "teacher_layers": "layers of the teacher"}
+    told = None
     if model.student_init == "pretrained":
         weights = _check_weights(name, "student", revision, student)
+        student.generation_config = load_generation_config(name, "student", revision)
+        told = mend_generation_config(student)
     else:
         weights = f"starts from {starts[model.student_init]}"
     checkup.ok(f"{_describe(student, name, revision)}, {weights}{', LoRA adapters' if model.use_peft else ''}.")
+    if told:
+        checkup.warn(told, "Mend generation_config.json of the student, if it shall sample.")
+    if note := router_note(student):
+        checkup.ok(note)
     trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
     if problem := rounding_problem(arguments.training.optim, arguments.training.optim_args, trained):
         checkup.warn_of(problem)
