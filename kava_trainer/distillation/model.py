@@ -61,7 +61,8 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.target = target
-        self.student_uses_cache = student.config.use_cache  # Trainer turns it off
+        # Trainer turns it off, and adds it to a config that has none but in its part for text.
+        self.student_uses_cache: bool | None = getattr(student.config, "use_cache", None)
         self._capture = HiddenStateCapture(student, target.student_layers)
 
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..config.arguments import KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
-from ..models.layers import number_of_layers
+from ..models.layers import number_of_layers, train_text_alone
 from ..models.lm_head import check_head
 from ..models.loading import on_device
 from ..models.lora import has_adapter, unwrapped
@@ -154,6 +154,7 @@ class Pairing:
         """
         student = unwrapped(student, "student")
         check_student(student)
+        train_text_alone(student)
         target = deepcopy(self._target) if self._again else self._target
         with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them
             torch.manual_seed(self._args.seed)

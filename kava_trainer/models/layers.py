@@ -68,6 +68,20 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
+def train_text_alone(model: PreTrainedModel) -> None:
+    """Freeze what a model that reads more than text has beside its decoder and its vocabulary head.
+
+    It has no part in a loss, and data parallelism would wait for its gradients.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return
+    parts = (find_decoder(model), model.get_output_embeddings())
+    text = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in text:
+            parameter.requires_grad_(False)
+
+
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The list of transformer blocks of a decoder.
 

@@ -7,8 +7,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -122,6 +125,13 @@ def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelA
     return tokenizer
 
 
+def _kind_of(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes a config's model; families that read images beside text have one of their own."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def load_causal_lm(
     name: str, role: str, revision: str | None, dtype: str, arguments: ModelArguments, **kwargs: Any
 ) -> PreTrainedModel:
@@ -143,22 +153,26 @@ def load_causal_lm(
         "attn_implementation": arguments.attn_implementation,
     }
     adapter = saved_adapter(name, role, revision)
+    kind = _kind_of(load_config(name, role, revision, arguments))
     if adapter is None:
-        return _from_pretrained(role, AutoModelForCausalLM, name, role, revision, arguments, **kwargs)
+        return _from_pretrained(role, kind, name, role, revision, arguments, **kwargs)
     beneath = f"model beneath the {role}'s adapter {name!r},"
-    base = _from_pretrained(
-        beneath, AutoModelForCausalLM, adapter.base, role, adapter.base_revision, arguments, **kwargs
-    )
+    base = _from_pretrained(beneath, kind, adapter.base, role, adapter.base_revision, arguments, **kwargs)
     return _load(f"{role}'s adapter", name, put_on, adapter, base, role)
 
 
-def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArguments) -> PreTrainedModel:
-    """A causal language model with random weights, in the config's data type where `dtype` is `auto`."""
+def build_causal_lm(
+    config: PreTrainedConfig, dtype: str, arguments: ModelArguments, role: str = "student"
+) -> PreTrainedModel:
+    """A causal language model with random weights, in the config's data type where `dtype` is `auto`.
+
+    Raises `BadRequest`, which names the `role`, where that cannot be built.
+    """
     chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     return _load(
-        "student of type",
+        f"{role} of type",
         config.model_type,
-        AutoModelForCausalLM.from_config,
+        _kind_of(config).from_config,
         config,
         dtype=chosen,
         attn_implementation=arguments.attn_implementation,

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..utils.errors import BadRequest
-from .layers import number_of_layers
+from .layers import number_of_layers, train_text_alone
 from .loading import build_causal_lm, load_causal_lm, load_config, saved_adapter
 from .lora import add_adapter
 from .teacher import quantization_config
@@ -128,6 +128,7 @@ def load_student(
         student = student.float()
     if arguments.use_peft:
         add_adapter(student, arguments)
+    train_text_alone(student)
     return student.train()
 
 

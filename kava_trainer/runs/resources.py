@@ -32,7 +32,7 @@ from ..distillation.loss_terms import LossTerms, needed_teacher_layers
 from ..distillation.model import DistillationModel
 from ..distillation.targets import build_target
 from ..distillation.teacher_cache import CachedTeacher
-from ..models.layers import find_blocks, number_of_layers, state_width
+from ..models.layers import find_blocks, number_of_layers, state_width, train_text_alone
 from ..models.lm_head import vocabulary_size
 from ..models.loading import build_causal_lm, load_config
 from ..models.lora import add_adapter
@@ -144,6 +144,8 @@ def _meta_student(arguments: ModelArguments) -> tuple[PreTrainedModel, dict[str,
         sizes = {"student": model_bytes(student, _student_quantization(arguments, student.config))}
         if arguments.use_peft:
             add_adapter(student, arguments)
+        train_text_alone(student)
+        if arguments.use_peft:
             sizes["adapter"] = weight_bytes(p for p in student.parameters() if p.requires_grad)
     return student, sizes
 
@@ -240,8 +242,10 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     training, model = arguments.training, arguments.model
     student, sizes = _meta_student(model)
     config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
+    with torch.device("meta"):
+        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, "teacher"))
     with FakeTensorMode():
-        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
+        _make_fake(teacher)
         _make_fake(student)
         target = build_target(training, student, teacher)
         target.requires_grad_(training.aligns)

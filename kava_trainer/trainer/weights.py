@@ -113,9 +113,12 @@ class Weights:
         """Write the student as `write_student` does, with a config as it was before the training."""
         mend_generation_config(self.model.student)  # somebody may have changed it since the training began
         config = self.model.student.config
-        config.use_cache = self.model.student_uses_cache
+        before, added = self.model.student_uses_cache, vars(config).pop("use_cache", None)
+        if before is not None:
+            config.use_cache = before
         self.write_student(folder, state_dict, merge_adapter)
-        config.use_cache = self.args.use_cache
+        if added is not None:
+            config.use_cache = added
 
     @contextmanager
     def kept(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> Iterator[None]:

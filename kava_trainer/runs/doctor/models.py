@@ -79,7 +79,7 @@ def check_teacher_model(checkup: Checkup, arguments: KavaArguments) -> PreTraine
     model = arguments.model
     config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
     with torch.device("meta"):
-        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
+        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, "teacher"))
     name, revision = model.teacher_name, model.teacher_revision
     weights = _check_weights(name, "teacher", revision, teacher)
     checkup.ok(f"{_describe(teacher, name, revision)}, {weights}.")
