@@ -44,6 +44,10 @@ def check_student(student: PreTrainedModel) -> None:
     check_causal("student", student)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("No weight of the student needs a gradient, so it would not learn: student.requires_grad_().")
+    kinds = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
+    if odd := kinds - {torch.float32, torch.bfloat16}:
+        kind = str(odd.pop()).removeprefix("torch.")
+        raise ValueError(f"The student's weights are {kind}, which is not trained in; write student.float().")
 
 
 def check_causal(role: str, model: Any) -> None:

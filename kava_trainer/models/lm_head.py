@@ -70,7 +70,7 @@ def check_head(model: PreTrainedModel, role: str) -> None:
             reason = ""
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         agree, reason = False, f" ({reason_of(error)})"
     if not agree:
         raise BadRequest(

@@ -1,7 +1,7 @@
 """Configs, tokenizers and weights by hub id or local folder, with one clear error where they cannot be had."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -108,6 +108,11 @@ def load_generation_config(name: str, role: str, revision: str | None) -> Genera
         raise BadRequest(f"The {role}'s {GENERATION_CONFIG_NAME} cannot be read: {reason_of(error)}") from error
 
 
+def _is_of_tokenizer(file: str) -> bool:
+    """Whether a file of this name is a tokenizer's."""
+    return file.startswith(("tokenizer", "vocab", "merges", "spiece")) or file.endswith((".model", ".tiktoken"))
+
+
 def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; of an adapter without one, of what it belongs on.
 
@@ -116,6 +121,12 @@ def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelA
     adapter = saved_adapter(name, role, revision)
     if adapter is not None and not adapter.has_tokenizer:
         name, revision = adapter.base, adapter.base_revision
+    folder = model_folder(name, role)
+    if folder is not None and not any(_is_of_tokenizer(path.name) for path in folder.iterdir()):
+        raise BadRequest(
+            f"The {role}'s folder {name!r} holds no tokenizer, not even a tokenizer_config.json;",
+            "save the one that the model was trained with there.",
+        )
     tokenizer = _from_pretrained(f"{role}'s tokenizer", AutoTokenizer, name, role, revision, arguments)
     if tokenizer.eos_token_id is None:
         raise BadRequest(
@@ -130,6 +141,24 @@ def _kind_of(config: PreTrainedConfig) -> Any:
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
+
+
+def _whole(what: str, kind: Any, name: str, role: str, *where: Any, **kwargs: Any) -> PreTrainedModel:
+    """A model as `_from_pretrained` reads it. Raises `BadRequest` where weights are missing: they would be random."""
+    model, found = _from_pretrained(what, kind, name, role, *where, output_loading_info=True, **kwargs)
+    missing = sorted(found["missing_keys"])
+    if missing and not getattr(model, "is_quantized", False):
+        raise missing_weights(what, name, missing)
+    return cast(PreTrainedModel, model)
+
+
+def missing_weights(what: str, name: str, missing: Sequence[str]) -> BadRequest:
+    """The error for a model of whose weights some are nowhere."""
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return BadRequest(
+        f"The {what} {name!r} cannot be loaded: {missing[0]}{more} of its weights are missing, and would be random.",
+        "Name a causal language model with all its weights.",
+    )
 
 
 def load_causal_lm(
@@ -155,9 +184,9 @@ def load_causal_lm(
     adapter = saved_adapter(name, role, revision)
     kind = _kind_of(load_config(name, role, revision, arguments))
     if adapter is None:
-        return _from_pretrained(role, kind, name, role, revision, arguments, **kwargs)
+        return _whole(role, kind, name, role, revision, arguments, **kwargs)
     beneath = f"model beneath the {role}'s adapter {name!r},"
-    base = _from_pretrained(beneath, kind, adapter.base, role, adapter.base_revision, arguments, **kwargs)
+    base = _whole(beneath, kind, adapter.base, role, adapter.base_revision, arguments, **kwargs)
     return _load(f"{role}'s adapter", name, put_on, adapter, base, role)
 
 

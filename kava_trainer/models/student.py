@@ -28,8 +28,10 @@ def mend_generation_config(student: PreTrainedModel) -> str | None:
     Raises:
         BadRequest: if there is more to mend than sampling that is not asked for.
     """
+    if student.generation_config is None:
+        student.generation_config = GenerationConfig.from_model_config(student.config)
     config, plain = student.generation_config, GenerationConfig()
-    if config is None or _generation_problem(config) is None:
+    if _generation_problem(config) is None:
         return None
     kept = [name for name in _SAMPLING if getattr(config, name, None) != getattr(plain, name, None)]
     for name in kept:

@@ -16,7 +16,7 @@ from ..distillation.model import DistillationModel
 from ..distillation.projector_files import projector_content, restore_projectors, write_projectors
 from ..models.loading import on_device
 from ..models.lora import has_adapter
-from ..models.lora_files import adapter_weights, load_adapter, save_weights
+from ..models.lora_files import adapter_weights, load_adapter, reload_problem, save_weights
 from ..models.student import mend_generation_config
 from ..utils.distributed import any_rank, is_sharded, own_part, whole_state
 from ..utils.errors import BadRequest, reason_of
@@ -54,6 +54,8 @@ class Weights:
                     part.save_pretrained(folder)
         except Exception as error:  # configs and tokenizers fail in ways of their own
             raise BadRequest(f"The student could not be saved ({reason_of(error)}).") from error
+        if not is_sharded(self.model) and (problem := reload_problem(student)) is not None:
+            raise BadRequest(f"The student could not be saved: {problem}.", "Change its config along with its modules.")
 
     def projectors(self, with_decoders: bool = False) -> dict[str, Any]:
         """What the projectors' file will hold.

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ from ...models.loading import (
     check_reads,
     load_config,
     load_generation_config,
+    missing_weights,
     model_folder,
     saved_adapter,
 )
@@ -184,6 +186,8 @@ def _check_files(folder: Path, name: str, role: str, model: PreTrainedModel) -> 
     """The size of a folder's weight files, whose headers must tell of this model's weights."""
     files = _weight_files(folder, name, role)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if missing := _missing(folder, files, model):
+        raise missing_weights(role, name, missing)
     for file in files:
         reason = _broken_weights(folder / file, {} if quantized_by(model.config) else shapes)
         if reason is not None:
@@ -214,6 +218,19 @@ def _weight_files(folder: Path, name: str, role: str) -> list[str]:
             "Download or copy them again.",
         )
     return files
+
+
+def _missing(folder: Path, files: list[str], model: PreTrainedModel) -> list[str]:
+    """The weights of a model that are in none of its files; none where these name weights in another way."""
+    if quantized_by(model.config) or any(not file.endswith(".safetensors") for file in files):
+        return []
+    found: set[str] = set()
+    for file in files:
+        with suppress(Exception), safe_open(folder / file, framework="pt") as opened:  # broken ones are told of below
+            found |= set(opened.keys())
+    wanted = model.state_dict().keys()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return [] if not found or found - wanted else sorted(wanted - found - tied.keys())
 
 
 def _broken_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
