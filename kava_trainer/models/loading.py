@@ -88,9 +88,13 @@ def saved_adapter(name: str, role: str, revision: str | None) -> SavedAdapter | 
 
 def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
     """The config of a model, or of what an adapter belongs on. Raises `BadRequest` where it cannot be had."""
+    return _config(f"{role}'s config", name, role, revision, arguments)
+
+
+def _config(what: str, name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
     if (adapter := saved_adapter(name, role, revision)) is not None:
         name, revision = adapter.base, adapter.base_revision
-    return _from_pretrained(f"{role}'s config", AutoConfig, name, role, revision, arguments)
+    return cast(PreTrainedConfig, _from_pretrained(what, AutoConfig, name, role, revision, arguments))
 
 
 def load_generation_config(name: str, role: str, revision: str | None) -> GenerationConfig | None:
@@ -101,9 +105,9 @@ def load_generation_config(name: str, role: str, revision: str | None) -> Genera
     if folder is not None and not (folder / GENERATION_CONFIG_NAME).is_file():
         return None
     try:
-        return GenerationConfig.from_pretrained(_locate(name, role), revision=revision)
-    except OSError as error:
-        if folder is None:  # on the hub it may be missing too
+        return GenerationConfig.from_pretrained(_locate(name, role), revision=revision or "main")
+    except (OSError, ValueError) as error:
+        if folder is None and isinstance(error, OSError):  # on the hub it may be missing too
             return None
         raise BadRequest(f"The {role}'s {GENERATION_CONFIG_NAME} cannot be read: {reason_of(error)}") from error
 
@@ -182,7 +186,7 @@ def load_causal_lm(
         "attn_implementation": arguments.attn_implementation,
     }
     adapter = saved_adapter(name, role, revision)
-    kind = _kind_of(load_config(name, role, revision, arguments))
+    kind = _kind_of(_config(role, name, role, revision, arguments))
     if adapter is None:
         return _whole(role, kind, name, role, revision, arguments, **kwargs)
     beneath = f"model beneath the {role}'s adapter {name!r},"

@@ -119,7 +119,7 @@ def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: Pre
     told = None
     if model.student_init == "pretrained":
         weights = _check_weights(name, "student", revision, student)
-        student.generation_config = load_generation_config(name, "student", revision)
+        cast(Any, student).generation_config = load_generation_config(name, "student", revision)
         told = mend_generation_config(student)
     else:
         weights = f"starts from {starts[model.student_init]}"
