@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..config.model_arguments import QUICKSTART, ModelArguments
 from ..quickstart import STUDENT_FOLDER, TEACHER_FOLDER
@@ -126,7 +126,8 @@ def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelA
     if adapter is not None and not adapter.has_tokenizer:
         name, revision = adapter.base, adapter.base_revision
     folder = model_folder(name, role)
-    if folder is not None and not any(_is_of_tokenizer(path.name) for path in folder.iterdir()):
+    files = [] if folder is None else [path.name for path in folder.iterdir()]
+    if CONFIG_NAME in files and not any(map(_is_of_tokenizer, files)):
         raise BadRequest(
             f"The {role}'s folder {name!r} holds no tokenizer, not even a tokenizer_config.json;",
             "save the one that the model was trained with there.",
