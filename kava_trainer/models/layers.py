@@ -40,9 +40,9 @@ def state_width(model: PreTrainedModel, layers: Iterable[int]) -> int:
     widths = {last if layer == depth else inner for layer in layers} or {last}
     if len(widths) > 1:
         raise BadRequest(
-            f"The last hidden state of {type(model).__name__} is {last} wide and its others {inner}, so no common "
-            "projector takes them;",
-            "use layer_mapping last, or layers before the last one alone, and kd_weight 0 beside a teacher cache.",
+            f"The last hidden state of {type(model).__name__} is {last} wide and its others {inner}, so they cannot be "
+            "projected, or cached, together;",
+            "use layer_mapping last, or map layers before the last one alone, and then without kd_weight in a cache.",
         )
     return widths.pop()
 

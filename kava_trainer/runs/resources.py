@@ -265,7 +265,8 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
         distilled = DistillationModel(student, target).train()
         head = teacher.get_output_embeddings().weight
-        batch = _micro_batch(arguments, state_width(teacher, layers), layers if cached else [])
+        cached_layers = layers if cached else []
+        batch = _micro_batch(arguments, state_width(teacher, cached_layers), cached_layers)
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         kept = weight_bytes([head]) if training.kd_weight > 0 else 0
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]

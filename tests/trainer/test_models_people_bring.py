@@ -236,3 +236,11 @@ def test_weights_that_cannot_be_saved_as_a_model_are_kept_and_the_reason_is_told
         fresh.load_state_dict(torch.load(tmp_path / RESCUED, weights_only=True))
         assert torch.equal(fresh.lm_head.weight, trainer.student.lm_head.weight)
         (tmp_path / RESCUED).unlink()
+
+
+def test_a_teacher_of_two_widths_aligns_inner_layers_beside_its_own_logits(tmp_path, tokenizer):
+    trainer = trainer_of(tmp_path, tokenizer, knower=narrow_opt(), kd_weight=1.0, layer_mapping="[[1, 1], [2, 2]]")
+    trainer.train()
+    assert [projector.config.input_size for projector in trainer.target.projectors] == [STUDENT_SIZE] * 2
+    with pytest.raises(BadRequest, match="is 16 wide and its others 32"):
+        trainer_of(tmp_path, tokenizer, knower=narrow_opt(), layer_mapping="all")
