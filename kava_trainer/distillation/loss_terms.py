@@ -161,6 +161,11 @@ class LossTerms:
             _note(means, weights, name, total, counted)
         if outputs.logits_total is not None:
             parts.append(outputs.logits_total / (counted if answers is None else answers).clamp(min=1))
+        if outputs.router is not None:
+            weighted, loss = outputs.router
+            means.add("router_loss", loss * mask.sum(), mask.sum())
+            means.add("router_weighted", weighted.detach() * mask.sum(), mask.sum())
+            parts.append(token_mean(weighted * mask, mask, tokens))
         return torch.stack(parts).sum()
 
     def _alignment(

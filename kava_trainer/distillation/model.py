@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.hidden_states import HiddenStateCapture, run_decoder
+from ..models.hidden_states import HiddenStateCapture, decoder_output, first_tensor
 from ..models.lm_head import vocabulary_logits
+from ..models.routers import router_losses
 from ..utils.distributed import is_sharded
 from .logits_terms import LogitsTerms
 from .targets import AlignedStates, HiddenStateTarget
@@ -34,6 +35,8 @@ class StudentOutput:
     """Weighted sum of the terms on logits over tokens, with its gradient; None where none was asked for."""
     logits_sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sums over tokens of the terms on logits, without weights and gradients."""
+    router: tuple[torch.Tensor, torch.Tensor] | None = None
+    """The auxiliary loss of a mixture's routers, see `routers.router_losses`."""
 
 
 torch.export.register_dataclass(StudentOutput)
@@ -58,7 +61,8 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.target = target
-        self.student_uses_cache = student.config.use_cache  # Trainer turns it off
+        # Trainer turns it off, and adds it to a config that has none but in its part for text.
+        self.student_uses_cache: bool | None = getattr(student.config, "use_cache", None)
         self._capture = HiddenStateCapture(student, target.student_layers)
 
     def __getattr__(self, name: str) -> Any:
@@ -108,12 +112,14 @@ class DistillationModel(nn.Module):
         if not distils:
             return self.student(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **others)
         with self._capture as states:
-            last = run_decoder(self.student, cast(torch.Tensor, input_ids), attention_mask, packed_lengths)
+            output = decoder_output(self.student, cast(torch.Tensor, input_ids), attention_mask, packed_lengths)
+        last = first_tensor(output)
+        router = router_losses(self.student, output, None if packed_lengths else attention_mask)
         pairs = [] if teacher_states is None else self.target(states, teacher_states)
         if logits_terms is None:
-            return StudentOutput(last, states, pairs)
+            return StudentOutput(last, states, pairs, router=router)
         own = [p for p in self.student.get_output_embeddings().parameters() if p.requires_grad]
-        return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last))
+        return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last), router)
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_s].

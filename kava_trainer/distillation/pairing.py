@@ -5,17 +5,18 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.arguments import KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
 from ..data.collators import check_rows
-from ..models.layers import number_of_layers
+from ..models.layers import number_of_layers, train_text_alone
+from ..models.lm_head import check_head
 from ..models.loading import on_device
-from ..models.lora import has_adapter
+from ..models.lora import has_adapter, unwrapped
 from ..models.teacher import OnlineTeacher, TeacherSource
+from ..models.trial import check_states
 from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
 from .targets import HiddenStateTarget, build_target, no_target
@@ -60,11 +61,15 @@ def check_given(
 
 def check_student(student: PreTrainedModel) -> None:
     """Raise `ValueError` for a student that cannot be trained as it is."""
-    if isinstance(student, PeftModel):
-        raise ValueError("The student is a PeftModel. Give the model itself, with adapters from lora.add_adapter.")
     if is_fsdp_asked() and has_adapter(student):
         raise ValueError("Adapters are not supported under FSDP2; start without it.")
     check_causal("student", student)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("No weight of the student needs a gradient, so it would not learn: student.requires_grad_().")
+    kinds = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
+    if odd := kinds - {torch.float32, torch.bfloat16}:
+        kind = str(odd.pop()).removeprefix("torch.")
+        raise ValueError(f"The student's weights are {kind}, which is not trained in; write student.float().")
 
 
 def check_causal(role: str, model: Any) -> None:
@@ -115,6 +120,7 @@ def pair_up(
         BadRequest: if the models do not have the layers that the arguments name.
         ValueError: if there is neither a target nor a model to make it for.
     """
+    teacher = unwrapped(teacher, "teacher")
     if isinstance(teacher, (str, nn.Module)):
         check_causal("teacher", teacher)
     if teacher is None and not args.reads_teacher:
@@ -137,6 +143,20 @@ def pair_up(
     return OnlineTeacher(teacher, layers), target
 
 
+def _try_out(
+    args: KavaTrainingArguments, student: PreTrainedModel, source: TeacherSource | None, target: HiddenStateTarget
+) -> None:
+    """Make sure that what the terms read of the models is what these have. Raises `BadRequest` if it is not."""
+    if args.aligns:
+        check_states(student, target.student_layers, "student")
+    if args.lm_weight > 0 or args.kd_weight > 0:
+        check_head(student, "student")
+    if isinstance(source, OnlineTeacher):
+        check_states(source.model, source.layers, "teacher")
+        if args.kd_weight > 0:
+            check_head(source.model, "teacher")
+
+
 class Pairing:
     """Makes the model that a `KavaTrainer` trains of a student, a teacher and what is aligned.
 
@@ -154,7 +174,7 @@ class Pairing:
         target: HiddenStateTarget | None,
         again: bool,
     ) -> None:
-        self._args, self._teacher, self._again = args, teacher, again
+        self._args, self._teacher, self._again = args, unwrapped(teacher, "teacher"), again
         self._target = deepcopy(target) if again else target
 
     def pair(self, student: PreTrainedModel) -> tuple[DistillationModel, TeacherSource | None]:
@@ -163,11 +183,15 @@ class Pairing:
         Raises:
             BadRequest, ValueError: as `check_student` and `pair_up`.
         """
+        student = unwrapped(student, "student")
         check_student(student)
+        train_text_alone(student)
         target = deepcopy(self._target) if self._again else self._target
         with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them
             torch.manual_seed(self._args.seed)
             source, target = pair_up(self._args, student, self._teacher, target)
+        _try_out(self._args, student, source, target)
+        self._tried = self._read_parts()
         self._trained = [parameter for parameter in target.parameters() if parameter.requires_grad]
         self._train_projectors()
         if getattr(student, "is_quantized", False):
@@ -184,19 +208,26 @@ class Pairing:
             source: that it has had so far.
 
         Raises:
-            ValueError: if a term reads a teacher, and there is none.
+            BadRequest, ValueError: as `pair`.
         """
-        self._train_projectors()
-        teacher, target = self._teacher, model.target
-        if teacher is not None and not isinstance(teacher, PreTrainedModel):
+        if self._tried == self._read_parts():
             return source
-        if isinstance(teacher, PreTrainedModel):
-            layers = needed_teacher_layers(self._args, target, number_of_layers(teacher))
-            if not isinstance(source, OnlineTeacher | None) or layers == (source.layers if source else []):
-                return source
+        self._train_projectors()
+        teacher = self._teacher
+        if isinstance(teacher, PreTrainedModel) and isinstance(source, OnlineTeacher | None):
             if source is not None:
                 source.close()
-        return pair_up(self._args, model.student, teacher, target)[0]
+            source, _ = pair_up(self._args, model.student, teacher, model.target)
+        elif teacher is None:
+            pair_up(self._args, model.student, None, model.target)
+        _try_out(self._args, model.student, source, model.target)
+        self._tried = self._read_parts()
+        return source
+
+    def _read_parts(self) -> tuple[bool, ...]:
+        """What the terms read: states, logits of the student, and those of the teacher."""
+        args = self._args
+        return args.aligns, args.lm_weight > 0 or args.kd_weight > 0, args.kd_weight > 0
 
     def _train_projectors(self) -> None:
         for parameter in self._trained:

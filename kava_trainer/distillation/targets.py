@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..config.arguments import KavaTrainingArguments
 from ..config.layer_mapping import resolve_layer_pairs
-from ..models.layers import hidden_size, number_of_layers
+from ..models.layers import number_of_layers, state_width
 from ..utils.errors import BadRequest
 from .losses import mercator_per_token, mse_per_token
 from .projector import ProjectorConfig, build_decoder, build_projector, normalise
@@ -143,7 +143,8 @@ def build_target(args: KavaTrainingArguments, student: PreTrainedModel, teacher:
         teacher: gives its depth and width.
 
     Raises:
-        BadRequest: if a layer does not exist, or there are not as many `layer_weights` as pairs.
+        BadRequest: if a layer does not exist, layers of one model differ in width, or there are not as many
+            `layer_weights` as pairs.
     """
     pairs = resolve_layer_pairs(args.layer_mapping, number_of_layers(student), number_of_layers(teacher))
     if args.layer_weights is not None and len(args.layer_weights) != len(pairs):
@@ -151,7 +152,7 @@ def build_target(args: KavaTrainingArguments, student: PreTrainedModel, teacher:
             f"layer_weights has {len(args.layer_weights)} numbers, but layer_mapping {args.layer_mapping} gives "
             f"{len(pairs)} pairs: {', '.join(map(str, pairs))}."
         )
-    sizes = (hidden_size(teacher), hidden_size(student))
+    sizes = (state_width(teacher, (layer for _, layer in pairs)), state_width(student, (layer for layer, _ in pairs)))
     if args.projector_direction == "student_to_teacher":
         sizes = sizes[::-1]
     config = ProjectorConfig(*sizes, args.projector_mlp_ratio, args.projector_dropout, args.projector_anchor)
@@ -161,4 +162,5 @@ def build_target(args: KavaTrainingArguments, student: PreTrainedModel, teacher:
 
 def no_target(student: PreTrainedModel) -> HiddenStateTarget:
     """The alignment of nothing, for a student that learns from its next tokens alone."""
-    return HiddenStateTarget([], ProjectorConfig(hidden_size(student), hidden_size(student)))
+    width = state_width(student, [])
+    return HiddenStateTarget([], ProjectorConfig(width, width))

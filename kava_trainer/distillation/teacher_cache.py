@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..data.packing import pack_step
-from ..models.layers import hidden_size, number_of_layers
+from ..models.adapters import find_adapter
+from ..models.layers import find_decoder, number_of_layers, state_width
 from ..models.lm_head import vocabulary_logits
 from ..models.loading import model_folder
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
@@ -40,11 +41,15 @@ def weights_digest(folder: Path) -> str:
     """A hash of a local model's config and weight files: their names, their sizes, and 64 samples of 64 KiB of each.
 
     Training a model changes nearly every weight, so the samples tell two versions apart without reading gigabytes.
+    Of an adapter the model beneath it counts too.
     """
     digest = hashlib.sha256()
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".pt"))
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size} ".encode() + read_samples(path, 64, 2**16))
+    if (adapter := find_adapter(str(folder), "adapter's folder")) is not None:
+        beneath = Path(adapter.base)
+        digest.update((weights_digest(beneath) if beneath.is_dir() else adapter.base).encode())
     return digest.hexdigest()
 
 
@@ -286,8 +291,8 @@ class CachedTeacher:
 
     def __init__(self, model: PreTrainedModel, read: Callable[[Sequence[int]], dict[int, torch.Tensor]]) -> None:
         self.model, self.read, self._dtype = model, read, model.dtype
-        self.hidden_size = hidden_size(model)
         self.num_layers = number_of_layers(model)
+        self.hidden_size = state_width(model, [self.num_layers])
 
     def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
         """The states [B, T, d_t] by layer that the data collator put into a batch."""
@@ -308,7 +313,7 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     """Free a teacher's weights, so that it cannot run; its config and, if wanted, its vocabulary head are left."""
     head = model.get_output_embeddings()
     kept = {id(parameter) for parameter in head.parameters()} if keep_head else set()
-    for module in list(model.get_decoder().modules()):  # blocks go as a whole: quantised ones keep more than parameters
+    for module in list(find_decoder(model).modules()):  # blocks go as a whole: quantised ones keep more than parameters
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ModuleList):
                 setattr(module, name, nn.ModuleList())

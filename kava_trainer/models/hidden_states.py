@@ -12,8 +12,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layers import find_blocks, number_of_layers
+from .layers import find_blocks, find_decoder, number_of_layers
 from .packed_attention import packed_arguments
+
+
+def decoder_output(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    packed_lengths: Sequence[int] | None = None,
+) -> Any:
+    """What the decoder itself gives; see `run_decoder`."""
+    if packed_lengths is None:
+        arguments = {"attention_mask": attention_mask, "use_cache": False}
+    else:
+        arguments = packed_arguments(model, packed_lengths, input_ids.device)
+    return find_decoder(model)(input_ids=input_ids, **arguments)
 
 
 def run_decoder(
@@ -33,14 +47,11 @@ def run_decoder(
     Returns:
         The last hidden state [B, T, d].
     """
-    if packed_lengths is None:
-        arguments = {"attention_mask": attention_mask, "use_cache": False}
-    else:
-        arguments = packed_arguments(model, packed_lengths, input_ids.device)
-    return _first_tensor(model.get_decoder()(input_ids=input_ids, **arguments))
+    return first_tensor(decoder_output(model, input_ids, attention_mask, packed_lengths))
 
 
-def _first_tensor(output: Any) -> torch.Tensor:
+def first_tensor(output: Any) -> torch.Tensor:
+    """The hidden state of what a decoder or a block gives."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
@@ -64,7 +75,7 @@ class HiddenStateCapture:
         blocks: Sequence[nn.Module] = list(find_blocks(model)) if inner else []
         self._hooks = [blocks[layer - 1].register_forward_hook(self._recorder(layer)) for layer in inner]
         if depth in self.layers:
-            self._hooks.append(model.get_decoder().register_forward_hook(self._recorder(depth)))
+            self._hooks.append(find_decoder(model).register_forward_hook(self._recorder(depth)))
 
     def remove(self) -> None:
         """Take the hooks off the model; nothing is captured any more."""
@@ -74,7 +85,7 @@ class HiddenStateCapture:
     def _recorder(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self._states is not None:
-                self._states[layer] = _first_tensor(output)
+                self._states[layer] = first_tensor(output)
 
         return record
 

@@ -1,12 +1,17 @@
 """The parts of a decoder: where it holds its blocks, how many there are, and how wide and long it is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..utils.errors import BadRequest
+
+TOKENS = 16
+"""Of the text that models are tried out on."""
 
 
 def config_layers(config: PreTrainedConfig) -> int:
@@ -20,13 +25,61 @@ def number_of_layers(model: PreTrainedModel) -> int:
 
 
 def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the hidden states of a decoder."""
+    """Width of the hidden states of a decoder between its blocks."""
     return model.config.get_text_config(decoder=True).hidden_size
+
+
+def state_width(model: PreTrainedModel, layers: Iterable[int]) -> int:
+    """Width of the hidden states of some layers; of the last one it may be another (OPT-350m projects it).
+
+    Raises:
+        BadRequest: if the layers' states differ in width.
+    """
+    inner, depth = hidden_size(model), number_of_layers(model)
+    last = getattr(model.config.get_text_config(decoder=True), "word_embed_proj_dim", inner)
+    widths = {last if layer == depth else inner for layer in layers} or {last}
+    if len(widths) > 1:
+        raise BadRequest(
+            f"The last hidden state of {type(model).__name__} is {last} wide and its others {inner}, so they cannot be "
+            "projected, or cached, together;",
+            "use layer_mapping last, or map layers before the last one alone, and then without kd_weight in a cache.",
+        )
+    return widths.pop()
+
+
+def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that reads text and gives the last hidden state, without vocabulary head and vision.
+
+    Raises:
+        BadRequest: if there is none.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if decoder is not model and decoder is not head:
+        return decoder
+    # transformers 5.23.0 takes the model itself for it (Llama 4), or the head (ModernBERT's decoder).
+    inner = next((child for child in model.children() if isinstance(child, PreTrainedModel)), None)
+    if inner is None:
+        raise BadRequest(f"{type(model).__name__} keeps no decoder apart from its vocabulary head;", "use another.")
+    return inner
 
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens a model has positions for, or None where its config sets no limit."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def train_text_alone(model: PreTrainedModel) -> None:
+    """Freeze what a model that reads more than text has beside its decoder and its vocabulary head.
+
+    It has no part in a loss, and data parallelism would wait for its gradients.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return
+    parts = (find_decoder(model), model.get_output_embeddings())
+    text = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in text:
+            parameter.requires_grad_(False)
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -36,7 +89,7 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
         BadRequest: if the model keeps no list of as many modules as its config counts layers.
     """
     depth = number_of_layers(model)
-    for module in model.get_decoder().modules():
+    for module in find_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise BadRequest(
@@ -54,7 +107,7 @@ def truncated(model: PreTrainedModel, depth: int) -> Iterator[None]:
     blocks = find_blocks(model)
     owner, name = next(
         (module, name)
-        for module in model.get_decoder().modules()
+        for module in find_decoder(model).modules()
         for name, child in module.named_children()
         if child is blocks
     )
@@ -63,3 +116,21 @@ def truncated(model: PreTrainedModel, depth: int) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, blocks)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the `with` block a model is in evaluation mode; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def made_up_tokens(model: PreTrainedModel, count: int = TOKENS, first: int = 1) -> torch.Tensor:
+    """Token ids [1, count] that a model has embeddings for, where it takes them."""
+    size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    return (torch.arange(first, first + count) % size).unsqueeze(0).to(model.device)

@@ -1,24 +1,30 @@
 """Configs, tokenizers and weights by hub id or local folder, with one clear error where they cannot be had."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..config.model_arguments import QUICKSTART, ModelArguments
 from ..quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import folder_problem
+from .adapters import SavedAdapter, find_adapter, put_on
 from .layers import context_length
 
 T = TypeVar("T")
@@ -49,7 +55,7 @@ def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
 def _load(what: str, name: str, load: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     try:
         return load(*args, **kwargs)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BadRequest):
         raise
     except Exception as error:  # broken files raise many kinds in transformers, tokenizers, safetensors and json
         reason, remedy = _reason(error, Path(name))
@@ -75,13 +81,57 @@ def _from_pretrained(
     return _load(what, name, kind.from_pretrained, _locate(name, role), **kwargs)
 
 
+def saved_adapter(name: str, role: str, revision: str | None) -> SavedAdapter | None:
+    """The adapter that a name means; None where it means a model. Raises `BadRequest` as `find_adapter`."""
+    return find_adapter(_locate(name, role), role, revision)
+
+
 def load_config(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
-    """The config of a model. Raises `BadRequest` where it cannot be had."""
-    return _from_pretrained(f"{role}'s config", AutoConfig, name, role, revision, arguments)
+    """The config of a model, or of what an adapter belongs on. Raises `BadRequest` where it cannot be had."""
+    return _config(f"{role}'s config", name, role, revision, arguments)
+
+
+def _config(what: str, name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedConfig:
+    if (adapter := saved_adapter(name, role, revision)) is not None:
+        name, revision = adapter.base, adapter.base_revision
+    return cast(PreTrainedConfig, _from_pretrained(what, AutoConfig, name, role, revision, arguments))
+
+
+def load_generation_config(name: str, role: str, revision: str | None) -> GenerationConfig | None:
+    """How a model answers; None where nothing is said of it. Raises `BadRequest` where it cannot be read."""
+    if (adapter := saved_adapter(name, role, revision)) is not None:
+        name, revision = adapter.base, adapter.base_revision
+    folder = model_folder(name, role)
+    if folder is not None and not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(_locate(name, role), revision=revision or "main")
+    except (OSError, ValueError) as error:
+        if folder is None and isinstance(error, OSError):  # on the hub it may be missing too
+            return None
+        raise BadRequest(f"The {role}'s {GENERATION_CONFIG_NAME} cannot be read: {reason_of(error)}") from error
+
+
+def _is_of_tokenizer(file: str) -> bool:
+    """Whether a file of this name is a tokenizer's."""
+    return file.startswith(("tokenizer", "vocab", "merges", "spiece")) or file.endswith((".model", ".tiktoken"))
 
 
 def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises `BadRequest` where it cannot be had or has no end-of-text token."""
+    """The tokenizer of a model; of an adapter without one, of what it belongs on.
+
+    Raises `BadRequest` where it cannot be had or has no end-of-text token.
+    """
+    adapter = saved_adapter(name, role, revision)
+    if adapter is not None and not adapter.has_tokenizer:
+        name, revision = adapter.base, adapter.base_revision
+    folder = model_folder(name, role)
+    files = [] if folder is None else [path.name for path in folder.iterdir()]
+    if CONFIG_NAME in files and not any(map(_is_of_tokenizer, files)):
+        raise BadRequest(
+            f"The {role}'s folder {name!r} holds no tokenizer, not even a tokenizer_config.json;",
+            "save the one that the model was trained with there.",
+        )
     tokenizer = _from_pretrained(f"{role}'s tokenizer", AutoTokenizer, name, role, revision, arguments)
     if tokenizer.eos_token_id is None:
         raise BadRequest(
@@ -91,10 +141,35 @@ def load_tokenizer(name: str, role: str, revision: str | None, arguments: ModelA
     return tokenizer
 
 
+def _kind_of(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes a config's model; families that read images beside text have one of their own."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _whole(what: str, kind: Any, name: str, role: str, *where: Any, **kwargs: Any) -> PreTrainedModel:
+    """A model as `_from_pretrained` reads it. Raises `BadRequest` where weights are missing: they would be random."""
+    model, found = _from_pretrained(what, kind, name, role, *where, output_loading_info=True, **kwargs)
+    missing = sorted(found["missing_keys"])
+    if missing and not getattr(model, "is_quantized", False):
+        raise missing_weights(what, name, missing)
+    return cast(PreTrainedModel, model)
+
+
+def missing_weights(what: str, name: str, missing: Sequence[str]) -> BadRequest:
+    """The error for a model of whose weights some are nowhere."""
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return BadRequest(
+        f"The {what} {name!r} cannot be loaded: {missing[0]}{more} of its weights are missing, and would be random.",
+        "Name a causal language model with all its weights.",
+    )
+
+
 def load_causal_lm(
     name: str, role: str, revision: str | None, dtype: str, arguments: ModelArguments, **kwargs: Any
 ) -> PreTrainedModel:
-    """A causal language model with its trained weights.
+    """A causal language model with its trained weights; where the name means an adapter, with that too.
 
     Args:
         name: hub id, local folder or `quickstart`.
@@ -111,16 +186,27 @@ def load_causal_lm(
         "dtype": "auto" if dtype == "auto" else getattr(torch, dtype),
         "attn_implementation": arguments.attn_implementation,
     }
-    return _from_pretrained(role, AutoModelForCausalLM, name, role, revision, arguments, **kwargs)
+    adapter = saved_adapter(name, role, revision)
+    kind = _kind_of(_config(role, name, role, revision, arguments))
+    if adapter is None:
+        return _whole(role, kind, name, role, revision, arguments, **kwargs)
+    beneath = f"model beneath the {role}'s adapter {name!r},"
+    base = _whole(beneath, kind, adapter.base, role, adapter.base_revision, arguments, **kwargs)
+    return _load(f"{role}'s adapter", name, put_on, adapter, base, role)
 
 
-def build_causal_lm(config: PreTrainedConfig, dtype: str, arguments: ModelArguments) -> PreTrainedModel:
-    """A causal language model with random weights, in the config's data type where `dtype` is `auto`."""
+def build_causal_lm(
+    config: PreTrainedConfig, dtype: str, arguments: ModelArguments, role: str = "student"
+) -> PreTrainedModel:
+    """A causal language model with random weights, in the config's data type where `dtype` is `auto`.
+
+    Raises `BadRequest`, which names the `role`, where that cannot be built.
+    """
     chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     return _load(
-        "student of type",
+        f"{role} of type",
         config.model_type,
-        AutoModelForCausalLM.from_config,
+        _kind_of(config).from_config,
         config,
         dtype=chosen,
         attn_implementation=arguments.attn_implementation,

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import transformers
 from packaging.version import Version
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations import peft as peft_integration
 
@@ -28,6 +28,26 @@ _TAKES_RELEASED_PEFT = "5.23.0"
 def has_adapter(student: PreTrainedModel) -> bool:
     """Whether a student is trained through adapters."""
     return bool(getattr(student, "peft_config", None))
+
+
+def unwrapped(model: Any, role: str) -> Any:
+    """The model inside a `PeftModel`, with its adapters as they are; anything else as it is.
+
+    Raises:
+        ValueError: if its adapters are no part of it, or a student has any but one of the usual name.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(f"The {role} is a PeftModel that learns a prompt, which its hidden states would need too.")
+    inner: Any = model.get_base_model()
+    if role == "student":
+        if list(model.peft_config) != [ADAPTER]:
+            names = ", ".join(model.peft_config)
+            raise ValueError(f"The student has the adapters {names}; give it one alone, named {ADAPTER}.")
+        inner.peft_config = model.peft_config
+        keep_differentiable(inner)
+    return inner
 
 
 def trained_parameters(student: PreTrainedModel) -> int:
@@ -75,7 +95,7 @@ def add_adapter(student: PreTrainedModel, arguments: ModelArguments) -> None:
     for name, parameter in student.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    _keep_differentiable(student)
+    keep_differentiable(student)
 
 
 def _check_versions() -> None:
@@ -98,7 +118,7 @@ def _base_name(arguments: ModelArguments) -> str | None:
     return name if folder is None else str(folder.resolve())
 
 
-def _keep_differentiable(student: PreTrainedModel) -> None:
+def keep_differentiable(student: PreTrainedModel) -> None:
     """Keep bitsandbytes from packing 4-bit weights anew for inference.
 
     On CPUs with bfloat16 instructions it does so at the first forward pass in evaluation mode, for good, and what runs

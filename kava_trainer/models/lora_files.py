@@ -65,6 +65,25 @@ def load_adapter(folder: str | Path, student: PreTrainedModel) -> None:
     set_peft_model_state_dict(student, weights, ADAPTER)
 
 
+def reload_problem(student: PreTrainedModel) -> str | None:
+    """Why a saved student would not be loaded as it is, in a clause; None where it would be.
+
+    Somebody may have put other modules into it, of which its config does not know.
+    """
+    if has_adapter(student) or getattr(student, "is_quantized", False):
+        return None
+    with torch.device("meta"), torch.random.fork_rng([]):
+        plain = {
+            name: weight.shape for name, weight in type(student)(copy.deepcopy(student.config)).state_dict().items()
+        }
+    own = {name: weight.shape for name, weight in student.state_dict().items()}
+    odd = sorted(name for name in own.keys() | plain.keys() if own.get(name) != plain.get(name))
+    if not odd:
+        return None
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    return f"{odd[0]}{more} of its weights are not what its config describes, so nobody could load them again"
+
+
 def merged_student(student: PreTrainedModel) -> PreTrainedModel:
     """A plain model on the CPU that computes what a student with adapters does, up to rounding.
 

@@ -5,10 +5,10 @@ whole row under a dense mask would grow with the square of T; here it runs examp
 the examples alone.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +16,20 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..utils.errors import reason_of
+from .layers import context_length, evaluating, find_decoder, made_up_tokens, number_of_layers, truncated
+
 PACKED_SDPA = "kava_packed_sdpa"
 """Name of the attention that reads `packed_lengths`; without them it is `sdpa`."""
 
 TOLERANCE, LOW_TOLERANCE = 1e-3, 0.05
-"""Largest relative difference that counts as none; the second one is for fewer bits."""
+"""Largest relative difference from an example alone that counts as none; the second one is for fewer bits."""
+
+NOTICED, LOW_NOTICED = 1e-5, 1e-4
+"""The same between two rows of equal shape, in which nothing is rounded otherwise: a small state space tells little."""
+
+LENGTH, LONGEST_WINDOW = 12, 4096
+"""Tokens that are compared; the widest window whose end is tried out, since attention takes its square."""
 
 
 def restarting_positions(lengths: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -110,37 +119,83 @@ def packed_arguments(model: PreTrainedModel, lengths: Sequence[int], device: tor
     return arguments
 
 
-@torch.no_grad()
-def packing_problem(model: PreTrainedModel) -> str | None:
-    """Why a model cannot read packed rows, tried out on two short examples; None where it can.
+def _reach(model: PreTrainedModel) -> int:
+    """The widest window of a model's attention that is narrower than what it reads; 0 where it has none."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and all(kind == "full_attention" for kind in kinds):
+        return 0
+    named = ((name, value) for name, value in config.to_dict().items() if "layers" not in name)
+    windows = [value for name, value in named if "window" in name or name == "attention_chunk_size"]
+    limit = context_length(model) or math.inf
+    return max((width for width in windows if type(width) is int and 0 < width < limit), default=0)
 
-    An example must have the states it has alone, and must not notice which example stands before it.
+
+def packing_problem(model: PreTrainedModel) -> str | None:
+    """Why a model cannot read packed rows, tried out on two examples; None where it can.
+
+    An example must have the states it has alone, and must not notice which example stands before it; one that reaches
+    past every window of the model's attention too.
 
     Args:
         model: it is left in the mode it came in. `enable_packing` comes first.
     """
-    training, decoder = model.training, model.get_decoder()
-    model.eval()
-    size, device = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0], model.device
-    first, other, second = (torch.arange(start, start + count) % size for start, count in ((2, 9), (31, 9), (57, 12)))
+    reach = _reach(model)
+    if reach > LONGEST_WINDOW:
+        return f"its window of {reach} tokens is too wide to be tried out"
+    try:
+        with evaluating(model), torch.no_grad():
+            if _sees_others(model):
+                return "packed examples would see each other"
+            if reach and _ends_elsewhere(model, reach):
+                return f"an example longer than its window of {reach} tokens would not be read as it is alone"
+    except torch.OutOfMemoryError:
+        return f"there is no memory to try out examples of {reach + LENGTH} tokens"
+    except Exception as error:  # code of any family's own
+        return f"its forward pass does not take what keeps packed examples apart: {reason_of(error)}"
+    return None
 
-    def states(*examples: torch.Tensor) -> torch.Tensor:
-        arguments = packed_arguments(model, [len(example) for example in examples], device)
-        row = torch.cat(examples).unsqueeze(0).to(device)
-        return decoder(input_ids=row, **arguments)[0][0, -len(second) :].float()
 
-    problem: str | None = "its forward pass does not take what keeps packed examples apart"
-    with suppress(TypeError):
-        packed, beside_other = states(first, second), states(other, second)
-        alone = decoder(input_ids=second.unsqueeze(0).to(device), use_cache=False)[0][0].float()
-        # 8 bit picks its outliers over the whole row; else rows of equal shape are rounded equally, in any data type.
-        in_8bit = getattr(model, "is_loaded_in_8bit", False)
-        rounding = LOW_TOLERANCE if in_8bit or model.dtype != torch.float32 else TOLERANCE
-        noticing = LOW_TOLERANCE if in_8bit else TOLERANCE
-        apart = _difference(packed, alone) <= rounding and _difference(packed, beside_other) <= noticing
-        problem = None if apart else "packed examples would see each other"
-    model.train(training)
-    return problem
+def _states(model: PreTrainedModel, *examples: torch.Tensor) -> torch.Tensor:
+    """The last states [12, d] of a row in which examples [1, T] are packed."""
+    arguments = packed_arguments(model, [example.shape[1] for example in examples], model.device)
+    row = torch.cat(examples, dim=1)
+    return find_decoder(model)(input_ids=row, **arguments)[0][0, -LENGTH:].float()
+
+
+def _alone(model: PreTrainedModel, example: torch.Tensor) -> torch.Tensor:
+    return find_decoder(model)(input_ids=example, use_cache=False)[0][0, -LENGTH:].float()
+
+
+def _sees_others(model: PreTrainedModel) -> bool:
+    """Whether an example has other states than alone, or other ones beside another."""
+    first, other, second = (made_up_tokens(model, count, start) for start, count in ((2, 9), (31, 9), (57, LENGTH)))
+    packed, beside_other = _states(model, first, second), _states(model, other, second)
+    # 8 bit picks its outliers over the whole row; else rows of equal shape are rounded equally, in any data type.
+    noticing = NOTICED if model.dtype == torch.float32 else LOW_NOTICED
+    noticing = LOW_TOLERANCE if getattr(model, "is_loaded_in_8bit", False) else noticing
+    apart = _difference(packed, _alone(model, second)) <= _rounding(model)
+    return not apart or _difference(packed, beside_other) > noticing
+
+
+def _ends_elsewhere(model: PreTrainedModel, reach: int) -> bool:
+    """Whether the end of an example that is longer than the window is read otherwise than alone.
+
+    Each kind of layer has its turn in the first blocks.
+    """
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    depth = max(map(kinds.index, set(kinds))) + 1 if kinds else number_of_layers(model)
+    count = min(reach + LENGTH, context_length(model) or math.inf)
+    long = made_up_tokens(model, int(count), 57)
+    with truncated(model, depth):
+        packed = _states(model, made_up_tokens(model, 9, 2), long)
+        return _difference(packed, _alone(model, long)) > _rounding(model)
+
+
+def _rounding(model: PreTrainedModel) -> float:
+    """The difference from the states alone that counts as none."""
+    low = getattr(model, "is_loaded_in_8bit", False) or model.dtype != torch.float32
+    return LOW_TOLERANCE if low else TOLERANCE
 
 
 def _difference(left: torch.Tensor, right: torch.Tensor) -> float:

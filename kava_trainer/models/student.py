@@ -8,8 +8,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..utils.errors import BadRequest
-from .layers import number_of_layers
-from .loading import build_causal_lm, load_causal_lm, load_config
+from .layers import number_of_layers, train_text_alone
+from .loading import build_causal_lm, load_causal_lm, load_config, saved_adapter
 from .lora import add_adapter
 from .teacher import quantization_config
 
@@ -28,8 +28,10 @@ def mend_generation_config(student: PreTrainedModel) -> str | None:
     Raises:
         BadRequest: if there is more to mend than sampling that is not asked for.
     """
+    if student.generation_config is None:
+        student.generation_config = GenerationConfig.from_model_config(student.config)
     config, plain = student.generation_config, GenerationConfig()
-    if config is None or _generation_problem(config) is None:
+    if _generation_problem(config) is None:
         return None
     kept = [name for name in _SAMPLING if getattr(config, name, None) != getattr(plain, name, None)]
     for name in kept:
@@ -60,6 +62,8 @@ def student_config(arguments: ModelArguments) -> PreTrainedConfig:
     """
     name = cast(str, arguments.student_model_name_or_path or arguments.student_config_name)
     config = load_config(name, "student", arguments.student_revision, arguments)
+    if arguments.student_init == "pretrained" and saved_adapter(name, "student", arguments.student_revision):
+        _check_merging(name, arguments, quantized_by(config) is not None)
     quantization_config(arguments.student_quantization, "student")  # refused before anything is loaded
     if (method := quantized_by(config)) is None:
         return config
@@ -79,6 +83,15 @@ def student_config(arguments: ModelArguments) -> PreTrainedConfig:
             "write merge_adapter false.",
         )
     return config
+
+
+def _check_merging(name: str, arguments: ModelArguments, is_quantized: bool) -> None:
+    """Make sure that a student that is an adapter can become part of the model beneath it."""
+    what = f"The student {name!r} is an adapter, which is merged into the model beneath it before the training"
+    if is_quantized or arguments.student_quantization != "none":
+        raise BadRequest(f"{what}, and quantised weights take none;", "merge it first, or use weights as they are.")
+    if arguments.exports_adapter:
+        raise BadRequest(f"{what}, so nobody could load what merge_adapter false exports;", "write merge_adapter true.")
 
 
 def quantized_by(config: PreTrainedConfig) -> str | None:
@@ -117,6 +130,7 @@ def load_student(
         student = student.float()
     if arguments.use_peft:
         add_adapter(student, arguments)
+    train_text_alone(student)
     return student.train()
 
 

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from ..config.model_arguments import ModelArguments
 from ..utils.errors import BadRequest
 from .hidden_states import HiddenStateCapture, run_decoder
-from .layers import hidden_size, number_of_layers, truncated
+from .layers import number_of_layers, state_width, truncated
 from .lm_head import vocabulary_logits
 from .loading import load_causal_lm, on_device
 
@@ -101,7 +101,7 @@ class OnlineTeacher:
 
     def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
         self.model = freeze(model)
-        self.hidden_size = hidden_size(model)
+        self.hidden_size = state_width(model, layers[-1:])
         self.num_layers = number_of_layers(model)
         self.layers = layers
         self._depth = max(layers, default=0)

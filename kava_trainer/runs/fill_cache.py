@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..config.arguments import KavaTrainingArguments
 from ..data.streaming import ExampleStream
 from ..distillation.teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
-from ..models.layers import hidden_size
+from ..models.layers import state_width
 from ..models.teacher import OnlineTeacher
 from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console, size_text
@@ -28,13 +28,14 @@ def open_cache(run: Run) -> TeacherCache | None:
     """The folder of teacher states, where one is asked for and some term reads the teacher.
 
     Raises:
-        BadRequest: if it holds something else.
+        BadRequest: if it holds something else, or the layers' states differ in width.
     """
     training, trainer = run.training, run.trainer
     if training.teacher_cache_dir is None or trainer.teacher is None:
         return None
     identity = teacher_identity(run.arguments.model, run.models.teacher, trainer.accelerator.mixed_precision)
     layers = cast(OnlineTeacher, trainer.teacher).layers
+    state_width(run.models.teacher, layers)
     return TeacherCache(training.teacher_cache_dir, identity, layers, training.teacher_cache_dtype)
 
 
@@ -66,7 +67,7 @@ def _fill(run: Run, cache: TeacherCache) -> None:
     examples = _examples_at_hand(run.data, run.trainer)
     missing = cache.missing(examples)
     tokens = sum(len(examples[i]) for i in missing)
-    size = cache.bytes_for(tokens, hidden_size(teacher))
+    size = cache.bytes_for(tokens, state_width(teacher, cache.layers))
     layers = ", ".join(map(str, cache.layers))
     which = "examples beside the stream" if isinstance(stream, ExampleStream) else "examples"
     console.print(
@@ -79,7 +80,7 @@ def _fill(run: Run, cache: TeacherCache) -> None:
         cache.check_space(size)
         cache.build(teacher, examples, missing, budget, autocast)
     if isinstance(stream, ExampleStream):
-        announce(console, cache, stream, training, hidden_size(teacher))
+        announce(console, cache, stream, training, state_width(teacher, cache.layers))
         written = fill_from_stream(cache, teacher, stream, training, budget, autocast)
         console.print(f"{written} examples of the stream were missing and have been written.")
 

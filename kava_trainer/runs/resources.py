@@ -6,6 +6,7 @@ the very forward and backward pass of the run is carried out on fake tensors, wh
 attend as a CPU's do, whose kernels keep as little as a GPU's.
 """
 
+import logging
 import math
 import shutil
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
+import psutil
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -30,7 +32,7 @@ from ..distillation.loss_terms import LossTerms, needed_teacher_layers
 from ..distillation.model import DistillationModel
 from ..distillation.targets import build_target
 from ..distillation.teacher_cache import CachedTeacher
-from ..models.layers import find_blocks, hidden_size, number_of_layers
+from ..models.layers import find_blocks, number_of_layers, state_width, train_text_alone
 from ..models.lm_head import vocabulary_size
 from ..models.loading import build_causal_lm, load_config
 from ..models.lora import add_adapter
@@ -39,7 +41,7 @@ from ..models.sizes import model_bytes, weight_bytes
 from ..models.student import quantized_by, student_config
 from ..models.teacher import OnlineTeacher, freeze
 from ..utils.console import size_text
-from ..utils.errors import BadRequest
+from ..utils.errors import BadRequest, reason_of
 from ..utils.files import existing_folder
 
 
@@ -142,6 +144,8 @@ def _meta_student(arguments: ModelArguments) -> tuple[PreTrainedModel, dict[str,
         sizes = {"student": model_bytes(student, _student_quantization(arguments, student.config))}
         if arguments.use_peft:
             add_adapter(student, arguments)
+        train_text_alone(student)
+        if arguments.use_peft:
             sizes["adapter"] = weight_bytes(p for p in student.parameters() if p.requires_grad)
     return student, sizes
 
@@ -238,8 +242,10 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     training, model = arguments.training, arguments.model
     student, sizes = _meta_student(model)
     config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
+    with torch.device("meta"):
+        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, "teacher"))
     with FakeTensorMode():
-        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
+        _make_fake(teacher)
         _make_fake(student)
         target = build_target(training, student, teacher)
         target.requires_grad_(training.aligns)
@@ -259,7 +265,8 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
         distilled = DistillationModel(student, target).train()
         head = teacher.get_output_embeddings().weight
-        batch = _micro_batch(arguments, hidden_size(teacher), layers if cached else [])
+        cached_layers = layers if cached else []
+        batch = _micro_batch(arguments, state_width(teacher, cached_layers), cached_layers)
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         kept = weight_bytes([head]) if training.kd_weight > 0 else 0
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
@@ -276,6 +283,38 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),
         }
+
+
+def try_to_estimate(estimate: Callable[[], dict[str, int]]) -> tuple[dict[str, int] | None, str]:
+    """What `estimate`, a call of `estimate_memory`, gives; or None, and why it gives nothing.
+
+    Code of a model's own may ask for values, which fake tensors lack, or call what torch cannot play through: the run
+    itself may do well all the same. Torch would write a traceback of it on its own.
+
+    Raises:
+        BadRequest: as `estimate_memory`.
+    """
+    fakes = logging.getLogger("torch._subclasses.fake_tensor")
+    before, fakes.disabled = fakes.disabled, True
+    try:
+        return estimate(), ""
+    except BadRequest:
+        raise
+    except Exception as error:  # of any kind that models have
+        return None, f"the passes of these models cannot be played through ({reason_of(error).rstrip('.')})"
+    finally:
+        fakes.disabled = before
+
+
+def describe_estimate(parts: Mapping[str, int], device: torch.device) -> tuple[int, str]:
+    """All that a process will have in memory, in bytes, and the parts of it in words.
+
+    On a CPU that is also what Python and the libraries have taken by now, which the peak of the process is told with.
+    """
+    shown = dict(parts)
+    if device.type == "cpu":
+        shown["Python and its libraries"] = psutil.Process().memory_info().rss
+    return sum(shown.values()), ", ".join(f"{name} {size_text(size)}" for name, size in shown.items())
 
 
 def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:

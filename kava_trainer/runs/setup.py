@@ -26,7 +26,6 @@ from ..distillation.projector import ElasticBottleneck
 from ..distillation.teacher_cache import TeacherCache
 from ..evaluation.answers import answer_cross_entropy
 from ..models.layers import hidden_size, number_of_layers
-from ..models.lm_head import check_head
 from ..models.loading import check_reads, check_tokenizers_agree, load_tokenizer
 from ..models.lora import trained_parameters
 from ..models.student import load_student
@@ -37,7 +36,7 @@ from ..trainer.callbacks.trackers import tracker_problem
 from ..trainer.checkpoint import Resumption
 from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console, size_text
-from ..utils.errors import BadRequest, reason_of
+from ..utils.errors import BadRequest
 from ..utils.hub import hub_reason
 from .advice import (
     check_evaluation,
@@ -49,11 +48,8 @@ from .advice import (
     planned_steps,
     precision_problems,
 )
-from .resources import check_space, estimate_memory
+from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .tracking import RunTracking
-
-HEAD_CHECK_TOKENS = 64
-"""Tokens that the logits of a whole vocabulary are compared on, before training."""
 
 _BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
 """Parts of the names of parameters that peft adds to a model's own."""
@@ -221,13 +217,12 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
     Raises:
         BadRequest: as `estimate_memory`, and where the disk of `output_dir` is too small for a checkpoint.
     """
-    try:
-        parts = estimate_memory(arguments)
-    except RuntimeError as error:  # a model whose code asks for values, which fake tensors lack
-        console.print(f"No memory estimate: the passes of these models cannot be played through ({reason_of(error)}).")
+    parts, reason = try_to_estimate(lambda: estimate_memory(arguments))
+    if parts is None:
+        console.print(f"No memory estimate: {reason}.")
         return None
-    total, device = sum(parts.values()), arguments.training.device
-    shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    device = arguments.training.device
+    total, shown = describe_estimate(parts, device)
     console.print(f"Memory estimate for training: {size_text(total)} ({shown})")
     if device.type == "cuda" and (problem := memory_shortage(total, arguments)):
         console.warn(str(problem))
@@ -260,11 +255,6 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
         BadRequest: if the models do not have what the arguments ask for, or Trainer refuses an argument.
     """
     teacher, target = pair_up(training, models.student, models.teacher, None)
-    text = torch.tensor([first_examples(data.train, 1)[0]["input_ids"][:HEAD_CHECK_TOKENS]])
-    if training.kd_weight > 0:
-        check_head(models.teacher, text, "teacher")
-    if training.kd_weight > 0 or training.lm_weight > 0:
-        check_head(models.student, text, "student")
     try:
         trainer = KavaTrainer(
             student=models.student,

@@ -32,10 +32,10 @@ class Incidents:
         """Add to `problems`; the step is the last finished one by default."""
         self.problems.append({"step": self.step if step is None else step, "kind": kind, "action": action})
 
-    def advice(self) -> str:
-        """What to resume from after the training went wrong, as a sentence."""
+    def advice(self, otherwise: str = "There is no checkpoint yet; start afresh.") -> str:
+        """What to resume from after the training went wrong, as a sentence; `otherwise` where there is nothing."""
         newest = find_newest_checkpoint(str(self._args.output_dir)).checkpoint
-        return f"Resume from {newest}, which is sound." if newest else "There is no checkpoint yet; start afresh."
+        return f"Resume from {newest}, which is sound." if newest else otherwise
 
     def smaller_evaluation(self) -> str:
         """What to write where memory runs out in an evaluation, as a sentence with the checkpoint to resume from."""

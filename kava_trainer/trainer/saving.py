@@ -112,7 +112,7 @@ class SavingTrainer(Trainer):
             Whether the student was written, and `final_checksums`; on the process that writes.
 
         Raises:
-            RunFailed: if the disk does not take them.
+            RunFailed: if the disk does not take them, or they cannot be saved; it says where the weights are.
         """
         weights = self.weights
         state, projectors = weights.gathered_student(), weights.projectors()
@@ -122,15 +122,14 @@ class SavingTrainer(Trainer):
             nonlocal written, checksums
             if self.args.should_save:
                 save = partial(weights.export_student, merge_adapter=merge_adapter, state_dict=state)
-                written = write_folder_atomically(student_folder, save, is_same_student)
-                write_projectors(projectors, projector)
+                with weights.kept(student_folder, state):
+                    written = write_folder_atomically(student_folder, save, is_same_student)
+                    write_projectors(projectors, projector)
                 checksums = final_checksums(student_folder, projector)
 
         if (problem := all_succeed(write)) is not None:
-            raise RunFailed(
-                f"The finished student could not be written to {student_folder} ({problem}). If there is no room, make "
-                f"some, or name another final_dir. {self.incidents.advice()}"
-            )
+            told = f"The finished student could not be written to {student_folder}: {problem.rstrip('.')}."
+            raise RunFailed(f"{told} {self.incidents.advice(otherwise='')}".rstrip())
         return written, checksums
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -22,6 +22,7 @@ from ..distillation.pairing import Pairing, check_given
 from ..distillation.targets import HiddenStateTarget
 from ..distillation.teacher_cache import CachedTeacher
 from ..models.lm_head import vocabulary_size
+from ..models.routers import router_note
 from ..models.student import mend_generation_config
 from ..models.teacher import OnlineTeacher, TeacherSource
 from ..utils.distributed import from_main_process, is_sharded
@@ -126,6 +127,8 @@ class KavaTrainer(StudentTrainer):
         self.terms = LossTerms(self.args, self.target, source, size, lambda: self.accelerator.autocast())
         if told := mend_generation_config(self.student):
             self.console.warn(told)
+        if told := router_note(self.student):
+            self.console.print(told)
         models = {"student": self.student, **({"teacher": source.model} if isinstance(source, OnlineTeacher) else {})}
         if reason := self.batches.choose_packing(models, self.data_collator):
             self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")

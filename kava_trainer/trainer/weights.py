@@ -1,10 +1,11 @@
 """What a trainer of a student beside projectors writes and reads as weights: each of the two by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from ..distillation.model import DistillationModel
 from ..distillation.projector_files import projector_content, restore_projectors, write_projectors
 from ..models.loading import on_device
 from ..models.lora import has_adapter
-from ..models.lora_files import load_adapter, save_weights
+from ..models.lora_files import adapter_weights, load_adapter, reload_problem, save_weights
+from ..models.student import mend_generation_config
 from ..utils.distributed import any_rank, is_sharded, own_part, whole_state
 from ..utils.errors import BadRequest, reason_of
 from .checkpoint import PROJECTOR_FILE
+from .final_student import NotSaved, keep_weights, where_kept, why_not_saved
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Weights:
                     part.save_pretrained(folder)
         except Exception as error:  # configs and tokenizers fail in ways of their own
             raise BadRequest(f"The student could not be saved ({reason_of(error)}).") from error
+        if not is_sharded(self.model) and (problem := reload_problem(student)) is not None:
+            raise BadRequest(f"The student could not be saved: {problem}.", "Change its config along with its modules.")
 
     def projectors(self, with_decoders: bool = False) -> dict[str, Any]:
         """What the projectors' file will hold.
@@ -108,10 +113,36 @@ class Weights:
         self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None, merge_adapter: bool = True
     ) -> None:
         """Write the student as `write_student` does, with a config as it was before the training."""
+        mend_generation_config(self.model.student)  # somebody may have changed it since the training began
         config = self.model.student.config
-        config.use_cache = self.model.student_uses_cache
+        before, added = self.model.student_uses_cache, vars(config).pop("use_cache", None)
+        if before is not None:
+            config.use_cache = before
         self.write_student(folder, state_dict, merge_adapter)
-        config.use_cache = self.args.use_cache
+        if added is not None:
+            config.use_cache = added
+
+    @contextmanager
+    def kept(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> Iterator[None]:
+        """Within the `with` block a student that cannot be saved is not lost: its trained weights are written alone.
+
+        Args:
+            folder: where the student should go.
+            state_dict: of `gathered_student`.
+
+        Raises:
+            NotSaved: in place of any error, with the reason, what to do about it, and where the weights are.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # configs, tokenizers, safetensors and disks fail in ways of their own
+            student = self.model.student
+            weights = state_dict or (adapter_weights(student) if has_adapter(student) else student.state_dict())
+            told = why_not_saved(error, folder, weights)
+            places = (folder.parent, Path(str(self.args.output_dir)), Path(gettempdir()))
+            raise NotSaved(f"{told} {where_kept(keep_weights(weights, places))}") from error
 
     def load(self, checkpoint: str, load_model: Callable[[Any], None], sharded: bool) -> None:
         """Put back the weights of a checkpoint.

@@ -277,11 +277,3 @@ def test_a_step_of_adapters_is_done_again_where_memory_runs_out_and_skipped_wher
     for name, weight in adapter_weights(tight.student).items():
         assert not torch.equal(weight, start[name])
         torch.testing.assert_close(weight, adapter_weights(roomy.student)[name], rtol=0, atol=2e-5)
-
-
-def test_a_peft_model_is_no_student(tmp_path, tokenizer):
-    def wrapped(*args, **kwargs):
-        return get_peft_model(tiny_llama(*args, **kwargs), LoraConfig(task_type="CAUSAL_LM"))
-
-    with pytest.raises(ValueError, match="The student is a PeftModel"):
-        make_trainer(tmp_path, tokenizer, model=wrapped)

@@ -2,10 +2,10 @@ import random
 
 import pytest
 import torch
-from helpers.models import model_of, tiny_llama
+from helpers.models import SIZES, model_of, tiny_llama
 from helpers.places import shared_path
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.data.packing import plan_packs
@@ -74,6 +74,77 @@ def test_gradient_checkpointing_recomputes_the_same_packed_attention(reentrant):
     model.enable_input_require_grads()
     run().backward()
     torch.testing.assert_close(model.model.layers[0].self_attn.q_proj.weight.grad, reference)
+
+
+WINDOWS = {
+    "llama4_text": {"attention_chunk_size": 16, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64},
+    "phimoe": {"sliding_window": 20, "num_local_experts": 2},
+    "doge": {"sliding_window": 30, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_a_window_that_packed_attention_is_not_told_of_is_found_beyond_its_end(kind):
+    model = model_of(kind, **WINDOWS[kind])
+    enable_packing(model)
+    assert "an example longer than its window" in packing_problem(model)
+    disable_packing(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "changes"),
+    [
+        ("mistral", "sdpa", {"sliding_window": 40}),
+        ("mistral", "eager", {"sliding_window": 40}),
+        ("gemma3_text", "sdpa", {"sliding_window": 40, "head_dim": 8, "sliding_window_pattern": 2}),
+    ],
+)
+def test_beyond_a_window_an_example_has_the_states_it_has_alone(kind, attention, changes):
+    model = model_of(kind, attention, **changes)
+    enable_packing(model)
+    assert packing_problem(model) is None
+    rows = [torch.randint(1, 512, (1, length)) for length in (60, 70)]
+    packed = run_decoder(model, torch.cat(rows, dim=1), packed_lengths=(60, 70))
+    torch.testing.assert_close(
+        packed, torch.cat([run_decoder(model, row) for row in rows], dim=1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_window_too_wide_to_be_tried_out_keeps_rows_padded_unless_no_example_can_reach_it():
+    wide = {"sliding_window": 8192}
+    assert "8192 tokens is too wide" in packing_problem(model_of("mistral", max_position_embeddings=32768, **wide))
+    assert packing_problem(model_of("mistral", max_position_embeddings=4096, **wide)) is None
+
+
+HYBRIDS = {
+    "falcon_h1": {
+        "lm_head_multiplier": 0.02, "head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8,
+        "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16,
+    },
+    "jamba": {"num_experts": 2, "mamba_d_state": 8, "attn_layer_offset": 1, "attn_layer_period": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_a_state_space_that_leaks_next_to_nothing_into_the_next_example_is_found_out(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | HYBRIDS[kind]))
+    enable_packing(model)
+    assert "see each other" in packing_problem(model)
+
+
+def test_a_forward_pass_that_fails_on_packed_rows_is_a_reason_and_no_error(monkeypatch):
+    model = model_of("llama")
+    decoder, whole = model.model, model.model.forward
+
+    def forward(*args, packed_lengths=None, **kwargs):
+        if packed_lengths is not None:
+            raise RuntimeError("sizes of tensors must match")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    enable_packing(model)
+    assert "keeps packed examples apart: sizes of tensors must match" in packing_problem(model)
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("bloom", {"n_head": 4}), ("mamba", {}), ("stablelm", {})])

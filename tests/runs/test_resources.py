@@ -1,9 +1,11 @@
 import copy
 import json
+import logging
 
+import psutil
 import pytest
 import torch
-from helpers.models import LORA, tiny_llama, tiny_lora_llama
+from helpers.models import LORA, model_of, tiny_llama, tiny_lora_llama
 from helpers.places import ROOT, shared_path
 from helpers.trainers import make_trainer
 from torch import nn
@@ -20,9 +22,11 @@ from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.runs.resources import (
     LiveMemory,
     checkpoint_bytes,
+    describe_estimate,
     estimate_memory,
     optimizer_bytes,
     optimizer_step_bytes,
+    try_to_estimate,
 )
 from kava_trainer.trainer.optimizers import settled
 from kava_trainer.utils.errors import BadRequest
@@ -180,6 +184,31 @@ def test_a_cache_leaves_no_teacher_but_the_head():
     assert cached["teacher"] == 512 * 128 * 4
     assert bare["teacher"] == 0
     assert plain["teacher"] > 10 * cached["teacher"]
+
+
+def test_an_estimate_that_cannot_be_made_is_a_reason_and_leaves_no_traceback(tmp_path, caplog):
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    model_of("qwen3_moe", **sizes).save_pretrained(tmp_path)
+    arguments = parse_arguments([QUICKSTART, "--student_model_name_or_path", str(tmp_path), "--use_cpu", "true"])
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(caplog.handler)
+    try:
+        parts, reason = try_to_estimate(lambda: estimate_memory(arguments))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert parts is None or sum(parts.values()) > 0
+    assert (parts is None) == ("cannot be played through" in reason)
+    assert not caplog.records
+    assert not logger.disabled
+    with pytest.raises(BadRequest, match="the student has layers 1 to 3"):
+        try_to_estimate(lambda: estimate_memory(parse_arguments([QUICKSTART, "--layer_mapping", "[[9, 1]]"])))
+
+
+def test_on_a_cpu_the_process_counts_as_it_does_in_the_measured_peak():
+    total, shown = describe_estimate({"teacher": 1000}, torch.device("cpu"))
+    assert total == pytest.approx(1000 + psutil.Process().memory_info().rss, rel=0.01)
+    assert "Python and its libraries" in shown
+    assert describe_estimate({"teacher": 1000, "student": 2000}, torch.device("cuda"))[0] == 3000
 
 
 def test_what_does_not_fit_the_models_is_refused_before_they_are_loaded():

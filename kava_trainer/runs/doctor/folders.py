@@ -15,16 +15,15 @@ from ...distillation.loss_terms import needed_teacher_layers
 from ...distillation.projector_files import restore_projectors
 from ...distillation.state_shards import bytes_per_token
 from ...distillation.teacher_cache import MANIFEST, TeacherCache, teacher_identity
-from ...models.layers import hidden_size, number_of_layers
+from ...models.layers import number_of_layers, state_width
 from ...trainer.checkpoint import PROJECTOR_FILE, list_checkpoints, resolve_checkpoint
 from ...trainer.trainer import KavaTrainer
 from ...utils.console import apart, size_text
-from ...utils.errors import reason_of
 from ...utils.files import check_cache_space, check_folder, existing_folder
 from ...utils.memory import free_memory_bytes
 from ..advice import memory_shortage
 from ..identity import check_output_dir, check_resumable, earlier_run, run_identity
-from ..resources import check_space, checkpoint_bytes, estimate_memory
+from ..resources import check_space, checkpoint_bytes, describe_estimate, estimate_memory, try_to_estimate
 from ..start import check_places
 from .data import Examples
 from .findings import Checkup
@@ -34,17 +33,15 @@ from .models import Pair
 
 def check_memory(checkup: Checkup, arguments: KavaArguments) -> dict[str, int] | None:
     """What training will take of each device beside what is free; the parts, where they can be told."""
-    try:
-        parts = estimate_memory(arguments)
-    except RuntimeError as error:  # a model whose code asks for values, which fake tensors lack
-        checkup.ok(f"no estimate: the passes of these models cannot be played through ({reason_of(error)}).")
+    parts, reason = try_to_estimate(lambda: estimate_memory(arguments))
+    if parts is None:
+        checkup.ok(f"no estimate: {reason}.")
         return None
     device = arguments.training.device
-    total, free = sum(parts.values()), free_memory_bytes(device)
-    shown = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    (total, shown), free = describe_estimate(parts, device), free_memory_bytes(device)
     estimated, there = apart(total, free, 2, size_text)
     text = f"an estimated {estimated} on {device} ({shown}), where {there} are free."
-    if problem := memory_shortage(total, arguments):
+    if problem := memory_shortage(sum(parts.values()), arguments):
         checkup.warn_of(replace(problem, what=text))
     else:
         checkup.ok(text)
@@ -93,7 +90,7 @@ def check_cache(
         cache.verify()
         layers, there = cache.layers, sum(path.stat().st_size for path in cache.shards.paths)
     tokens = examples.tokens()
-    size = tokens * bytes_per_token(hidden_size(pair.teacher), len(layers), training.teacher_cache_dtype)
+    size = tokens * bytes_per_token(state_width(pair.teacher, layers), len(layers), training.teacher_cache_dtype)
     check_cache_space(folder, max(size - there, 0))
     checkup.ok(f"about {size_text(size)} in {folder} for {tokens} tokens; {size_text(there)} are there already.")
 

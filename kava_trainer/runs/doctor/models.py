@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,8 +28,17 @@ from ...distillation.calibration import check_enough_tokens
 from ...distillation.projector import ElasticBottleneck
 from ...distillation.targets import HiddenStateTarget, build_target
 from ...models.layers import find_blocks, hidden_size, number_of_layers
-from ...models.loading import build_causal_lm, check_reads, load_config, model_folder
-from ...models.student import load_student, quantized_by, student_config
+from ...models.loading import (
+    build_causal_lm,
+    check_reads,
+    load_config,
+    load_generation_config,
+    missing_weights,
+    model_folder,
+    saved_adapter,
+)
+from ...models.routers import router_note
+from ...models.student import load_student, mend_generation_config, quantized_by, student_config
 from ...models.teacher import freeze, load_teacher
 from ...trainer.trainer import KavaTrainer
 from ...utils.console import size_text
@@ -71,7 +81,7 @@ def check_teacher_model(checkup: Checkup, arguments: KavaArguments) -> PreTraine
     model = arguments.model
     config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
     with torch.device("meta"):
-        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model))
+        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, "teacher"))
     name, revision = model.teacher_name, model.teacher_revision
     weights = _check_weights(name, "teacher", revision, teacher)
     checkup.ok(f"{_describe(teacher, name, revision)}, {weights}.")
@@ -106,11 +116,18 @@ def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: Pre
         student = load_student(shape, teacher)
     name, revision = model.student_name, model.student_revision
     starts = {"random": "random weights", "teacher_layers": "layers of the teacher"}
+    told = None
     if model.student_init == "pretrained":
         weights = _check_weights(name, "student", revision, student)
+        cast(Any, student).generation_config = load_generation_config(name, "student", revision)
+        told = mend_generation_config(student)
     else:
         weights = f"starts from {starts[model.student_init]}"
     checkup.ok(f"{_describe(student, name, revision)}, {weights}{', LoRA adapters' if model.use_peft else ''}.")
+    if told:
+        checkup.warn(told, "Mend generation_config.json of the student, if it shall sample.")
+    if note := router_note(student):
+        checkup.ok(note)
     trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
     for problem in precision_problems(arguments, teacher, student, trained):
         checkup.warn_of(problem)
@@ -127,6 +144,9 @@ def _describe(model: PreTrainedModel, name: str, revision: str | None) -> str:
 
 def _check_weights(name: str, role: str, revision: str | None, model: PreTrainedModel) -> str:
     """How large the weights of a model are and where they lie, in a few words. Raises `BadRequest` if they are not."""
+    if (adapter := saved_adapter(name, role, revision)) is not None:
+        beneath = _check_weights(adapter.base, role, adapter.base_revision, model)
+        return f"{beneath}, with the adapter beside"
     if (folder := model_folder(name, role)) is not None:
         return f"weights {size_text(_check_files(folder, name, role, model))}"
     for file in _WEIGHTS:
@@ -164,6 +184,8 @@ def _check_files(folder: Path, name: str, role: str, model: PreTrainedModel) -> 
     """The size of a folder's weight files, whose headers must tell of this model's weights."""
     files = _weight_files(folder, name, role)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if missing := _missing(folder, files, model):
+        raise missing_weights(role, name, missing)
     for file in files:
         reason = _broken_weights(folder / file, {} if quantized_by(model.config) else shapes)
         if reason is not None:
@@ -194,6 +216,19 @@ def _weight_files(folder: Path, name: str, role: str) -> list[str]:
             "Download or copy them again.",
         )
     return files
+
+
+def _missing(folder: Path, files: list[str], model: PreTrainedModel) -> list[str]:
+    """The weights of a model that are in none of its files; none where these name weights in another way."""
+    if quantized_by(model.config) or any(not file.endswith(".safetensors") for file in files):
+        return []
+    found: set[str] = set()
+    for file in files:
+        with suppress(Exception), safe_open(folder / file, framework="pt") as opened:  # broken ones are told of below
+            found |= set(opened.keys())
+    wanted = model.state_dict().keys()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return [] if not found or found - wanted else sorted(wanted - found - tied.keys())
 
 
 def _broken_weights(path: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:

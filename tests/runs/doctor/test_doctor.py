@@ -17,6 +17,9 @@ from helpers.models import tiny_model
 from helpers.places import ROOT
 from helpers.programs import MEMORY, QUICKSTART, RECIPES, SHORT, words
 from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from kava_trainer.cli import main
 from kava_trainer.config.arguments import KavaTrainingArguments
@@ -654,9 +657,41 @@ def test_emoji_stand_on_a_terminal_only(one_check, monkeypatch, capsys):
     assert capsys.readouterr().out == "✅ OK          It: well.\n"
 
 
-def test_no_estimate_ends_no_doctor(doctor, monkeypatch):
+def test_what_a_students_generation_config_would_lose_is_told(doctor, quick, tmp_path):
+    student = shutil.copytree(TEACHER_FOLDER, tmp_path / "student")
+    file = student / "generation_config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps(plain | {"do_sample": False, "temperature": 0.9, "top_p": 0.6}))
+    told = doctor(student_model_name_or_path=student)
+    assert told.code == 0
+    assert any(
+        "sets temperature, top_p without do_sample, which cannot be saved" in line for line in told.of("Warning")
+    )
+    file.write_text(json.dumps(plain | {"num_return_sequences": 3}))
+    told = doctor(student_model_name_or_path=student)
+    assert told.code == 2
+    assert any("num_return_sequences" in line for line in told.of("Problem"))
+
+
+def test_an_adapter_and_what_is_missing_of_a_model_are_told(doctor, quick, tmp_path):
+    adapter, lacking = tmp_path / "adapter", shutil.copytree(TEACHER_FOLDER, tmp_path / "lacking")
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(TEACHER_FOLDER), config).save_pretrained(adapter)
+    told = doctor(teacher_model_name_or_path=adapter, student_model_name_or_path=adapter)
+    assert told.code == 0
+    assert sum("with the adapter beside" in line for line in told.of("OK")) == 2
+    weights = load_file(lacking / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.3" not in name}
+    save_file(kept, lacking / "model.safetensors", {"format": "pt"})
+    told = doctor(student_model_name_or_path=lacking)
+    assert told.code == 2
+    assert any("of its weights are missing, and would be random" in line for line in told.of("Problem"))
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, KeyError, NotImplementedError])
+def test_no_estimate_ends_no_doctor(doctor, monkeypatch, kind):
     def estimate(arguments):
-        raise RuntimeError("data-dependent")
+        raise kind("data-dependent")
 
     monkeypatch.setattr(folders, "estimate_memory", estimate)
     told = doctor()
