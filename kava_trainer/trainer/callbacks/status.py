@@ -6,7 +6,6 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, has_length
 
-from ...config.arguments import KavaTrainingArguments
 from ...evaluation.diagnostics import alignment_status
 from ...utils.console import Console, status_text
 from ...utils.progress_bar import progress_bar
@@ -30,9 +29,7 @@ class StatusCallback(TrainerCallback):
         self.close()
         self._bar = progress_bar(state.max_steps, "Training", "step", initial=state.global_step, leave=True)
 
-    def on_step_end(
-        self, args: KavaTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar; of a distillation have the last step logged, and those that the summary names."""
         if self._bar is not None:
             self._bar.update()
