@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.errors import BadRequest
-from .formats import CELL_VERSION, PROMPT, find_format
+from .formats import CELL_VERSION, PROMPT, check_types, find_format
 from .row_locations import empty_answers, locate_rows, source_rows
 from .rows.encoder import Encoder
 from .rows.remarks import Found, gather, remark_problems
@@ -90,6 +90,7 @@ def _encode_stream(
     dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_turns: str
 ) -> IterableDataset:
     columns = dataset.column_names or list(next(iter(dataset), {}))
+    check_types(dataset.features, "the data")
     encoder = Encoder(find_format(columns), tokenizer, max_length, assistant_turns, dataset.features)
 
     def encode_one(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -126,10 +127,11 @@ def encode_dataset(
         Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`.
 
     Raises:
-        BadRequest: if the columns are not known, a chat has no template, a row cannot be used, or no example has an
-            answer.
+        BadRequest: if the columns are not known, or of a type that is no text, a chat has no template, a row cannot be
+            used, or no example has an answer.
     """
     names = find_format(dataset.column_names)
+    check_types(dataset.features, name)
     encoder = Encoder(names, tokenizer, max_length, assistant_turns, dataset.features)
 
     def encode_numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def encode_dataset(
         with_indices=True,
         remove_columns=dataset.column_names,
         features=_FEATURES,
-        new_fingerprint=hashlib.sha256(f"{tokens} {CELL_VERSION} {[*_FEATURES]}".encode()).hexdigest()[:32],
+        new_fingerprint=_cache_key(tokens, tokenizer),
         desc=description,
     )
     is_answered = list(encoded["answered"])
@@ -198,6 +200,18 @@ def encoding_fingerprint(
     vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)  # set by mere use
     text = [FORMAT_VERSION, PROMPT, vocabulary, str(tokenizer.chat_template), tokenizer.eos_token_id]
     parts = [*text, content, names, max_length, *([assistant_turns] if assistant_turns != "last" else [])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _cache_key(tokens: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The key of a tokenised data set.
+
+    Args:
+        tokens: its `encoding_fingerprint`, which names streams too, and stays the same for those of earlier versions.
+        tokenizer: whose template may write control tokens by their names, such as `bos_token`.
+    """
+    named = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    parts = [tokens, CELL_VERSION, [*_FEATURES], named, bool(getattr(tokenizer, "split_special_tokens", False))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -2,7 +2,7 @@ import copy
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from helpers.trainers import loss_lines, make_trainer
 
 from kava_trainer import encode
@@ -268,3 +268,19 @@ def test_encoded_data_is_trained_on(tokenizer, tmp_path):
     trainer.train_dataset = encode(Dataset.from_list([PROBLEM] * 16), tokenizer)
     trainer.train()
     assert len(loss_lines(trainer)) == 2
+
+
+@pytest.mark.parametrize(
+    ("feature", "told"),
+    [
+        (ClassLabel(names=["yes", "no"]), "holds the numbers of classes, such as 0 for 'yes'"),
+        (Value("float32"), "holds float32 values"),
+        (Value("timestamp[s]"), "holds timestamp"),
+    ],
+)
+def test_types_that_are_no_text_are_refused_of_data_sets_in_memory_too(tokenizer, feature, told):
+    features = Features({"prompt": Value("string"), "completion": feature})
+    rows = Dataset.from_dict({"prompt": ["a"], "completion": [0]}, features=features)
+    for data in (rows, rows.to_iterable_dataset(), DatasetDict(train=rows)):
+        with pytest.raises(BadRequest, match=f"column 'completion' of 'the data' {told}"):
+            encode(data, tokenizer)
