@@ -14,7 +14,7 @@ from ..utils.errors import BadRequest
 from .formats import CELL_VERSION, PROMPT, check_types, find_format
 from .row_locations import empty_answers, locate_rows, source_rows
 from .rows.encoder import Encoder
-from .rows.remarks import Found, gather, remark_problems
+from .rows.remarks import Found, as_text, gather, remark_problems
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
@@ -69,7 +69,7 @@ def encode(dataset: _D, tokenizer: PreTrainedTokenizerBase, max_length: int = 51
 
     Returns:
         The same kind of data set, with `input_ids` and `labels` (-100 where nothing is learned). Of a stream the rows
-        that cannot be used are left out, with one warning.
+        that cannot be used are left out; while it is read, the first row of each kind of warning is told.
 
     Raises:
         BadRequest: as `encode_dataset`; of a stream, if its columns are not known or a chat has no template.
@@ -92,17 +92,32 @@ def _encode_stream(
     columns = dataset.column_names or list(next(iter(dataset), {}))
     check_types(dataset.features, "the data")
     encoder = Encoder(find_format(columns), tokenizer, max_length, assistant_turns, dataset.features)
+    told: set[str] = set()
 
-    def encode_one(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def encode_one(rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         try:
             example = encoder({name: cells[0] for name, cells in rows.items()})
         except ValueError as error:
-            warnings.warn(f"A row that cannot be used is left out: {error}. Others like it are not told.", stacklevel=2)
-            example = {"answered": False}
+            if "unusable" not in told:
+                what = f"Row {numbers[0] + 1} cannot be used and is left out: {error}. Others like it are not told."
+                warnings.warn(what, stacklevel=2)
+            told.add("unusable")
+            example = {"answered": False, "remarks": ""}
+        _warn_of_first(example["remarks"], numbers[0], told)
         return {name: [example[name]] if example["answered"] else [] for name in _TOKENS}
 
     features = Features({name: _FEATURES[name] for name in _TOKENS})
-    return dataset.map(encode_one, batched=True, batch_size=1, remove_columns=columns, features=features)
+    return dataset.map(
+        encode_one, with_indices=True, batched=True, batch_size=1, remove_columns=columns, features=features
+    )
+
+
+def _warn_of_first(remarks: str, row: int, told: set[str]) -> None:
+    """Warn of what was not `told` before; it is told then."""
+    new = [remark for remark in json.loads(remarks or "[]") if as_text([remark]) not in told]
+    told.update(as_text([remark]) for remark in new)
+    for problem in remark_problems(gather([as_text(new)], row), "the data", "streamed", row + 1):
+        warnings.warn(str(problem), stacklevel=3)
 
 
 def encode_dataset(

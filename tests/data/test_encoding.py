@@ -250,10 +250,23 @@ def test_what_is_to_be_told_of_encoded_rows_is_a_warning(chat_tokenizer):
         encode(Dataset.from_list([{"messages": turns}] * 2), chat_tokenizer)
     with pytest.raises(BadRequest, match="in row 2 of the data, a conversation must end"):
         encode(Dataset.from_list([{"messages": turns}, {"messages": turns[:1]}]), chat_tokenizer)
-    rows = Dataset.from_list([{"messages": turns}, {"messages": turns[:1]}, {"messages": turns}]).to_iterable_dataset()
-    with pytest.warns(UserWarning, match="A row that cannot be used is left out: a conversation must end") as told:
-        assert len(list(encode(rows, chat_tokenizer, assistant_turns="all"))) == 2
-    assert len(told) == 1
+
+
+def test_of_a_stream_the_first_row_of_each_kind_is_told(chat_tokenizer):
+    turns = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    named = [turns[0] | {"name": "Ann"}, turns[1] | {"weight": 1}]
+    order = [turns, turns[:1], named, turns, turns[:1], named, named[:1]]
+    stream = Dataset.from_list([{"messages": messages} for messages in order]).to_iterable_dataset()
+    with pytest.warns(UserWarning, match="Row [23]") as told:
+        assert len(list(encode(stream, chat_tokenizer, assistant_turns="all"))) == 4
+    lines = sorted(str(one.message).split(". Give the tokenizer")[0] for one in told)
+    left_out = "In 1 of 3 streamed rows the chat template leaves out what the data holds:"
+    assert lines[:2] == [
+        f"{left_out} name of user messages. Row 3 of the data",
+        f"{left_out} weight of assistant messages. Row 3 of the data",
+    ]
+    assert lines[2].startswith("Row 2 cannot be used and is left out: a conversation must end with the assistant")
+    assert len(lines) == 3
 
 
 def test_a_tokenizer_without_an_end_is_refused(tokenizer):
