@@ -60,12 +60,13 @@ class ChatTemplate:
         template = self._text(tools)
         if not _MARK.search(template):
             return []
+        names: Any = self.tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(
             conversations=[list(messages)],
             tools=cast(Any, tools),
             chat_template=(_fixed_date() if self.dated(tools) else "") + template,
             return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+            **names,
         )
         return [(start, end) for start, end in rendered[1][0] if start < end]
 
