@@ -224,7 +224,7 @@ def test_splits_that_are_read_by_different_columns_are_refused(tmp_path):
     write(tmp_path / "train.jsonl", LINES)
     for other, told in (
         ('{"prompt": "a", "completion": "b"}\n', "prompt, completion"),
-        ('{"question": "a"}\n', "question"),
+        ('{"text": "a"}\n', "text"),
         ('{"question": "a", "answer": "b", "messages": []}\n', "question, answer, messages"),
     ):
         write(tmp_path / "test.jsonl", other)
@@ -234,6 +234,10 @@ def test_splits_that_are_read_by_different_columns_are_refused(tmp_path):
                 read(DataArguments(dataset_name=str(tmp_path)))
     write(tmp_path / "test.jsonl", '{"question": "a", "answer": "b", "note": "c"}\n')
     assert load_splits(DataArguments(dataset_name=str(tmp_path)))[1]["note"] == ["c"]
+    write(tmp_path / "test.jsonl", '{"question": "without an answer"}\n')
+    write(tmp_path / "validation.jsonl", LINES)
+    arguments = DataArguments(dataset_name=str(tmp_path), dataset_test_split="validation")
+    assert [*load_splits(arguments)[1]] == [*open_rows(arguments)[1]] == ROWS
 
 
 def test_no_file_of_a_folder_is_left_out_for_its_kind(tmp_path):
