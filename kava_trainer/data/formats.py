@@ -201,6 +201,8 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(f"{name} must be a list of messages, but it is a {type(value).__name__}")
     for message in value:
+        if isinstance(message.get("content"), list):
+            raise ValueError(f"{name} holds a message whose content is a list of parts, where a text is needed")
         silent = message.get("role") == "assistant" and message.get("content") is None
         silent = silent and not ({"from", "value"} & message.keys())
         if not isinstance(message.get("role"), str) or not (silent or isinstance(message.get("content"), str)):

@@ -78,6 +78,14 @@ def test_chat_messages_without_a_template_are_refused(tokenizer):
         ({"messages": '[{"role": "assistant", "content": "x"}]'}, "must be a list of messages, but it is a str"),
         ({"messages": [{"from": "gpt", "value": "x"}]}, "must hold messages such as"),
         ({"messages": [{"role": "user", "content": "x"}]}, "must end with the assistant"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+            "whose content is a list of parts, where a text",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": []}], "completion": []},
+            "prompt holds a message whose content is a list",
+        ),
         ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "prompt must be a list of messages"),
         ({"question": "x", "answer": {"value": "x"}}, "answer must be text"),
         ({"text": ["x"]}, "text must be text"),

@@ -13,6 +13,7 @@ from transformers.utils import chat_template_utils
 
 from kava_trainer.data.encoding import encode_dataset
 from kava_trainer.data.formats import IGNORED, find_format, unread_columns, without_filler
+from kava_trainer.data.rows.encoder import Encoder
 from kava_trainer.data.rows.remarks import remark_problems
 from kava_trainer.utils.errors import BadRequest
 
@@ -417,6 +418,19 @@ def test_of_a_cut_conversation_the_last_answer_that_is_left_is_asked_for(tokeniz
     assert row["answer_text"] == "1"
     assert tokenizer.decode(row["input_ids"][: row["prompt_length"]]).endswith("<assistant>")
     assert learned(tokenizer, row) == [f"1{END}"]
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize("template", [PLAIN, MARKED, ENDED.replace("<END>", " ||")])
+def test_a_cut_conversation_teaches_what_is_left_of_it_and_nothing_more(tokenizer, template, turns):
+    own, names = templated(tokenizer, template), ("messages",)
+    whole = Encoder(names, own, 400, turns)({"messages": TALK})
+    assert not whole["truncated"]
+    for length in range(2, len(whole["input_ids"])):
+        cut = Encoder(names, own, length, turns)({"messages": TALK})
+        assert cut["truncated"]
+        for name in ("input_ids", "labels"):
+            assert cut[name] == whole[name][:length]
 
 
 def test_an_answer_that_cannot_be_found_is_not_learned_and_told(tokenizer):
