@@ -11,10 +11,10 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from transformers import PreTrainedTokenizerBase
 
 from ..utils.errors import BadRequest
-from .formats import CELL_VERSION, PROMPT, find_format
+from .formats import CELL_VERSION, PROMPT, check_types, find_format
 from .row_locations import empty_answers, locate_rows, source_rows
 from .rows.encoder import Encoder
-from .rows.remarks import Found, gather, remark_problems
+from .rows.remarks import Found, as_text, gather, remark_problems
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
@@ -69,7 +69,7 @@ def encode(dataset: _D, tokenizer: PreTrainedTokenizerBase, max_length: int = 51
 
     Returns:
         The same kind of data set, with `input_ids` and `labels` (-100 where nothing is learned). Of a stream the rows
-        that cannot be used are left out, with one warning.
+        that cannot be used are left out; while it is read, the first row of each kind of warning is told.
 
     Raises:
         BadRequest: as `encode_dataset`; of a stream, if its columns are not known or a chat has no template.
@@ -90,18 +90,34 @@ def _encode_stream(
     dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_turns: str
 ) -> IterableDataset:
     columns = dataset.column_names or list(next(iter(dataset), {}))
+    check_types(dataset.features, "the data")
     encoder = Encoder(find_format(columns), tokenizer, max_length, assistant_turns, dataset.features)
+    told: set[str] = set()
 
-    def encode_one(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def encode_one(rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         try:
             example = encoder({name: cells[0] for name, cells in rows.items()})
         except ValueError as error:
-            warnings.warn(f"A row that cannot be used is left out: {error}. Others like it are not told.", stacklevel=2)
-            example = {"answered": False}
+            if "unusable" not in told:
+                what = f"Row {numbers[0] + 1} cannot be used and is left out: {error}. Others like it are not told."
+                warnings.warn(what, stacklevel=2)
+            told.add("unusable")
+            example = {"answered": False, "remarks": ""}
+        _warn_of_first(example["remarks"], numbers[0], told)
         return {name: [example[name]] if example["answered"] else [] for name in _TOKENS}
 
     features = Features({name: _FEATURES[name] for name in _TOKENS})
-    return dataset.map(encode_one, batched=True, batch_size=1, remove_columns=columns, features=features)
+    return dataset.map(
+        encode_one, with_indices=True, batched=True, batch_size=1, remove_columns=columns, features=features
+    )
+
+
+def _warn_of_first(remarks: str, row: int, told: set[str]) -> None:
+    """Warn of what was not `told` before; it is told then."""
+    new = [remark for remark in json.loads(remarks or "[]") if as_text([remark]) not in told]
+    told.update(as_text([remark]) for remark in new)
+    for problem in remark_problems(gather([as_text(new)], row), "the data", "streamed", row + 1):
+        warnings.warn(str(problem), stacklevel=3)
 
 
 def encode_dataset(
@@ -126,10 +142,11 @@ def encode_dataset(
         Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`.
 
     Raises:
-        BadRequest: if the columns are not known, a chat has no template, a row cannot be used, or no example has an
-            answer.
+        BadRequest: if the columns are not known, or of a type that is no text, a chat has no template, a row cannot be
+            used, or no example has an answer.
     """
     names = find_format(dataset.column_names)
+    check_types(dataset.features, name)
     encoder = Encoder(names, tokenizer, max_length, assistant_turns, dataset.features)
 
     def encode_numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -142,7 +159,7 @@ def encode_dataset(
         with_indices=True,
         remove_columns=dataset.column_names,
         features=_FEATURES,
-        new_fingerprint=hashlib.sha256(f"{tokens} {CELL_VERSION} {[*_FEATURES]}".encode()).hexdigest()[:32],
+        new_fingerprint=_cache_key(tokens, tokenizer),
         desc=description,
     )
     is_answered = list(encoded["answered"])
@@ -198,6 +215,18 @@ def encoding_fingerprint(
     vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)  # set by mere use
     text = [FORMAT_VERSION, PROMPT, vocabulary, str(tokenizer.chat_template), tokenizer.eos_token_id]
     parts = [*text, content, names, max_length, *([assistant_turns] if assistant_turns != "last" else [])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _cache_key(tokens: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The key of a tokenised data set.
+
+    Args:
+        tokens: its `encoding_fingerprint`, which names streams too, and stays the same for those of earlier versions.
+        tokenizer: whose template may write control tokens by their names, such as `bos_token`.
+    """
+    named = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    parts = [tokens, CELL_VERSION, [*_FEATURES], named, bool(getattr(tokenizer, "split_special_tokens", False))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -128,10 +128,17 @@ def _folder_builder(folder: Path, config_name: str | None) -> datasets.DatasetBu
     mixed = {".csv", ".tsv"} & endings and {".json", ".jsonl", ".ndjson"} & endings
     if capital and not endings <= READERS.keys():
         raise BadRequest(f"The ending of {capital} is in capital letters;", "write it in small ones.")
-    if (mixed or capital) and endings <= READERS.keys() and not _is_configured(folder):
+    kinds = {TYPED.get(ending, "text") for ending in endings}
+    if (mixed or capital or len(kinds) > 1) and not _is_configured(folder):
         found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
-        parts = {split: [escape(file) for file in part if ending_of(file) in READERS] for split, part in found.items()}
-        return TextFiles(data_files={split: part for split, part in parts.items() if part}, hash=READING_VERSION)
+        parts = {split: [file for file in part if is_file_name(file)] for split, part in found.items()}
+        used = sorted({ending_of(file) for part in parts.values() for file in part})
+        if len({TYPED.get(ending, "text") for ending in used}) > 1:
+            what = f"The folder {folder} holds files of different kinds: {', '.join(used)}."
+            raise BadRequest(what, "Keep one kind there, or name the files by a pattern.")
+        if not TYPED.keys() & set(used):
+            escaped = {split: [*map(escape, part)] for split, part in parts.items() if part}
+            return TextFiles(data_files=escaped, hash=READING_VERSION)
     return as_text(load_dataset_builder(str(folder), config_name))
 
 

@@ -4,7 +4,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
+
+from datasets import ClassLabel
 
 from ..utils.errors import BadRequest
 
@@ -31,21 +33,49 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Under which names a message may hold the reasoning before its answer."""
 
 
+def known_format(columns: Sequence[str]) -> tuple[str, ...] | None:
+    """The columns of prompt and answer; None where no known set of them is there."""
+    return next((names for names in _FORMATS if set(names) <= set(columns)), None)
+
+
 def find_format(columns: Sequence[str]) -> tuple[str, ...]:
     """The columns that are read: those of prompt and answer, then those that stand beside a chat.
 
     Raises:
         BadRequest: where no known set of columns is there.
     """
-    for names in _FORMATS:
-        if set(names) <= set(columns):
-            may_be_chat = names[0] in ("messages", "prompt")
-            return (*names, *(name for name in _BESIDE_A_CHAT if may_be_chat and name in columns))
+    if names := known_format(columns):
+        may_be_chat = names[0] in ("messages", "prompt")
+        return (*names, *(name for name in _BESIDE_A_CHAT if may_be_chat and name in columns))
     raise BadRequest(
         f"The data set has the columns {', '.join(columns)}; KAVA reads "
         f"{', '.join(' + '.join(names) for names in _FORMATS)}.",
         "Rename yours to one of these.",
     )
+
+
+def check_types(features: Mapping[str, Any] | None, name: str) -> None:
+    """Raise `BadRequest` where a column to be read has a type that does not say which text its values are.
+
+    Args:
+        features: types of the columns; None where they are not known.
+        name: of the data set, for the message.
+    """
+    for column in find_format(list(features)) if features is not None else ():
+        feature = cast(Mapping[str, Any], features)[column]
+        if isinstance(feature, ClassLabel):
+            raise BadRequest(
+                f"The column {column!r} of {name!r} holds the numbers of classes, such as 0 for "
+                f"{feature.int2str(0)!r};",
+                "save it as a column of text.",
+            )
+        kind = str(getattr(feature, "dtype", ""))
+        if kind.startswith(("float16", "float32", "timestamp", "date", "time", "duration")):
+            raise BadRequest(
+                f"The column {column!r} of {name!r} holds {kind} values, which can be written as text in more than one "
+                "way;",
+                "save it as a column of text.",
+            )
 
 
 def unread_columns(columns: Sequence[str], row: Mapping[str, Any]) -> list[str]:
@@ -171,6 +201,8 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(f"{name} must be a list of messages, but it is a {type(value).__name__}")
     for message in value:
+        if isinstance(message.get("content"), list):
+            raise ValueError(f"{name} holds a message whose content is a list of parts, where a text is needed")
         silent = message.get("role") == "assistant" and message.get("content") is None
         silent = silent and not ({"from", "value"} & message.keys())
         if not isinstance(message.get("role"), str) or not (silent or isinstance(message.get("content"), str)):

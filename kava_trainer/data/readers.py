@@ -84,7 +84,10 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[Row]:
         skipped, first = skipped + 1, next(lines, "")
     csv.field_size_limit(_LARGEST_CELL)  # else a cell of more than 131,072 characters is refused
     signs = (delimiter, ",", ";", "\t", "|")
-    found = next((sign for sign in signs if len(next(csv.reader([first], delimiter=sign), [])) > 1), delimiter)
+    try:
+        found = next((sign for sign in signs if len(next(csv.reader([first], delimiter=sign), [])) > 1), delimiter)
+    except csv.Error as error:
+        raise _csv_problem(error, skipped + 1, skipped + 1) from error
     rows = _delimited(csv.reader(chain([first], lines), delimiter=found, strict=True), skipped)
     header = [name or f"Unnamed: {place}" for place, name in enumerate(next(rows, (0, []))[1])]
     if twice := next((name for name in header if header.count(name) > 1), None):
@@ -110,18 +113,21 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Row]]] = {
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, str]]:
     """Numbers from 1 and lines of a file, without the mark that some editors begin UTF-8 with."""
-    number, rest, chunk = 0, b"", file.read(_CHUNK)
+    number, begun, chunk = 0, [b""], file.read(_CHUNK)
     marked = next((kind for mark, kind in _WIDE_MARKS.items() if chunk.startswith(mark)), None)
     if kind := marked or ("UTF-16" if b"\0" in chunk[:4] else None):
         raise BrokenFile(f"it is {kind} text where UTF-8 is needed.", f"Save it as UTF-8: {_as_utf8(kind)}")
     chunk = chunk.removeprefix(b"\xef\xbb\xbf")
     while chunk:  # plain iteration is slow where a file is remote
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, rest = chunk.split(b"\n")
+        if lines:
+            lines[0], begun = b"".join([*begun, lines[0]]), []  # joined once: a file may be one line
+        begun.append(rest)
         for line in lines:
             number += 1
             yield number, _decoded(line, number)
         chunk = file.read(_CHUNK)
-    if rest:
+    if rest := b"".join(begun):
         yield number + 1, _decoded(rest, number + 1)
 
 
@@ -149,7 +155,9 @@ def _line_problem(line: str) -> str | None:
 def _line_cells(number: int, line: str) -> dict[str, str | None]:
     """The cells of a line that is one JSON object."""
     try:
-        row = json.loads(line)
+        row = _READ.decode(line)
+    except _Twice as error:
+        raise BrokenFile(f"line {number} {error}.", _TAKE_OUT) from error
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
@@ -159,6 +167,23 @@ def _line_cells(number: int, line: str) -> dict[str, str | None]:
         raise BrokenFile(f"line {number} {_HALF_PAIR}.")
     return cells
 
+
+class _Twice(ValueError):
+    """An object in which a key stands twice: which of its values counts is a matter of who reads it."""
+
+
+_TAKE_OUT = "Take one of them out."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"has the key {next(name for name in names if names.count(name) > 1)!r} twice in one object")
+    return found
+
+
+_READ = json.JSONDecoder(object_pairs_hook=_object)
 
 _TOO_MANY_DIGITS = "holds a number of more digits than can be read"
 
@@ -213,7 +238,9 @@ def _whole_rows(text: str, first_line: tuple[int, str] | None) -> Iterator[Row]:
         first_line: of a file that should have an object a line, to be named where it has not.
     """
     try:
-        values = _values(text, json.JSONDecoder())
+        values = _values(text, _READ)
+    except _Twice as error:
+        raise BrokenFile(f"it {error}.", _TAKE_OUT) from error
     except (ValueError, RecursionError) as error:
         raise BrokenFile(f"{_json_problem(error)}." if first_line is None else _named(*first_line)) from error
     if first_line is not None and not isinstance(values[0], (dict, list)):
@@ -293,4 +320,7 @@ def _csv_problem(error: csv.Error, begin: int, line: int) -> BrokenFile:
     if "expected after" in str(error):
         what = f"line {line} has a quote that closes before its cell ends."
         return BrokenFile(what, 'Write a quote within a quoted cell twice, as in "say ""yes""".')
+    if "new-line character" in str(error):
+        what = f"line {line} has a carriage return within a cell that is not in quotes."
+        return BrokenFile(what, "Put that cell into quotes; where all lines end so: tr '\\r' '\\n' < OLD > NEW")
     return BrokenFile(f"line {line} cannot be read: {error}.")

@@ -68,7 +68,7 @@ def source_rows(dataset: Dataset, rows: Sequence[int]) -> list[int]:
 
 
 def empty_answers(encoded: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Which of some examples of `encode_row`, counted from 0, have an empty answer."""
+    """Which of some examples of an `Encoder`, counted from 0, have an empty answer."""
     return [row for row, example in enumerate(encoded) if not (example["answered"] or example["answer_text"].strip())]
 
 

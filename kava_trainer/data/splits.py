@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART
@@ -12,7 +12,7 @@ from ..quickstart import SPLIT_SIZES
 from ..quickstart.problems import generate_problems
 from ..utils.errors import BadRequest
 from .files import find_builder, loading
-from .formats import find_format
+from .formats import check_types
 
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
 """Where a data set has no test split, this share of the training split is held out, up to this many examples."""
@@ -55,8 +55,9 @@ def find_train_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any
             f"The data set {arguments.dataset_name!r} has no split {arguments.dataset_train_split!r};",
             f"set dataset_train_split to one of {', '.join(splits)}.",
         )
-    _check_types(splits[arguments.dataset_train_split], arguments)
-    return splits[arguments.dataset_train_split]
+    split = splits[arguments.dataset_train_split]
+    check_types(split.features, cast(str, arguments.dataset_name))
+    return split
 
 
 def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
@@ -69,26 +70,6 @@ def find_test_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
         )
     names = [wanted] if wanted is not None else ["test", "validation"]
     return next((splits[name] for name in names if name in splits and name != train), None)
-
-
-def _check_types(split: Any, arguments: DataArguments) -> None:
-    """Raise `BadRequest` where a column to be read has a type that does not say which text its values are."""
-    if split.features is None:
-        return
-    for column in find_format(list(split.features)):
-        if isinstance(split.features[column], ClassLabel):
-            raise BadRequest(
-                f"The column {column!r} of {arguments.dataset_name!r} holds the numbers of classes, such as 0 for "
-                f"{split.features[column].int2str(0)!r};",
-                "save it as a column of text.",
-            )
-        kind = str(getattr(split.features[column], "dtype", ""))
-        if kind.startswith(("float16", "float32", "timestamp", "date", "time", "duration")):
-            raise BadRequest(
-                f"The column {column!r} of {arguments.dataset_name!r} holds {kind} values, which can be written as "
-                "text in more than one way;",
-                "save it as a column of text.",
-            )
 
 
 def saved_splits(folder: Path, arguments: DataArguments) -> Mapping[str, Dataset] | None:

@@ -4,7 +4,7 @@ import gzip
 import lzma
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 from datasets.features.features import register_feature
 
-from .formats import READ_COLUMNS
+from .formats import READ_COLUMNS, known_format
 from .readers import READERS, BrokenFile, Row, restore, store
 
 CHECKED_ROWS = 1000
@@ -90,8 +90,9 @@ class TextFiles(datasets.ArrowBasedBuilder):  # type: ignore[misc]
             for split in names
         }
         checked = CHECKED_ROWS if dl_manager.is_streaming else None
-        columns = {name: None for split, part in parts.items() for name in self._columns(split, checked, **part)}
-        self.info.features = datasets.Features({name: Cell() for name in columns})
+        columns = {split: self._columns(split, checked, **part) for split, part in parts.items()}
+        _check_alike(columns)
+        self.info.features = datasets.Features({name: Cell() for part in columns.values() for name in part})
         size = {"table_rows": _STREAM_TABLE_ROWS if dl_manager.is_streaming else _TABLE_ROWS}
         return [datasets.SplitGenerator(name=split, gen_kwargs=part | size) for split, part in parts.items()]
 
@@ -153,6 +154,16 @@ class TextFiles(datasets.ArrowBasedBuilder):  # type: ignore[misc]
                 broken = BrokenFile(f"it is no whole {name.rpartition('.')[2]} file ({error}).", "Pack it again.")
                 broken.file = name
                 raise broken from error
+
+
+def _check_alike(columns: Mapping[str, list[str]]) -> None:
+    """Raise `BrokenFile` where splits are read by other columns: of them all only one set would be read.
+
+    A split without answers, as many a test set is, may be there and not be used.
+    """
+    if len({names for part in columns.values() if (names := known_format(part))}) > 1:
+        told = "; ".join(f"{split} has {', '.join(part)}" for split, part in columns.items())
+        raise BrokenFile(f"its splits are read by different columns: {told}.", "Give all of them the same ones.")
 
 
 def _check_columns(row: Row, known: frozenset[str], name: str) -> None:

@@ -2,7 +2,7 @@ import copy
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from helpers.trainers import loss_lines, make_trainer
 
 from kava_trainer import encode
@@ -78,6 +78,14 @@ def test_chat_messages_without_a_template_are_refused(tokenizer):
         ({"messages": '[{"role": "assistant", "content": "x"}]'}, "must be a list of messages, but it is a str"),
         ({"messages": [{"from": "gpt", "value": "x"}]}, "must hold messages such as"),
         ({"messages": [{"role": "user", "content": "x"}]}, "must end with the assistant"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+            "whose content is a list of parts, where a text",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": []}], "completion": []},
+            "prompt holds a message whose content is a list",
+        ),
         ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "prompt must be a list of messages"),
         ({"question": "x", "answer": {"value": "x"}}, "answer must be text"),
         ({"text": ["x"]}, "text must be text"),
@@ -250,10 +258,23 @@ def test_what_is_to_be_told_of_encoded_rows_is_a_warning(chat_tokenizer):
         encode(Dataset.from_list([{"messages": turns}] * 2), chat_tokenizer)
     with pytest.raises(BadRequest, match="in row 2 of the data, a conversation must end"):
         encode(Dataset.from_list([{"messages": turns}, {"messages": turns[:1]}]), chat_tokenizer)
-    rows = Dataset.from_list([{"messages": turns}, {"messages": turns[:1]}, {"messages": turns}]).to_iterable_dataset()
-    with pytest.warns(UserWarning, match="A row that cannot be used is left out: a conversation must end") as told:
-        assert len(list(encode(rows, chat_tokenizer, assistant_turns="all"))) == 2
-    assert len(told) == 1
+
+
+def test_of_a_stream_the_first_row_of_each_kind_is_told(chat_tokenizer):
+    turns = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    named = [turns[0] | {"name": "Ann"}, turns[1] | {"weight": 1}]
+    order = [turns, turns[:1], named, turns, turns[:1], named, named[:1]]
+    stream = Dataset.from_list([{"messages": messages} for messages in order]).to_iterable_dataset()
+    with pytest.warns(UserWarning, match="Row [23]") as told:
+        assert len(list(encode(stream, chat_tokenizer, assistant_turns="all"))) == 4
+    lines = sorted(str(one.message).split(". Give the tokenizer")[0] for one in told)
+    left_out = "In 1 of 3 streamed rows the chat template leaves out what the data holds:"
+    assert lines[:2] == [
+        f"{left_out} name of user messages. Row 3 of the data",
+        f"{left_out} weight of assistant messages. Row 3 of the data",
+    ]
+    assert lines[2].startswith("Row 2 cannot be used and is left out: a conversation must end with the assistant")
+    assert len(lines) == 3
 
 
 def test_a_tokenizer_without_an_end_is_refused(tokenizer):
@@ -268,3 +289,19 @@ def test_encoded_data_is_trained_on(tokenizer, tmp_path):
     trainer.train_dataset = encode(Dataset.from_list([PROBLEM] * 16), tokenizer)
     trainer.train()
     assert len(loss_lines(trainer)) == 2
+
+
+@pytest.mark.parametrize(
+    ("feature", "told"),
+    [
+        (ClassLabel(names=["yes", "no"]), "holds the numbers of classes, such as 0 for 'yes'"),
+        (Value("float32"), "holds float32 values"),
+        (Value("timestamp[s]"), "holds timestamp"),
+    ],
+)
+def test_types_that_are_no_text_are_refused_of_data_sets_in_memory_too(tokenizer, feature, told):
+    features = Features({"prompt": Value("string"), "completion": feature})
+    rows = Dataset.from_dict({"prompt": ["a"], "completion": [0]}, features=features)
+    for data in (rows, rows.to_iterable_dataset(), DatasetDict(train=rows)):
+        with pytest.raises(BadRequest, match=f"column 'completion' of 'the data' {told}"):
+            encode(data, tokenizer)

@@ -154,6 +154,26 @@ def test_lines_longer_than_what_is_read_at_once_are_whole():
     assert cells(".jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in long)) == long
 
 
+def test_a_file_of_one_line_is_joined_once():
+    """Joined anew with every part that is read, the copies would grow with the square of its length."""
+
+    class Part(bytes):
+        copied = 0
+
+        def __radd__(self, other):
+            Part.copied += len(other)
+            return bytes(other) + bytes(self)
+
+    class File(io.BytesIO):
+        def read(self, size=-1):
+            return Part(super().read(size))
+
+    text = "x" * (8 * 2**20)
+    (row,) = READERS[".json"](File(f'[{{"text": "{text}"}}]'.encode()))
+    assert row == (None, {"text": text})
+    assert Part.copied == 0
+
+
 @pytest.mark.parametrize(
     ("ending", "content", "expected"),
     [
@@ -165,6 +185,12 @@ def test_lines_longer_than_what_is_read_at_once_are_whole():
         (".jsonl", '{"a": "\\ud83d\\ude00"}\n{"a": ["\\ud83d"]}\n', "line 2 holds half of a surrogate pair,"),
         (".jsonl", f'{{"a": 1}}\n{{"a": {"1" * 5000}}}\n', "line 2 holds a number of more digits than can be read."),
         (".jsonl", f'{{"a": 1}}\n{{"a": {"[" * 10**5}{"]" * 10**5}}}\n', "line 2 is nested too deeply."),
+        (".jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "line 2 has the key 'a' twice in one object."),
+        (".jsonl", '{"a": [{"role": "x", "role": "x"}]}\n', "line 1 has the key 'role' twice in one object."),
+        (".json", '[{"a": {"b": 1, "b": 2}}]', "it has the key 'b' twice in one object."),
+        (".json", '{"text": ["a"],\n"text": ["b"]}', "it has the key 'text' twice in one object."),
+        (".csv", "a,b\r1,2\r", "line 1 has a carriage return within a cell that is not in quotes."),
+        (".csv", "a,b\n1,2\n3,4\r5\n", "line 3 has a carriage return within a cell that is not in quotes."),
         (".json", '[{"a": 1},\n{"a": ]', "line 2 is not valid JSON (Expecting value, column 7)"),
         (".json", '[{"a": 1}, 7]', "its row 2 holds a number where an object in braces is needed."),
         (".json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "it holds several lists of rows: train, test."),

@@ -220,6 +220,40 @@ def test_the_numbers_of_classes_are_no_answers(tmp_path):
             read(DataArguments(dataset_name=str(tmp_path / "d")))
 
 
+def test_splits_that_are_read_by_different_columns_are_refused(tmp_path):
+    write(tmp_path / "train.jsonl", LINES)
+    for other, told in (
+        ('{"prompt": "a", "completion": "b"}\n', "prompt, completion"),
+        ('{"text": "a"}\n', "text"),
+        ('{"question": "a", "answer": "b", "messages": []}\n', "question, answer, messages"),
+    ):
+        write(tmp_path / "test.jsonl", other)
+        message = f"its splits are read by different columns: train has question, answer; test has {told}. Give all"
+        for read in (load_splits, open_rows):
+            with pytest.raises(BadRequest, match=message):
+                read(DataArguments(dataset_name=str(tmp_path)))
+    write(tmp_path / "test.jsonl", '{"question": "a", "answer": "b", "note": "c"}\n')
+    assert load_splits(DataArguments(dataset_name=str(tmp_path)))[1]["note"] == ["c"]
+    write(tmp_path / "test.jsonl", '{"question": "without an answer"}\n')
+    write(tmp_path / "validation.jsonl", LINES)
+    arguments = DataArguments(dataset_name=str(tmp_path), dataset_test_split="validation")
+    assert [*load_splits(arguments)[1]] == [*open_rows(arguments)[1]] == ROWS
+
+
+def test_no_file_of_a_folder_is_left_out_for_its_kind(tmp_path):
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    for name in ("b.jsonl", "b.csv", "b.json"):
+        write(tmp_path / name, CONTENTS[name[1:]])
+        for read in (load_splits, open_rows):
+            with pytest.raises(BadRequest, match=rf"holds files of different kinds: \{name[1:]}, \.parquet\. Keep one"):
+                read(DataArguments(dataset_name=str(tmp_path)))
+        (tmp_path / name).unlink()
+    (tmp_path / "a.parquet").rename(tmp_path / "train.parquet")
+    write(tmp_path / "notes.csv", TABLE)
+    train, held_out, total = load_splits(DataArguments(dataset_name=str(tmp_path)))
+    assert (total, len(train) + len(held_out)) == (30, 30)
+
+
 def test_typed_files_with_capital_endings_are_not_left_out_of_a_folder(tmp_path):
     Dataset.from_list(ROWS).to_parquet(tmp_path / "train.parquet")
     write(tmp_path / "test.JSONL", LINES)

@@ -15,6 +15,7 @@ from .remarks import (
     BLANK,
     CONTROL,
     LEFT_OUT,
+    OTHERS,
     PROMPT,
     SYSTEM,
     TURNS,
@@ -101,6 +102,7 @@ class Encoder:
         if not self._all_turns:
             text = "".join(message.get("content") or "" for message in answer)
             found = _Text() if not answer or is_blank(answer[-1]) else self._last_turn(prompt, answer, tools, text)
+            found.notes += [(OTHERS, own["role"]) for own in answer if found.learned and own["role"] != "assistant"]
         else:
             first = 0 if self._names[0] == "messages" else len(prompt)
             found, text = self._each_turn([*prompt, *answer], first, tools), ""
@@ -141,12 +143,12 @@ class Encoder:
         messages = [*prompt, *answer]
         text = self._chat.render(messages, tools)
         tokens, notes = self._chat_tokens(text), self._remarks(messages, tools, text)
-        before = self._chat.attempt(prompt, tools, prompts=True) if prompt else ""
+        before = self._chat.attempt(prompt, tools, prompts=True) if prompt else None
         start = common_prefix(self._chat_tokens(before), tokens) if before else 0
         if before is None or not text.startswith(before):
             head = opening(self._chat, messages, len(prompt), tools)
             start = max(start, common_prefix(self._chat_tokens(head), tokens))
-            notes.append((PROMPT, ""))
+            notes += [(PROMPT, "")] if prompt else []
         words = self._words(tokens[start:])
         if not words and not answer_text.strip():  # the template leaves out the calls that are all of the answer
             return _Text(notes=notes)
@@ -169,28 +171,28 @@ class Encoder:
             left.notes += [*found.notes, *[(BLANK, "")] * sum(i > earlier[-1] for i in turns)]
             return left
         found.notes += blanks
-        if not earlier:
+        if not found.tokens:
             return found
-        if not blanks and self._chat.marks(tools) and self._learn_marked(found, messages[: last + 1], first, tools):
+        if not blanks and self._learn_marked(found, messages[: last + 1], first, tools):
             return found
-        return self._learn_spans(found, messages[: last + 1], earlier, tools)
+        return self._learn_spans(found, messages[: last + 1], earlier, tools) if earlier else found
 
     def _learn_marked(self, found: _Text, messages: list[Message], first: int, tools: list[Message] | None) -> bool:
-        """Learn what the template marks, in place of the last answer alone; whether it marks anything."""
-        tokens, marks = self._chat.marked_tokens(messages, tools)
+        """Learn what the template marks, and the end of text, in place of the last answer; whether there are marks."""
+        spans = self._chat.marked_spans(messages, tools)
+        if not spans:
+            return False
         begin = 0
         if first:
             before = self._chat.attempt(messages[:first], tools, prompts=True)
             before = opening(self._chat, messages, first, tools) if before is None else before
-            begin = common_prefix(self._chat_tokens(before), tokens)
-        edges = [0, *([0] * begin), *marks[begin:], 0]
-        changes = [i for i in range(len(edges) - 1) if edges[i] != edges[i + 1]]
-        runs = list(zip(changes[::2], changes[1::2], strict=True))
-        if not runs:
-            return False
-        appended = len(tokens) < len(found.tokens)  # the end-of-text token
-        found.learned = [*runs, *([(len(found.tokens) - 1, len(found.tokens))] if appended else [])]
-        found.answers = [*((start, self._words(tokens[start:end])) for start, end in runs[:-1]), *found.answers]
+            begin = common_prefix(self._chat_tokens(before), found.tokens)
+        runs = self._token_spans(self._chat.render(messages, tools), spans)
+        runs = [(max(start, begin), end) for start, end in runs if end > begin]
+        count = len(found.tokens)
+        found.learned = [*runs, (max(found.learned[-1][0], count - 1), count)]  # the end of text, marked or not
+        earlier = ((start, self._words(found.tokens[start:end])) for start, end in runs[:-1])
+        found.answers = [*earlier, *found.answers]
         return True
 
     def _learn_spans(
@@ -213,7 +215,10 @@ class Encoder:
         return found
 
     def _token_spans(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The tokens that characters of a conversation are in; one that a span shares with others belongs to it."""
+        """The tokens that characters of a conversation are in; one that a span shares with others belongs to it.
+
+        Where a tokenizer's offsets leave white space out, a token of nothing else has both of them behind it.
+        """
         if not self._tokenizer.is_fast:
             tokens = self._chat_tokens(text)
             return [
@@ -228,7 +233,7 @@ class Encoder:
         return [
             (
                 next((i for i, (_, until) in enumerate(offsets) if until > start), count),
-                next((i for i, (begin, _) in enumerate(offsets) if begin >= end), count),
+                next((i for i, (begin, until) in enumerate(offsets) if begin >= end and until > end), count),
             )
             for start, end in spans
         ]

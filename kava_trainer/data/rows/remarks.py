@@ -9,11 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ...utils.errors import Problem
 from ..row_locations import locate_rows
+from .template import control_tokens
 
-LEFT_OUT, CONTROL, SYSTEM, ARGUMENTS, PROMPT, TURNS, UNLEARNED, BLANK = (
-    "left out", "control", "system", "arguments", "prompt", "turns", "unlearned", "blank",
+LEFT_OUT, CONTROL, SYSTEM, ARGUMENTS, PROMPT, TURNS, UNLEARNED, BLANK, OTHERS = (
+    "left out", "control", "system", "arguments", "prompt", "turns", "unlearned", "blank", "others",
 )  # fmt: skip
-"""The kinds of remarks; the first two have a detail each, and stand once for each of them."""
+"""The kinds of remarks; some have a detail, and stand once for each of these."""
 
 Remark = tuple[str, str]
 """A kind and a detail."""
@@ -57,6 +58,11 @@ _TOLD = {
     BLANK: (
         "In {rows} assistant messages are empty and teach nothing, {count} in all. {where}.",
         "Write an answer there, or leave them out.",
+    ),
+    OTHERS: (
+        "In {rows} the completion holds messages of the role {details}, which are learned as the assistant's are. "
+        "{where}.",
+        "Write assistant_turns all, which learns the assistant's messages alone, or move the others into the prompt.",
     ),
 }
 
@@ -110,10 +116,8 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        tokens = {*map(str, tokenizer.all_special_tokens), *added} - {""}
-        tokens = set() if getattr(tokenizer, "split_special_tokens", False) else tokens
-        self._pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        tokens = () if getattr(tokenizer, "split_special_tokens", False) else control_tokens(tokenizer)
+        self._pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
         self._first, self._last = tokenizer.bos_token, tokenizer.eos_token
 
     def inside(self, text: str) -> set[str]:

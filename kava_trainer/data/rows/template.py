@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...utils.errors import BadRequest, reason_of
 
@@ -22,6 +23,9 @@ _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, 
 """What a template may raise on a conversation: of its own accord, or because its code meets what it does not expect."""
 
 
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
 class ChatTemplate:
     """Renders conversations with the chat template of a tokenizer, the same on any day.
 
@@ -31,6 +35,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.control_tokens = control_tokens(tokenizer)
 
     def render(self, messages: Sequence[Message], tools: list[Message] | None, prompts: bool = False) -> str:
         """The text of a conversation.
@@ -46,15 +51,24 @@ class ChatTemplate:
         """
         return cast(str, self._apply(messages, tools, add_generation_prompt=prompts, tokenize=False))
 
-    def marked_tokens(self, messages: Sequence[Message], tools: list[Message] | None) -> tuple[list[int], list[int]]:
-        """The tokens of a conversation, and 1 for each that the template itself marks as generated, else 0."""
-        found = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return found["input_ids"], found["assistant_masks"]
+    def marked_spans(self, messages: Sequence[Message], tools: list[Message] | None) -> list[tuple[int, int]]:
+        """Which characters of a conversation the template itself marks as generated; none where it marks nothing.
 
-    def marks(self, tools: list[Message] | None) -> bool:
-        """Whether the template marks what an assistant generates."""
-        fast = self.tokenizer.is_fast  # others do not know which characters a token stands for
-        return fast and re.search(r"\{%-?\s*generation\s*-?%\}", self._text(tools)) is not None
+        The mask of tokens that `apply_chat_template` gives runs on to the end of the text, or breaks off, where a mark
+        ends or begins with white space that the tokenizer's offsets leave out (read in transformers 5.23.0).
+        """
+        template = self._text(tools)
+        if not _MARK.search(template):
+            return []
+        names: Any = self.tokenizer.special_tokens_map
+        rendered: Any = render_jinja_template(
+            conversations=[list(messages)],
+            tools=cast(Any, tools),
+            chat_template=(_fixed_date() if self.dated(tools) else "") + template,
+            return_assistant_tokens_mask=True,
+            **names,
+        )
+        return [(start, end) for start, end in rendered[1][0] if start < end]
 
     def dated(self, tools: list[Message] | None = None) -> bool:
         """Whether the template asks for the day."""
@@ -79,6 +93,12 @@ class ChatTemplate:
 
     def _text(self, tools: list[Message] | None) -> str:
         return self.tokenizer.get_chat_template(None, cast(Any, tools))
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts that a tokenizer reads as control tokens, the longest first."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(sorted({*map(str, tokenizer.all_special_tokens), *added} - {""}, key=len, reverse=True))
 
 
 def _fixed_date() -> str:

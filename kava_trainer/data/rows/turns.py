@@ -38,18 +38,18 @@ def find_turn(
     """
     before = chat.attempt(messages[:index], tools, prompts=True) if index else None
     until = chat.attempt(messages[: index + 1], tools)
-    nested = before is not None and until is not None and text.startswith(before) and text.startswith(until)
-    if before is not None and until is not None and nested and len(before) < len(until):
+    begins = before is not None and text.startswith(before)
+    if before is not None and until is not None and begins and text.startswith(until) and len(before) < len(until):
         return Span(len(before), len(before) + len(_ended(chat, until[len(before) :])), True)
     frame = _frame(chat, messages, index, tools)
     closing = _frame(chat, messages[: index + 1], index, tools)
     if frame is None or closing is None:
         return None
-    opened = before if before is not None and text.startswith(before) else frame[0]
-    start, end = common_prefix(opened, text), len(text) - common_prefix(frame[1][::-1], text[::-1])
-    closed = _ended(chat, closing[1])
-    end += len(closed) if text.startswith(closed, end) else 0
-    return Span(start, end, index == 0) if start < end else None  # before a first message there is no prompt
+    start = common_prefix(before if before is not None and begins else frame[0], text)
+    end = len(text) - common_prefix(frame[1][::-1], text[::-1])
+    same = begins and until == text[:end] + closing[1]  # it differs in what follows a last turn alone
+    end += len(_shared_end(chat, closing[1], text[end:]))
+    return Span(start, end, same or index == 0) if start < end else None  # before a first message there is no prompt
 
 
 def opening(chat: ChatTemplate, messages: Sequence[Message], index: int, tools: list[Message] | None) -> str:
@@ -75,7 +75,28 @@ def _frame(
 def _ended(chat: ChatTemplate, text: str) -> str:
     """The text of a turn, without the white space that a template leaves behind its last control token."""
     bare = text.rstrip()
-    return bare if any(bare.endswith(token) for token in chat.tokenizer.all_special_tokens) else text
+    return bare if bare.endswith(chat.control_tokens) else text
+
+
+def _shared_end(chat: ChatTemplate, closing: str, following: str) -> str:
+    """What ends a turn that others follow.
+
+    Args:
+        chat: the template.
+        closing: what it writes behind the words of a last turn.
+        following: what stands behind the words of this one.
+
+    Returns:
+        All of the former where that stands there too; else what both begin with, up to the last control token in it.
+    """
+    ended = _ended(chat, closing)
+    if following.startswith(ended):
+        return ended
+    shared = closing[: common_prefix(closing, following)]
+    if ends := [shared.rfind(token) + len(token) for token in chat.control_tokens if token in shared]:
+        return shared[: max(ends)]
+    broken = [begin for token in chat.control_tokens if 0 <= (begin := closing.find(token)) < len(shared)]
+    return shared[: min(broken, default=len(shared))]
 
 
 def common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:

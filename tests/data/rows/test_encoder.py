@@ -5,14 +5,15 @@ import json
 from datetime import datetime
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from helpers.places import shared_path
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, ByT5Tokenizer
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers import AddedToken, AutoTokenizer, ByT5Tokenizer
 from transformers.utils import chat_template_utils
 
 from kava_trainer.data.encoding import encode_dataset
 from kava_trainer.data.formats import IGNORED, find_format, unread_columns, without_filler
+from kava_trainer.data.rows.encoder import Encoder
 from kava_trainer.data.rows.remarks import remark_problems
 from kava_trainer.utils.errors import BadRequest
 
@@ -45,6 +46,11 @@ MARKED = (
     "{{ m.content + '<|endoftext|>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+ENDED = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<END>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% else %}<|endoftext|>{% endif %}"
+)
+"""A conversation ends with more than its turns do."""
 OTHER_PROMPT = (
     "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'ANSWER: ' }}{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}BOT: {% endif %}"
@@ -281,6 +287,67 @@ def test_every_answer_is_learned_with_its_end(tokenizer, template):
     assert [line.split(" the chat")[0] for line in told(found)] == ["In 1 of 1 training rows"] * (template == THINKING)
 
 
+@pytest.mark.parametrize(
+    ("end", "special", "learned_end"),
+    [("<|im_end|>", True, "<|im_end|>"), ("<|done|>", True, "<|done|>"), (" ||", False, " ||\n"), ("", False, "\n")],
+)
+def test_turns_have_their_end_where_the_conversation_ends_otherwise(tokenizer, end, special, learned_end):
+    own = copy.deepcopy(tokenizer)
+    if special:
+        own.add_tokens([AddedToken(end, special=True)])
+    found = encoded([{"messages": TALK}], own, ENDED.replace("<END>", end), turns="all")
+    assert learned(own, found.dataset[0]) == [f"1{learned_end}", f"2{learned_end}", f"3{end}\n{END}"]
+    assert told(found) == []
+
+
+GENERATED = "{{ m.content + '<|endoftext|>' }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    ("generated", "runs"),
+    [
+        ("{{ ' ' + m.content + '<|endoftext|>\n' }}{% endgeneration %}", [f" 1{END}\n", f" 2{END}\n", f" 3{END}"]),
+        ("{{ m.content + ' ' }}{% endgeneration %}<|endoftext|>", ["1 ", "2 ", f"3 {END}"]),
+        ("{{ m.content }}{% endgeneration %}<|endoftext|>", ["1", "2", f"3{END}"]),
+    ],
+)
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_marks_are_learned_as_they_stand_and_the_end_of_text_always(tokenizer, generated, runs, trimmed):
+    """Offsets of many tokenizers leave white space out, as those of Llama 3 do."""
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trimmed)
+    assert GENERATED in MARKED
+    template = MARKED.replace(GENERATED, generated)
+    assert learned(own, encoded([{"messages": TALK}], own, template, turns="all").dataset[0]) == runs
+    assert learned(own, encoded([{"messages": TALK[4:]}], own, template, turns="all").dataset[0]) == runs[2:]
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize("template", [PLAIN, "{{ 'You help.\n' }}" + PLAIN])
+def test_a_greeting_alone_is_learned_without_what_the_template_writes_before_it(tokenizer, turns, template):
+    for row in ({"messages": [assistant("Welcome.")]}, {"prompt": [], "completion": [assistant("Welcome.")]}):
+        found = encoded([row], tokenizer, template, turns=turns)
+        assert learned(tokenizer, found.dataset[0]) == [f"Welcome.{END}"]
+        assert told(found) == []
+
+
+def test_what_others_say_within_a_completion_is_told_where_it_is_learned(tokenizer):
+    tool = {"role": "tool", "content": "7"}
+    rows = [
+        {"prompt": TALK[:1], "completion": TALK[1:]},
+        {"prompt": TALK[:1], "completion": [assistant("a"), tool, user("b"), assistant("c")]},
+        {"prompt": TALK[:3], "completion": TALK[3:4]},
+        {"prompt": TALK[:3], "completion": [*TALK[3:5], assistant("")]},
+    ]
+    lines = sorted(told(encoded(rows, tokenizer, PLAIN), 4))
+    assert [line.split(", which")[0] for line in lines] == [
+        "In 1 of 4 training rows the completion holds messages of the role tool",
+        "In 2 of 4 training rows the completion holds messages of the role user",
+    ]
+    assert lines[1].endswith("learned as the assistant's are. Rows 1, 2 of the data.")
+    assert not [line for line in told(encoded(rows, tokenizer, PLAIN, turns="all"), 4) if "completion holds" in line]
+
+
 def test_a_tokenizer_that_knows_no_characters_learns_every_answer(tokenizer):
     """Those written in Python say not which characters a token stands for."""
     slow = ByT5Tokenizer()
@@ -353,6 +420,19 @@ def test_of_a_cut_conversation_the_last_answer_that_is_left_is_asked_for(tokeniz
     assert learned(tokenizer, row) == [f"1{END}"]
 
 
+@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize("template", [PLAIN, MARKED, ENDED.replace("<END>", " ||")])
+def test_a_cut_conversation_teaches_what_is_left_of_it_and_nothing_more(tokenizer, template, turns):
+    own, names = templated(tokenizer, template), ("messages",)
+    whole = Encoder(names, own, 400, turns)({"messages": TALK})
+    assert not whole["truncated"]
+    for length in range(2, len(whole["input_ids"])):
+        cut = Encoder(names, own, length, turns)({"messages": TALK})
+        assert cut["truncated"]
+        for name in ("input_ids", "labels"):
+            assert cut[name] == whole[name][:length]
+
+
 def test_an_answer_that_cannot_be_found_is_not_learned_and_told(tokenizer):
     hidden = "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else '...' }}<|endoftext|>{% endfor %}"
     found = encoded([{"messages": TALK}], tokenizer, hidden, turns="all")
@@ -413,6 +493,18 @@ def test_text_has_one_beginning(tokenizer, added, row):
     ids = encoded([row], own).dataset[0]["input_ids"]
     assert ids.count(own.bos_token_id) == (1 if added or "question" not in row else 0)
     assert (ids[0] == own.bos_token_id) == (added or "question" not in row)
+
+
+def test_tokens_are_not_taken_from_the_cache_of_another_beginning(tokenizer, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": TALK}) + "\n")
+    rows = load_dataset("json", data_files=str(path), split="train")
+    own = bos_tokenizer(tokenizer, False)
+    own.add_tokens([AddedToken("<t>", special=True)])
+    for beginning in ("<s>", "<t>", "<s>"):
+        own.bos_token = beginning
+        ids = encoded(rows, own, "{{ bos_token }}" + PLAIN).dataset[0]["input_ids"]
+        assert own.decode(ids[:1]) == beginning
 
 
 def test_a_template_that_writes_the_beginning_gets_no_second_one(tokenizer):
