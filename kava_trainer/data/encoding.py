@@ -73,13 +73,17 @@ def encode(dataset: _D, tokenizer: PreTrainedTokenizerBase, max_length: int = 51
 
     Raises:
         BadRequest: as `encode_dataset`; of a stream, if its columns are not known or a chat has no template.
+        ValueError: for anything that is no data set.
     """
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         splits = {name: encode(rows, tokenizer, max_length, assistant_turns) for name, rows in dataset.items()}
         return cast(_D, type(dataset)(cast(Any, splits)))
     if isinstance(dataset, IterableDataset):
         return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns))
-    rows = cast(Dataset, dataset).with_format(None)
+    if not isinstance(dataset, Dataset):
+        kind = type(dataset).__name__
+        raise ValueError(f"encode takes a data set, and this is a {kind}; write Dataset.from_list(rows) for a list.")
+    rows = dataset.with_format(None)
     encoded = encode_dataset(rows, tokenizer, max_length, "Tokenizing", assistant_turns=assistant_turns)
     for problem in remark_problems(encoded.remarks, "the data", "encoded", len(rows)):
         warnings.warn(str(problem), stacklevel=2)

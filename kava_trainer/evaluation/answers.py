@@ -175,6 +175,12 @@ def first_problems(tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset
     ]
 
 
+def have_prompts(tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset) -> bool:
+    """Whether there is anything to answer; plain text has no prompts, or the beginning-of-text token alone."""
+    prompts = (row["input_ids"][: row["prompt_length"]] for row in dataset)
+    return any(str(tokenizer.decode(prompt, skip_special_tokens=True)).strip() for prompt in prompts)
+
+
 def longest_answer(dataset: datasets.Dataset) -> int:
     """Tokens of the longest reference answer."""
     return max(len(row["input_ids"]) - row["prompt_length"] for row in dataset)

@@ -10,6 +10,11 @@ WITHOUT_CONTROL = "Set run_control to true: only a student trained without the t
 
 NOTHING_HELD_OUT = "Name a dataset_test_split, or data with more rows, so that something is held out to measure on."
 
+FROM_RANDOM = (
+    "Train longer (max_steps or num_train_epochs, with warmup_steps that leave most of them): a few steps from random "
+    "weights tell little."
+)
+
 IN_A_SCRIPT = {
     WITHOUT_CONTROL: (
         "Train a second student from the same start with mercator_weight 0: only one without the teacher tells whether "
@@ -83,13 +88,20 @@ def _towards_evidence(summary: Summary, taught: bool, wanted: int | None) -> Ite
         yield NOTHING_HELD_OUT
         return
     if wanted is not None:
-        yield f"Hold out {wanted} examples or more, in a test file of your own or by max_eval_samples."
+        yield (
+            f"Hold out {wanted} examples or more: in a test file of your own, out of more rows, or with a larger "
+            "max_eval_samples where that is what limits them."
+        )
     if not taught:
         return
     if control is None:
         yield WITHOUT_CONTROL
     elif not _more(control.cross_entropy, after.cross_entropy):
         yield (
-            "A student that was trained before rarely gains from a teacher over the same steps of next-token loss; "
-            "several seeds, or a harder task, would tell."
+            FROM_RANDOM
+            if summary.arguments.get("student_init") == "random"
+            else (
+                "A student that was trained before rarely gains from a teacher over the same steps of next-token loss; "
+                "several seeds, or a harder task, would tell."
+            )
         )

@@ -11,7 +11,7 @@ from datasets import Dataset
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import hide_tokens
 from ..data.collators import DistillationCollator
-from ..evaluation.answers import Evaluation, evaluate_with_answers, first_problems, longest_answer
+from ..evaluation.answers import Evaluation, evaluate_with_answers, first_problems, have_prompts, longest_answer
 from ..evaluation.final_answer_match.final_answer_match import is_exact_match
 from ..models.layers import context_length
 from ..models.loading import on_device
@@ -162,6 +162,9 @@ def measure(
     new_tokens = training.generation_max_new_tokens or 2 * longest_answer(held_out)
     limits = [limit for model in (models.teacher, models.student) if (limit := context_length(model)) is not None]
     new_tokens = min([new_tokens, *(limit - max(held_out["prompt_length"]) for limit in limits)])
+    generates = training.evaluate_generation and have_prompts(models.tokenizer, held_out)
+    if training.evaluate_generation and not generates and "teacher" in names:
+        console.print("No answers are generated: the held-out rows are plain text, which has no prompt to answer.")
     for name in names:
         with needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
             measured = evaluate_with_answers(
@@ -170,7 +173,7 @@ def measure(
                 held_out,
                 DistillationCollator(models.tokenizer),
                 training.per_device_eval_batch_size,
-                new_tokens if training.evaluate_generation else None,
+                new_tokens if generates else None,
             )
         figures = measured.figures
         match = figures["exact_match"]

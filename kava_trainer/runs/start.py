@@ -1,6 +1,5 @@
 """The stages of a run before its first step."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +66,7 @@ def check_places(training: KavaTrainingArguments) -> None:
 def check_trackers(training: KavaTrainingArguments) -> None:
     """Make sure that what `report_to` names is installed and can be set up. Raises `BadRequest` if not."""
     if problem := tracker_problem([name for name in cast(list[str], training.report_to) if name != "none"]):
-        raise BadRequest.of(replace(problem, what=f"Trainer cannot be set up with these arguments: {problem.what}"))
+        raise BadRequest.of(problem)
 
 
 def _find_checkpoint(arguments: KavaArguments) -> Resumption:

@@ -284,6 +284,12 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer):
         encode(Dataset.from_list([PROBLEM]), own)
 
 
+@pytest.mark.parametrize("given", ["data.csv", [{"text": "a"}]])
+def test_only_data_sets_are_encoded(tokenizer, given):
+    with pytest.raises(ValueError, match=r"takes a data set, and this is a \w+; write Dataset\.from_list"):
+        encode(given, tokenizer)
+
+
 def test_encoded_data_is_trained_on(tokenizer, tmp_path):
     trainer = make_trainer(tmp_path, tokenizer)
     trainer.train_dataset = encode(Dataset.from_list([PROBLEM] * 16), tokenizer)

@@ -7,7 +7,7 @@ from helpers.data import random_examples
 from helpers.models import tiny_llama
 
 from kava_trainer.data.collators import DistillationCollator
-from kava_trainer.evaluation.answers import answer_cross_entropy, evaluate_model, generate_answers
+from kava_trainer.evaluation.answers import answer_cross_entropy, evaluate_model, generate_answers, have_prompts
 from kava_trainer.evaluation.final_answer_match.final_answer_match import FinalAnswerMatch, is_exact_match
 
 
@@ -47,6 +47,13 @@ def test_answers_are_read_as_people_mean_them(prediction, reference, expected):
 def test_no_answers_have_no_exact_match():
     with pytest.raises(ValueError, match="There are no predictions"):
         FinalAnswerMatch(keep_in_memory=True).compute(predictions=[], references=[])
+
+
+def test_plain_text_has_no_prompt_to_answer(tokenizer):
+    ids = tokenizer("Ann has 3 pens.")["input_ids"]
+    plain = [{"input_ids": [tokenizer.eos_token_id, *ids], "prompt_length": length} for length in (0, 1)]
+    assert not have_prompts(tokenizer, Dataset.from_list(plain))
+    assert have_prompts(tokenizer, Dataset.from_list([*plain, {"input_ids": ids, "prompt_length": 2}]))
 
 
 def test_the_metric_is_an_evaluate_metric():

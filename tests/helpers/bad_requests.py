@@ -132,7 +132,7 @@ BAD_REQUESTS = {
         lambda f: {"resume_from_checkpoint": damaged_checkpoint(f, "trainer_state.json")},
         "cannot be resumed: trainer_state.json has 100 bytes in place of",
     ),
-    "unknown tracker": (lambda f: {"report_to": "tensorbord"}, "Trainer cannot be set up with these arguments"),
+    "unknown tracker": (lambda f: {"report_to": "tensorbord"}, "report_to tensorbord cannot be used"),
     "hub offline": (lambda f: {"push_to_hub": "true"}, "push_to_hub true needs the hub, which cannot be reached"),
     "wrong kind of student": (lambda f: student(t5_config(f)), "student of type 't5' cannot be loaded"),
     "student is a file": (

@@ -256,6 +256,13 @@ def test_each_verdict_says_what_to_try_next(arguments, said):
     assert verdict(**arguments).next_steps[0].startswith(said)
 
 
+@pytest.mark.parametrize(("start", "said"), [("random", "Train longer"), ("pretrained", "A student that was trained")])
+def test_what_a_lost_comparison_advises_fits_the_students_start(start, said):
+    summary = good(evaluation__control_sft=figures(0.001))
+    summary.arguments["student_init"] = start
+    assert judge(summary, None, True, []).next_steps[0].startswith(said)
+
+
 def test_few_examples_are_a_caveat_with_what_to_do():
     assert any(step.startswith("Hold out 50 examples") for step in judge(good(), None, True, [], 20).next_steps)
     assert "run_control" not in " ".join(

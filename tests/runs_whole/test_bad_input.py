@@ -172,8 +172,7 @@ def test_a_tracker_that_is_not_installed_gets_one_sentence(tmp_path, capsys, mon
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "dvclive", Missing)
     error = one_sentence(refused(capsys, tmp_path, report_to="dvclive"))
     assert error == (
-        "report_to dvclive cannot be used (DVCLiveCallback requires dvclive to be installed). Install what it needs, "
-        "or write another."
+        "report_to dvclive cannot be used (dvclive is not installed). Install what it needs, or write another."
     )
 
 
