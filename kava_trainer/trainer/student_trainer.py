@@ -113,7 +113,7 @@ class StudentTrainer(SavingTrainer):
             return inputs
         first = self.args.process_index * self.args.eval_batch_size
         repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
-        counted = inputs["attention_mask"].bool() & ~repeated.unsqueeze(1)
+        counted = inputs.get("counted", inputs["attention_mask"]).bool() & ~repeated.unsqueeze(1)
         ignored = ~counted.flatten()[inputs["answer_index"]]
         return {
             **inputs,

@@ -91,6 +91,40 @@ def test_rows_of_no_token_and_of_one_are_taken(tmp_path, tokenizer, rows, budget
     assert all(line["loss"] == line["loss"] for line in loss_lines(trainer))
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_there_is_a_prediction_for_every_row_also_for_one_of_no_token(tmp_path, tokenizer, rows, labelled):
+    masked = {"input_ids": [3, 4], "labels": [3, 4], "attention_mask": [0, 0]}
+    plain = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    mixed = [{"input_ids": [], "labels": [], "attention_mask": []}, plain[0], masked, *plain[1:5]]
+    trainer, places = plain_trainer(tmp_path, tokenizer, rows), [1, 3, 4, 5, 6]
+    found = []
+    for asked in (mixed, plain[:5]):
+        kept = [{n: v for n, v in row.items() if labelled or n != "labels"} for row in asked]
+        found.append(trainer.predict(Dataset.from_list(kept)))
+    assert len(found[0].predictions) == len(mixed)
+    for place, row, own in zip(places, rows, found[1].predictions, strict=False):
+        length = len(row["input_ids"])
+        assert np.allclose(found[0].predictions[place, :length], own[:length], atol=1e-5)
+    figures = [name for name in found[1].metrics if not any(part in name for part in ("runtime", "per_second"))]
+    assert all(found[0].metrics[name] == pytest.approx(found[1].metrics[name], rel=1e-5) for name in figures)
+    assert ("test_cos_sim" in figures) is labelled
+
+
+def test_the_probe_and_the_calibration_leave_out_rows_of_no_token(tmp_path, tokenizer, rows):
+    nothing = {"input_ids": [], "labels": []}
+    settings = {"per_device_eval_batch_size": 32, "projector_init": "least_squares", "max_steps": 1}
+    with_it, without = (
+        plain_trainer(tmp_path / name, tokenizer, own, held_out=own, **settings)
+        for name, own in (("with", [*rows, nothing]), ("without", rows))
+    )
+    for trainer in (with_it, without):
+        trainer.calibrate()
+    one, other = (trainer.evaluate() for trainer in (with_it, without))
+    figures = [name for name in other if not any(part in name for part in ("runtime", "per_second"))]
+    assert {"eval_margin", "eval_cos_sim", "eval_loss"} <= set(figures)
+    assert all(one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5) for name in figures)
+
+
 @pytest.mark.parametrize(("cut", "count"), [(-2, "18 labels"), (2, "22 labels")])
 def test_labels_of_another_length_are_refused(tmp_path, tokenizer, rows, cut, count):
     ids = list(range(1, 21))
