@@ -55,6 +55,9 @@ class StudentTrainer(SavingTrainer):
         """Whether the loss is not the sum of the terms, but that of a subclass, which is then what is evaluated."""
         return True
 
+    def follow_weights(self) -> None:
+        """Read of the models what the weights of the terms ask for, which may have been changed since it was read."""
+
     def throughput(self) -> dict[str, float | None]:
         """What the last `train()` came to, see `Throughput.figures`; empty before it."""
         return self.clock.figures()
@@ -137,6 +140,8 @@ class StudentTrainer(SavingTrainer):
         which the probe is taken.
         """
         prefix = metric_key_prefix
+        if not self.is_in_train:  # the optimizer holds what was to be trained when it began
+            self.follow_weights()
         # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.incidents.smaller_evaluation):

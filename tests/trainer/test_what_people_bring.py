@@ -415,12 +415,26 @@ def test_weights_that_are_changed_before_the_training_take_effect(tmp_path, toke
     ]
 
 
+@pytest.mark.parametrize("start", [{"mercator_weight": 0.0}, {"mercator_weight": 3.0}, {"kd_weight": 1.0}])
+@pytest.mark.parametrize("changes", TEACHERS, ids=str)
+def test_weights_that_are_changed_before_an_evaluation_take_effect(tmp_path, tokenizer, rows, start, changes):
+    made = plain_trainer(tmp_path, tokenizer, rows, **{**start, **changes}).evaluate()
+    later = plain_trainer(tmp_path, tokenizer, rows, **start)
+    later.evaluate()
+    for name, value in changes.items():
+        setattr(later.args, name, value)
+    found = later.evaluate()
+    assert found.keys() == made.keys()
+    assert all(found[n] == pytest.approx(made[n]) for n in found if "time" not in n and "per_second" not in n)
+
+
 def test_a_weight_that_needs_a_teacher_is_refused_where_there_is_none(tmp_path, tokenizer, rows):
     trainer = plain_trainer(tmp_path, tokenizer, rows, pair=(student(), None), mercator_weight=0.0)
     trainer.train()
     trainer.args.kd_weight = 1.0
-    with pytest.raises(ValueError, match="kd_weight is above 0; give a teacher"):
-        trainer.train()
+    for work in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="kd_weight is above 0; give a teacher"):
+            work()
     with pytest.raises(ValueError, match=r"mercator_weight, .* give a teacher"):
         plain_trainer(tmp_path, tokenizer, rows, pair=(student(), None), mercator_weight=1.0)
 
