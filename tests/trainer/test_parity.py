@@ -110,11 +110,7 @@ def schedules():
     found += [{"lr_scheduler_type": kind, "lr_scheduler_kwargs": more, "warmup_steps": 1} for kind, more in kwargs]
     found += [{"optim": name, "weight_decay": decay, "max_grad_norm": norm}
               for name, decay, norm in itertools.product(OPTIMIZERS, (0.0, 0.1), (0.0, 1.0))]  # fmt: skip
-    return [
-        *found,
-        {"optim": "adamw_torch", "optim_args": "betas=(0.8, 0.9)"}
-        and {"optim": "adafactor", "optim_args": "clip_threshold=0.5"},
-    ]
+    return [*found, {"optim": "adafactor", "optim_args": "clip_threshold=0.5"}]
 
 
 def batches():
