@@ -213,9 +213,7 @@ def choose_collator(
     return given if isinstance(given, DistillationCollator) else CompletingCollator(given)
 
 
-def _tokens(
-    examples: list[dict[str, Any]], keep_empty: bool = False
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _tokens(examples: list[dict[str, Any]], keep_empty: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Token ids and labels of each example, without what its own `attention_mask` says is padding.
 
     One token stands for an example of no tokens, which teaches nothing, where such are kept or there is no other; else

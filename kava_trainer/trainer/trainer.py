@@ -299,6 +299,7 @@ class KavaTrainer(StudentTrainer):
             return super().train(resume_from_checkpoint, *args)
 
     def follow_weights(self) -> None:
+        """Take what the weights of the terms ask for as they are now. Raises as the trainer does when it is made."""
         if (source := self._pairing.source_now(self.model, self.teacher)) is not self.teacher:
             self._take_up(source)
 
