@@ -1,5 +1,6 @@
 """What is done with a student beside training it: it is measured on held-out examples, written, and sent."""
 
+import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -135,9 +136,9 @@ class StudentTrainer(SavingTrainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
 
-        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it. An
-        evaluation also runs the probe; its figures have the same prefix. Of several sets only the first does, from
-        which the probe is taken.
+        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it; NaN, as
+        Trainer's, where no token has any. An evaluation also runs the probe; its figures have the same prefix. Of
+        several sets only the first does, from which the probe is taken.
         """
         prefix = metric_key_prefix
         if not self.is_in_train:  # the optimizer holds what was to be trained when it began
@@ -149,8 +150,9 @@ class StudentTrainer(SavingTrainer):
         metrics = cast(dict[str, float], output.metrics)
         means = self.eval_means.drain(self.sum_over_ranks)
         give_up_whole_weights(self.model)
-        if means and not self.has_own_loss:  # Trainer's is a mean over examples
-            metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
+        if f"{prefix}_loss" in metrics and not self.has_own_loss:  # Trainer's is a mean over examples
+            weighted = [value for name, value in means.items() if name.endswith("_weighted")]
+            metrics[f"{prefix}_loss"] = sum(weighted) if weighted else math.nan
         metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
             metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])

@@ -91,6 +91,17 @@ def test_rows_of_no_token_and_of_one_are_taken(tmp_path, tokenizer, rows, budget
     assert all(line["loss"] == line["loss"] for line in loss_lines(trainer))
 
 
+@pytest.mark.parametrize("odd", ["ignored", "one token"])
+def test_where_no_held_out_token_has_a_loss_it_is_no_number_and_not_0(tmp_path, tokenizer, rows, odd):
+    ignored = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[:3]]
+    held_out = ignored if odd == "ignored" else [{"input_ids": [5], "labels": [5]}] * 3
+    trainer = plain_trainer(tmp_path, tokenizer, rows, mercator_weight=0.0, held_out=held_out)
+    assert np.isnan(trainer.evaluate()["eval_loss"])
+    assert np.isfinite(trainer.evaluate(Dataset.from_list(rows[:3]))["eval_loss"])
+    aligned = plain_trainer(tmp_path, tokenizer, rows, mercator_weight=2.0, lm_weight=1.0, held_out=held_out).evaluate()
+    assert aligned["eval_loss"] == pytest.approx(2 * aligned["eval_mercator_loss"])
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_there_is_a_prediction_for_every_row_also_for_one_of_no_token(tmp_path, tokenizer, rows, labelled):
     masked = {"input_ids": [3, 4], "labels": [3, 4], "attention_mask": [0, 0]}
