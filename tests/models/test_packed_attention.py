@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.data.packing import plan_packs
+from kava_trainer.models import packed_attention as packed_attention_module
 from kava_trainer.models.hidden_states import run_decoder
 from kava_trainer.models.packed_attention import (
     PACKED_SDPA,
@@ -129,9 +130,9 @@ def test_on_a_cpu_a_window_is_tried_out_where_that_takes_seconds_and_not_minutes
     one = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     norm = sum(parameter.numel() for parameter in model.model.norm.parameters())
     products = blocks * (one + norm / 4) * 52
-    monkeypatch.setattr("kava_trainer.models.packed_attention.MOST_PRODUCTS", products - 1)
+    monkeypatch.setattr(packed_attention_module, "MOST_PRODUCTS", products - 1)
     assert packing_problem(model) == "its window of 40 tokens is too wide to be tried out on a CPU"
-    monkeypatch.setattr("kava_trainer.models.packed_attention.MOST_PRODUCTS", products + 1)
+    monkeypatch.setattr(packed_attention_module, "MOST_PRODUCTS", products + 1)
     assert packing_problem(model) is None
 
 

@@ -91,6 +91,16 @@ def test_rows_of_no_token_and_of_one_are_taken(tmp_path, tokenizer, rows, budget
     assert all(line["loss"] == line["loss"] for line in loss_lines(trainer))
 
 
+def test_a_student_that_could_not_be_written_trains_on_without_a_cache(tmp_path, tokenizer, rows, monkeypatch):
+    trainer = plain_trainer(tmp_path, tokenizer, rows, max_steps=1)
+    trainer.train()
+    assert trainer.student.config.use_cache is False
+    monkeypatch.setattr(trainer.student, "save_pretrained", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.save_student(tmp_path / "student")
+    assert trainer.student.config.use_cache is False
+
+
 @pytest.mark.parametrize("odd", ["ignored", "one token"])
 def test_where_no_held_out_token_has_a_loss_it_is_no_number_and_not_0(tmp_path, tokenizer, rows, odd):
     ignored = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[:3]]
