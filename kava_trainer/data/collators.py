@@ -62,11 +62,13 @@ class DistillationCollator:
         Returns:
             `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, and where states are
             read `teacher_states` [B, T, d_t] by layer. Examples of which none has labels, which can be predicted on
-            and not learned, give `input_ids` and `attention_mask` alone.
+            and not learned, give `input_ids` and `attention_mask` alone. Where nothing is learned an example of no
+            tokens has a row too, so that predictions are those of the examples one by one; then `counted` [B, T]
+            says which tokens are real.
         """
         if not self._needs_labels and not any("labels" in example for example in examples):
             return self._unlabelled(examples)
-        input_ids, labels = _tokens(examples)
+        input_ids, labels = _tokens(examples, self._keeps_empty())
         answers = [_answers(own) for own in labels]
         width = max(map(len, input_ids))
         states = _states(input_ids, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
@@ -76,11 +78,24 @@ class DistillationCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "answer_index": torch.cat([row * width + positions for row, (positions, _) in enumerate(answers)]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
+            **self._counted(examples, input_ids),
             **states,
         }
 
+    def _keeps_empty(self) -> bool:
+        return not self._needs_labels and self.read_states is None  # no states are kept of what stands for nothing
+
+    def _counted(self, examples: list[dict[str, Any]], input_ids: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Which tokens [B, T] count, where some stand for an example without any."""
+        empty = [len(_real(example)[0]) == 0 for example in examples]
+        if not self._keeps_empty() or not any(empty):
+            return {}
+        real = [torch.full_like(ids, not none) for ids, none in zip(input_ids, empty, strict=True)]
+        return {"counted": pad_sequence(real, batch_first=True).bool()}
+
     def _unlabelled(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        input_ids, _ = _tokens([{**example, "labels": example["input_ids"]} for example in examples])
+        labelled = [{**example, "labels": example["input_ids"]} for example in examples]
+        input_ids, _ = _tokens(labelled, keep_empty=True)
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
@@ -198,18 +213,21 @@ def choose_collator(
     return given if isinstance(given, DistillationCollator) else CompletingCollator(given)
 
 
-def _tokens(examples: list[dict[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _tokens(examples: list[dict[str, Any]], keep_empty: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Token ids and labels of each example, without what its own `attention_mask` says is padding.
 
-    An example of no tokens teaches nothing and is left out; where there is no other, one token stands for it.
+    One token stands for an example of no tokens, which teaches nothing, where such are kept or there is no other; else
+    they are left out.
     """
     if missing := [name for name in ("input_ids", "labels") if name not in examples[0]]:
         raise ValueError(
             f"An example has no {' and no '.join(missing)}, but only {', '.join(sorted(examples[0]))}. Give every "
             "example input_ids, and labels that are -100 where no answer is to be learned."
         )
-    pairs = [pair for example in examples if len((pair := _real(example))[0])]
-    pairs = pairs or [(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED))]
+    pairs, nothing = [_real(example) for example in examples], (torch.zeros(1).long(), torch.full((1,), IGNORED))
+    if keep_empty:
+        pairs = [pair if len(pair[0]) else nothing for pair in pairs]
+    pairs = [pair for pair in pairs if len(pair[0])] or [nothing]
     return [ids for ids, _ in pairs], [labels for _, labels in pairs]
 
 

@@ -185,7 +185,7 @@ def _add_batch(
     moments: list[Moments], model: DistillationModel, teacher: TeacherSource, batch: dict[str, torch.Tensor]
 ) -> None:
     batch = send_to_device(batch, model.student.device)
-    mask = batch["attention_mask"].bool()
+    mask = batch.get("counted", batch["attention_mask"]).bool()
     teacher_states = teacher.features(batch)
     output = model(batch["input_ids"], batch["attention_mask"], distils=True)
     for sums, projector, (student, layer) in zip(moments, model.target.projectors, model.target.pairs, strict=True):

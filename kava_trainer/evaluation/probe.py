@@ -120,7 +120,7 @@ class AlignmentProbe:
         rows: list[list[list[torch.Tensor]]] = [[[], [], [], []] for _ in model.target.pairs]
         for batch in self._batches:
             batch = send_to_device(batch, model.student.device)
-            mask = batch["attention_mask"].bool()
+            mask = batch.get("counted", batch["attention_mask"]).bool()
             states = cast(dict[int, torch.Tensor], terms.teacher_states(batch))
             output = terms.student_outputs(model, batch, states, None)
             for row, (student, teacher), pair in zip(rows, model.target.pairs, output.pairs, strict=True):

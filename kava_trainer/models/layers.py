@@ -131,6 +131,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def made_up_tokens(model: PreTrainedModel, count: int = TOKENS, first: int = 1) -> torch.Tensor:
-    """Token ids [1, count] that a model has embeddings for, where it takes them."""
+    """Token ids [1, count] that a model has embeddings for, where it takes them; fewer where it reads no more."""
+    count = min(count, context_length(model) or count)
     size = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     return (torch.arange(first, first + count) % size).unsqueeze(0).to(model.device)

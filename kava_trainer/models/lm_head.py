@@ -1,5 +1,6 @@
 """The vocabulary head apart from its model, so that logits exist only where a term wants them."""
 
+import math
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def check_head(model: PreTrainedModel, role: str) -> None:
         role: `teacher` or `student`, for the message.
 
     Raises:
-        BadRequest: if the model does more to its logits, so that a loss on them would be wrong.
+        BadRequest: if the model does more to its logits, so that a loss on them would be wrong, or they are no numbers.
     """
     if not can_run(model):
         return
@@ -66,6 +67,9 @@ def check_head(model: PreTrainedModel, role: str) -> None:
     try:
         with evaluating(model):
             size, agree = _agrees(model, ids, 1.0)
+            if math.isnan(size):
+                what = f"The logits of the {role}, a {type(model).__name__}, are no numbers on a few plain tokens;"
+                raise BadRequest(what, "look for weights that are NaN or infinite, and load it anew.")
             agree = agree and _agrees(model, ids, _LARGE / max(size, 1e-6))[1]
             reason = ""
     except torch.OutOfMemoryError:
@@ -91,4 +95,6 @@ def _agrees(model: PreTrainedModel, ids: torch.Tensor, factor: float) -> tuple[f
     finally:
         handle.remove()
     size = own.abs().max().item()
-    return size, own.shape == logits.shape and torch.allclose(logits, own, rtol=1e-2, atol=_AGREE * size)
+    return size, not math.isnan(size) and own.shape == logits.shape and torch.allclose(
+        logits, own, rtol=1e-2, atol=_AGREE * size
+    )

@@ -8,7 +8,7 @@ the examples alone.
 import math
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ NOTICED, LOW_NOTICED = 1e-5, 1e-4
 
 LENGTH, LONGEST_WINDOW = 12, 4096
 """Tokens that are compared; the widest window whose end is tried out, since attention takes its square."""
+
+MOST_PRODUCTS = 2.5e11
+"""As many a CPU is asked for to try out the end of a window; two passes take some twenty seconds on two cores."""
 
 
 def restarting_positions(lengths: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -141,8 +144,9 @@ def packing_problem(model: PreTrainedModel) -> str | None:
         model: it is left in the mode it came in. `enable_packing` comes first.
     """
     reach = _reach(model)
-    if reach > LONGEST_WINDOW:
-        return f"its window of {reach} tokens is too wide to be tried out"
+    if reach > LONGEST_WINDOW or (reach and model.device.type == "cpu" and _products(model, reach) > MOST_PRODUCTS):
+        where = "" if reach > LONGEST_WINDOW else " on a CPU"
+        return f"its window of {reach} tokens is too wide to be tried out{where}"
     try:
         with evaluating(model), torch.no_grad():
             if _sees_others(model):
@@ -178,16 +182,24 @@ def _sees_others(model: PreTrainedModel) -> bool:
     return not apart or _difference(packed, beside_other) > noticing
 
 
-def _ends_elsewhere(model: PreTrainedModel, reach: int) -> bool:
-    """Whether the end of an example that is longer than the window is read otherwise than alone.
-
-    Each kind of layer has its turn in the first blocks.
-    """
+def _depth(model: PreTrainedModel) -> int:
+    """How many of the first blocks have one of each kind among them; all, where the config names no kinds."""
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    depth = max(map(kinds.index, set(kinds))) + 1 if kinds else number_of_layers(model)
+    return max(map(kinds.index, set(kinds))) + 1 if kinds else number_of_layers(model)
+
+
+def _products(model: PreTrainedModel, reach: int) -> float:
+    """Products of weights and states in a pass over an example that reaches past a window."""
+    count = sum(parameter.numel() for parameter in find_decoder(model).parameters())
+    embeddings = cast(torch.Tensor, model.get_input_embeddings().weight).numel()
+    return (count - embeddings) * _depth(model) / number_of_layers(model) * (reach + LENGTH)
+
+
+def _ends_elsewhere(model: PreTrainedModel, reach: int) -> bool:
+    """Whether the end of an example that is longer than the window is read otherwise than alone."""
     count = min(reach + LENGTH, context_length(model) or math.inf)
     long = made_up_tokens(model, int(count), 57)
-    with truncated(model, depth):
+    with truncated(model, _depth(model)):
         packed = _states(model, made_up_tokens(model, 9, 2), long)
         return _difference(packed, _alone(model, long)) > _rounding(model)
 

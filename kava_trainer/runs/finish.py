@@ -151,7 +151,7 @@ def write_report(trainer: KavaTrainer, folder: str | Path | None = None) -> Path
     args, content = trainer.args, summary.content
     content.checkpoints = [str(path) for path in list_checkpoints(args.output_dir)]
     broken = [path for path in content.checkpoints if broken_reason(Path(path))]
-    supervised, taught = args.lm_weight > 0 or args.kd_weight > 0, args.aligns or args.kd_weight > 0
+    supervised, taught = args.lm_weight > 0 or args.kd_weight > 0, args.reads_teacher
     status = "interrupted" if was_interrupted(trainer) else "completed"
     if status == "completed":
         examples = content.held_out_examples
@@ -164,13 +164,30 @@ def write_report(trainer: KavaTrainer, folder: str | Path | None = None) -> Path
     return folder / REPORT_PAGE
 
 
+def _held_out(trainer: KavaTrainer) -> tuple[str, Any]:
+    """What metrics of the held-out examples begin with, and these; of several sets the first, which the probe is of."""
+    held_out = trainer.eval_dataset
+    if not isinstance(held_out, dict):
+        return "eval", held_out
+    return next(((f"eval_{name}", examples) for name, examples in held_out.items()), ("eval", None))
+
+
+def _as_of_one_set(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The metrics that begin with a prefix, beginning with `eval` as where there is one set alone."""
+    return {f"eval{n.removeprefix(prefix)}": value for n, value in metrics.items() if n.startswith(f"{prefix}_")}
+
+
 def _last_evaluation(trainer: KavaTrainer) -> dict[str, Any] | None:
-    """The metrics of the last step; None where nothing is held out."""
-    at_the_end = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
-    found = next((line for line in reversed(at_the_end) if "eval_runtime" in line), None)
-    if found is None and trainer.eval_dataset is not None:
-        return trainer.evaluate()
-    return found
+    """The metrics of the student as it is now; None where nothing is held out."""
+    state, best = trainer.state, trainer.state.best_global_step
+    prefix, held_out = _held_out(trainer)
+    at_the_end = [line for line in state.log_history if line["step"] == state.global_step]
+    found = next((line for line in reversed(at_the_end) if f"{prefix}_runtime" in line), None)
+    if trainer.args.load_best_model_at_end and best not in (None, state.global_step):
+        found = None  # of the last step's weights, which the student has no more
+    if found is None and held_out is not None:
+        found = trainer.evaluate()
+    return found and _as_of_one_set(found, prefix)
 
 
 def _summary_of(trainer: KavaTrainer) -> RunSummary:
@@ -188,11 +205,13 @@ def _summary_of(trainer: KavaTrainer) -> RunSummary:
     summary.add_training(history, trainer.state.global_step)
     content = summary.content
     content.problems, content.student_parameters = trainer.problems, own_parameters(student)
-    content.held_out_examples = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else None
+    prefix, held_out = _held_out(trainer)
+    content.held_out_examples = len(held_out) if isinstance(held_out, Sized) else None
     peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
     content.throughput = replace(content.throughput, **trainer.throughput(), peak_memory_bytes=max(peaks, default=None))
-    if (start := next((line for line in history if line["step"] == 0 and "eval_runtime" in line), None)) is not None:
-        _add_perplexity(summary, "student_before", start)
+    starts = (line for line in history if line["step"] == 0 and f"{prefix}_runtime" in line)
+    if (start := next(starts, None)) is not None:
+        _add_perplexity(summary, "student_before", _as_of_one_set(start, prefix))
     return summary
 
 

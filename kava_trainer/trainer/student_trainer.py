@@ -1,5 +1,6 @@
 """What is done with a student beside training it: it is measured on held-out examples, written, and sent."""
 
+import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -54,6 +55,9 @@ class StudentTrainer(SavingTrainer):
     def has_own_loss(self) -> bool:
         """Whether the loss is not the sum of the terms, but that of a subclass, which is then what is evaluated."""
         return True
+
+    def follow_weights(self) -> None:
+        """Read of the models what the weights of the terms ask for, which may have been changed since it was read."""
 
     def throughput(self) -> dict[str, float | None]:
         """What the last `train()` came to, see `Throughput.figures`; empty before it."""
@@ -113,7 +117,7 @@ class StudentTrainer(SavingTrainer):
             return inputs
         first = self.args.process_index * self.args.eval_batch_size
         repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
-        counted = inputs["attention_mask"].bool() & ~repeated.unsqueeze(1)
+        counted = inputs.get("counted", inputs["attention_mask"]).bool() & ~repeated.unsqueeze(1)
         ignored = ~counted.flatten()[inputs["answer_index"]]
         return {
             **inputs,
@@ -132,11 +136,13 @@ class StudentTrainer(SavingTrainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
 
-        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it. An
-        evaluation also runs the probe; its figures have the same prefix. Of several sets only the first does, from
-        which the probe is taken.
+        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it; NaN, as
+        Trainer's, where no token has any. An evaluation also runs the probe; its figures have the same prefix. Of
+        several sets only the first does, from which the probe is taken.
         """
         prefix = metric_key_prefix
+        if not self.is_in_train:  # the optimizer holds what was to be trained when it began
+            self.follow_weights()
         # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.incidents.smaller_evaluation):
@@ -144,8 +150,9 @@ class StudentTrainer(SavingTrainer):
         metrics = cast(dict[str, float], output.metrics)
         means = self.eval_means.drain(self.sum_over_ranks)
         give_up_whole_weights(self.model)
-        if means and not self.has_own_loss:  # Trainer's is a mean over examples
-            metrics[f"{prefix}_loss"] = sum(value for name, value in means.items() if name.endswith("_weighted"))
+        if f"{prefix}_loss" in metrics and not self.has_own_loss:  # Trainer's is a mean over examples
+            weighted = [value for name, value in means.items() if name.endswith("_weighted")]
+            metrics[f"{prefix}_loss"] = sum(weighted) if weighted else math.nan
         metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
             metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])

@@ -298,10 +298,14 @@ class KavaTrainer(StudentTrainer):
         with self.explained(resume_from_checkpoint):
             return super().train(resume_from_checkpoint, *args)
 
-    def _make_ready(self) -> None:
-        """What a model needs before it is trained; weights may have been changed since the trainer was made."""
+    def follow_weights(self) -> None:
+        """Take what the weights of the terms ask for as they are now. Raises as the trainer does when it is made."""
         if (source := self._pairing.source_now(self.model, self.teacher)) is not self.teacher:
             self._take_up(source)
+
+    def _make_ready(self) -> None:
+        """What a model needs before it is trained."""
+        self.follow_weights()
         from_main_process(self.weights.check_writable)
         if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
             apply_liger_kernel(self.student, self.args.liger_kernel_config)

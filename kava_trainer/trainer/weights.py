@@ -118,9 +118,11 @@ class Weights:
         before, added = self.model.student_uses_cache, vars(config).pop("use_cache", None)
         if before is not None:
             config.use_cache = before
-        self.write_student(folder, state_dict, merge_adapter)
-        if added is not None:
-            config.use_cache = added
+        try:
+            self.write_student(folder, state_dict, merge_adapter)
+        finally:
+            if added is not None:
+                config.use_cache = added
 
     @contextmanager
     def kept(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> Iterator[None]:

@@ -11,6 +11,8 @@ from transformers import (
     DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -50,6 +52,16 @@ def tiny_student() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, num_attention_heads=2, num_key_value_heads=1))
 
 
+def tiny_mixture() -> MixtralForCausalLM:
+    """Of two experts, whose routers have an auxiliary loss."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    routers = {"num_local_experts": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **tokens, **routers, **heads, num_experts_per_tok=1))
+
+
 class Events(TrainerCallback):
     """Takes down every event with the step it came at."""
 
@@ -76,17 +88,21 @@ class Outcome:
 
 
 def make(kind: type[Trainer], folder: Path, tokenizer: Any, changes: dict[str, Any], events: Events) -> Trainer:
-    """A trainer of either kind; `changes` are training arguments, and under `given` parameters of the trainer."""
+    """A trainer of either kind.
+
+    `changes` are training arguments, and under `given` parameters of the trainer, under `ours` arguments that
+    `KavaTrainer` alone takes, and under `student` what makes another one.
+    """
     given = {"train_dataset": Dataset.from_list(TRAINED), "eval_dataset": Dataset.from_list(HELD_OUT)}
     given |= {"processing_class": tokenizer, **changes.get("given", dict)()}
     given["callbacks"] = [events, *given.get("callbacks", ())]
-    own = {name: value for name, value in changes.items() if name not in ("given", "resume")}
+    own = {name: value for name, value in changes.items() if name not in ("given", "resume", "ours", "student")}
+    student = changes.get("student", tiny_student)()
     if kind is KavaTrainer:
-        return KavaTrainer(
-            tiny_student(), args=KavaTrainingArguments(str(folder), **{**SETTINGS, **OURS, **own}), **given
-        )
+        settings = {**SETTINGS, **OURS, **changes.get("ours", {}), **own}
+        return KavaTrainer(student, args=KavaTrainingArguments(str(folder), **settings), **given)
     args = TrainingArguments(str(folder), **{**SETTINGS, **own})
-    return kind(tiny_student(), args, **{"data_collator": DataCollatorForSeq2Seq(tokenizer), **given})
+    return kind(student, args, **{"data_collator": DataCollatorForSeq2Seq(tokenizer), **given})
 
 
 def outcome(kind: type[Trainer], folder: Path, tokenizer: Any, changes: dict[str, Any]) -> Outcome:

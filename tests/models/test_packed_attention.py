@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.data.packing import plan_packs
+from kava_trainer.models import packed_attention as packed_attention_module
 from kava_trainer.models.hidden_states import run_decoder
 from kava_trainer.models.packed_attention import (
     PACKED_SDPA,
@@ -114,6 +115,25 @@ def test_a_window_too_wide_to_be_tried_out_keeps_rows_padded_unless_no_example_c
     wide = {"sliding_window": 8192}
     assert "8192 tokens is too wide" in packing_problem(model_of("mistral", max_position_embeddings=32768, **wide))
     assert packing_problem(model_of("mistral", max_position_embeddings=4096, **wide)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "blocks"),
+    [
+        ("mistral", {}, 4),  # which names no kinds of layers
+        ("gemma3_text", {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}, 2),
+    ],
+)
+def test_on_a_cpu_a_window_is_tried_out_where_that_takes_seconds_and_not_minutes(monkeypatch, kind, changes, blocks):
+    model = model_of(kind, sliding_window=40, num_hidden_layers=4, **changes)
+    enable_packing(model)
+    one = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    norm = sum(parameter.numel() for parameter in model.model.norm.parameters())
+    products = blocks * (one + norm / 4) * 52
+    monkeypatch.setattr(packed_attention_module, "MOST_PRODUCTS", products - 1)
+    assert packing_problem(model) == "its window of 40 tokens is too wide to be tried out on a CPU"
+    monkeypatch.setattr(packed_attention_module, "MOST_PRODUCTS", products + 1)
+    assert packing_problem(model) is None
 
 
 HYBRIDS = {

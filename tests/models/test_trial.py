@@ -63,3 +63,21 @@ def test_each_module_is_in_the_mode_it_was_in():
         assert not any(module.training for module in model.modules())
     assert model.model.layers[1].training
     assert not model.model.layers[0].self_attn.training
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_told_as_such(role, value):
+    model = model_of("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = value
+    check_states(model, [1, 2], role)  # it gives its own states, whatever these are
+    with pytest.raises(BadRequest, match=f"The logits of the {role}, a LlamaForCausalLM, are no numbers"):
+        check_head(model, role)
+
+
+@pytest.mark.parametrize("positions", [4, 8])
+def test_a_model_that_reads_few_tokens_is_tried_out_on_as_many(positions):
+    model = model_of("gpt2", n_positions=positions)
+    check_states(model, [1, 2], "student")
+    check_head(model, "student")

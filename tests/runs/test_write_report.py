@@ -55,6 +55,35 @@ def test_what_was_evaluated_is_not_evaluated_again(tmp_path, tokenizer, monkeypa
     assert before > after
 
 
+def test_the_student_is_measured_as_it_is_and_not_as_it_was_at_the_last_step(tmp_path, tokenizer):
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = make(tmp_path, tokenizer, **every, **best)  # the worst is the first
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    write_report(trainer)
+    summary = summary_in(tmp_path)
+    measured = answer_cross_entropy(trainer.student, trainer.eval_dataset, trainer.data_collator, 3)
+    assert summary["evaluation"]["student_after"]["cross_entropy"] == pytest.approx(measured, rel=1e-4)
+    assert summary["final"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_of_several_sets_the_first_is_reported(tmp_path, tokenizer, evaluated):
+    alone = make(tmp_path / "alone", tokenizer)
+    sets = {"near": alone.eval_dataset, "far": alone.eval_dataset.select([0, 1])}
+    when = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True} if evaluated else {}
+    trainer = make(tmp_path, tokenizer, {"eval_dataset": sets}, **when)
+    trainer.train()
+    write_report(trainer)
+    summary = summary_in(tmp_path)
+    assert summary["held_out_examples"] == len(alone.eval_dataset)
+    measured = answer_cross_entropy(trainer.student, sets["near"], trainer.data_collator, 3)
+    assert summary["evaluation"]["student_after"]["cross_entropy"] == pytest.approx(measured, rel=1e-4)
+    assert (summary["evaluation"]["student_before"] is None) is not evaluated
+    assert summary["final"]["margin"] is not None
+
+
 def test_without_held_out_examples_there_is_no_verdict(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, {"eval_dataset": None})
     trainer.train()

@@ -91,6 +91,61 @@ def test_rows_of_no_token_and_of_one_are_taken(tmp_path, tokenizer, rows, budget
     assert all(line["loss"] == line["loss"] for line in loss_lines(trainer))
 
 
+def test_a_student_that_could_not_be_written_trains_on_without_a_cache(tmp_path, tokenizer, rows, monkeypatch):
+    trainer = plain_trainer(tmp_path, tokenizer, rows, max_steps=1)
+    trainer.train()
+    assert trainer.student.config.use_cache is False
+    monkeypatch.setattr(trainer.student, "save_pretrained", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.save_student(tmp_path / "student")
+    assert trainer.student.config.use_cache is False
+
+
+@pytest.mark.parametrize("odd", ["ignored", "one token"])
+def test_where_no_held_out_token_has_a_loss_it_is_no_number_and_not_0(tmp_path, tokenizer, rows, odd):
+    ignored = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[:3]]
+    held_out = ignored if odd == "ignored" else [{"input_ids": [5], "labels": [5]}] * 3
+    trainer = plain_trainer(tmp_path, tokenizer, rows, mercator_weight=0.0, held_out=held_out)
+    assert np.isnan(trainer.evaluate()["eval_loss"])
+    assert np.isfinite(trainer.evaluate(Dataset.from_list(rows[:3]))["eval_loss"])
+    aligned = plain_trainer(tmp_path, tokenizer, rows, mercator_weight=2.0, lm_weight=1.0, held_out=held_out).evaluate()
+    assert aligned["eval_loss"] == pytest.approx(2 * aligned["eval_mercator_loss"])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_there_is_a_prediction_for_every_row_also_for_one_of_no_token(tmp_path, tokenizer, rows, labelled):
+    masked = {"input_ids": [3, 4], "labels": [3, 4], "attention_mask": [0, 0]}
+    plain = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    mixed = [{"input_ids": [], "labels": [], "attention_mask": []}, plain[0], masked, *plain[1:5]]
+    trainer, places = plain_trainer(tmp_path, tokenizer, rows), [1, 3, 4, 5, 6]
+    found = []
+    for asked in (mixed, plain[:5]):
+        kept = [{n: v for n, v in row.items() if labelled or n != "labels"} for row in asked]
+        found.append(trainer.predict(Dataset.from_list(kept)))
+    assert len(found[0].predictions) == len(mixed)
+    for place, row, own in zip(places, rows, found[1].predictions, strict=False):
+        length = len(row["input_ids"])
+        assert np.allclose(found[0].predictions[place, :length], own[:length], atol=1e-5)
+    figures = [name for name in found[1].metrics if not any(part in name for part in ("time", "per_second"))]
+    assert all(found[0].metrics[name] == pytest.approx(found[1].metrics[name], rel=1e-5) for name in figures)
+    assert ("test_cos_sim" in figures) is labelled
+
+
+def test_the_probe_and_the_calibration_leave_out_rows_of_no_token(tmp_path, tokenizer, rows):
+    nothing = {"input_ids": [], "labels": []}
+    settings = {"per_device_eval_batch_size": 32, "projector_init": "least_squares", "max_steps": 1}
+    with_it, without = (
+        plain_trainer(tmp_path / name, tokenizer, own, held_out=own, **settings)
+        for name, own in (("with", [*rows, nothing]), ("without", rows))
+    )
+    for trainer in (with_it, without):
+        trainer.calibrate()
+    one, other = (trainer.evaluate() for trainer in (with_it, without))
+    figures = [name for name in other if not any(part in name for part in ("time", "per_second"))]
+    assert {"eval_margin", "eval_cos_sim", "eval_loss"} <= set(figures)
+    assert all(one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5) for name in figures)
+
+
 @pytest.mark.parametrize(("cut", "count"), [(-2, "18 labels"), (2, "22 labels")])
 def test_labels_of_another_length_are_refused(tmp_path, tokenizer, rows, cut, count):
     ids = list(range(1, 21))
@@ -381,12 +436,26 @@ def test_weights_that_are_changed_before_the_training_take_effect(tmp_path, toke
     ]
 
 
+@pytest.mark.parametrize("start", [{"mercator_weight": 0.0}, {"mercator_weight": 3.0}, {"kd_weight": 1.0}])
+@pytest.mark.parametrize("changes", TEACHERS, ids=str)
+def test_weights_that_are_changed_before_an_evaluation_take_effect(tmp_path, tokenizer, rows, start, changes):
+    made = plain_trainer(tmp_path, tokenizer, rows, **{**start, **changes}).evaluate()
+    later = plain_trainer(tmp_path, tokenizer, rows, **start)
+    later.evaluate()
+    for name, value in changes.items():
+        setattr(later.args, name, value)
+    found = later.evaluate()
+    assert found.keys() == made.keys()
+    assert all(found[n] == pytest.approx(made[n]) for n in found if "time" not in n and "per_second" not in n)
+
+
 def test_a_weight_that_needs_a_teacher_is_refused_where_there_is_none(tmp_path, tokenizer, rows):
     trainer = plain_trainer(tmp_path, tokenizer, rows, pair=(student(), None), mercator_weight=0.0)
     trainer.train()
     trainer.args.kd_weight = 1.0
-    with pytest.raises(ValueError, match="kd_weight is above 0; give a teacher"):
-        trainer.train()
+    for work in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="kd_weight is above 0; give a teacher"):
+            work()
     with pytest.raises(ValueError, match=r"mercator_weight, .* give a teacher"):
         plain_trainer(tmp_path, tokenizer, rows, pair=(student(), None), mercator_weight=1.0)
 
