@@ -224,7 +224,17 @@ MIXTURES = [
 ]
 """Mixtures of experts, with the auxiliary loss of their routers."""
 
-CASES = [*alone(), *schedules(), *batches(), *intervals(), *resumed(), *settings_of_the_trainer(), *MIXTURES]
+LONG = [*batches(), *intervals(), *resumed()]
+CASES = [*alone(), *schedules(), *LONG, *settings_of_the_trainer(), *MIXTURES]
+
+
+def marked():
+    """The cases with their names; of the long ones every third is tried by default, and all with the slow tests."""
+    slow = [case for number, case in enumerate(LONG) if number % 3]
+    for case in CASES:
+        name = "-".join(f"{key}={value}" for key, value in case.items())[:90]
+        yield pytest.param(case, id=name, marks=[pytest.mark.slow] if case in slow else [])
+
 
 PACKED = [
     {**EVERY}, {**EVERY, **BY_EPOCH}, {**EVERY, **BY_EPOCH, "resume": 5}, {**EVERY, "given": learned_whole},
@@ -314,7 +324,7 @@ def both(tmp_path, tokenizer, case):
     return [outcome(kind, tmp_path / kind.__name__, tokenizer, case) for kind in (Trainer, KavaTrainer)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}={v}" for k, v in case.items())[:90])
+@pytest.mark.parametrize("case", marked())
 def test_training_is_that_of_trainer(tmp_path, tokenizer, case):
     theirs, ours = both(tmp_path, tokenizer, case)
     assert theirs.weights
