@@ -8,6 +8,9 @@ from ..utils.console import Console
 from ..utils.errors import RunFailed
 from .checkpoint import find_newest_checkpoint
 
+NO_LABELS = "no_labels"
+"""Kind of the problem that no token of some steps had a label."""
+
 
 class Incidents:
     """Tells of what went wrong, and keeps a list of what was survived.
@@ -31,6 +34,15 @@ class Incidents:
     def note(self, kind: str, action: str, step: int | None = None) -> None:
         """Add to `problems`; the step is the last finished one by default."""
         self.problems.append({"step": self.step if step is None else step, "kind": kind, "action": action})
+
+    def tell_no_labels(self) -> None:
+        """Say once that a line of the log stands for steps without a next token to learn."""
+        if all(problem["kind"] != NO_LABELS for problem in self.problems):
+            self.console.warn(
+                f"Up to step {self.step} every label since the last line was -100, so no next token was learned. Give "
+                "the answers labels, or set lm_weight to 0."
+            )
+            self.note(NO_LABELS, "went on without a next token to learn")
 
     def advice(self, otherwise: str = "There is no checkpoint yet; start afresh.") -> str:
         """What to resume from after the training went wrong, as a sentence; `otherwise` where there is nothing."""

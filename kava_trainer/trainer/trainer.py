@@ -350,6 +350,8 @@ class KavaTrainer(StudentTrainer):
             logs["loss"] *= steps / (steps - lost) if steps > lost else math.nan
             logs |= self.steps.means.drain(self.sum_over_ranks)
             logs |= self.clock.line()  # the line has waited for the device anyway
+            if self.args.lm_weight > 0 and steps > lost and "lm_loss" not in logs and not self.has_own_loss:
+                self.incidents.tell_no_labels()
             logs["projector_learning_rate"] = self.steps.projector_rate
             logs["collapsed"] = float(self.collapse is not None)
         super().log(logs, start_time)
