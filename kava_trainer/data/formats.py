@@ -47,11 +47,29 @@ def find_format(columns: Sequence[str]) -> tuple[str, ...]:
     if names := known_format(columns):
         may_be_chat = names[0] in ("messages", "prompt")
         return (*names, *(name for name in _BESIDE_A_CHAT if may_be_chat and name in columns))
+    shown = [name if name == name.strip() else repr(name) for name in columns]
     raise BadRequest(
-        f"The data set has the columns {', '.join(columns)}; KAVA reads "
+        f"The data set has the columns {', '.join(shown)}; KAVA reads "
         f"{', '.join(' + '.join(names) for names in _FORMATS)}.",
-        "Rename yours to one of these.",
+        _renaming(columns),
     )
+
+
+def _renaming(columns: Sequence[str]) -> str:
+    """What to do with columns of which no known set is there."""
+    known = {name for names in _FORMATS for name in names}
+    meant = {column: column.strip().lower() for column in columns if column not in known}
+    if known_format([*columns, *meant.values()]):
+        pairs = ", ".join(f"{own!r} to {name!r}" for own, name in meant.items() if name in known)
+        return f"Rename {pairs}."
+    if "conversations" in columns:
+        return (
+            'Make messages of the conversations: a list of {"role": ..., "content": ...} in place of '
+            '{"from": ..., "value": ...}, with the roles system, user and assistant.'
+        )
+    if {"instruction", "output"} <= set(columns):
+        return "Join instruction and input into a column prompt, and rename output to completion."
+    return "Rename yours to one of these."
 
 
 def check_types(features: Mapping[str, Any] | None, name: str) -> None:

@@ -57,8 +57,8 @@ def _against_failures(summary: Summary, verdict: Verdict, supervised: bool, brok
         yield f"Lower learning_rate and projector_learning_rate{precision}."
     if not verdict.collapsed and _is_low(summary.final.cos_sim):
         yield (
-            "If CosSim was still rising at the end, train longer (max_steps or num_train_epochs); if it was flat, "
-            "raise mercator_weight or align other layers (layer_mapping)."
+            "If CosSim was still rising at the end, train longer (max_steps or num_train_epochs, into another "
+            "output_dir); if it was flat, raise mercator_weight or align other layers (layer_mapping)."
         )
     before, after = summary.evaluation.student_before, summary.evaluation.student_after
     if before and after and _more(after.cross_entropy, before.cross_entropy):

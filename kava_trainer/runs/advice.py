@@ -13,6 +13,7 @@ from ..config.model_arguments import ModelArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, missing_package, optimizer_name, parse_optim_args
 from ..data.formats import find_format, prompt_kind, unread_columns
 from ..data.rows.template import DATE, ChatTemplate
+from ..data.streaming import CHECKED_ROWS
 from ..models.loading import load_tokenizer
 from ..utils.console import apart, size_text
 from ..utils.errors import BadRequest, Problem
@@ -265,3 +266,19 @@ def _has_chat_template(model: ModelArguments, tokenizer: PreTrainedTokenizerBase
     if tokenizer.chat_template or model.student_model_name_or_path is None:
         return bool(tokenizer.chat_template)
     return bool(load_tokenizer(model.teacher_name, "teacher", model.teacher_revision, model).chat_template)
+
+
+def held_out_of_a_small_stream(held_out: int, skipped: int, checked: int) -> str | None:
+    """The sentence for a stream of whose few rows many are held out; None for any other.
+
+    Args:
+        held_out: rows that are held out.
+        skipped: how many of them are rows of the training split.
+        checked: rows that are left to train on, as far as they were looked at.
+    """
+    if not skipped or checked >= CHECKED_ROWS or checked >= 4 * held_out:
+        return None
+    return (
+        f"Of the {skipped + checked} rows of the stream the first {skipped} are held out, and {checked} are left to "
+        "train on. Lower max_eval_samples, name a dataset_test_split, or leave streaming out, which holds out 5 %."
+    )

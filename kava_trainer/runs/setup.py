@@ -41,6 +41,7 @@ from ..utils.hub import hub_reason
 from .advice import (
     check_evaluation,
     check_processes,
+    held_out_of_a_small_stream,
     long_warmup,
     loose_projector,
     memory_shortage,
@@ -149,6 +150,8 @@ def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
     encoded = _encode(asked, tokenizer, "held-out", held_out)
     _tell_encoding(console, "held-out", encoded, len(held_out), asked)
+    if few := held_out_of_a_small_stream(len(held_out), rows.skipped, stream.checked):
+        console.warn(few)
     for problem in remark_problems(stream.remarks, rows.name, "training", stream.checked):
         console.warn(str(problem))
     kind = _tell_format(console, arguments, tokenizer, rows.column_names, rows.first(1)[0])

@@ -8,6 +8,7 @@ from helpers.trainers import loss_lines, make_trainer
 from kava_trainer import encode
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.data.formats import find_format
 from kava_trainer.data.row_locations import locate_rows, source_rows
 from kava_trainer.data.splits import load_splits
 from kava_trainer.utils.errors import BadRequest
@@ -311,3 +312,18 @@ def test_types_that_are_no_text_are_refused_of_data_sets_in_memory_too(tokenizer
     for data in (rows, rows.to_iterable_dataset(), DatasetDict(train=rows)):
         with pytest.raises(BadRequest, match=f"column 'completion' of 'the data' {told}"):
             encode(data, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (["Question", "Answer"], "Rename 'Question' to 'question', 'Answer' to 'answer'."),
+        (["question", " answer"], "has the columns question, ' answer'; KAVA reads .* Rename ' answer' to 'answer'."),
+        (["conversations", "id"], "Make messages of the conversations"),
+        (["instruction", "input", "output"], "Join instruction and input into a column prompt"),
+        (["foo"], "Rename yours to one of these."),
+    ],
+)
+def test_columns_under_other_names_are_told_what_to_become(columns, said):
+    with pytest.raises(BadRequest, match=said):
+        find_format(columns)

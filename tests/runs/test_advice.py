@@ -10,7 +10,7 @@ from helpers.programs import QUICKSTART, words
 from kava_trainer.config import checks, optimizer_names
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.runs import advice
-from kava_trainer.runs.advice import memory_shortage, precision_problems, rounding_problem
+from kava_trainer.runs.advice import held_out_of_a_small_stream, memory_shortage, precision_problems, rounding_problem
 from kava_trainer.runs.doctor.findings import NAMED_ABOVE, Checkup
 from kava_trainer.utils.console import Console
 from kava_trainer.utils.errors import BadRequest, Problem
@@ -130,3 +130,14 @@ def test_doctor_s_advice_is_numbered_once(capsys):
         "3. Teacher, Student: Write float32.",
         "4. Data, Student (not needed to train): Raise max_length.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "skipped", "checked", "told"),
+    [(200, 200, 100, True), (50, 50, 190, True), (50, 50, 200, False), (200, 0, 100, False), (500, 500, 1000, False)],
+)
+def test_a_small_stream_that_loses_many_rows_to_those_held_out_is_told(held_out, skipped, checked, told):
+    said = held_out_of_a_small_stream(held_out, skipped, checked)
+    assert (said is not None) == told
+    if said is not None:
+        assert said.startswith(f"Of the {skipped + checked} rows of the stream the first {skipped} are held out")
