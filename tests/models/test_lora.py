@@ -208,6 +208,7 @@ def test_the_best_adapter_is_loaded_at_the_end_and_kept(tmp_path, tokenizer):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]  # Trainer deletes the others
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_step_of_one(tmp_path):
     shape = ("1.0,1.0", "tiny_lora_llama")
     run = Run(ddp_step.main, tmp_path, str(tmp_path / "split"), "2", "2", *shape, ranks=2)

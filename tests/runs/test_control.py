@@ -122,6 +122,7 @@ def test_a_run_that_trains_again_gets_a_new_control(tmp_path, steps):
     assert not (tmp_path / "control" / "checkpoint-999").exists()
 
 
+@pytest.mark.slow
 def test_what_is_no_control_s_in_its_folder_is_left_alone(tmp_path, capsys):
     notes = tmp_path / "control" / "notes.txt"
     notes.parent.mkdir()

@@ -169,6 +169,7 @@ def state_of_the_process():
     }
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_notebook_runs_twice_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kava_trainer").symlink_to(ROOT / "kava_trainer")
