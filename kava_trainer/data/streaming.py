@@ -23,9 +23,7 @@ from .row_locations import locate_rows
 from .rows.encoder import Encoder
 from .rows.remarks import Found, gather
 from .stream_sources import Rows
-
-CHECKED_ROWS = 1000
-"""Rows at the beginning that are looked at before the training: one of them that cannot be used is refused."""
+from .text_files import CHECKED_ROWS
 
 
 class ExampleStream(IterableDataset[dict[str, Any]]):
@@ -112,7 +110,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
                     yield {**example, "row": begin + index + 1}
 
     def check(self) -> None:
-        """Look at the first rows. Raises `BadRequest` if one of them cannot be used."""
+        """Look at the first rows, as many as `CHECKED_ROWS`. Raises `BadRequest` if one of them cannot be used."""
         first = (row for table in self._rows.tables(0, [0]) for row in self._rows.plain(table))
         remarks = []
         for number, row in enumerate(islice(first, CHECKED_ROWS), start=self._rows.skipped):

@@ -168,6 +168,6 @@ def smoothing_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits: [N, vocabulary].
         targets: the token that follows [N], `IGNORED` where it carries no loss.
     """
-    known = targets != IGNORED
-    mean, own = logits.float().mean(dim=-1), logits.float().gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(known, own - mean, 0.0).sum()
+    logits = logits.float()
+    own = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(targets != IGNORED, own - logits.mean(dim=-1), 0.0).sum()

@@ -13,7 +13,7 @@ from ..config.model_arguments import ModelArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, missing_package, optimizer_name, parse_optim_args
 from ..data.formats import find_format, prompt_kind, unread_columns
 from ..data.rows.template import DATE, ChatTemplate
-from ..data.streaming import CHECKED_ROWS
+from ..data.text_files import CHECKED_ROWS
 from ..models.loading import load_tokenizer
 from ..utils.console import apart, size_text
 from ..utils.errors import BadRequest, Problem

@@ -108,6 +108,11 @@ def quieten(bars: bool) -> None:
         huggingface_hub.utils.enable_progress_bars()
 
 
+def own_cores() -> set[int]:
+    """The cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 MUCH_BUSY = 0.5
 """So many busy cores are worth a line."""
 
@@ -115,8 +120,7 @@ MUCH_BUSY = 0.5
 def busy_cores(seconds: float = 0.2) -> float:
     """How many of the cores that this process may use are busy while it looks, for so long, and does nothing itself."""
     shares = psutil.cpu_percent(interval=seconds, percpu=True)
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
-    return sum(shares[core] for core in own if core < len(shares)) / 100
+    return sum(shares[core] for core in own_cores() if core < len(shares)) / 100
 
 
 def use_all_cores(training: KavaTrainingArguments) -> None:
@@ -126,14 +130,12 @@ def use_all_cores(training: KavaTrainingArguments) -> None:
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if launched and "OMP_THREAD_LIMIT" not in os.environ and training.world_size == 1 and training.device.type == "cpu":
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(available or 1)
+        torch.set_num_threads(len(own_cores()))
 
 
 def tell_busy_cores(console: Console, training: KavaTrainingArguments) -> None:
     """Say that a run on the CPU will be slow where other processes keep cores busy. Its threads wait asleep then."""
     if training.device.type != "cpu" or training.world_size > 1:
         return
-    busy, cores = busy_cores(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if busy >= MUCH_BUSY:
-        console.print(f"Other processes keep {busy:.1f} of {cores} cores busy, so this will take longer.")
+    if (busy := busy_cores()) >= MUCH_BUSY:
+        console.print(f"Other processes keep {busy:.1f} of {len(own_cores())} cores busy, so this will take longer.")
