@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
-from .checks import accelerator_problems, precision_problem, settle_numbers, training_problems
+from .checks import ALIGNMENT_WEIGHTS, accelerator_problems, precision_problem, settle_numbers, training_problems
 from .data_arguments import DataArguments
 from .launcher import device_problem, is_fsdp_asked, sharding_problems
 from .model_arguments import ModelArguments, argument
@@ -44,9 +44,13 @@ class KavaTrainingArguments(TrainingArguments):
     mercator_alpha: float = argument(1.0, "Weight of the direction inside the Mercator loss.")
     mercator_beta: float = argument(0.01, "Weight of the log-magnitude in the Mercator loss.")
     mercator_weight: float = argument(3.0, "Weight of the Mercator loss; 0 turns it off.")
-    lm_weight: float = argument(1.0, "Weight of the next-token loss on the answers; 0 turns it off.")
-    kd_weight: float = argument(
-        0.0, "Weight of the divergence from the teacher's next-token distribution on the answers."
+    lm_weight: float = argument(1.0, "Weight of the next-token loss; 0 turns it off.")
+    lm_tokens: Literal["answers", "all"] = argument(
+        "answers", "What the next-token loss is a mean over: the tokens of the answers, or all that follow another."
+    )
+    kd_weight: float = argument(0.0, "Weight of the divergence from the teacher's next-token distribution.")
+    kd_tokens: Literal["answers", "all"] = argument(
+        "answers", "What that divergence is a mean over: the tokens of the answers, or all that follow another."
     )
     kd_temperature: float = argument(1.0, "Temperature of both distributions in that divergence, above 0.")
     kd_beta: float = argument(
@@ -57,21 +61,27 @@ class KavaTrainingArguments(TrainingArguments):
     mse_weight: float = argument(
         0.0, "Weight of the squared difference of the aligned states; 0.2 beside mercator_weight 0.8."
     )
+    relative_mse_weight: float = argument(
+        0.0, "Weight of the squared difference of the aligned states as a share of the target's squared length."
+    )
     anchor_weight: float = argument(1.0, "Weight of the reconstruction error where projector_anchor is reconstruction.")
     alignment_schedule: Literal["constant", "linear", "cosine"] = argument(
         "constant",
-        "What becomes of mercator_weight and mse_weight over the run: they stay, or fall towards 0 at its end.",
+        "What becomes of mercator_weight, mse_weight and relative_mse_weight over the run: they stay, or fall towards "
+        "0 at its end.",
     )
     layer_mapping: str = argument(
-        "last", "Layers to align: last, uniform:k, all, or pairs such as [[12, 14], [24, 28]]."
+        "last",
+        "Layers to align: last, uniform:k, all, inherited (each with the teacher layer that the student was cut from), "
+        "or pairs such as [[12, 14], [24, 28]].",
     )
     layer_weights: list[float] | None = argument(
         None, "Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."
     )
-    projector_direction: Literal["teacher_to_student", "student_to_teacher"] = argument(
+    projector_direction: Literal["teacher_to_student", "student_to_teacher", "none"] = argument(
         "student_to_teacher",
         "Project the teacher's states into the student's space, or the student's into the teacher's, where the "
-        "teacher's own states are a target that cannot move.",
+        "teacher's own states are a target that cannot move; or none, where both are equally wide.",
     )
     projector_anchor: Literal["none", "pca", "reconstruction"] = argument(
         "none",
@@ -192,7 +202,7 @@ class KavaTrainingArguments(TrainingArguments):
     @property
     def aligns(self) -> bool:
         """Whether any term compares hidden states."""
-        return self.mercator_weight > 0 or self.mse_weight > 0
+        return any(getattr(self, name) > 0 for name in ALIGNMENT_WEIGHTS)
 
     @property
     def reads_teacher(self) -> bool:
@@ -202,7 +212,8 @@ class KavaTrainingArguments(TrainingArguments):
     @property
     def calibrates(self) -> bool:
         """Whether the projectors start from a calibration pass."""
-        return self.aligns and (self.projector_anchor == "pca" or self.projector_init == "least_squares")
+        fits = self.projector_anchor == "pca" or self.projector_init == "least_squares"
+        return self.aligns and self.projector_direction != "none" and fits
 
     def problems(self) -> list[Problem]:
         """Every mistake in the distillation's own arguments."""
@@ -227,6 +238,9 @@ class KavaArguments:
         batch, length = self.training.per_device_train_batch_size, self.data.max_length
         tokens = max(batch * length, self.training.max_tokens_per_batch or 0)
         found = [*self.data.stream_problems(self.training)]
+        if self.training.layer_mapping == "inherited" and self.model.student_init != "teacher_layers":
+            what = "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not;"
+            found.append(Problem("layer_mapping", what, "write student_init teacher_layers, or layer_mapping all."))
         if self.model.use_peft and is_fsdp_asked():
             remedy = f"start with DDP ({accelerate_config('ddp.yaml')})."
             found.append(Problem("use_peft", "use_peft is not supported under FSDP2;", remedy))

@@ -19,9 +19,15 @@ if TYPE_CHECKING:  # which asks here
 LARGEST_MLP_RATIO = 1024
 """Beyond it no device has the memory, and working out how much is missing would take all of this machine's."""
 
+ALIGNMENT_WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
+"""Of the terms that compare hidden states."""
+
+TEACHER_WEIGHTS = (*ALIGNMENT_WEIGHTS, "kd_weight")
+"""Of the terms that need a teacher."""
+
 _NOT_NEGATIVE = (
-    "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "lm_weight", "kd_weight", "anchor_weight",
-    "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
+    "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "relative_mse_weight", "lm_weight", "kd_weight",
+    "anchor_weight", "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
 )  # fmt: skip
 
 _AT_LEAST_ONE = (
@@ -119,10 +125,10 @@ def _projector_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield Problem.of_value("projector_mlp_ratio", ratio, remedy)
     if not 0 <= training.projector_dropout < 1:
         yield Problem.of_value("projector_dropout", training.projector_dropout, "write a number from 0 to below 1.")
-    if training.projector_direction == "student_to_teacher" and training.projector_anchor != "none":
+    if training.projector_direction != "teacher_to_student" and training.projector_anchor != "none":
         what = (
             f"projector_anchor {training.projector_anchor} holds a projector of the teacher's states, but "
-            "projector_direction student_to_teacher has none; its target cannot collapse."
+            f"projector_direction {training.projector_direction} has none; its target cannot collapse."
         )
         yield Problem("projector_anchor", what, "Write none.")
     if training.projector_anchor == "reconstruction" and training.anchor_weight == 0:
@@ -142,7 +148,7 @@ def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
         remedy = "write a number above 0, or set max_steps."
         yield Problem.of_value("num_train_epochs", training.num_train_epochs, remedy)
     if not training.reads_teacher and training.lm_weight == 0:
-        what = "mercator_weight, mse_weight, lm_weight and kd_weight are all 0: nothing would be trained."
+        what = f"{', '.join(TEACHER_WEIGHTS)} and lm_weight are all 0: nothing would be trained."
         yield Problem(None, what)
     if training.run_control and not training.reads_teacher:
         what = "run_control is true, but the run itself has the next-token loss alone;"

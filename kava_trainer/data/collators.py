@@ -2,8 +2,9 @@
 
 Both forms name the positions where a next token is to be learned: `answer_index` [K] counts through the flattened
 tokens of the batch and `next_tokens` [K] holds the tokens that follow, so the vocabulary head runs nowhere else and
-nothing has to be searched on the device. Where the teacher's states are read from a cache, the collators read them, in
-the data workers, and put them into the batch.
+nothing has to be searched on the device. `next_index` [M] names all positions that are followed by a token of the same
+example, for terms that are means over all tokens. Where the teacher's states are read from a cache, the collators read
+them, in the data workers, and put them into the batch.
 """
 
 import copy
@@ -60,11 +61,11 @@ class DistillationCollator:
         """Collate examples with `input_ids` and `labels`.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, and where states are
-            read `teacher_states` [B, T, d_t] by layer. Examples of which none has labels, which can be predicted on
-            and not learned, give `input_ids` and `attention_mask` alone. Where nothing is learned an example of no
-            tokens has a row too, so that predictions are those of the examples one by one; then `counted` [B, T]
-            says which tokens are real.
+            `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, `next_index`, and where
+            states are read `teacher_states` [B, T, d_t] by layer. Examples of which none has labels, which can be
+            predicted on and not learned, give `input_ids` and `attention_mask` alone. Where nothing is learned an
+            example of no tokens has a row too, so that predictions are those of the examples one by one; then `counted`
+            [B, T] says which tokens are real.
         """
         if not self._needs_labels and not any("labels" in example for example in examples):
             return self._unlabelled(examples)
@@ -78,6 +79,7 @@ class DistillationCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "answer_index": torch.cat([row * width + positions for row, (positions, _) in enumerate(answers)]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
+            "next_index": torch.cat([row * width + torch.arange(len(ids) - 1) for row, ids in enumerate(input_ids)]),
             **self._counted(examples, input_ids),
             **states,
         }
@@ -143,16 +145,18 @@ class CompletingCollator:
 
 
 def completed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A batch of anybody's making with what KAVA needs beside the usual tensors; one that has it is left as it is.
+    """A batch of anybody's making with what KAVA needs beside the usual tensors; what it has stays as it is.
 
     Raises:
         ValueError: if it lacks `input_ids` or `labels`, or holds what KAVA does not pass on to the models.
     """
-    return batch if "answer_index" in batch else _complete(batch)
+    if "answer_index" not in batch:
+        return _complete(batch)
+    return batch if "next_index" in batch else {**batch, "next_index": _followed(batch)}
 
 
 def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with `attention_mask`, `answer_index` and `next_tokens` where it has none. Raises as `completed`."""
+    """The batch with all that `DistillationCollator` gives where it has it not. Raises as `completed`."""
     batch = dict(given)
     if missing := [name for name in ("input_ids", "labels") if batch.get(name) is None]:
         raise ValueError(
@@ -175,7 +179,16 @@ def _complete(given: Mapping[str, Any]) -> dict[str, Any]:
         real = batch["attention_mask"].bool().flatten()
         batch["answer_index"] = (real & (following != IGNORED)).nonzero().flatten()
         batch["next_tokens"] = following[batch["answer_index"]]
+    batch.setdefault("next_index", _followed(batch))
     return batch
+
+
+def _followed(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Positions [M] among the flattened tokens of a padded batch that a real token, or an answer, follows."""
+    real = batch["attention_mask"].bool()
+    found = torch.nn.functional.pad(real[:, :-1] & real[:, 1:], (0, 1)).flatten()
+    found[batch["answer_index"]] = True
+    return found.nonzero().flatten()
 
 
 def check_rows(name: str, dataset: Any) -> None:

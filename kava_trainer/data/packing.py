@@ -16,8 +16,8 @@ def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]
         budget: tokens of one row; a longer example gets a row of its own.
 
     Returns:
-        Rows with `input_ids` and `attention_mask` [1, T], `packed_lengths`, `answer_index`, `next_tokens`, and
-        `teacher_states` [1, T, d_t] by layer where the batches have them.
+        Rows with `input_ids` and `attention_mask` [1, T], `packed_lengths`, `answer_index`, `next_tokens`,
+        `next_index`, and `teacher_states` [1, T, d_t] by layer where the batches have them.
     """
     examples = [example for batch in batches for example in _examples(batch)]
     packs = plan_packs([len(example.input_ids) for example in examples], budget)
@@ -107,7 +107,7 @@ def _examples(batch: dict[str, Any]) -> list[_Example]:
 def _row(examples: list[_Example]) -> dict[str, Any]:
     input_ids = torch.cat([example.input_ids for example in examples]).unsqueeze(0)
     lengths = tuple(len(example.input_ids) for example in examples)
-    starts = accumulate(lengths[:-1], initial=0)
+    starts = list(accumulate(lengths[:-1], initial=0))
     row = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
@@ -116,6 +116,7 @@ def _row(examples: list[_Example]) -> dict[str, Any]:
             [example.answer_index + start for example, start in zip(examples, starts, strict=True)]
         ),
         "next_tokens": torch.cat([example.next_tokens for example in examples]),
+        "next_index": torch.cat([torch.arange(own - 1) + s for own, s in zip(lengths, starts, strict=True)]),
     }
     if layers := examples[0].teacher_states.keys():
         joined = {layer: torch.cat([example.teacher_states[layer] for example in examples]) for layer in layers}
@@ -128,7 +129,12 @@ def _span(row: dict[str, Any], axis: int, start: int, stop: int) -> dict[str, An
     width = row["input_ids"].shape[1] if axis == 0 else 1
     first, last = start * width, stop * width
     kept = (row["answer_index"] >= first) & (row["answer_index"] < last)
-    part = {"answer_index": row["answer_index"][kept] - first, "next_tokens": row["next_tokens"][kept]}
+    followed = row["next_index"]
+    part = {
+        "answer_index": row["answer_index"][kept] - first,
+        "next_tokens": row["next_tokens"][kept],
+        "next_index": followed[(followed >= first) & (followed < last)] - first,
+    }
     for name in ("input_ids", "attention_mask", "labels"):
         if name in row:
             part[name] = row[name].narrow(axis, start, stop - start)

@@ -1,4 +1,4 @@
-"""The terms on logits of one micro-batch: next tokens and the teacher's distribution, at the answers alone."""
+"""The terms on logits of one micro-batch: next tokens and the teacher's distribution, at some tokens alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,12 +15,13 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LogitsTerms:
-    """Sums the terms over the answers of a batch; a model calls it within its forward pass, where its head is whole.
+    """Sums the terms over some tokens of a batch; a model calls it within its forward pass, where its head is whole.
 
     Args:
-        weights: of the terms to compute, `lm`, `smoothing` and `kd`, in the total.
-        answers: positions [K] among the flattened tokens of the batch that a next token is learned at.
-        targets: these next tokens [K], `IGNORED` where one carries no loss.
+        weights: of the terms to compute, `lm`, `smoothing`, `kd` and `answer`, in the total; numbers, or scalars on the
+            device.
+        positions: [K] among the flattened tokens of the batch, at which logits are needed.
+        targets: the tokens that follow them [K], `IGNORED` where one carries no loss; those of all terms, or by term.
         vocabulary: number of the student's logits.
         temperature: of `kd`, see `generalized_jsd_per_token`.
         beta: of `kd`, likewise.
@@ -30,15 +31,17 @@ class LogitsTerms:
 
     def __init__(
         self,
-        weights: Mapping[str, float],
-        answers: torch.Tensor,
-        targets: torch.Tensor,
+        weights: Mapping[str, float | torch.Tensor],
+        positions: torch.Tensor,
+        targets: torch.Tensor | Mapping[str, torch.Tensor],
         vocabulary: int,
         temperature: float = 1.0,
         beta: float = 0.0,
         teacher: tuple[torch.Tensor, Head] | None = None,
     ) -> None:
-        self._weights, self._answers, self._targets, self._vocabulary = weights, answers, targets, vocabulary
+        self._weights, self._positions, self._vocabulary = weights, positions, vocabulary
+        by_term = dict.fromkeys(weights, targets) if isinstance(targets, torch.Tensor) else targets
+        self._targets = torch.stack([by_term[name] for name in weights], dim=1)
         self._temperature, self._beta, self._teacher = temperature, beta, teacher
 
     def __call__(
@@ -52,26 +55,34 @@ class LogitsTerms:
             last_state: of the student [B, T, d_s].
         """
         states = [last_state, *([] if self._teacher is None else self._teacher[:1])]
-        answers, *teacher = (state.flatten(0, 1)[self._answers] for state in states)
-        weights = torch.tensor(list(self._weights.values()), dtype=torch.float32).to(
-            last_state.device, non_blocking=True
-        )
-        rows = (answers, self._targets, *teacher)
+        student, *teacher = (state.flatten(0, 1)[self._positions] for state in states)
+        weights = _vector(list(self._weights.values()), last_state.device)
+        rows = (student, self._targets, *teacher)
         total, sums = sum_in_chunks(partial(self._chunk, head), rows, weights, parameters, self._vocabulary)
         return total, dict(zip(self._weights, sums, strict=True))
 
     def _chunk(self, head: Head, states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
-        """The sums [n] of the terms over some answers."""
+        """The sums [n] of the terms over some tokens, whose `targets` are [K, n]."""
         logits = head(states)
-        return torch.stack([self._sum(name, logits, targets, *teacher) for name in self._weights])
+        sums = zip(self._weights, targets.unbind(dim=1), strict=True)
+        return torch.stack([self._sum(name, logits, own, *teacher) for name, own in sums])
 
     def _sum(self, name: str, logits: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
         if name == "kd":
             return token_sum(self._divergence(logits, *teacher), targets != IGNORED)
-        return next_token_sum(logits, targets) if name == "lm" else smoothing_sum(logits, targets)
+        return smoothing_sum(logits, targets) if name == "smoothing" else next_token_sum(logits, targets)
 
     def _divergence(self, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Between both models' next tokens [n]; embeddings padded to a round number have a common first part."""
         reference = cast(tuple[torch.Tensor, Head], self._teacher)[1](states)
         size = min(logits.shape[-1], reference.shape[-1])
         return generalized_jsd_per_token(logits[:, :size], reference[:, :size], self._temperature, self._beta)
+
+
+def _vector(numbers: list[float | torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Numbers, some of which may be scalars on the device already, as one float32 tensor there, without waiting."""
+    if not any(isinstance(number, torch.Tensor) for number in numbers):
+        return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
+    return torch.stack(
+        [torch.as_tensor(number, dtype=torch.float32).to(device, non_blocking=True) for number in numbers]
+    )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,15 @@ from .model import StudentOutput
 from .targets import HiddenStateTarget
 from .token_means import TokenMeans
 
-ALIGNMENT_TERMS, LOGITS_TERMS = ("mercator", "mse", "anchor"), ("lm", "smoothing", "kd")
+ALIGNMENT_TERMS, LOGITS_TERMS = ("mercator", "mse", "relative_mse", "anchor"), ("lm", "smoothing", "kd")
+
+ANSWERS_ALONE = "answer"
+"""What an evaluation adds where the next-token loss is over all tokens: the same over the answers alone."""
+
+Tokens = Literal["answers", "all"]
+
+SCHEDULED_TERMS = ("mercator", "mse", "relative_mse")
+"""Those that pull on the student's states, whose weights `alignment_schedule` moves."""
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
@@ -68,12 +76,13 @@ class LossTerms:
         weights = {
             "mercator": args.mercator_weight,
             "mse": args.mse_weight,
+            "relative_mse": args.relative_mse_weight,
             "anchor": args.anchor_weight if self.target.decoders and args.aligns else 0.0,
             "lm": args.lm_weight,
             "smoothing": args.lm_weight * args.label_smoothing_factor,
             "kd": args.kd_weight,
         }
-        return {name: w * factor if name in ("mercator", "mse") else w for name, w in weights.items() if w > 0}
+        return {name: w * factor if name in SCHEDULED_TERMS else w for name, w in weights.items() if w > 0}
 
     def teacher_states(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor] | None:
         """The teacher's states on a batch; None where no term reads them."""
@@ -88,6 +97,7 @@ class LossTerms:
         inputs: Mapping[str, Any],
         teacher_states: dict[int, torch.Tensor] | None,
         weights: dict[str, float] | None,
+        num_items: torch.Tensor | None = None,
     ) -> StudentOutput:
         """Run student and projectors.
 
@@ -97,37 +107,52 @@ class LossTerms:
             teacher_states: of the same batch; None where no term reads the teacher.
             weights: of the terms to compute; the next-token loss always is in evaluation. With None the two sides are
                 brought together and no term on logits is computed.
+            num_items: see `loss`.
         """
         named = weights or {}
-        asked = [name for name in LOGITS_TERMS if name in named or (name == "lm" and weights and not model.training)]
-        on_logits = {name: named.get(name, 0.0) for name in asked}
+        on_logits = {name: named[name] for name in LOGITS_TERMS if name in named}
+        if weights and not model.training:
+            on_logits = {"lm": 0.0, **on_logits, **({ANSWERS_ALONE: 0.0} if self.args.lm_tokens == "all" else {})}
         aligns = self.args.aligns and (weights is None or not named.keys().isdisjoint(ALIGNMENT_TERMS))
         return model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             packed_lengths=inputs.get("packed_lengths"),
             teacher_states=teacher_states if aligns else None,
-            logits_terms=self._logits_terms(inputs, teacher_states, on_logits) if on_logits else None,
+            logits_terms=self._logits_terms(inputs, teacher_states, on_logits, num_items) if on_logits else None,
             distils=True,
         )
 
     def _logits_terms(
-        self, inputs: Mapping[str, Any], teacher_states: dict[int, torch.Tensor] | None, weights: dict[str, float]
+        self,
+        inputs: Mapping[str, Any],
+        teacher_states: dict[int, torch.Tensor] | None,
+        weights: dict[str, float],
+        num_items: torch.Tensor | None,
     ) -> LogitsTerms:
         """What computes the terms on logits that have weights inside the model's forward pass."""
         args, teacher = self.args, None
         if "kd" in weights:
             last = cast(TeacherSource, self.teacher).num_layers
             teacher = cast(dict[int, torch.Tensor], teacher_states)[last], self._teacher_head
+        kinds = {name: self._tokens_of(name) for name in weights}
+        positions, targets = _positions_and_targets(inputs, kinds)
+        scaled = {name: weight * _ratio(inputs, num_items, kinds, name) for name, weight in weights.items()}
         return LogitsTerms(
-            weights,
-            inputs["answer_index"],
-            inputs["next_tokens"],
+            scaled,
+            positions,
+            targets,
             self._vocabulary,
             args.kd_temperature,
             args.kd_beta,
             teacher,
         )
+
+    def _tokens_of(self, name: str) -> Tokens:
+        """What a term on logits is a mean over."""
+        if name == ANSWERS_ALONE:
+            return "answers"
+        return self.args.kd_tokens if name == "kd" else self.args.lm_tokens
 
     @torch.no_grad()
     def _teacher_head(self, states: torch.Tensor) -> torch.Tensor:
@@ -149,18 +174,21 @@ class LossTerms:
             outputs: of the student and the projectors, with the same weights.
             inputs: the batch of `collators` that gave them; `counted` [B, T] leaves tokens out.
             weights: of the terms.
-            num_items: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
+            num_items: real tokens, answer tokens and tokens that follow another of their example [3] of the whole
+                optimizer step; by default this batch's.
             means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted.
         """
         means = TokenMeans() if means is None else means
-        tokens, answers = (None, None) if num_items is None else num_items
+        tokens = None if num_items is None else num_items[0]
         mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
         parts = self._alignment(outputs, mask, tokens, means, weights) if outputs.pairs else []
-        counted = (inputs["next_tokens"] != IGNORED).sum()
+        kinds = {name: self._tokens_of(name) for name in outputs.logits_sums}
+        own = {kind: _count(inputs, None, kind) for kind in kinds.values()}
         for name, total in outputs.logits_sums.items():
-            _note(means, weights, name, total, counted)
+            _note(means, weights, name, total, own[kinds[name]])
         if outputs.logits_total is not None:
-            parts.append(outputs.logits_total / (counted if answers is None else answers).clamp(min=1))
+            count = own[_widest(kinds)] if num_items is None else _count(inputs, num_items, _widest(kinds))
+            parts.append(outputs.logits_total / count.clamp(min=1))
         if outputs.router is not None:
             weighted, loss = outputs.router
             means.add("router_loss", loss * mask.sum(), mask.sum())
@@ -185,6 +213,59 @@ class LossTerms:
             _note(means, weights, name, token_sum(per_token, mask), mask.sum())
             parts.append(weights[name] * token_mean(per_token, mask, tokens))
         return parts
+
+
+def _widest(kinds: Mapping[str, Tokens]) -> Tokens:
+    """The tokens that all terms' own are among."""
+    return "all" if "all" in kinds.values() else "answers"
+
+
+def _count(inputs: Mapping[str, Any], num_items: torch.Tensor | None, kind: Tokens) -> torch.Tensor:
+    """How many tokens of a kind a batch has, or with `num_items` the whole optimizer step."""
+    if num_items is not None:
+        place = 1 if kind == "answers" else 2
+        if place >= len(num_items):
+            raise ValueError(
+                "num_items_in_batch holds two counts, but a term is a mean over all tokens; give a third one, of the "
+                "tokens that follow another of their example."
+            )
+        return num_items[place]
+    if kind == "answers":
+        return (inputs["next_tokens"] != IGNORED).sum()
+    return _is_counted(inputs, inputs["next_index"]).sum()
+
+
+def _is_counted(inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
+    """At which positions [K] among the flattened tokens a token counts."""
+    if "counted" in inputs:
+        return inputs["counted"].flatten()[positions]
+    return torch.ones_like(positions, dtype=torch.bool)
+
+
+def _ratio(
+    inputs: Mapping[str, Any], num_items: torch.Tensor | None, kinds: Mapping[str, Tokens], name: str
+) -> torch.Tensor | float:
+    """What turns a sum over a term's own tokens, divided by how many the widest term has, into a mean over its own."""
+    own, widest = kinds[name], _widest(kinds)
+    if own == widest:
+        return 1.0
+    return _count(inputs, num_items, widest) / _count(inputs, num_items, own).clamp(min=1)
+
+
+def _positions_and_targets(
+    inputs: Mapping[str, Any], kinds: Mapping[str, Tokens]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Where logits are needed [K], and the tokens that follow there by term [K], `IGNORED` where one is not its own."""
+    if _widest(kinds) == "answers":
+        return inputs["answer_index"], dict.fromkeys(kinds, inputs["next_tokens"])
+    positions, tokens = inputs["next_index"], inputs["input_ids"].flatten().long()
+    answers = torch.full_like(tokens, IGNORED)
+    answers[inputs["answer_index"]] = inputs["next_tokens"]
+    answers = answers[positions]
+    following = tokens[(positions + 1).clamp(max=len(tokens) - 1)]
+    following = torch.where(answers != IGNORED, answers, following)  # a label may be another token than the one read
+    following = following.masked_fill(~_is_counted(inputs, positions), IGNORED)
+    return positions, {name: answers if kind == "answers" else following for name, kind in kinds.items()}
 
 
 def _note(means: TokenMeans, weights: dict[str, float], name: str, total: torch.Tensor, count: torch.Tensor) -> None:

@@ -92,6 +92,22 @@ def mse_per_token(student: torch.Tensor, target: torch.Tensor, mask: torch.Tenso
     return difference.square().mean(dim=-1)
 
 
+def relative_mse_per_token(student: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared length of the difference of two vectors, as a share of the target's: float32 [B, T], 0 where masked.
+
+    That is |s - t|^2 / |t|^2, with |t| clamped at 1e-6.
+
+    Args:
+        student: student states [B, T, d], any floating type.
+        target: their targets [B, T, d].
+        mask: boolean [B, T]; where it is false the states may hold anything, NaN included, and get no gradient.
+    """
+    keep = mask.unsqueeze(-1)
+    difference = torch.where(keep, student.float() - target.float(), 0.0)
+    size = torch.where(keep, target.float(), 0.0).square().sum(dim=-1).clamp(min=MINIMUM_NORM**2)
+    return difference.square().sum(dim=-1) / size
+
+
 def generalized_jsd_per_token(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, beta: float = 0.0
 ) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.arguments import KavaTrainingArguments
+from ..config.checks import TEACHER_WEIGHTS
 from ..config.launcher import is_fsdp_asked
 from ..data.collators import check_rows
 from ..models.layers import number_of_layers, train_text_alone
@@ -103,6 +104,7 @@ def pair_up(
     student: PreTrainedModel,
     teacher: PreTrainedModel | TeacherSource | None,
     target: HiddenStateTarget | None,
+    inherited: Sequence[int] | None = None,
 ) -> tuple[TeacherSource | None, HiddenStateTarget]:
     """What a `KavaTrainer` takes the teacher's states from, and what it aligns.
 
@@ -112,6 +114,7 @@ def pair_up(
         teacher: a model, which is frozen and put on the training's device, or any other source of states.
         target: what is aligned; made as the arguments ask where it is None, with a teacher, or without one where no
             term needs it.
+        inherited: for a target that is made, see `layer_mapping.resolve_layer_pairs`.
 
     Returns:
         The source, which is None where no term reads the teacher, and the target.
@@ -126,13 +129,14 @@ def pair_up(
     if teacher is None and not args.reads_teacher:
         return None, no_target(student) if target is None else target
     if teacher is None:
-        raise ValueError("mercator_weight, mse_weight or kd_weight is above 0; give a teacher, or set all three to 0.")
+        asked = " and ".join(name for name in TEACHER_WEIGHTS if getattr(args, name) > 0)
+        raise ValueError(f"{asked} is above 0, and that term reads the teacher; give a teacher, or write 0.")
     if not isinstance(teacher, PreTrainedModel):
         if target is None:
             raise ValueError("Give the teacher as a model, or say what is aligned: target=build_target(args, ...).")
         return teacher, target
     check_apart(student, teacher)
-    target = build_target(args, student, teacher) if target is None else target
+    target = build_target(args, student, teacher, inherited) if target is None else target
     layers = needed_teacher_layers(args, target, number_of_layers(teacher))
     if not layers:
         return None, target
@@ -165,6 +169,7 @@ class Pairing:
         teacher: see `pair_up`.
         target: see `pair_up`.
         again: whether there will be more than one student, each of which needs projectors of its own.
+        inherited: see `pair_up`.
     """
 
     def __init__(
@@ -173,8 +178,10 @@ class Pairing:
         teacher: PreTrainedModel | TeacherSource | None,
         target: HiddenStateTarget | None,
         again: bool,
+        inherited: Sequence[int] | None = None,
     ) -> None:
         self._args, self._teacher, self._again = args, unwrapped(teacher, "teacher"), again
+        self._inherited = inherited
         self._target = deepcopy(target) if again else target
 
     def pair(self, student: PreTrainedModel) -> tuple[DistillationModel, TeacherSource | None]:
@@ -189,7 +196,7 @@ class Pairing:
         target = deepcopy(self._target) if self._again else self._target
         with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them
             torch.manual_seed(self._args.seed)
-            source, target = pair_up(self._args, student, self._teacher, target)
+            source, target = pair_up(self._args, student, self._teacher, target, self._inherited)
         _try_out(self._args, student, source, target)
         self._tried = self._read_parts()
         self._trained = [parameter for parameter in target.parameters() if parameter.requires_grad]

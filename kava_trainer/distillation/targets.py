@@ -1,6 +1,6 @@
 """What is aligned: which states to capture, how to project them, which loss terms come of it."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,10 +12,10 @@ from ..config.arguments import KavaTrainingArguments
 from ..config.layer_mapping import resolve_layer_pairs
 from ..models.layers import number_of_layers, state_width
 from ..utils.errors import BadRequest
-from .losses import mercator_per_token, mse_per_token
+from .losses import mercator_per_token, mse_per_token, relative_mse_per_token
 from .projector import ProjectorConfig, build_decoder, build_projector, normalise
 
-Direction = Literal["teacher_to_student", "student_to_teacher"]
+Direction = Literal["teacher_to_student", "student_to_teacher", "none"]
 
 
 class AlignedStates(NamedTuple):
@@ -39,15 +39,20 @@ class Alignment:
     cosine: torch.Tensor
 
 
+_PLAIN_TERMS: dict[str, Callable[..., torch.Tensor]] = {"mse": mse_per_token, "relative_mse": relative_mse_per_token}
+"""Terms that compare the two sides alone, by name."""
+
+
 class HiddenStateTarget(nn.Module):
-    """Aligns hidden states of the student with those of the teacher, with one projector a pair.
+    """Aligns hidden states of the student with those of the teacher, with one projector a pair, or with none.
 
     With `teacher_to_student` the teacher's states are projected into the student's space and the target moves with
     the projector. With `student_to_teacher` the student's states are projected and the teacher's own are the target.
+    With `none` there is no projector, and the states themselves are compared.
 
     Args:
         pairs: (student layer, teacher layer) pairs in the convention of `hidden_states`.
-        config: shape of each projector.
+        config: shape of each projector; without projectors, the width of either side.
         alpha: weight of the direction in the Mercator loss.
         beta: weight of the log-magnitude in the Mercator loss.
         direction: which side is projected.
@@ -68,10 +73,18 @@ class HiddenStateTarget(nn.Module):
         self.alpha, self.beta = alpha, beta
         shares = [1.0] * len(pairs) if weights is None else list(weights)
         self.shares = [share / sum(shares) for share in shares]
-        self.projectors = nn.ModuleList(build_projector(config) for _ in pairs)
-        count = len(pairs) if config.anchor == "reconstruction" else 0
+        projected = len(pairs) if direction != "none" else 0
+        self.projectors = nn.ModuleList(build_projector(config) for _ in range(projected))
+        count = projected if config.anchor == "reconstruction" else 0
         self.decoders = nn.ModuleList(build_decoder(config) for _ in range(count))
+        self._sizes = config.input_size, config.output_size
         self.student_size = config.output_size if direction == "teacher_to_student" else config.input_size
+
+    @property
+    def widths(self) -> str:
+        """The widths of the states, for people: `896 -> 1536` through a projector, `576 wide` without one."""
+        source, result = self._sizes
+        return f"{source} -> {result}" if self.projectors else f"{source} wide"
 
     @property
     def use(self) -> dict[str, Any]:
@@ -103,6 +116,8 @@ class HiddenStateTarget(nn.Module):
         ]
 
     def _project(self, index: int, student: torch.Tensor, teacher: torch.Tensor) -> AlignedStates:
+        if self.direction == "none":
+            return AlignedStates(student, teacher)
         projector = self.projectors[index]
         if self.direction == "student_to_teacher":
             return AlignedStates(projector(student), teacher)
@@ -116,15 +131,16 @@ class HiddenStateTarget(nn.Module):
         Args:
             pairs: what `forward` gave.
             mask: boolean [B, T].
-            names: the terms to compute, of `mercator`, `mse` and `anchor`.
+            names: the terms to compute, of `mercator`, `mse`, `relative_mse` and `anchor`.
         """
         return [self._compare(pair, mask, names) for pair in pairs]
 
     def _compare(self, pair: AlignedStates, mask: torch.Tensor, names: Container[str]) -> Alignment:
         mercator, cosine = mercator_per_token(pair.student, pair.target, mask, self.alpha, self.beta)
         terms = {"mercator": mercator} if "mercator" in names else {}
-        if "mse" in names:
-            terms["mse"] = mse_per_token(pair.student, pair.target, mask)
+        for name, function in _PLAIN_TERMS.items():
+            if name in names:
+                terms[name] = function(pair.student, pair.target, mask)
         if "anchor" in names and pair.reconstruction is not None:
             terms["anchor"] = mse_per_token(*pair.reconstruction, mask)
         return Alignment(terms, cosine)
@@ -134,25 +150,37 @@ class HiddenStateTarget(nn.Module):
         return torch.stack([share * value for share, value in zip(self.shares, values, strict=True)]).sum(dim=0)
 
 
-def build_target(args: KavaTrainingArguments, student: PreTrainedModel, teacher: PreTrainedModel) -> HiddenStateTarget:
+def build_target(
+    args: KavaTrainingArguments,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    inherited: Sequence[int] | None = None,
+) -> HiddenStateTarget:
     """The alignment that the arguments ask for, with random projectors.
 
     Args:
         args: layers, direction, anchor and shape.
         student: gives its depth and width.
         teacher: gives its depth and width.
+        inherited: see `layer_mapping.resolve_layer_pairs`.
 
     Raises:
-        BadRequest: if a layer does not exist, layers of one model differ in width, or there are not as many
-            `layer_weights` as pairs.
+        BadRequest: if a layer does not exist, layers of one model differ in width, or those of both do and there is
+            to be no projector, or there are not as many `layer_weights` as pairs.
     """
-    pairs = resolve_layer_pairs(args.layer_mapping, number_of_layers(student), number_of_layers(teacher))
+    pairs = resolve_layer_pairs(args.layer_mapping, number_of_layers(student), number_of_layers(teacher), inherited)
     if args.layer_weights is not None and len(args.layer_weights) != len(pairs):
         raise BadRequest(
             f"layer_weights has {len(args.layer_weights)} numbers, but layer_mapping {args.layer_mapping} gives "
             f"{len(pairs)} pairs: {', '.join(map(str, pairs))}."
         )
     sizes = (state_width(teacher, (layer for _, layer in pairs)), state_width(student, (layer for layer, _ in pairs)))
+    if args.projector_direction == "none" and sizes[0] != sizes[1]:
+        raise BadRequest(
+            f"projector_direction none compares the states themselves, but the teacher's are {sizes[0]} wide and the "
+            f"student's {sizes[1]};",
+            "write projector_direction student_to_teacher, or name a student as wide as its teacher.",
+        )
     if args.projector_direction == "student_to_teacher":
         sizes = sizes[::-1]
     config = ProjectorConfig(*sizes, args.projector_mlp_ratio, args.projector_dropout, args.projector_anchor)

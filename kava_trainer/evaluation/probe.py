@@ -154,12 +154,15 @@ class AlignmentProbe:
     def _backward(self, model: DistillationModel, terms: LossTerms, weights: dict[str, float]) -> None:
         """The gradient of the terms that have weights, as token means over all gradient batches."""
         tokens = sum(int(batch["attention_mask"].sum()) for batch in self._gradient_batches)
-        answers = sum(len(batch["next_tokens"]) for batch in self._gradient_batches)
+        answers, following = (
+            sum(len(batch[name]) for batch in self._gradient_batches) for name in ("next_tokens", "next_index")
+        )
         for batch in self._gradient_batches:
             batch = send_to_device(batch, model.student.device)
             states = terms.teacher_states(batch)
-            counts = torch.tensor([tokens, answers], device=model.student.device)
-            terms.loss(terms.student_outputs(model, batch, states, weights), batch, weights, counts).backward()
+            counts = torch.tensor([tokens, answers, following], device=model.student.device)
+            outputs = terms.student_outputs(model, batch, states, weights, counts)
+            terms.loss(outputs, batch, weights, counts).backward()
 
 
 def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:

@@ -16,7 +16,7 @@ from accelerate.utils import release_memory, send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.arguments import KavaArguments
-from ..config.layer_mapping import resolve_layer_pairs
+from ..config.layer_mapping import foreseen_layers, resolve_layer_pairs
 from ..data.selection import choose_examples
 from ..models.layers import config_layers, number_of_layers
 from ..models.loading import build_causal_lm, check_reads, load_config
@@ -241,7 +241,8 @@ class TeacherFidelity:
         model = load_teacher(dataclasses.replace(arguments.model, teacher_quantization="none"), device)
         check_reads(model, "teacher", self._tokenizer, arguments.data.max_length)
         depths = config_layers(student_config(arguments.model)), number_of_layers(model)
-        pairs = resolve_layer_pairs(arguments.training.layer_mapping, *depths)
+        inherited = foreseen_layers(arguments.model.student_init, *depths)
+        pairs = resolve_layer_pairs(arguments.training.layer_mapping, *depths, inherited)
         return read_examples(
             model, sorted({layer for _, layer in pairs}), self._examples, self._collator, "Unquantised teacher"
         )

@@ -14,6 +14,7 @@ MOST_POINTS = 1000
 TERMS = {
     "mercator": "Mercator",
     "mse": "squared difference",
+    "relative_mse": "relative squared error",
     "anchor": "anchor",
     "lm": "next token",
     "kd": "KD",

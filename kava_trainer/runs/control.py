@@ -13,6 +13,7 @@ from accelerate.utils import release_memory
 from transformers import set_seed
 
 from ..config.arguments import KavaTrainingArguments
+from ..config.checks import TEACHER_WEIGHTS
 from ..distillation.teacher_cache import is_released
 from ..models.student import load_student
 from ..models.teacher import load_teacher
@@ -36,7 +37,10 @@ def control_arguments(training: KavaTrainingArguments) -> KavaTrainingArguments:
     would mix the control's lines into the run's.
     """
     control = copy.copy(training)
-    control.mercator_weight = control.mse_weight = control.kd_weight = 0.0
+    for name in TEACHER_WEIGHTS:
+        setattr(control, name, 0.0)
+    if control.lm_weight == 0:
+        control.lm_tokens = "answers"
     control.lm_weight = 1.0
     control.metric_for_best_model, control.load_best_model_at_end = None, False  # it may be one that only KAVA has
     control.output_dir = control.final_dir = str(Path(training.output_dir) / CONTROL_FOLDER)

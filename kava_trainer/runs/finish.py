@@ -35,7 +35,7 @@ def save_student(run: Run) -> None:
     run.summary.content.final_checksums = checksums
     run.console.stage("Saved")
     run.console.print(f"Student: {student}{'' if written else ', as it was saved before'}")
-    run.console.print(f"Projector: {projector}")
+    run.console.print(f"Projector: {projector if run.trainer.target.projectors else 'there is none'}")
 
 
 def write_summary(run: Run, status: str) -> None:
@@ -221,7 +221,7 @@ def _name_of(model: PreTrainedModel) -> str:
 
 def _add_perplexity(summary: RunSummary, who: str, metrics: dict[str, Any]) -> None:
     """Note what an evaluation of Trainer's tells of a model's answers, if it does."""
-    if (loss := metrics.get("eval_lm_loss")) is not None:
+    if (loss := metrics.get("eval_answer_loss", metrics.get("eval_lm_loss"))) is not None:
         figures = {"cross_entropy": loss, "perplexity": metrics["eval_perplexity"], "exact_match": None}
         summary.add_evaluation(who, figures)
 

@@ -25,6 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
+from ..config.layer_mapping import foreseen_layers
 from ..config.model_arguments import ModelArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
 from ..data.packing import pack_step
@@ -247,9 +248,10 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     with FakeTensorMode():
         _make_fake(teacher)
         _make_fake(student)
-        target = build_target(training, student, teacher)
+        depths = number_of_layers(student), number_of_layers(teacher)
+        target = build_target(training, student, teacher, foreseen_layers(model.student_init, *depths))
         target.requires_grad_(training.aligns)
-        layers = needed_teacher_layers(training, target, number_of_layers(teacher))
+        layers = needed_teacher_layers(training, target, depths[1])
         if training.max_tokens_per_batch and not training.torch_compile:
             enable_packing(teacher)
             enable_packing(student)

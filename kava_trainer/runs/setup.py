@@ -22,7 +22,6 @@ from ..data.splits import load_splits
 from ..data.stream_sources import open_rows
 from ..data.streaming import ExampleStream, open_stream
 from ..distillation.pairing import pair_up
-from ..distillation.projector import ElasticBottleneck
 from ..distillation.teacher_cache import TeacherCache
 from ..evaluation.answers import answer_cross_entropy
 from ..models.layers import hidden_size, number_of_layers
@@ -74,6 +73,8 @@ class Models:
     teacher: PreTrainedModel
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    inherited_layers: list[int] | None = None
+    """The teacher layer that each student layer was cut from, where it was."""
 
 
 @dataclass
@@ -257,7 +258,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     Raises:
         BadRequest: if the models do not have what the arguments ask for, or Trainer refuses an argument.
     """
-    teacher, target = pair_up(training, models.student, models.teacher, None)
+    teacher, target = pair_up(training, models.student, models.teacher, None, models.inherited_layers)
     try:
         trainer = KavaTrainer(
             student=models.student,
@@ -309,10 +310,10 @@ def build_trainer(run: Run) -> KavaTrainer:
 
 
 def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: KavaTrainer) -> None:
-    config = cast(ElasticBottleneck, trainer.target.projectors[0]).config
-    anchor = "" if config.anchor == "none" else f", anchor {config.anchor}"
-    direction = training.projector_direction.replace("_", " ")
-    console.print(f"Projector: {config.input_size} -> {config.output_size} ({direction}{anchor})")
+    target = trainer.target
+    anchor = "" if training.projector_anchor == "none" else f", anchor {training.projector_anchor}"
+    kind = f"{target.widths} ({training.projector_direction.replace('_', ' ')}{anchor})"
+    console.print(f"Projector: {kind if target.projectors else f'none, both sides are {target.widths}'}")
     console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
     if training.mercator_weight > 0:
         console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")

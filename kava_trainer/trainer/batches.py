@@ -96,13 +96,14 @@ class StepBatches(TrainerCallback):
 
         Returns:
             The micro-batches as Trainer carries them, all rows of the step, and this rank's real tokens, answer tokens,
-            positions and examples [4]. With packing each micro-batch has its rows under `rows`.
+            tokens that follow another of their example, positions and examples [5]. With packing each micro-batch has
+            its rows under `rows`.
         """
         found = list(islice(batches, count))
         if self.stream is not None:
             self._note_places(self.stream, found)
         if not found:
-            return [], [], torch.zeros(4, dtype=torch.int64)
+            return [], [], torch.zeros(5, dtype=torch.int64)
         if not self.packs or "lengths" not in found[0]:  # or a loader or a collator of the user's own made them
             found = [dict(completed(batch)) for batch in found]
             return found, found, torch.stack(_count_padded(found))
@@ -184,14 +185,19 @@ def _micro_batch(rows: list[dict[str, Any]], like: dict[str, Any]) -> dict[str, 
 
 
 def _count_packed(batches: list[dict[str, Any]]) -> list[int]:
-    """Real tokens, answer tokens, positions and examples, without asking the device."""
+    """The counts of `gather`, without asking the device."""
     lengths = [length for batch in batches for length in batch["lengths"]]
-    return [sum(lengths), sum(sum(batch["answers"]) for batch in batches), sum(lengths), len(lengths)]
+    answers = sum(sum(batch["answers"]) for batch in batches)
+    return [sum(lengths), answers, sum(lengths) - len(lengths), sum(lengths), len(lengths)]
 
 
 def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
-    """Real tokens, answer tokens, positions and examples."""
+    """The counts of `gather`."""
     tokens = sum(batch["attention_mask"].sum() for batch in batches)
     answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
-    sizes = (sum(batch["input_ids"].numel() for batch in batches), sum(len(batch["input_ids"]) for batch in batches))
+    sizes = [sum(own) for own in zip(*(_sizes(batch) for batch in batches), strict=True)]
     return [tokens, answers, *torch.tensor(sizes, device=tokens.device)]
+
+
+def _sizes(batch: dict[str, Any]) -> tuple[int, int, int]:
+    return len(batch["next_index"]), batch["input_ids"].numel(), len(batch["input_ids"])

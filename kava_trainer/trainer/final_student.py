@@ -31,9 +31,9 @@ def weight_checksums(student: Path) -> dict[str, str]:
 
 
 def final_checksums(student: Path, projector: Path) -> dict[str, str]:
-    """The checksums of a finished student's weights and of its projector, by their paths in `final_dir`."""
+    """The checksums of a finished student's weights and of its projector, if any, by their paths in `final_dir`."""
     weights = {f"{FINAL_STUDENT}/{name}": digest for name, digest in weight_checksums(student).items()}
-    return {**weights, FINAL_PROJECTOR: checksum(projector)}
+    return {**weights, FINAL_PROJECTOR: checksum(projector)} if projector.exists() else weights
 
 
 def difference(folder: Path, checksums: Mapping[str, str]) -> str | None:

@@ -95,6 +95,8 @@ class SavingTrainer(Trainer):
 
     def try_to_save_projector(self, path: Path) -> None:
         """Write the projectors to a file; where that fails say so and go on."""
+        if not self.model.target.projectors:
+            return
         try:
             self.weights.save_projector(path)
         except _SAVE_ERRORS as error:
@@ -124,7 +126,10 @@ class SavingTrainer(Trainer):
                 save = partial(weights.export_student, merge_adapter=merge_adapter, state_dict=state)
                 with weights.kept(student_folder, state):
                     written = write_folder_atomically(student_folder, save, is_same_student)
-                    write_projectors(projectors, projector)
+                    if projectors["config"]:
+                        write_projectors(projectors, projector)
+                    else:  # one of an earlier run would be taken for this run's
+                        projector.unlink(missing_ok=True)
                 checksums = final_checksums(student_folder, projector)
 
         if (problem := all_succeed(write)) is not None:

@@ -155,7 +155,7 @@ class StudentTrainer(SavingTrainer):
             metrics[f"{prefix}_loss"] = sum(weighted) if weighted else math.nan
         metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         if "lm_loss" in means:
-            metrics[f"{prefix}_perplexity"] = perplexity(means["lm_loss"])
+            metrics[f"{prefix}_perplexity"] = perplexity(means.get("answer_loss", means["lm_loss"]))
         probes = description == "Evaluation" and self.probe.belongs_to(prefix)
         if probes and (probed := self.run_probe()) is not None:
             self.probe.note(probed, self.state.global_step)

@@ -1,7 +1,7 @@
 """`KavaTrainer`: a `transformers.Trainer` whose loss aligns the student's hidden states with a frozen teacher's."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from typing import Any, cast
 
@@ -60,6 +60,7 @@ class KavaTrainer(StudentTrainer):
         args: `KavaTrainingArguments`; their defaults by default.
         model_init: in place of `student`, a function of nothing or of a trial that makes one. Every `train()` begins
             with a new student and new projectors then, as `hyperparameter_search` needs.
+        inherited_layers: the teacher layer that each student layer was cut from, for `layer_mapping` inherited.
         kwargs: as for `Trainer`: `train_dataset` and `eval_dataset` with `input_ids` and `labels`, `processing_class`,
             `data_collator` (a `DistillationCollator` by default), `callbacks`, `compute_metrics`, `optimizers` (which
             hold the target's parameters too), ...
@@ -76,6 +77,7 @@ class KavaTrainer(StudentTrainer):
         args: KavaTrainingArguments | None = None,
         *,
         model_init: Callable[..., PreTrainedModel] | None = None,
+        inherited_layers: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
@@ -84,7 +86,7 @@ class KavaTrainer(StudentTrainer):
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)
             student = cast(PreTrainedModel, super().call_model_init())
-        self._pairing = Pairing(args, teacher, target, again=model_init is not None)
+        self._pairing = Pairing(args, teacher, target, again=model_init is not None, inherited=inherited_layers)
         model, source = self._pairing.pair(student)
         kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
@@ -222,7 +224,7 @@ class KavaTrainer(StudentTrainer):
         self.steps.begin(rows, sharded)
         counts = self.sum_over_ranks(counts.to(device))
         self.clock.count(counts)
-        return batches, counts[:2]
+        return batches, counts[:3]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; with packing, of each of its rows.
@@ -230,7 +232,7 @@ class KavaTrainer(StudentTrainer):
         Args:
             model: the wrapped student and projectors.
             inputs: of `get_batch_samples`.
-            num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step.
+            num_items_in_batch: real, answer and following tokens [3] of the whole optimizer step.
         """
         with self.clock.stopwatch.measure("step"):
             return self.steps.run(model, inputs.get("rows", [inputs]), num_items_in_batch)
@@ -248,14 +250,14 @@ class KavaTrainer(StudentTrainer):
             model: the wrapped student and projectors.
             inputs: a batch of `collators`, or any with `input_ids` and `labels`.
             return_outputs: also return the student's `last_hidden_state` [B, T, d_s].
-            num_items_in_batch: real tokens and answer tokens [2] of the whole optimizer step; by default this batch's.
+            num_items_in_batch: real, answer and following tokens [3] of the optimizer step; by default this batch's.
         """
         training, batch = torch.is_grad_enabled(), completed(inputs)
         means, progress = (self.steps.means, progress_of(self.state)) if training else (self.eval_means, 0.0)
         weights = self.terms.weights(progress)
         with self.clock.stopwatch.measure("teacher") if training else nullcontext():
             teacher_states = self.terms.teacher_states(batch)
-        outputs = self.terms.student_outputs(model, batch, teacher_states, weights)
+        outputs = self.terms.student_outputs(model, batch, teacher_states, weights, num_items_in_batch)
         loss = self.terms.loss(outputs, batch, weights, num_items_in_batch, means)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the ranks' gradients will be averaged

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.data import random_examples
 from helpers.models import TEACHER_LAYERS
 from helpers.trainers import loss_lines, make_trainer
@@ -154,3 +155,75 @@ def test_the_probe_leaves_gradients_that_are_there_as_they_are(tmp_path, tokeniz
     trainer.student.lm_head.weight.grad = gradient
     trainer.run_probe()
     assert trainer.student.lm_head.weight.grad is gradient
+
+
+def naive_terms(student, teacher, examples, lm_tokens, kd_tokens):
+    """Sums and counts of both terms on logits, example by example and token by token."""
+    sums, counts = {"lm": 0.0, "kd": 0.0}, {"lm": 0, "kd": 0}
+    for example in examples:
+        ids = torch.tensor([example["input_ids"]])
+        ours = student(input_ids=ids).logits[0].log_softmax(-1)
+        with torch.no_grad():
+            theirs = teacher(input_ids=ids).logits[0].log_softmax(-1)
+        for place in range(len(example["input_ids"]) - 1):
+            answers = example["labels"][place + 1] != -100
+            if lm_tokens == "all" or answers:
+                sums["lm"] = sums["lm"] - ours[place, example["input_ids"][place + 1]]
+                counts["lm"] += 1
+            if kd_tokens == "all" or answers:
+                sums["kd"] = sums["kd"] + (theirs[place].exp() * (theirs[place] - ours[place])).sum()
+                counts["kd"] += 1
+    return {name: sums[name] / counts[name] for name in sums}
+
+
+ONE_WITHOUT_ANSWER = {"input_ids": [5, 6, 7, 8], "labels": [-100] * 4}
+"""Its tokens count where all do."""
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "one by one", "all at once"])
+@pytest.mark.parametrize(("lm_tokens", "kd_tokens"), [("all", "all"), ("answers", "all"), ("all", "answers")])
+def test_terms_over_all_tokens_are_exact_means_over_the_whole_step(tmp_path, tokenizer, layout, lm_tokens, kd_tokens):
+    sizes = {"one by one": (1, 8), "all at once": (8, 1)}.get(layout, (2, 4))
+    options = {"per_device_train_batch_size": sizes[0], "gradient_accumulation_steps": sizes[1]}
+    options["max_tokens_per_batch"] = 60 if layout == "packed" else 0
+    asked = {"mercator_weight": 0.0, "lm_weight": 0.7, "kd_weight": 1.5, "lm_tokens": lm_tokens, "kd_tokens": kd_tokens}
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, **asked, **options)
+    examples = [*random_examples(7, seed=5), ONE_WITHOUT_ANSWER]
+    trainer.train_dataset = Dataset.from_list([{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples])
+    batches, counts = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), sizes[1], trainer.args.device)
+    assert batches[0].get("rows") is not None if layout == "packed" else "rows" not in batches[0]
+    loss = sum(trainer.compute_loss(trainer.model.train(), row, num_items_in_batch=counts)
+               for batch in batches for row in batch.get("rows", [batch]))  # fmt: skip
+    means = naive_terms(trainer.student, trainer.teacher.model, examples, lm_tokens, kd_tokens)
+    expected = 0.7 * means["lm"] + 1.5 * means["kd"]
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    weights = [weight for weight in trainer.student.parameters() if weight.requires_grad]
+    for ours, naive in zip(*(torch.autograd.grad(total, weights) for total in (loss, expected)), strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-6)
+    logged = trainer.steps.means.drain(lambda sums: sums)
+    assert logged["lm_loss"] == pytest.approx(means["lm"].item(), rel=1e-5)
+    assert logged["kd_loss"] == pytest.approx(means["kd"].item(), rel=1e-4)
+
+
+def test_where_every_token_is_an_answer_all_tokens_change_no_bit(tmp_path, tokenizer):
+    plain = [{"input_ids": e["input_ids"], "labels": e["input_ids"]} for e in random_examples(16)]
+    seen = []
+    for asked in ({}, {"kd_tokens": "all"}, {"lm_tokens": "all", "kd_tokens": "all"}):
+        trainer = make_trainer(tmp_path, tokenizer, kd_weight=0.5, label_smoothing_factor=0.1, **asked)
+        trainer.train_dataset = Dataset.from_list(plain)
+        trainer.train()
+        seen.append((loss_lines(trainer), list(trainer.student.state_dict().values())))
+    for lines, weights in seen[1:]:
+        assert lines == seen[0][0]
+        assert all(torch.equal(one, other) for one, other in zip(weights, seen[0][1], strict=True))
+
+
+def test_the_perplexity_is_that_of_the_answers_whatever_is_learned(tmp_path, tokenizer):
+    answers, everything = (
+        make_trainer(tmp_path, tokenizer, lm_tokens=tokens, label_smoothing_factor=0.1).evaluate()
+        for tokens in ("answers", "all")
+    )
+    assert everything["eval_perplexity"] == answers["eval_perplexity"]
+    assert everything["eval_answer_loss"] == answers["eval_lm_loss"] != everything["eval_lm_loss"]
+    assert "eval_answer_loss" not in answers
+    assert everything["eval_smoothing_loss"] != answers["eval_smoothing_loss"]

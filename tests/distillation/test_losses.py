@@ -11,6 +11,7 @@ from kava_trainer.distillation.losses import (
     mercator_loss,
     mse_per_token,
     next_token_sum,
+    relative_mse_per_token,
     token_mean,
 )
 
@@ -147,6 +148,37 @@ def test_mse_is_the_mean_over_the_width_and_ignores_what_is_masked():
     (gradient,) = gradients(per_token.sum(), student)
     torch.testing.assert_close(gradient[0, 0], 2 * (student[0, 0] - target[0, 0]).detach() / 5)
     assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("garbage", [0.0, float("nan"), float("inf")])
+def test_the_relative_squared_error_equals_the_naive_reference_and_ignores_what_is_masked(dtype, tolerance, garbage):
+    student, target = states((2, 3, 5), dtype, 0), states((2, 3, 5), dtype, 1)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    with torch.no_grad():
+        student[~mask], target[~mask] = garbage, garbage
+    per_token = relative_mse_per_token(student, target, mask)
+    assert per_token.dtype == torch.float32
+    pairs = [(student[b, t].float(), target[b, t].float()) for b, t in [(0, 0), (0, 1), (1, 0)]]
+    naive = torch.stack([((s - g) @ (s - g)) / (g @ g) for s, g in pairs])
+    torch.testing.assert_close(per_token[mask], naive)
+    assert per_token[~mask].abs().sum() == 0
+    for ours, other in zip(
+        gradients(per_token.sum(), student, target), gradients(naive.sum(), student, target), strict=True
+    ):
+        torch.testing.assert_close(ours, other, rtol=tolerance, atol=tolerance)
+        assert (ours[~mask] == 0).all()
+
+
+def test_the_relative_squared_error_has_no_scale_and_is_finite_at_a_target_of_zero():
+    student, mask = states((1, 3, 4), torch.float32, 0), torch.ones(1, 3, dtype=torch.bool)
+    target = student.detach() * 2
+    torch.testing.assert_close(relative_mse_per_token(student, target, mask), torch.full((1, 3), 0.25))
+    torch.testing.assert_close(relative_mse_per_token(1e-4 * student, 1e-4 * target, mask), torch.full((1, 3), 0.25))
+    nothing = relative_mse_per_token(student, torch.zeros(1, 3, 4), mask)
+    (gradient,) = gradients(nothing.sum(), student)
+    assert nothing.isfinite().all()
+    assert gradient.isfinite().all()
 
 
 def naive_jsd(student, teacher, temperature, beta):

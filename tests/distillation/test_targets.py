@@ -98,3 +98,48 @@ def test_as_many_weights_as_pairs_are_asked_for():
         build_target(
             arguments(layer_mapping="uniform:2", layer_weights=[1, 1, 1]), tiny_llama(16, 2), tiny_llama(32, 4)
         )
+
+
+@pytest.mark.parametrize(
+    ("mapping", "pairs"),
+    [
+        ("inherited", [(1, 2), (2, 2), (3, 6)]),
+        ("last", [(3, 6)]),
+        ("all", [(1, 2), (2, 4), (3, 6)]),
+        ("[[1, 5], [3, 5]]", [(1, 5), (3, 5)]),
+    ],
+)
+def test_without_a_projector_the_states_themselves_are_compared(mapping, pairs):
+    student, teacher = tiny_llama(16, 3), tiny_llama(16, 6, seed=1)
+    asked = arguments(projector_direction="none", layer_mapping=mapping, projector_anchor="none")
+    target = build_target(asked, student, teacher, [2, 2, 4])
+    assert target.pairs == pairs
+    assert (list(target.state_dict()), list(target.parameters()), target.student_size) == ([], [], 16)
+    assert target.widths == "16 wide"
+    generator = torch.Generator().manual_seed(0)
+    own = {layer: torch.randn(1, 3, 16, generator=generator, requires_grad=True) for layer in (1, 2, 3)}
+    theirs = {layer: torch.randn(1, 3, 16, generator=generator) for layer in range(1, 7)}
+    brought = target(own, theirs)
+    for (left, right), pair in zip(pairs, brought, strict=True):
+        assert (pair.student is own[left], pair.target is theirs[right]) == (True, True)
+    found = target.align(brought, MASK, {"relative_mse", "mse"})
+    left, right = own[pairs[0][0]], theirs[pairs[0][1]]
+    expected = (left - right).square().sum(-1) / right.square().sum(-1)
+    torch.testing.assert_close(found[0].terms["relative_mse"][MASK], expected[MASK])
+    assert set(found[0].terms) == {"relative_mse", "mse"}
+
+
+@pytest.mark.parametrize("mapping", ["last", "inherited"])
+def test_states_of_two_widths_need_a_projector(mapping):
+    asked = arguments(projector_direction="none", layer_mapping=mapping)
+    with pytest.raises(BadRequest, match=r"the teacher's are 32 wide and the student's 16; write projector_direction"):
+        build_target(asked, tiny_llama(16, 2), tiny_llama(32, 4), [1, 4])
+
+
+@pytest.mark.parametrize(
+    ("inherited", "told"),
+    [(None, "not cut out of the teacher; write student_init"), ([1], "2 layers"), ([0, 4], "1 to 4"), ([1, 5], "5")],
+)
+def test_inherited_layers_are_one_for_each_layer_of_the_student(inherited, told):
+    with pytest.raises(BadRequest, match=told):
+        build_target(arguments(layer_mapping="inherited"), tiny_llama(16, 2), tiny_llama(16, 4), inherited)

@@ -126,7 +126,7 @@ def check_output(
                     f"The run differs from {checkpoint}: {'; '.join(found.training)}.",
                     "Write what the checkpoint was written with, if the run is to be the same one.",
                 )
-            if not is_fsdp_asked():
+            if not is_fsdp_asked() and training.layer_mapping != "inherited":  # the layers are not known before the cut
                 restore_projectors(
                     pair.target.projectors, checkpoint / PROJECTOR_FILE, pair.target.use, pair.target.decoders
                 )

@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ...config.arguments import KavaArguments
+from ...config.layer_mapping import foreseen_layers
 from ...config.optimizer_names import optimizer_name
 from ...data.collators import DistillationCollator
 from ...distillation.calibration import check_enough_tokens
-from ...distillation.projector import ElasticBottleneck
 from ...distillation.targets import HiddenStateTarget, build_target
 from ...models.layers import find_blocks, hidden_size, number_of_layers
 from ...models.loading import (
@@ -255,14 +255,15 @@ def check_fit(
     training = arguments.training
     for role, model in (("teacher", teacher), ("student", student)):
         check_reads(model, role, tokenizer, arguments.data.max_length)
-    target = build_target(training, student, teacher)
+    inherited = foreseen_layers(arguments.model.student_init, number_of_layers(student), number_of_layers(teacher))
+    target = build_target(training, student, teacher, inherited)
     for model, layers in ((student, target.student_layers), (teacher, target.teacher_layers)):
         if min(layers) < number_of_layers(model):
             find_blocks(model)
-    config = cast(ElasticBottleneck, target.projectors[0]).config
     pairs = ", ".join(map(str, target.pairs))
     if training.aligns:
-        checkup.ok(f"layers {pairs} (student, teacher), projector {config.input_size} -> {config.output_size}.")
+        projected = f"projector {target.widths}" if target.projectors else f"{target.widths}, no projector"
+        checkup.ok(f"layers {pairs} (student, teacher), {projected}.")
     else:
         checkup.ok("no hidden states are aligned.")
     if problem := loose_projector(training):

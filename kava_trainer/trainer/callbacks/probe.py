@@ -8,7 +8,7 @@ from transformers.trainer_utils import has_length
 
 from ...config.arguments import KavaTrainingArguments
 from ...data.selection import choose_examples
-from ...distillation.loss_terms import LossTerms
+from ...distillation.loss_terms import SCHEDULED_TERMS, LossTerms
 from ...distillation.model import DistillationModel
 from ...evaluation.diagnostics import Diagnostics, collapse_remedy
 from ...evaluation.probe import MINIMUM_SHARE, PROBE_TOKENS, AlignmentProbe, ProbeResult, ShareWatch
@@ -38,7 +38,7 @@ class ProbeCallback(TrainerCallback):
         """Begin a training without what an earlier one has shown."""
         self.last: ProbeResult | None = None
         self._probed_at = -1
-        fading = {"mercator", "mse"} if self._args.alignment_schedule != "constant" else set()
+        fading = set(SCHEDULED_TERMS) if self._args.alignment_schedule != "constant" else set()
         self._shares = ShareWatch({"anchor", *fading})
 
     def choose(self, held_out: Any, collator: Callable[[list[Any]], dict[str, Any]], terms: LossTerms) -> None:
