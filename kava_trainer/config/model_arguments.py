@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from ..utils.errors import Problem
 from ..utils.files import missing_path
+from .student_cut import asked_to_cut, cut_problems, settle_student_layers
 
 T = TypeVar("T")
 
@@ -53,8 +54,32 @@ class ModelArguments:
     )
     student_init: Literal["pretrained", "random", "teacher_layers"] = argument(
         "pretrained",
-        "Start from the student's own weights, from random ones, or from evenly spaced layers of the teacher "
-        "(their widths must agree).",
+        "Start from the student's own weights, from random ones, or from layers of the teacher, which student_layers "
+        "chooses.",
+    )
+    student_num_layers: int | None = argument(
+        None, "Cut the student out of the teacher: keep so many of its layers. No student is named then.", unit="layers"
+    )
+    student_layers: str = argument(
+        "importance",
+        "Which layers of the teacher such a student keeps: the important ones (importance), evenly spaced ones "
+        "(uniform), or blocks counted from 0, such as [0, 1, 4].",
+    )
+    student_layer_importance: Literal["search", "block_influence"] = argument(
+        "search",
+        "What is important: search removes, one by one, the block without which the next-token loss on some training "
+        "examples is lowest; block_influence, which is faster, those that change their input's direction least.",
+    )
+    student_intermediate_size: int | None = argument(
+        None,
+        "Neurons that such a student keeps in each feed-forward block, the most active ones; all by default.",
+        unit="neurons",
+    )
+    student_num_attention_heads: int | None = argument(
+        None,
+        "Attention heads that such a student keeps in each layer, the most active ones, together with the heads that "
+        "share their keys and values; all by default.",
+        unit="heads",
     )
     student_dtype: Literal["auto", "float32", "bfloat16"] = argument(
         "auto", "Data type of the student's weights; auto takes the checkpoint's own."
@@ -94,14 +119,22 @@ class ModelArguments:
             self.student_config_name or self.student_model_name_or_path == QUICKSTART
         ):
             self.student_init = "random"
+        self.student_layers = settle_student_layers(self.student_layers)
+        named = self.student_model_name_or_path or self.student_config_name
+        if self.student_init == "pretrained" and not named and asked_to_cut(self):
+            self.student_init = "teacher_layers"
 
     def problems(self) -> Iterator[Problem]:
         """Every mistake."""
         if not self.teacher_model_name_or_path:
             name, remedy = "teacher_model_name_or_path", "write a hub id, a local folder or 'quickstart'."
             yield Problem(name, f"{name} is missing;", remedy)
-        if not self.student_model_name_or_path and not self.student_config_name:
-            remedy = "write student_model_name_or_path, or student_config_name for random weights."
+        cut = list(cut_problems(self))
+        if not (self.student_model_name_or_path or self.student_config_name or self.is_cut or cut):
+            remedy = (
+                "write student_model_name_or_path, student_num_layers to cut it out of the teacher, or "
+                "student_config_name for random weights."
+            )
             yield Problem(None, "The student is missing;", remedy)
         for name in ("teacher_model_name_or_path", "student_model_name_or_path", "student_config_name"):
             if problem := missing_path(name, getattr(self, name)):
@@ -109,9 +142,7 @@ class ModelArguments:
         if self.student_model_name_or_path and self.student_config_name:
             what = "student_model_name_or_path and student_config_name exclude each other;"
             yield Problem("student_model_name_or_path", what, "keep one of them.")
-        if self.student_init == "teacher_layers" and self.teacher_quantization != "none":
-            what = "student_init teacher_layers needs the teacher's own weights;"
-            yield Problem("student_init", what, "write teacher_quantization none.")
+        yield from cut
         yield from self._adapter_problems() if self.use_peft else self._problems_without_adapter()
 
     @property
@@ -121,8 +152,15 @@ class ModelArguments:
 
     @property
     def student_name(self) -> str:
-        """What the student or, where it has no weights of its own, its config is loaded from."""
-        return cast(str, self.student_model_name_or_path or self.student_config_name)
+        """What the student or, where it has no weights of its own, its config is loaded from; else the teacher."""
+        return cast(
+            str, self.student_model_name_or_path or self.student_config_name or self.teacher_model_name_or_path
+        )
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the student is cut out of the teacher."""
+        return self.student_init == "teacher_layers"
 
     @property
     def exports_adapter(self) -> bool:

@@ -172,8 +172,8 @@ def _fits(name: str, value: Any, hint: Any) -> bool:
 
 def fits_type(name: str, value: Any) -> bool:
     """Whether a value has a type that an argument takes; any has where there is no such argument."""
-    is_pairs = name == "layer_mapping" and isinstance(value, list)
-    return name not in _HINTS or is_pairs or _fits(name, value, _HINTS[name])
+    is_layers = name in ("layer_mapping", "student_layers") and isinstance(value, list)
+    return name not in _HINTS or is_layers or _fits(name, value, _HINTS[name])
 
 
 def _shown(name: str, value: Any) -> str:

@@ -1,6 +1,5 @@
 """The student: loading it, starting it from random weights or from the teacher's layers."""
 
-import re
 from typing import Any, cast
 
 import torch
@@ -8,9 +7,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..utils.errors import BadRequest
-from .layers import number_of_layers, train_text_alone
+from .layers import train_text_alone
 from .loading import build_causal_lm, load_causal_lm, load_config, saved_adapter
 from .lora import add_adapter
+from .pruning.cut import Cut, CutRequest, cut_request, planned_cut
+from .pruning.student import cut_config, fill_student
+from .trial import can_run
 from .teacher import quantization_config
 
 _SAMPLING = (
@@ -54,12 +56,39 @@ def _generation_problem(config: GenerationConfig) -> str | None:
     return None
 
 
-def student_config(arguments: ModelArguments) -> PreTrainedConfig:
+def read_cut_request(arguments: ModelArguments) -> tuple[CutRequest, PreTrainedConfig]:
+    """What a student that is cut out of the teacher shall keep, and the teacher's config.
+
+    Raises:
+        BadRequest: if a config cannot be had, the teacher is smaller, or its files hold no plain weights.
+    """
+    teacher = load_config(arguments.teacher_name, "teacher", arguments.teacher_revision, arguments)
+    if (method := quantized_by(teacher)) is not None:
+        raise BadRequest(
+            f"A student is cut out of plain weights, but the teacher {arguments.teacher_name!r} is quantised by "
+            f"{method} in its own files;",
+            "name the model that it was made of, and write teacher_quantization 4bit where memory is short.",
+        )
+    named = arguments.student_model_name_or_path or arguments.student_config_name
+    student = load_config(named, "student", arguments.student_revision, arguments) if named else None
+    return cut_request(arguments, teacher, student), teacher
+
+
+def student_config(arguments: ModelArguments, cut: Cut | None = None) -> PreTrainedConfig:
     """The student's config.
+
+    Args:
+        arguments: which student.
+        cut: what it keeps of the teacher where it is cut out of it and no config is named; where that is not known yet,
+            the config is one of the same size.
 
     Raises:
         BadRequest: if it cannot be had, or its weights cannot be quantised as asked, or trained as they are quantised.
     """
+    if arguments.is_cut:
+        request, teacher = read_cut_request(arguments)
+        if not (arguments.student_model_name_or_path or arguments.student_config_name):
+            return cut_config(teacher, cut or planned_cut(request, teacher))
     name = cast(str, arguments.student_model_name_or_path or arguments.student_config_name)
     config = load_config(name, "student", arguments.student_revision, arguments)
     if arguments.student_init == "pretrained" and saved_adapter(name, "student", arguments.student_revision):
@@ -104,7 +133,10 @@ def quantized_by(config: PreTrainedConfig) -> str | None:
 
 
 def load_student(
-    arguments: ModelArguments, teacher: PreTrainedModel, device: torch.device | str = "cpu"
+    arguments: ModelArguments,
+    teacher: PreTrainedModel,
+    device: torch.device | str = "cpu",
+    cut: Cut | None = None,
 ) -> PreTrainedModel:
     """Load or make the student, in training mode, with adapters where `use_peft` asks for them.
 
@@ -113,19 +145,21 @@ def load_student(
 
     Args:
         arguments: which student, its start (`student_init`), data type and adapters.
-        teacher: gives its layers where `student_init` is `teacher_layers`.
+        teacher: gives its weights where the student is cut out of it and they are whole.
         device: where quantised weights are put; any others are on the CPU.
+        cut: what is kept of the teacher, see `choose_cut`; needed where text decides on it, unless the teacher is one
+            without storage.
 
     Raises:
-        BadRequest: if it cannot be found, read or quantised, or the teacher's layers or the adapters do not fit it.
+        BadRequest: if it cannot be found, read or quantised, or the cut or the adapters do not fit it.
     """
-    config = student_config(arguments)
+    config = student_config(arguments, cut)
     if arguments.student_init == "pretrained":
         student = _load_pretrained(arguments, config, device)
     else:
         student = build_causal_lm(config, arguments.student_dtype, arguments)
-    if arguments.student_init == "teacher_layers":
-        copy_teacher_layers(teacher, student)
+    if arguments.is_cut:
+        _fill(student, arguments, teacher, cut)
     if student.dtype == torch.float16:
         student = student.float()
     if arguments.use_peft:
@@ -149,34 +183,23 @@ def _load_pretrained(
     return load_causal_lm(name, "student", revision, dtype, arguments, **placement)
 
 
-@torch.no_grad()
-def copy_teacher_layers(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Fill a student with the teacher's embeddings, norm and head, and with evenly spaced teacher blocks.
+def _fill(student: PreTrainedModel, arguments: ModelArguments, teacher: PreTrainedModel, cut: Cut | None) -> None:
+    """Give a student its part of the teacher's weights, from the teacher or from its files."""
+    if cut is None:
+        request, config = read_cut_request(arguments)
+        cut = planned_cut(request, config)
+        if can_run(teacher) and request.reads_text(cut.teacher_layers):
+            raise ValueError("text decides on what is kept of this teacher: choose the cut first")
+    fill_student(_with_plain_weights(arguments, teacher, student.dtype), student, cut)
 
-    The first student block is the teacher's first, the last one its last.
 
-    Raises:
-        BadRequest: if the teacher is quantised, the student is deeper, or any width differs.
-    """
-    if getattr(teacher, "is_quantized", False):
-        raise BadRequest(
-            "student_init teacher_layers needs the teacher's own weights;", "set teacher_quantization none."
-        )
-    depth, teacher_depth = number_of_layers(student), number_of_layers(teacher)
-    if depth > teacher_depth:
-        raise BadRequest(
-            f"student_init teacher_layers: the student has {depth} layers and the teacher only {teacher_depth}."
-        )
-    source_of = [round(index * (teacher_depth - 1) / max(depth - 1, 1)) for index in range(depth)]
-    numbered_block = re.compile(r"((?:^|\.)(?:layers|h|blocks)\.)(\d+)(?=\.)")
-    weights = teacher.state_dict()
-    for name, parameter in student.state_dict().items():
-        source = numbered_block.sub(lambda found: f"{found[1]}{source_of[int(found[2])]}", name, count=1)
-        if source not in weights or weights[source].shape != parameter.shape:
-            shape = tuple(weights[source].shape) if source in weights else "missing"
-            raise BadRequest(
-                f"student_init teacher_layers: {source} is {shape} in the teacher and "
-                f"{tuple(parameter.shape)} in the student. All widths must agree;",
-                "choose a student that differs in the number of layers alone.",
-            )
-        parameter.copy_(weights[source])
+def _with_plain_weights(
+    arguments: ModelArguments, teacher: PreTrainedModel, wanted: torch.dtype
+) -> PreTrainedModel:
+    """The teacher where its weights are as they were stored, or as they are wanted; else the same, read once more."""
+    name, revision = arguments.teacher_name, arguments.teacher_revision
+    if not getattr(teacher, "is_quantized", False):
+        exact = (torch.float32, wanted, load_config(name, "teacher", revision, arguments).dtype)
+        if teacher.dtype in exact or not can_run(teacher):
+            return teacher
+    return load_causal_lm(name, "teacher", revision, arguments.student_dtype, arguments).eval()

@@ -167,6 +167,8 @@ class Summary:
     evaluation: Evaluations = field(default_factory=Evaluations)
     samples: list[Sample] = field(default_factory=list)
     teacher_fidelity: dict[str, Any] | None = None
+    cut: dict[str, Any] | None = None
+    """Which layers of the teacher the student was made of, and how important each was; None where it was not."""
     prompt_kind: str | None = None
     held_out_examples: int | None = None
     student_parameters: int | None = None

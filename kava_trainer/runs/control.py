@@ -85,12 +85,12 @@ def build_control(run: Run) -> KavaTrainer:
     model, models, teacher = run.arguments.model, run.models, run.models.teacher
     if not is_released(teacher):
         teacher = teacher if getattr(teacher, "is_quantized", False) else cast(Any, teacher).to("cpu")
-    elif model.student_init == "teacher_layers":
+    elif model.is_cut and not getattr(teacher, "is_quantized", False):  # whose weights are read from files anyway
         teacher = load_teacher(model, torch.device("cpu"))
     release_memory()
     training = control_arguments(run.training)
     set_seed(training.seed)
-    student = load_student(model, teacher, training.device)
+    student = load_student(model, teacher, training.device, models.cut)
     trainer = make_trainer(training, replace(models, student=student), run.data)
     if TENSORBOARD_FOLDER in os.environ:
         keep_apart(trainer.trackers, CONTROL_FOLDER)

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
+from ..config.student_cut import CUT_ARGUMENTS
 from ..data.streaming import ExampleStream
 from ..distillation.teacher_cache import weights_digest
 from ..models.loading import model_folder
@@ -26,7 +27,7 @@ _SAME = {
     "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "use_peft",
     "student_quantization", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
     "dataloader_drop_last", "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16",
-    "streaming",
+    "streaming", *CUT_ARGUMENTS,
 }  # fmt: skip
 """A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
 

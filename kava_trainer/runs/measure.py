@@ -60,7 +60,7 @@ def fill_cache(arguments: KavaArguments) -> None:
         run.data = load_data(run.console, arguments, tokenizer)
         run.console.stage("Models")
         with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
-            run.models = load_models(run.console, arguments, tokenizer)
+            run.models = load_models(run.console, arguments, tokenizer, run.data.train)
             run.trainer = build_trainer(run)
         cache = open_cache(run)
         if cache is None:

@@ -27,6 +27,7 @@ from ..evaluation.answers import answer_cross_entropy
 from ..models.layers import hidden_size, number_of_layers
 from ..models.loading import check_reads, check_tokenizers_agree, load_tokenizer
 from ..models.lora import trained_parameters
+from ..models.pruning.cut import Cut
 from ..models.student import load_student
 from ..models.teacher import load_teacher
 from ..reports.summary import RunSummary
@@ -48,6 +49,7 @@ from .advice import (
     planned_steps,
     precision_problems,
 )
+from .cutting.choice import find_cut
 from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .tracking import RunTracking
 
@@ -73,8 +75,13 @@ class Models:
     teacher: PreTrainedModel
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    inherited_layers: list[int] | None = None
-    """The teacher layer that each student layer was cut from, where it was."""
+    cut: Cut | None = None
+    """What the student was made of, where it was cut out of the teacher."""
+
+    @property
+    def inherited_layers(self) -> list[int] | None:
+        """See `Cut.inherited_layers`; None for a student that was not cut out of the teacher."""
+        return self.cut and self.cut.inherited_layers
 
 
 @dataclass
@@ -234,11 +241,29 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
     return total
 
 
-def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Models:
-    """Teacher and student. Raises `BadRequest` where one cannot be had, or does not fit tokenizer or lengths."""
+def load_models(
+    console: Console,
+    arguments: KavaArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    train: datasets.Dataset | ExampleStream | None = None,
+    earlier: Cut | None = None,
+) -> Models:
+    """Teacher and student.
+
+    Args:
+        console: prints.
+        arguments: which models.
+        tokenizer: of both.
+        train: the training examples, which a student is cut out of its teacher by; only read for such a one.
+        earlier: the cut that was chosen already, see `find_cut`.
+
+    Raises:
+        BadRequest: where one cannot be had, or does not fit tokenizer or lengths.
+    """
     teacher = load_teacher(arguments.model, arguments.training.device)
+    cut = find_cut(console, arguments, teacher, train, DistillationCollator(tokenizer), earlier)
     set_seed(arguments.training.seed)
-    student = load_student(arguments.model, teacher, arguments.training.device)
+    student = load_student(arguments.model, teacher, arguments.training.device, cut)
     for role, model in (("teacher", teacher), ("student", student)):
         check_reads(model, role, tokenizer, arguments.data.max_length)
         width, depth = hidden_size(model), number_of_layers(model)
@@ -249,7 +274,7 @@ def load_models(console: Console, arguments: KavaArguments, tokenizer: PreTraine
     if arguments.model.use_peft:
         trained = trained_parameters(student)
         console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
-    return Models(teacher, student, tokenizer)
+    return Models(teacher, student, tokenizer, cut)
 
 
 def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) -> KavaTrainer:

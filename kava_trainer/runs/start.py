@@ -6,6 +6,7 @@ from typing import Any, cast
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import run_command
 from ..evaluation.teacher_fidelity import TeacherFidelity
+from ..reports.cut.table import described
 from ..reports.model_card import local_sources
 from ..reports.summary import RunSummary
 from ..trainer.callbacks.trackers import tracker_problem
@@ -20,6 +21,7 @@ from ..utils.files import make_folder
 from ..utils.memory import needs_memory
 from .advice import smaller_batches, smaller_models
 from .control import check_place_of_control
+from .cutting.choice import CUT, earlier_cut
 from .display import show_configuration, show_environment
 from .fill_cache import open_cache
 from .identity import check_output_dir, check_resumable, data_digest, earlier_run, name_run, run_identity
@@ -115,7 +117,10 @@ def load_pair(run: Run) -> None:
     fidelity = TeacherFidelity(console, arguments, tokenizer, probed, data.evaluation is not None, data.collator)
     fidelity.read_unquantised()
     with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
-        run.models = models = load_models(console, arguments, tokenizer)
+        earlier = earlier_cut(run.checkpoint, arguments)
+        run.models = models = load_models(console, arguments, tokenizer, data.train, earlier)
+        if models.cut is not None:
+            run.identity[CUT], summary.content.cut = models.cut.to_dict(), described(models.cut)
         summary.content.prompt_kind = data.prompt_kind
         summary.content.student_parameters = own_parameters(models.student)
         summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
