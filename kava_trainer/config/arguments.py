@@ -227,6 +227,9 @@ class KavaArguments:
     model: ModelArguments
     data: DataArguments
     training: KavaTrainingArguments
+    given: frozenset[str] = frozenset()
+    """Names of the arguments that somebody wrote: in the JSON file, on the command line, or for the earlier run whose
+    record is read. A default that fits the case stands aside for them. Where code makes the arguments it is empty."""
 
     def __post_init__(self) -> None:
         if self.training.max_tokens_per_batch is None:

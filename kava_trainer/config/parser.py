@@ -55,6 +55,13 @@ _TYPE_WORDS = {
     list: "a list in brackets",
 }
 
+_TWO_NAMES = {
+    f"activation_checkpointing{end}": f"gradient_checkpointing{end}"
+    for end in ("", "_kwargs")
+    if f"activation_checkpointing{end}" in _NAMES
+}
+"""Newer transformers have two names for these, either of which sets both."""
+
 _NOT_TAKEN = ("type", "choices", "required", "unit")
 """What of a field the command line leaves to the checks that follow, which name every mistake at once."""
 
@@ -247,6 +254,12 @@ def _construct(group: type, values: dict[str, Any], found: list[Problem]) -> Any
         return None
 
 
+def _names_given(values: Mapping[str, Any]) -> frozenset[str]:
+    """The names of what was given, and the other name of what has two."""
+    pairs = [{*pair} for pair in _TWO_NAMES.items()]
+    return frozenset(values).union(*(pair for pair in pairs if pair & values.keys()))
+
+
 def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) -> KavaArguments:
     """Read a JSON file of arguments and command-line overrides.
 
@@ -256,7 +269,7 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
         defaults: values of what neither names, as JSON has them.
 
     Returns:
-        The checked arguments.
+        The checked arguments; their `given` has every name of the three sources.
 
     Raises:
         BadRequest: with one sentence for each mistake: unknown names (with the nearest right one), wrong types and
@@ -278,7 +291,7 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
     found += [problem for part in (model, data) for problem in part.problems() if problem.argument not in wrong]
     training = _construct(KavaTrainingArguments, values, found)
     if not found:
-        arguments = KavaArguments(model, data, training)
+        arguments = KavaArguments(model, data, training, _names_given(values))
         if not (found := arguments.problems()):
             return arguments
     raise BadRequest.of(*found)

@@ -1,14 +1,17 @@
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 from helpers.places import ROOT
 
-from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.arguments import KavaArguments, KavaTrainingArguments
 from kava_trainer.config.checks import settle_numbers
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.utils.errors import BadRequest
+
+TRAINING_FIELDS = fields(KavaTrainingArguments)
 
 MINIMAL = {
     "teacher_model_name_or_path": "quickstart",
@@ -52,6 +55,29 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     )
     assert (arguments.training.max_steps, arguments.training.learning_rate) == (7, 1e-4)
     assert arguments.training.lm_weight == 0.5
+
+
+def test_what_was_given_is_known_by_the_names_of_the_arguments(tmp_path):
+    path = write(tmp_path, max_steps=5, max_eval_samples=None)
+    words = ["--lm-weight=0.5", "--plain_output", "--no_dataloader_pin_memory", "--report_to", "none"]
+    arguments = parse_arguments([path, *words], {"max_length": 64, "max_steps": 9})
+    named = {"max_steps", "max_eval_samples", "lm_weight", "plain_output", "dataloader_pin_memory", "report_to"}
+    assert arguments.given == {*MINIMAL, "output_dir", "use_cpu", "max_length"} | named
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_what_has_two_names_is_given_by_either(tmp_path, name):
+    both = {f"{kind}_checkpointing" for kind in ("gradient", "activation")} & {f.name for f in TRAINING_FIELDS}
+    if name not in both:
+        pytest.skip("these transformers have one name for it")
+    given = parse_arguments([write(tmp_path, **{name: True})]).given
+    assert both <= given
+    assert not any("kwargs" in one for one in given)
+
+
+def test_arguments_that_code_makes_are_not_given(tmp_path):
+    parsed = parse_arguments([write(tmp_path)])
+    assert KavaArguments(parsed.model, parsed.data, parsed.training).given == frozenset()
 
 
 def test_arguments_of_transformers_work_as_users_know_them(tmp_path):
