@@ -4,7 +4,8 @@
 """
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -230,6 +231,8 @@ class KavaArguments:
     given: frozenset[str] = frozenset()
     """Names of the arguments that somebody wrote: in the JSON file, on the command line, or for the earlier run whose
     record is read. A default that fits the case stands aside for them. Where code makes the arguments it is empty."""
+    by_kind: Mapping[str, Any] = field(default_factory=dict)
+    """The defaults that the kind of student decided, see `student_kinds.defaults_for`."""
 
     def __post_init__(self) -> None:
         if self.training.max_tokens_per_batch is None:

@@ -26,6 +26,7 @@ from .help import short_help, unknown_argument
 from .launcher import program
 from .model_arguments import ModelArguments
 from .recipes import find_recipe, recipe_names
+from .student_kinds import defaults_for
 
 LARGEST_WHOLE_NUMBER, LARGEST_NUMBER = 2**32 - 1, 1e30
 """The first is the highest seed there is. Nothing that is counted or weighed here comes near either."""
@@ -289,9 +290,10 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
         values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"]).lower()
     model, data = (_construct(group, values, found) for group in (ModelArguments, DataArguments))
     found += [problem for part in (model, data) for problem in part.problems() if problem.argument not in wrong]
-    training = _construct(KavaTrainingArguments, values, found)
+    by_kind = defaults_for(getattr(model, "student_init", ""), values)
+    training = _construct(KavaTrainingArguments, {**by_kind, **values}, found)
     if not found:
-        arguments = KavaArguments(model, data, training, _names_given(values))
+        arguments = KavaArguments(model, data, training, _names_given(values), by_kind)
         if not (found := arguments.problems()):
             return arguments
     raise BadRequest.of(*found)

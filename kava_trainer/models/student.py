@@ -193,9 +193,7 @@ def _fill(student: PreTrainedModel, arguments: ModelArguments, teacher: PreTrain
     fill_student(_with_plain_weights(arguments, teacher, student.dtype), student, cut)
 
 
-def _with_plain_weights(
-    arguments: ModelArguments, teacher: PreTrainedModel, wanted: torch.dtype
-) -> PreTrainedModel:
+def _with_plain_weights(arguments: ModelArguments, teacher: PreTrainedModel, wanted: torch.dtype) -> PreTrainedModel:
     """The teacher where its weights are as they were stored, or as they are wanted; else the same, read once more."""
     name, revision = arguments.teacher_name, arguments.teacher_revision
     if not getattr(teacher, "is_quantized", False):

@@ -42,6 +42,9 @@ def show_configuration(console: Console, arguments: KavaArguments, resumption: R
     quantized = [] if model.student_quantization == "none" else [model.student_quantization]
     how = ", ".join([model.student_init, *quantized, *(["LoRA"] if model.use_peft else [])])
     console.print(f"Student: {model.student_model_name_or_path or model.student_config_name} ({how})")
+    if arguments.by_kind:
+        chosen = ", ".join(f"{name} {value}" for name, value in arguments.by_kind.items())
+        console.print(f"Defaults for a student that starts so: {chosen}")
     console.print(f"Data set: {arguments.data.dataset_name}")
     console.print(f"Device: {training.device}, processes: {describe_engine(training.world_size)}")
     console.print(f"Effective batch size: {math.prod(batch)} ({batch[0]} x {batch[1]} x {batch[2]})")

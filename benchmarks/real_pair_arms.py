@@ -1,0 +1,48 @@
+"""What `real_pair.py` compares: the shapes of the students, and the ways of training them."""
+
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "max_length": 512, "max_train_samples": 2000, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "cosine", "weight_decay": 0.0, "student_dtype": "float32", "bf16": True, "use_cpu": True,
+    "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "plain_output": True, "logging_steps": 10,
+    "calibration_tokens": 8192,
+}  # fmt: skip
+"""Of every run: steps of 4 examples, weights in float32 and products in bfloat16."""
+
+RATES = (3e-4, 1e-4)
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "24 of 30": {
+        "student_layers": "[0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 27, 28, 29]"
+    },
+    "20 of 30": {"student_layers": "[0, 1, 2, 8, 9, 10, 11, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 27, 28, 29]"},
+    "15 of 30": {"student_layers": "[0, 1, 2, 8, 9, 10, 11, 15, 19, 20, 23, 24, 27, 28, 29]"},
+}
+"""The layers are those that `student_num_layers` with `student_layers` importance keeps: the search took them once."""
+
+_LEAST: dict[str, Any] = {"mercator_weight": 0.0, "kd_weight": 0.0, "mse_weight": 0.0, "relative_mse_weight": 0.0}
+_NO_LM = {"lm_weight": 0.0}
+_INHERITED = {"projector_direction": "none", "layer_mapping": "inherited"}
+_KD_ANSWERS = {"kd_weight": 1.0, "kd_tokens": "answers"}
+_KD_ALL = {"kd_weight": 1.0, "kd_tokens": "all"}
+_RELATIVE = {**_INHERITED, "relative_mse_weight": 3.0}
+_MERCATOR = {**_INHERITED, "mercator_weight": 3.0}
+
+ARMS: dict[str, dict[str, Any]] = {
+    "SFT": _LEAST,
+    "KD on answers": {**_LEAST, **_NO_LM, **_KD_ANSWERS},
+    "KD on all": {**_LEAST, **_NO_LM, **_KD_ALL},
+    "SFT + KD on answers": {**_LEAST, **_KD_ANSWERS},
+    "SFT + KD on all": {**_LEAST, **_KD_ALL},
+    "hidden (relative)": {**_LEAST, **_NO_LM, **_RELATIVE},
+    "SFT + hidden (Mercator)": {**_LEAST, **_MERCATOR},
+    "SFT + hidden (relative)": {**_LEAST, **_RELATIVE},
+    "SFT + KD on all + hidden (Mercator)": {**_LEAST, **_KD_ALL, **_MERCATOR},
+    "SFT + KD on all + hidden (relative)": {**_LEAST, **_KD_ALL, **_RELATIVE},
+    "SFT + projected last layer": {
+        **_LEAST, "mercator_weight": 3.0, "layer_mapping": "last", "projector_direction": "student_to_teacher",
+        "projector_init": "least_squares",
+    },
+}  # fmt: skip
+"""`hidden` aligns each layer with the teacher layer that it was cut from, the last one after the final norm."""

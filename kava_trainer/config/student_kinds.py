@@ -1,0 +1,43 @@
+"""What the terms, their tokens and the projector are by default for each kind of student.
+
+What pays depends on where a student comes from, so these stand in place of the defaults of `KavaTrainingArguments`
+wherever nobody wrote a value. What was measured is in `docs/effectiveness.md`, *A real pair*.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
+"""Whoever writes one of these has chosen what is aligned and how; the others keep their plain defaults."""
+
+_PROJECTED = ("projector_direction", "projector_anchor", "projector_init")
+"""Whoever writes one of these wants a projector, or says that there is none."""
+
+BY_START: dict[str, dict[str, Any]] = {
+    "teacher_layers": {
+        "mercator_weight": 0.0,
+        "relative_mse_weight": 3.0,
+        "projector_direction": "none",
+        "layer_mapping": "inherited",
+        "kd_weight": 1.0,
+        "kd_tokens": "all",
+    },
+    "random": {},
+    "pretrained": {},
+}
+"""By `student_init`."""
+
+
+def defaults_for(student_init: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a kind of student, but for what somebody wrote and what that decides.
+
+    Args:
+        student_init: where the student comes from.
+        given: the arguments that somebody wrote.
+    """
+    found = {name: value for name, value in BY_START.get(student_init, {}).items() if name not in given}
+    if not given.keys().isdisjoint(_WEIGHTS):
+        found = {name: value for name, value in found.items() if name not in _WEIGHTS}
+    if not given.keys().isdisjoint(_PROJECTED):
+        found.pop("projector_direction", None)
+    return found

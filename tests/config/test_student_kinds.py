@@ -1,0 +1,51 @@
+"""The defaults that depend on where a student comes from stand aside for whatever somebody wrote."""
+
+from typing import Any
+
+import pytest
+from helpers.programs import words
+
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.config.student_kinds import BY_START, defaults_for
+
+
+def parsed(tmp_path: Any, **given: Any) -> Any:
+    base = {"teacher_model_name_or_path": "quickstart", "dataset_name": "quickstart", "output_dir": str(tmp_path)}
+    return parse_arguments(words({**base, **given}))
+
+
+def test_a_cut_student_is_compared_with_the_layers_it_came_from(tmp_path: Any) -> None:
+    arguments = parsed(tmp_path, student_num_layers=3)
+    for name, value in BY_START["teacher_layers"].items():
+        assert getattr(arguments.training, name) == value
+    assert arguments.by_kind == BY_START["teacher_layers"]
+    assert not arguments.given & BY_START["teacher_layers"].keys()
+
+
+def test_what_somebody_wrote_stays_also_where_it_is_the_plain_default(tmp_path: Any) -> None:
+    training = parsed(tmp_path, student_num_layers=3, kd_weight=0.0, layer_mapping="last").training
+    assert (training.kd_weight, training.layer_mapping) == (0.0, "last")
+    assert training.relative_mse_weight == BY_START["teacher_layers"]["relative_mse_weight"]
+
+
+@pytest.mark.parametrize("name", ["mercator_weight", "mse_weight", "relative_mse_weight"])
+def test_one_written_weight_of_the_alignment_decides_the_others(tmp_path: Any, name: str) -> None:
+    training, plain = parsed(tmp_path, student_num_layers=3, **{name: 2.0}).training, KavaTrainingArguments("out")
+    for other in {"mercator_weight", "mse_weight", "relative_mse_weight"} - {name}:
+        assert getattr(training, other) == getattr(plain, other)
+    assert getattr(training, name) == 2.0
+
+
+def test_a_written_part_of_a_projector_brings_the_projector(tmp_path: Any) -> None:
+    training = parsed(tmp_path, student_num_layers=3, projector_init="random").training
+    assert training.projector_direction == KavaTrainingArguments("out").projector_direction
+
+
+def test_each_default_names_an_argument() -> None:
+    for defaults in BY_START.values():
+        KavaTrainingArguments("out", **defaults)
+
+
+def test_an_unknown_start_has_none() -> None:
+    assert defaults_for("", {}) == {}
