@@ -124,9 +124,9 @@ def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenSta
 
 
 def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
-    """Make sure that there are more tokens than inputs of any fit. Raises `BadRequest` if not."""
-    size = max(_fitted(projector).weight.shape[1] for projector in target.projectors)
-    if tokens <= size:
+    """Make sure that there are more tokens than inputs of any fit, if there is any. Raises `BadRequest` if not."""
+    size = max((_fitted(projector).weight.shape[1] for projector in target.projectors), default=0)
+    if size and tokens <= size:
         raise BadRequest(
             f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
             "calibration_tokens or use more training data."
@@ -149,6 +149,8 @@ def calibrate(
     student's states, and the last layer of an `ElasticBottleneck` gets the ridge fit from its random hidden features
     to the other side, so that the pair agrees as well as it can at once.
 
+    Without projectors there is nothing to do.
+
     Args:
         model: student and projectors; their mode is kept.
         teacher: the teacher's states.
@@ -158,6 +160,8 @@ def calibrate(
         sum_over_ranks: sums a tensor over all ranks.
         least_squares: whether the projectors start near the student's states, or from a subspace alone.
     """
+    if not model.target.projectors:
+        return
     training = model.training
     model.eval()
     device = model.student.device

@@ -316,7 +316,7 @@ def describe_estimate(parts: Mapping[str, int], device: torch.device) -> tuple[i
     shown = dict(parts)
     if device.type == "cpu":
         shown["Python and its libraries"] = psutil.Process().memory_info().rss
-    return sum(shown.values()), ", ".join(f"{name} {size_text(size)}" for name, size in shown.items())
+    return sum(shown.values()), ", ".join(f"{name} {size_text(size)}" for name, size in shown.items() if size > 0)
 
 
 def checkpoint_bytes(parts: Mapping[str, int], training: KavaTrainingArguments) -> int:

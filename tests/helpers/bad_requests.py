@@ -106,6 +106,19 @@ BAD_REQUESTS = {
     "small vocabulary": (lambda f: student(config_of(f, vocab_size=300)), "embeddings for 300 tokens only"),
     "short context": (lambda f: student(config_of(f, max_position_embeddings=64)), "the student reads 64 tokens"),
     "mapping": (lambda f: {"layer_mapping": "[[3, 9]]"}, r"names the pair \[3, 9\]"),
+    "two widths without projector": (
+        lambda f: {"projector_direction": "none"},
+        "the teacher's are 128 wide and the student's 64; write projector_direction student_to_teacher",
+    ),
+    "anchor without projector": (
+        lambda f: {"projector_direction": "none", "projector_anchor": "pca"},
+        "projector_direction none has none; its target cannot collapse",
+    ),
+    "inherited by nobody": (
+        lambda f: {"layer_mapping": "inherited"},
+        "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not; write",
+    ),
+    "unknown tokens": (lambda f: {"kd_tokens": "prompts"}, "kd_tokens"),
     "too many pairs": (lambda f: {"layer_mapping": "uniform:4"}, "asks for 4 pairs"),
     "teacher layers": (
         lambda f: {**student(config_of(f, hidden_size=64)), "student_init": "teacher_layers"},

@@ -38,6 +38,8 @@ TOKEN = "hf_plantedintheargumentsoftherun"
 EVERY_TERM = {
     **SHORT,
     "mse_weight": 0.1,
+    "relative_mse_weight": 0.1,
+    "lm_tokens": "all",
     "kd_weight": 0.1,
     "projector_direction": "teacher_to_student",
     "projector_anchor": "reconstruction",
