@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .evaluation.final_answer_match import metric_path as metric_path
     from .models.hidden_states import HiddenStateCapture as HiddenStateCapture
     from .models.teacher import OnlineTeacher as OnlineTeacher
+    from .runs.cutting.library import cut_student as cut_student
     from .runs.finish import write_report as write_report
     from .trainer.trainer import KavaTrainer as KavaTrainer
 
@@ -42,6 +43,7 @@ _HOMES = {
     "distillation.projector_files": ["export_projectors", "load_projectors"],
     "distillation.targets": ["HiddenStateTarget", "build_target"],
     "models.teacher": ["OnlineTeacher"],
+    "runs.cutting.library": ["cut_student"],
     "runs.finish": ["write_report"],
     "trainer.trainer": ["KavaTrainer"],
 }

@@ -101,6 +101,8 @@ def _start(summary: Summary) -> str:
     arguments = summary.arguments
     if arguments["student_init"] == "pretrained":
         return _named(arguments["student_model_name_or_path"], "student_model_name_or_path", summary)
+    if (cut := summary.cut) is not None:
+        return f"{len(cut['kept'])} of the {cut['teacher_layers']} layers of the teacher"
     return {"random": "random weights", "teacher_layers": "layers of the teacher"}[arguments["student_init"]]
 
 

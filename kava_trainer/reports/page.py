@@ -10,6 +10,7 @@ from markupsafe import Markup
 from ..utils.atomic_files import write_atomically
 from ..utils.redaction import without_secrets
 from .charts import Chart, charts_of
+from .cut.table import cut_section
 from .plots import COLOURS, DASHES, Bars, bars_svg, chart_svg, write_png
 from .run_reader import RunRecord
 from .summary import REPORT_PAGE, REPORT_PICTURE, Summary, write_text
@@ -143,6 +144,7 @@ def report_page(record: RunRecord) -> str:
         headline=measured(headline_figures(summary)),
         evaluation=_evaluation(summary),
         bars=bars,
+        cut=None if summary.cut is None else cut_section(summary.cut),
         alignment=measured(alignment_figures(summary)),
         cost=measured(cost_figures(summary)),
         missing_figures={

@@ -10,6 +10,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ..config.arguments import KavaTrainingArguments
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART, ModelArguments
+from ..config.student_cut import CUT_SIZES
 from ..utils.redaction import is_secret_name
 from .summary import Summary
 
@@ -71,6 +72,12 @@ def _is_default(name: str, value: Any, default: Any) -> bool:
     return value == default or (name in _BECOMES and value == _BECOMES[name])
 
 
+def _is_cut_by_size(given: dict[str, Any]) -> bool:
+    """Whether a student that is cut out of its teacher needs no more than its size to be asked for."""
+    named = given["student_config_name"] or given["student_model_name_or_path"]
+    return not named and any(given.get(name) is not None for name in CUT_SIZES)
+
+
 def _follows(name: str, value: Any, given: dict[str, Any], environment: dict[str, Any]) -> bool:
     """Whether a value follows from other arguments, so that it need not be asked for."""
     if name == "final_dir":
@@ -80,7 +87,7 @@ def _follows(name: str, value: Any, given: dict[str, Any], environment: dict[str
     if name == "student_init":
         return value == "random" and bool(
             given["student_config_name"] or given["student_model_name_or_path"] == QUICKSTART
-        )
+        ) or (value == "teacher_layers" and _is_cut_by_size(given))
     if name == "dataloader_pin_memory":
         return str(environment.get("device")).startswith("cpu")
     if name == "disable_tqdm":

@@ -316,6 +316,8 @@ def model_names(summary: Summary) -> tuple[str, str, str]:
     """Teacher, student and data set as they were asked for."""
     asked = summary.arguments
     student = asked.get("student_model_name_or_path") or asked.get("student_config_name")
+    if student is None and (cut := summary.cut) is not None:
+        student = f"{len(cut['kept'])} of its {cut['teacher_layers']} layers"
     names = (asked.get("teacher_model_name_or_path"), student, asked.get("dataset_name"))
     teacher, student, data = ("unknown" if name is None else str(name) for name in names)
     return teacher, student, data

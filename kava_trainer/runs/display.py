@@ -41,7 +41,8 @@ def show_configuration(console: Console, arguments: KavaArguments, resumption: R
     console.print(f"Teacher: {model.teacher_model_name_or_path}{quantization}")
     quantized = [] if model.student_quantization == "none" else [model.student_quantization]
     how = ", ".join([model.student_init, *quantized, *(["LoRA"] if model.use_peft else [])])
-    console.print(f"Student: {model.student_model_name_or_path or model.student_config_name} ({how})")
+    named = model.student_model_name_or_path or model.student_config_name or "cut out of the teacher"
+    console.print(f"Student: {named} ({how})")
     if arguments.by_kind:
         chosen = ", ".join(f"{name} {value}" for name, value in arguments.by_kind.items())
         console.print(f"Defaults for a student that starts so: {chosen}")

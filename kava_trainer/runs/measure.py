@@ -5,15 +5,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
 
 from ..config.arguments import KavaArguments
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import ModelArguments
+from ..config.student_cut import CUT_ARGUMENTS
+from ..data.streaming import ExampleStream
 from ..models.lora_files import load_adapter
 from ..reports.run_reader import find_student, finished_summary
 from ..reports.summary import ModelFigures, Summary, finite, write_text
 from ..trainer.final_student import FINAL_STUDENT
+from ..utils.console import Console
 from ..utils.errors import BadRequest, RunFailed, reason_of
 from ..utils.files import no_empty_folders
 from ..utils.memory import needs_memory
@@ -38,6 +43,7 @@ _WRITTEN = ("teacher", "student", "dataset", "max_eval_samples", "evaluation")
 
 _OF_THE_START = (
     "student_revision", "student_config_name", "student_init", "student_quantization", "use_peft", "merge_adapter",
+    *CUT_ARGUMENTS,
 )  # fmt: skip
 """What tells how a run's student began; the finished one has it all in itself."""
 
@@ -113,10 +119,10 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
     with attended():
         console = open_console(arguments.training)
         tokenizer = load_tokenizers(arguments)
-        held_out = load_held_out(console, arguments, tokenizer)
+        train, held_out = _examples(console, arguments, tokenizer)
         console.stage("Models")
         with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
-            models = load_models(console, arguments, tokenizer)
+            models = load_models(console, arguments, tokenizer, train)
         if finished is not None and finished.adapter is not None:
             _put_on(finished.adapter, models.student)
         console.stage("Evaluation")
@@ -130,6 +136,16 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
         elif (note := _finished_student(arguments)) is not None:
             console.print(note)
     return evaluation
+
+
+def _examples(
+    console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[datasets.Dataset | ExampleStream | None, datasets.Dataset]:
+    """The training examples, where the student is cut out of its teacher by them, and the held-out ones."""
+    if not arguments.model.is_cut:
+        return None, load_held_out(console, arguments, tokenizer)
+    data = load_data(console, arguments, tokenizer)
+    return data.train, data.evaluation or load_held_out(console, arguments, tokenizer)
 
 
 def _put_on(adapter: Path, student: Any) -> None:

@@ -1,7 +1,7 @@
 """What a student keeps of its teacher: asked for, chosen, and written down."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -127,15 +127,15 @@ def cut_request(
             f"{asked} asks for {count} layers, but the teacher, whose layers they are, has {depth};",
             f"write {depth - 1} or less.",
         )
-    request = CutRequest(
-        count,
-        choice,
-        arguments.student_layer_importance,
-        arguments.student_intermediate_size,
-        arguments.student_num_attention_heads,
-    )
+    neurons, heads = arguments.student_intermediate_size, arguments.student_num_attention_heads
+    request = CutRequest(count, choice, arguments.student_layer_importance, neurons, heads)
     _check_width(request, teacher)
-    return request
+    as_wide = neurons == feed_forward_size(teacher), heads == config_heads(teacher)[0]
+    return replace(
+        request,
+        intermediate_size=None if as_wide[0] else neurons,
+        num_attention_heads=None if as_wide[1] else heads,
+    )
 
 
 def _check_width(request: CutRequest, teacher: PreTrainedConfig) -> None:

@@ -12,6 +12,9 @@ from ...utils.errors import BadRequest, reason_of
 from ..hidden_states import first_tensor, run_decoder
 from ..layers import evaluating, find_blocks, made_up_tokens
 
+_AXES = 3
+"""Of hidden states [B, T, d]; a family with several streams of them has more."""
+
 Replacement = Callable[[torch.Tensor], torch.Tensor]
 """Takes the hidden states [B, T, d] that a block would read and gives those that stand for its output."""
 
@@ -66,7 +69,7 @@ class Blocks:
         def recorder(number: int) -> Callable[..., None]:
             def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
                 state, given = first_tensor(output), block_input(args, kwargs)
-                if state.shape == given.shape:
+                if state.shape == given.shape and state.ndim == _AXES:
                     found[number] = None if isinstance(output, torch.Tensor) else len(output)
 
             return record
@@ -83,8 +86,8 @@ class Blocks:
                 hook.remove()
         if len(found) < len(self.blocks):
             raise BadRequest(
-                f"The blocks of the teacher, a {type(self.model).__name__}, do not turn hidden states into hidden "
-                f"states of one shape, so none of them can be left out{reason};",
+                f"The blocks of the teacher, a {type(self.model).__name__}, do not turn hidden states [B, T, d] into "
+                f"hidden states, so none of them can be left out{reason};",
                 "name a student that is there already.",
             )
         return [found[number] for number in range(len(self.blocks))]

@@ -104,10 +104,12 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, cut: Cut) -
             weight = cut_weight(inner, weight, is_conv1d, neurons, groups, group, head)
         if weight is None or weight.shape != parameter.shape:
             shape = "missing" if weight is None else tuple(weight.shape)
+            is_narrow = cut.neurons is not None or cut.head_groups is not None
+            remedy = "keep other layers of it, name no config of other widths, or a student that is there already."
             raise BadRequest(
-                f"A student cannot be cut out of the teacher like this: {source} is {shape} in that part of it and "
-                f"{tuple(parameter.shape)} in the student;",
-                "write student_num_layers in place of a config, or name a student that is there already.",
+                f"A student cannot be cut out of the teacher, a {type(teacher).__name__}, like this: {source} is "
+                f"{shape} in that part of it and {tuple(parameter.shape)} in the student;",
+                "cut it in depth alone, with student_num_layers." if is_narrow else remedy,
             )
         parameter.copy_(weight)
 

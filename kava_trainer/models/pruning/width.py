@@ -17,8 +17,11 @@ from ..hidden_states import run_decoder
 from ..layers import evaluating
 from .importance import Batch, real_tokens
 
-_UP = ("gate_proj", "up_proj", "fc1", "c_fc")
+_UP = ("gate_proj", "up_proj", "fc1", "mlp.c_fc")
 """Layers whose outputs are the neurons of a feed-forward block, as the families call them."""
+
+_UP_TWICE = ("gate_up_proj",)
+"""Those that hold the neurons' gates before the neurons."""
 
 _DOWN = ("down_proj", "fc2", "mlp.c_proj")
 """Those that read the neurons."""
@@ -82,17 +85,19 @@ def head_groups_of(config: PreTrainedConfig, blocks: Sequence[nn.Module]) -> Wid
 def feed_forward_size(config: PreTrainedConfig) -> int:
     """Neurons of each feed-forward block of a decoder."""
     text = config.get_text_config(decoder=True)
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
-        if isinstance(size := getattr(text, name, None), int):
-            return size
-    return cast(int, 4 * text.hidden_size)
+    size = getattr(text, _name_of_size(text), None)
+    return cast(int, size if isinstance(size, int) else 4 * text.hidden_size)
 
 
 def set_feed_forward_size(config: PreTrainedConfig, size: int) -> None:
     """Give a config another number of neurons, under whatever name it has for it."""
     text = config.get_text_config(decoder=True)
-    names = [name for name in ("intermediate_size", "ffn_dim", "n_inner") if hasattr(text, name)]
-    setattr(text, names[0] if names else "intermediate_size", size)
+    setattr(text, _name_of_size(text), size)
+
+
+def _name_of_size(text: PreTrainedConfig) -> str:
+    """What a config calls the number of neurons: OPT and GPT-2 have names of their own for it."""
+    return next((name for name in ("ffn_dim", "n_inner") if hasattr(text, name)), "intermediate_size")
 
 
 @torch.no_grad()
@@ -183,6 +188,10 @@ def cut_weight(
         head: width of one head.
     """
     layer, _, kind = name.rpartition(".")
+    if neurons is not None and _is(layer, _UP_TWICE):
+        half = weight.shape[0] // 2
+        neurons = [*neurons, *(half + neuron for neuron in neurons)]
+        return weight.index_select(0, _entries(neurons, 1).to(weight.device))
     rows, columns = (1, 0) if is_conv1d and weight.ndim > 1 else (0, 1)
     for kept, size, writing, reading in (
         (neurons, 1, _UP, _DOWN),

@@ -77,6 +77,11 @@ def cut_rows(cut: dict[str, Any]) -> list[CutRow]:
     return rows
 
 
+def cut_section(cut: dict[str, Any]) -> dict[str, Any]:
+    """What the page of a run shows of a cut."""
+    return {"sentence": cut_sentence(cut), "headings": HEADINGS, "rows": cut_rows(cut)}
+
+
 def cut_lines(cut: dict[str, Any]) -> list[str]:
     """The sentence and the table for a terminal."""
     rows = [HEADINGS, *((row.layer, row.importance, row.fate) for row in cut_rows(cut))]

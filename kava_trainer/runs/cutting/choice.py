@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +88,32 @@ def find_cut(
 def _choose(
     arguments: KavaArguments, teacher: PreTrainedModel, request: CutRequest, train: Any, collator: DistillationCollator
 ) -> Cut:
-    reads = request.reads_text(number_of_layers(teacher))
-    return choose_cut(teacher, request, _batches(arguments, request, train, collator) if reads else [])
-
-
-def _batches(
-    arguments: KavaArguments, request: CutRequest, train: Any, collator: DistillationCollator
-) -> list[dict[str, Any]]:
-    """The training examples that importance is measured on, drawn with the run's seed, in small batches."""
+    training = arguments.training
+    if not request.reads_text(number_of_layers(teacher)):
+        return choose_cut(teacher, request, [])
     searches = request.choice == "importance" and request.importance == "search"
+    tokens = SEARCH_TOKENS if searches else INFLUENCE_TOKENS
+    batches = calibration_batches(train, collator, tokens, training.seed, training.per_device_eval_batch_size)
+    return choose_cut(teacher, request, batches)
+
+
+def calibration_batches(
+    train: Any, collator: Callable[[list[Any]], dict[str, Any]], tokens: int, seed: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """The text that importance is measured on, in small batches of examples of like length.
+
+    Args:
+        train: the training examples; drawn from where they can be shuffled, of a stream the first ones are taken.
+        collator: pads them.
+        tokens: they hold at least so many, or are all there are.
+        seed: of the draw.
+        batch_size: examples at a time at most.
+    """
     if isinstance(train, ExampleStream):
         train = train.one_pass()
     elif hasattr(train, "shuffle"):
-        train = train.shuffle(seed=arguments.training.seed)
-    examples = choose_examples(train, SEARCH_TOKENS if searches else INFLUENCE_TOKENS)
+        train = train.shuffle(seed=seed)
+    examples = choose_examples(train, tokens)
     examples.sort(key=lambda example: len(example["input_ids"]))
-    size = min(math.ceil(len(examples) / BATCHES), arguments.training.per_device_eval_batch_size)
-    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return [collator(batch) for batch in batches]
+    size = min(math.ceil(len(examples) / BATCHES), batch_size)
+    return [collator(examples[start : start + size]) for start in range(0, len(examples), size)]

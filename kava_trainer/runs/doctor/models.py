@@ -111,11 +111,12 @@ def check_student_model(checkup: Checkup, arguments: KavaArguments, teacher: Pre
     """Whether the student can be made as asked; the student without storage, with its adapters."""
     model = arguments.model
     student_config(model)  # its checks depend on where the student starts from
-    shape = model if model.student_init == "teacher_layers" else dataclasses.replace(model, student_init="random")
+    shape = model if model.is_cut else dataclasses.replace(model, student_init="random")
     with torch.device("meta"):
         student = load_student(shape, teacher)
     name, revision = model.student_name, model.student_revision
-    starts = {"random": "random weights", "teacher_layers": "layers of the teacher"}
+    cut_out = f"{number_of_layers(student)} of the teacher's {number_of_layers(teacher)} layers"
+    starts = {"random": "random weights", "teacher_layers": f"{cut_out} ({model.student_layers})"}
     told = None
     if model.student_init == "pretrained":
         weights = _check_weights(name, "student", revision, student)
