@@ -10,6 +10,7 @@ from markupsafe import Markup
 from ..utils.atomic_files import write_atomically
 from ..utils.redaction import without_secrets
 from .charts import Chart, charts_of
+from .findings.rows import PAIRED, course_rows, pair_rows
 from .plots import COLOURS, DASHES, Bars, bars_svg, chart_svg, write_png
 from .run_reader import RunRecord
 from .summary import REPORT_PAGE, REPORT_PICTURE, Summary, write_text
@@ -71,7 +72,11 @@ def flat(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 def bars_of(summary: Summary) -> dict[str, Bars]:
     """What is drawn as bars, by title."""
-    titles = {"Cross-entropy, nats: lower is better": "cross_entropy", "Exact match: higher is better": "exact_match"}
+    titles = {
+        "Cross-entropy, nats: lower is better": "cross_entropy",
+        "Exact match: higher is better": "exact_match",
+        "Retained language, nats: lower is better": "retention_cross_entropy",
+    }
     place = list(EVALUATED).index
     found = {
         title: [(label, figures[place(name)]) for label, figures in evaluation_rows(summary)]
@@ -144,6 +149,9 @@ def report_page(record: RunRecord) -> str:
         evaluation=_evaluation(summary),
         bars=bars,
         alignment=measured(alignment_figures(summary)),
+        course=course_rows(summary),
+        pairs_of_layers=pair_rows(summary),
+        pair_titles=list(PAIRED.values()),
         cost=measured(cost_figures(summary)),
         missing_figures={
             "alignment": not_measured(alignment_figures(summary)),

@@ -113,14 +113,14 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
     with attended():
         console = open_console(arguments.training)
         tokenizer = load_tokenizers(arguments)
-        held_out = load_held_out(console, arguments, tokenizer)
+        held_out, retention = load_held_out(console, arguments, tokenizer)
         console.stage("Models")
         with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
             models = load_models(console, arguments, tokenizer)
         if finished is not None and finished.adapter is not None:
             _put_on(finished.adapter, models.student)
         console.stage("Evaluation")
-        measured = measure(console, arguments, models, held_out, ("teacher", "student"))
+        measured = measure(console, arguments, models, held_out, ("teacher", "student"), retention)
         evaluation = {name: one.figures for name, one in measured}
         console.stage("Measured")
         show_figures(console, {name: ModelFigures(**figures) for name, figures in evaluation.items()})
