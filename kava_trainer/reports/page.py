@@ -1,6 +1,7 @@
 """`report.html` and `report.png`: one run on a page that opens without a network, and in one picture."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,8 @@ def _write_picture(record: RunRecord, path: Path) -> None:
     control, others = (
         [without_secrets(line) for line in lines] for lines in (verdict.control, verdict.reasons + verdict.caveats)
     )
-    write_png(path, without_secrets(title), verdict.word, colour, control, others, chosen, bars_of(record.summary))
+    bars = dict(islice(bars_of(record.summary).items(), 2))
+    write_png(path, without_secrets(title), verdict.word, colour, control, others, chosen, bars)
 
 
 def write_report(record: RunRecord) -> Path:
