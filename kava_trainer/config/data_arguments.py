@@ -11,6 +11,9 @@ from ..utils.errors import Problem
 from ..utils.files import missing_path
 from .model_arguments import argument
 
+NO_RETENTION = "none"
+"""The value of `retention_dataset_name` for which retained language is not measured."""
+
 
 @dataclass
 class DataArguments:
@@ -30,6 +33,12 @@ class DataArguments:
     )
     max_train_samples: int | None = argument(None, "Use only the first so many examples.", unit="examples")
     max_eval_samples: int | None = argument(None, "Evaluate on only the first so many examples.", unit="examples")
+    retention_dataset_name: str | None = argument(
+        None,
+        "Text to measure on what a student keeps of its teacher's language: as dataset_name, or a txt file of "
+        "paragraphs; by default the prompts of the held-out rows, and 'none' for no such measurement.",
+    )
+    retention_dataset_config_name: str | None = argument(None, "Configuration of a hub data set for retention.")
     streaming: bool = argument(
         False, "Read and tokenise the examples while the model trains, in place of all of them before; needs max_steps."
     )
@@ -45,8 +54,12 @@ class DataArguments:
         if not self.dataset_name:
             remedy = "write a hub id, a local file or folder, or 'quickstart'."
             yield Problem("dataset_name", "dataset_name is missing;", remedy)
-        if problem := missing_path("dataset_name", self.dataset_name):
-            yield problem
+        for name in ("dataset_name", "retention_dataset_name"):
+            if problem := missing_path(name, getattr(self, name)):
+                yield problem
+        if self.retention_dataset_config_name and self.retention_dataset_name in (None, NO_RETENTION):
+            what = "retention_dataset_config_name is set, but retention_dataset_name names no data set;"
+            yield Problem("retention_dataset_config_name", what, "name one, or leave it out.")
         if self.max_length < 2:
             yield Problem("max_length", f"max_length is {self.max_length}; an example needs at least 2 tokens.")
         for name in ("max_train_samples", "max_eval_samples"):

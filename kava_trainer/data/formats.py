@@ -130,6 +130,22 @@ def prompt_and_answer(row: Mapping[str, Any], names: tuple[str, ...]) -> tuple[A
     return prompt, answer
 
 
+def written_text(cell: Any, name: str) -> str:
+    """What people wrote in a cell that is plain text or the beginning of a chat: the text, or the user's messages.
+
+    Args:
+        cell: of a column `text`, `question`, `prompt` or `messages`.
+        name: of the column.
+
+    Raises:
+        ValueError: if the cell is not what its column should hold.
+    """
+    if name != "messages" and not isinstance(cell, list):
+        return _text(cell, name)
+    said = [message["content"] for message in _messages(cell, name) if message["role"] == "user"]
+    return "\n\n".join(said)
+
+
 def tools_of(row: Mapping[str, Any], names: tuple[str, ...]) -> list[dict[str, Any]] | None:
     """The functions that a chat may call, as JSON schemas: the `tools` column, as a list or as JSON text; else None.
 

@@ -30,7 +30,7 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
         BadRequest: if the data cannot be found or read, a split does not exist, or there are no examples.
     """
     with loading(cast(str, arguments.dataset_name)):
-        splits = _read(arguments)
+        splits = read_splits(arguments)
     train = find_train_split(splits, arguments)
     if len(train) == 0:
         raise BadRequest(
@@ -45,7 +45,7 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
 
 def has_test_split(arguments: DataArguments) -> bool:
     """Whether a data set, which is read again, has rows of its own to evaluate on."""
-    return find_test_split(_read(arguments), arguments) is not None
+    return find_test_split(read_splits(arguments), arguments) is not None
 
 
 def find_train_split(splits: Mapping[str, Any], arguments: DataArguments) -> Any:
@@ -80,7 +80,7 @@ def saved_splits(folder: Path, arguments: DataArguments) -> Mapping[str, Dataset
     return saved if isinstance(saved, DatasetDict) else {arguments.dataset_train_split: saved}
 
 
-def _read(arguments: DataArguments) -> Mapping[str, Dataset]:
+def read_splits(arguments: DataArguments) -> Mapping[str, Dataset]:
     """The splits of the data set a name stands for."""
     name = cast(str, arguments.dataset_name)
     if name == QUICKSTART:

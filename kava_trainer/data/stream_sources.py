@@ -26,7 +26,7 @@ TABLE_ROWS = 100
 """Rows that are taken from a reader at once; only these are ever turned into Python objects."""
 
 
-def _open(arguments: DataArguments) -> tuple[dict[str, datasets.IterableDataset], dict[str, list[str]]]:
+def open_splits(arguments: DataArguments) -> tuple[dict[str, datasets.IterableDataset], dict[str, list[str]]]:
     """The splits of a data set, opened and not read, each as often as is asked for; and the files of each."""
     name = cast(str, arguments.dataset_name)
     path = Path(name).expanduser()
@@ -138,7 +138,7 @@ def open_rows(arguments: DataArguments) -> tuple[Rows, Dataset]:
     """
     name, count = cast(str, arguments.dataset_name), arguments.max_eval_samples or HELD_OUT_LIMIT
     with loading(name):
-        splits, files_of = _open(arguments)
+        splits, files_of = open_splits(arguments)
     train, test = find_train_split(splits, arguments), find_test_split(splits, arguments)
     files = files_of.get(arguments.dataset_train_split) or [f"{name} {arguments.dataset_config_name}"]
     rows = Rows(name, "train", train, files, count if test is None else 0, arguments.max_train_samples)

@@ -37,21 +37,26 @@ def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[st
 
 @torch.no_grad()
 def answer_cross_entropy(
-    model: PreTrainedModel, dataset: datasets.Dataset, collator: Callable[[list[Any]], dict[str, Any]], batch_size: int
+    model: PreTrainedModel,
+    dataset: datasets.Dataset,
+    collator: Callable[[list[Any]], dict[str, Any]],
+    batch_size: int,
+    description: str = "Perplexity",
 ) -> float:
-    """Mean cross-entropy in nats over the answer tokens of a data set, shared out over the ranks.
+    """Mean cross-entropy in nats over the tokens of a data set that have labels, shared out over the ranks.
 
     Args:
         model: a causal language model; it is left in the mode it came in.
         dataset: examples of `encode_dataset`.
         collator: a `DistillationCollator`.
         batch_size: examples at a time.
+        description: of the progress bar.
     """
     training = model.training
     model.eval()
     order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
     total, count = 0.0, 0
-    for rows in own_batches(order, batch_size, "Perplexity"):
+    for rows in own_batches(order, batch_size, description):
         batch = send_to_device(collator([dataset[row] for row in rows]), model.device)
         states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
         total += answer_loss_sum(model, states, batch)
@@ -126,7 +131,8 @@ class Evaluation:
     """What a model is worth on held-out problems."""
 
     figures: dict[str, float | None]
-    """`cross_entropy` in nats, `perplexity`, and `exact_match`, a share, None where nothing was generated."""
+    """`cross_entropy` in nats, `perplexity`, `exact_match`, a share, None where nothing was generated, and
+    `retention_cross_entropy` in nats, None where there is no text for it."""
     answers: list[str]
     """Its greedy answers in the data set's order; empty where nothing was generated."""
 
@@ -138,8 +144,11 @@ def evaluate_with_answers(
     collator: Callable[[list[Any]], dict[str, Any]],
     batch_size: int,
     max_new_tokens: int | None = None,
+    retention: datasets.Dataset | None = None,
 ) -> Evaluation:
     """Cross-entropy and perplexity of the answers, and with `max_new_tokens` also greedy answers and their exact match.
+
+    With `retention` also the cross-entropy over all next tokens of a text that is no answer.
 
     Args:
         model: a causal language model.
@@ -148,9 +157,12 @@ def evaluate_with_answers(
         collator: a `DistillationCollator`.
         batch_size: examples at a time.
         max_new_tokens: of an answer; None for no answers.
+        retention: examples of `load_retention`.
     """
     loss = answer_cross_entropy(model, dataset, collator, batch_size)
     figures: dict[str, float | None] = {"cross_entropy": loss, "perplexity": perplexity(loss), "exact_match": None}
+    kept = None if retention is None else answer_cross_entropy(model, retention, collator, batch_size, "Retention")
+    figures["retention_cross_entropy"] = kept
     answers: list[str] = []
     if max_new_tokens is not None:
         answers = generate_answers(model, tokenizer, dataset, batch_size, max_new_tokens)

@@ -140,18 +140,54 @@ def collapse_reason(figures: Diagnostics, student_size: int) -> str | None:
     return None
 
 
-def collapse_remedy(trained_projector: bool, held: bool, supervised: bool) -> str:
-    """What to change after a collapse, in one sentence.
+EARLY_STEPS = 50
+"""Before so many steps an alignment that was collapsed from the start is only not there yet."""
 
-    Args:
-        trained_projector: whether the target moves with a projector that trains.
-        held: whether an anchor holds that projector.
-        supervised: whether a term trains the next-token predictions.
-    """
-    if not supervised:
+AGREEING = 0.5
+"""CosSim from which states agree, be it with any token's target; below it they have not learned to."""
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """Of a collapse: what its remedy has to fit."""
+
+    direction: str | None
+    """`projector_direction`."""
+    anchor: str | None
+    """`projector_anchor`."""
+    supervised: bool
+    """Whether a term trained the next-token predictions."""
+    step: int
+    """Optimizer steps that were done."""
+    whole_before: bool = False
+    """Whether the alignment was no collapse before the first step."""
+    cos_sim: float | None = None
+    """Of the pair that collapsed the most."""
+
+
+def collapse_remedy(case: Circumstances) -> str:
+    """What to change after a collapse, in one sentence."""
+    if not case.supervised:
         return "Set lm_weight above 0, so that the student's states have to carry something."
-    if not trained_projector:
-        return "Lower mercator_weight, or align another layer: this one has next to one direction for all tokens."
-    if held:
+    if is_early(case.step) and not case.whole_before:
+        return f"{too_early(case.step)}: train longer (max_steps or num_train_epochs)."
+    if case.direction == "teacher_to_student" and case.anchor == "reconstruction":
         return "Raise anchor_weight, or write projector_anchor pca, whose targets cannot move."
-    return "Write projector_anchor pca or reconstruction, or projector_direction student_to_teacher."
+    if case.direction == "teacher_to_student" and case.anchor != "pca":
+        return "Write projector_anchor pca or reconstruction, or projector_direction student_to_teacher."
+    if case.whole_before:
+        rates = "learning_rate" if case.direction == "none" else "learning_rate and projector_learning_rate"
+        return f"It was whole before the first step, and the training undid it: lower {rates}, or raise warmup_steps."
+    if case.cos_sim is not None and case.cos_sim < AGREEING:
+        return "The student has not learned its targets: train longer, raise mercator_weight, or align another layer."
+    return "Lower mercator_weight, or align another layer: this one has next to one direction for all tokens."
+
+
+def is_early(steps: int) -> bool:
+    """Whether so few steps tell little; 0 are those of a run that does not tell how many it did."""
+    return 0 < steps < EARLY_STEPS
+
+
+def too_early(steps: int) -> str:
+    """How a sentence on so few steps begins."""
+    return f"After {steps} step{'' if steps == 1 else 's'} it is too early to tell"

@@ -1,6 +1,7 @@
 """The alignment diagnostics of a model in training, on one fixed batch of held-out tokens."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -30,14 +31,30 @@ class ProbeResult:
     shares: list[float]
     """Weight of each pair; they sum to 1."""
     collapse: str | None
-    """Why the first collapsed pair counts as collapsed; None if none does."""
+    """Why the worst of the collapsed pairs counts as collapsed, and how many do; None if none does."""
     gradient_shares: dict[str, float] = field(default_factory=dict)
     """Norm of each weighted term's gradient in the student, as a share of the sum of these norms."""
+    layers: list[tuple[int, int]] = field(default_factory=list)
+    """Of each pair, the student's first."""
+    reasons: list[str | None] = field(default_factory=list)
+    """Why each pair counts as collapsed; None where it does not."""
 
     def mean(self) -> dict[str, float]:
         """Each figure as the weighted mean over the pairs."""
         rows = [pair.to_dict() for pair in self.pairs]
         return {name: sum(share * row[name] for share, row in zip(self.shares, rows, strict=True)) for name in rows[0]}
+
+    def by_pair(self) -> list[dict[str, Any]]:
+        """The figures of each pair with its `student_layer`, its `teacher_layer`, and whether it `collapsed`.
+
+        None of a result of an older checkpoint, which does not tell the layers.
+        """
+        if not self.layers:
+            return []
+        return [
+            {"student_layer": student, "teacher_layer": teacher, **pair.to_dict(), "collapsed": reason is not None}
+            for (student, teacher), pair, reason in zip(self.layers, self.pairs, self.reasons, strict=True)
+        ]
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """The means and gradient shares as log metrics and, where there are several pairs, the figures of each."""
@@ -112,8 +129,10 @@ class AlignmentProbe:
         # As in training: gradient checkpointing, which saves the memory of a small device, works in that mode only.
         shares = self._gradient_shares(model.train(), terms, progress)
         model.train(training)
-        reasons = [reason for pair in pairs if (reason := collapse_reason(pair, model.target.student_size))]
-        return ProbeResult(pairs, model.target.shares, reasons[0] if reasons else None, shares)
+        reasons = [collapse_reason(pair, model.target.student_size) for pair in pairs]
+        layers = [*model.target.pairs]
+        collapse = describe_collapse(reasons, pairs, layers)
+        return ProbeResult(pairs, model.target.shares, collapse, shares, layers, reasons)
 
     @torch.no_grad()
     def _diagnose(self, model: DistillationModel, terms: LossTerms) -> list[Diagnostics]:
@@ -163,6 +182,28 @@ class AlignmentProbe:
             counts = torch.tensor([tokens, answers, following], device=model.student.device)
             outputs = terms.student_outputs(model, batch, states, weights, counts)
             terms.loss(outputs, batch, weights, counts).backward()
+
+
+def describe_collapse(
+    reasons: Sequence[str | None], pairs: Sequence[Diagnostics], layers: Sequence[tuple[int, int]]
+) -> str | None:
+    """Why an alignment counts as collapsed: of several pairs how many do, and the worst of them; None if none does."""
+    if not any(reasons):
+        return None
+    worst = worst_pair(reasons, pairs)
+    reason = cast(str, reasons[worst])
+    if len(pairs) == 1:
+        return reason
+    student, teacher = layers[worst]
+    count = sum(own is not None for own in reasons)
+    which = "layers" if count == 1 else "the worst are layers"
+    return f"{count} of {len(pairs)} pairs of layers collapsed, {which} {student} -> {teacher}: {reason}"
+
+
+def worst_pair(reasons: Sequence[str | None], pairs: Sequence[Diagnostics]) -> int:
+    """The number of the collapsed pair with the lowest margin; one that is no finite number is below all others."""
+    collapsed = [number for number, reason in enumerate(reasons) if reason is not None]
+    return min(collapsed, key=lambda number: pairs[number].margin if math.isfinite(pairs[number].margin) else -math.inf)
 
 
 def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:

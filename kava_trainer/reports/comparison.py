@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .charts import compared_charts
+from .findings.language import TIE
+from .findings.rows import course_figures
 from .page import drawn, render
 from .run_reader import RunRecord
 from .summary import Summary, write_text
@@ -16,11 +18,11 @@ from .tables import (
     cost_figures,
     difference_text,
     evaluation_rows,
+    figure_at,
     final_figures,
     step_figures,
     verdict_of,
 )
-from .verdict import TIE
 
 _WHERE = {"output_dir", "final_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
 """Arguments that differ between any two runs and say nothing."""
@@ -51,7 +53,7 @@ def _results(summary: Summary) -> list[list[Figure]]:
         for label, figures in evaluation_rows(summary)
         for figure in figures
     ]
-    return [final_figures(summary), step_figures(summary), evaluated, cost_figures(summary)]
+    return [final_figures(summary), course_figures(summary), step_figures(summary), evaluated, cost_figures(summary)]
 
 
 def compared_rows(summaries: Sequence[Summary]) -> list[list[Figure]]:
@@ -116,7 +118,18 @@ def better_run(summaries: Sequence[Summary]) -> tuple[int | None, str]:
             None,
             "No run is marked as the better one: the alignment of that with the lowest cross-entropy collapsed.",
         )
-    return best, "The better run has the lowest cross-entropy on the held-out answers."
+    others = " Another run kept more of the teacher's language." if _keeps_more(summaries, best) else ""
+    return best, f"The better run has the lowest cross-entropy on the held-out answers.{others}"
+
+
+def _keeps_more(summaries: Sequence[Summary], best: int) -> bool:
+    """Whether another run's student has more of the teacher's language than that of the best one, on the same text."""
+    place = "evaluation.student_after.retention_cross_entropy"
+    alike = [one.retention == summaries[best].retention for one in summaries]
+    figures = [
+        Figure(place, "", figure_at(one, place) if same else None) for one, same in zip(summaries, alike, strict=True)
+    ]
+    return best_of(figures) not in (None, best)
 
 
 def comparison_page(records: Sequence[RunRecord]) -> str:

@@ -16,8 +16,9 @@ from ..data.files import is_file_name
 from ..utils.redaction import without_secrets
 from .card_snippets import exports_adapter, projector_code, usage_code
 from .charts import number_text
+from .findings.alignment import Measured, told_of_pairs
 from .recipe import recipe_text
-from .summary import REPORT_PICTURE, Measured, Summary
+from .summary import REPORT_PICTURE, Summary
 from .tables import LONG_NAMES, figure_text
 
 _METRICS = {"perplexity": "Answer perplexity", "exact_match": "Exact match"}
@@ -192,6 +193,7 @@ def render_model_card(
         recipe=recipe_text(summary),
         models=LONG_NAMES,
         alignment=_ALIGNED,
+        told_of_pairs=told_of_pairs(summary.final.pairs or []),
         code=as_code,
         figure=figure_text,
         number=_number,

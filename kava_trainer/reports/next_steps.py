@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..evaluation.diagnostics import STATUSES, collapse_remedy
+from ..evaluation.diagnostics import STATUSES, Circumstances, collapse_remedy, is_early, too_early
+from .findings.alignment import below_start, worst_first
+from .findings.language import Language
 from .summary import Summary, Verdict
 
 WITHOUT_CONTROL = "Set run_control to true: only a student trained without the teacher tells whether it helped."
@@ -14,6 +16,8 @@ FROM_RANDOM = (
     "Train longer (max_steps or num_train_epochs, with warmup_steps that leave most of them): a few steps from random "
     "weights tell little."
 )
+
+_ON_ALL_TOKENS = "the teacher's predictions of every token hold the language that the answers alone do not."
 
 IN_A_SCRIPT = {
     WITHOUT_CONTROL: (
@@ -38,7 +42,13 @@ def next_steps(
         taught: whether a term read the teacher.
         wanted: how many held-out examples would tell something, where there are fewer.
     """
-    found = [*_against_failures(summary, verdict, supervised, broken), *_towards_evidence(summary, taught, wanted)]
+    found = [
+        *_against_failures(summary, verdict, supervised, broken),
+        *_towards_language(summary),
+        *_towards_evidence(summary, taught, wanted),
+    ]
+    if any(step.startswith(too_early(summary.global_step)) for step in found):
+        found = [step for step in found if step != FROM_RANDOM]  # which says the same
     if not found and verdict.success and taught:
         found.append("Do it again with other seeds, to see how much of the difference is chance.")
     return list(dict.fromkeys(found))
@@ -49,28 +59,69 @@ def _against_failures(summary: Summary, verdict: Verdict, supervised: bool, brok
     if "teacher_at_chance" in kinds:
         yield "Look at the teacher's weights, its tokenizer and the data: it should know more than chance."
     if verdict.collapsed:
-        yield _after_a_collapse(asked, supervised)
+        yield _after_a_collapse(summary, supervised)
     elif not supervised:
         yield "Set lm_weight to 1, so that the student learns to answer."
     if "nan" in kinds:
         precision = ", and write bf16 in place of fp16" if asked.get("fp16") else ""
-        yield f"Lower learning_rate and projector_learning_rate{precision}."
+        yield f"Lower {_rates(asked)}{precision}."
     if not verdict.collapsed and _is_low(summary.final.cos_sim):
-        yield (
-            "If CosSim was still rising at the end, train longer (max_steps or num_train_epochs, into another "
-            "output_dir); if it was flat, raise mercator_weight or align other layers (layer_mapping)."
-        )
+        yield _towards_alignment(summary)
     before, after = summary.evaluation.student_before, summary.evaluation.student_after
     if before and after and _more(after.cross_entropy, before.cross_entropy):
-        yield "Lower learning_rate or mercator_weight: the student forgot more than it learned."
+        weight = "" if asked.get("mercator_weight") == 0 else " or mercator_weight"
+        yield f"Lower learning_rate{weight}: the student forgot more than it learned."
     if broken:
         yield "Delete the checkpoints that are not whole; nothing can be resumed from them."
 
 
-def _after_a_collapse(asked: dict[str, Any], supervised: bool) -> str:
-    anchor = asked.get("projector_anchor")
-    trained = asked.get("projector_direction") == "teacher_to_student" and anchor != "pca"
-    return collapse_remedy(trained, anchor == "reconstruction", supervised)
+def _after_a_collapse(summary: Summary, supervised: bool) -> str:
+    asked, start, final = summary.arguments, summary.alignment.start, summary.final
+    collapsed = worst_first(pair for pair in final.pairs or [] if pair.collapsed)
+    return collapse_remedy(
+        Circumstances(
+            direction=asked.get("projector_direction"),
+            anchor=asked.get("projector_anchor"),
+            supervised=supervised,
+            step=summary.global_step,
+            whole_before=start is not None and start.collapsed is False,
+            cos_sim=collapsed[0].cos_sim if collapsed else final.cos_sim,
+        )
+    )
+
+
+def _rates(asked: dict[str, Any]) -> str:
+    """The learning rates that there are."""
+    weights = [asked.get("mercator_weight"), asked.get("mse_weight")]
+    projects = asked.get("projector_direction") != "none" and any(weight != 0 for weight in weights)
+    return "learning_rate and projector_learning_rate" if projects else "learning_rate"
+
+
+def _towards_alignment(summary: Summary) -> str:
+    """What to do about a low CosSim that is no collapse."""
+    if is_early(summary.global_step):
+        return (
+            f"{too_early(summary.global_step)}: train longer (max_steps or num_train_epochs, into another output_dir)."
+        )
+    if below_start(summary.alignment) is not None:
+        rates = _rates(summary.arguments)
+        return f"The training undid the start of the alignment: lower {rates}, or raise warmup_steps."
+    return (
+        "If CosSim was still rising at the end, train longer (max_steps or num_train_epochs, into another "
+        "output_dir); if it was flat, raise mercator_weight or align other layers (layer_mapping)."
+    )
+
+
+def _towards_language(summary: Summary) -> Iterator[str]:
+    """What keeps the teacher's language, where much of it was lost."""
+    if not Language.of(summary).is_lost:
+        return
+    if not summary.arguments.get("kd_weight"):
+        yield f"Set kd_weight to 1 with kd_tokens all: {_ON_ALL_TOKENS}"
+    elif summary.arguments.get("kd_tokens", "answers") != "all":
+        yield f"Write kd_tokens all: {_ON_ALL_TOKENS}"
+    elif Language.of(summary).was_forgotten:
+        yield "Raise kd_weight, or lower learning_rate: the student lost language that it had."
 
 
 def _is_low(cos_sim: int | float | None) -> bool:
@@ -97,11 +148,22 @@ def _towards_evidence(summary: Summary, taught: bool, wanted: int | None) -> Ite
     if control is None:
         yield WITHOUT_CONTROL
     elif not _more(control.cross_entropy, after.cross_entropy):
-        yield (
-            FROM_RANDOM
-            if summary.arguments.get("student_init") == "random"
-            else (
-                "A student that was trained before rarely gains from a teacher over the same steps of next-token loss; "
-                "several seeds, or a harder task, would tell."
-            )
+        yield _without_gain(summary)
+
+
+def _without_gain(summary: Summary) -> str:
+    """What to do where the control's answers are as good."""
+    init = summary.arguments.get("student_init")
+    if init == "random":
+        return FROM_RANDOM
+    if is_early(summary.global_step):
+        return f"{too_early(summary.global_step)} whether the teacher helps: train longer, with several seeds."
+    if init == "teacher_layers":
+        return (
+            "A student cut out of its teacher gains most from the teacher's predictions: set kd_weight to 1 with "
+            "kd_tokens all; several seeds would tell how much of the difference is chance."
         )
+    return (
+        "A student that was trained before rarely gains from a teacher over the same steps of next-token loss; "
+        "several seeds, or a harder task, would tell."
+    )

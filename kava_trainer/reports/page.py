@@ -1,6 +1,7 @@
 """`report.html` and `report.png`: one run on a page that opens without a network, and in one picture."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..utils.atomic_files import write_atomically
 from ..utils.redaction import without_secrets
 from .charts import Chart, charts_of
 from .cut.table import cut_section
+from .findings.rows import PAIRED, course_rows, pair_rows
 from .plots import COLOURS, DASHES, Bars, bars_svg, chart_svg, write_png
 from .run_reader import RunRecord
 from .summary import REPORT_PAGE, REPORT_PICTURE, Summary, write_text
@@ -72,7 +74,11 @@ def flat(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 def bars_of(summary: Summary) -> dict[str, Bars]:
     """What is drawn as bars, by title."""
-    titles = {"Cross-entropy, nats: lower is better": "cross_entropy", "Exact match: higher is better": "exact_match"}
+    titles = {
+        "Cross-entropy, nats: lower is better": "cross_entropy",
+        "Exact match: higher is better": "exact_match",
+        "Retained language, nats: lower is better": "retention_cross_entropy",
+    }
     place = list(EVALUATED).index
     found = {
         title: [(label, figures[place(name)]) for label, figures in evaluation_rows(summary)]
@@ -146,6 +152,9 @@ def report_page(record: RunRecord) -> str:
         bars=bars,
         cut=None if summary.cut is None else cut_section(summary.cut),
         alignment=measured(alignment_figures(summary)),
+        course=course_rows(summary),
+        pairs_of_layers=pair_rows(summary),
+        pair_titles=list(PAIRED.values()),
         cost=measured(cost_figures(summary)),
         missing_figures={
             "alignment": not_measured(alignment_figures(summary)),
@@ -172,7 +181,8 @@ def _write_picture(record: RunRecord, path: Path) -> None:
     control, others = (
         [without_secrets(line) for line in lines] for lines in (verdict.control, verdict.reasons + verdict.caveats)
     )
-    write_png(path, without_secrets(title), verdict.word, colour, control, others, chosen, bars_of(record.summary))
+    bars = dict(islice(bars_of(record.summary).items(), 2))
+    write_png(path, without_secrets(title), verdict.word, colour, control, others, chosen, bars)
 
 
 def write_report(record: RunRecord) -> Path:

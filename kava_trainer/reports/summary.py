@@ -5,7 +5,7 @@ A figure that was not measured is null.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..trainer.callbacks import ALWAYS_LOGGED_STEPS
 from ..utils.atomic_files import write_atomically
 from ..utils.redaction import without_secrets
+from .findings.alignment import AlignmentCourse, Measured, PairFigures, course_of
 
 SUMMARY_FILE = "run_summary.json"
 
@@ -31,9 +32,6 @@ SCHEMA_VERSION = 1
 
 MOST_SAMPLES = 10
 """Held-out problems whose answers the summary shows."""
-
-Measured = int | float | None
-"""A figure; None where it was not measured."""
 
 
 @strict
@@ -51,12 +49,16 @@ class FinalFigures:
     student_effective_rank: Measured = None
     target_effective_rank: Measured = None
     teacher_effective_rank: Measured = None
+    pairs: list[PairFigures] | None = None
+    """Of each pair of layers, of which the figures above are the weighted means."""
 
 
 @strict
 @dataclass(kw_only=True)
 class ModelFigures:
     """What one model is worth on the held-out problems; see `answers.Evaluation`."""
+
+    retention_cross_entropy: Measured = None
 
     cross_entropy: Measured = None
     perplexity: Measured
@@ -164,7 +166,10 @@ class Summary:
     global_step: int = 0
     cos_sim_at: dict[str, Measured] = field(default_factory=lambda: {str(step): None for step in ALWAYS_LOGGED_STEPS})
     final: FinalFigures = field(default_factory=FinalFigures)
+    alignment: AlignmentCourse = field(default_factory=AlignmentCourse)
     evaluation: Evaluations = field(default_factory=Evaluations)
+    retention: dict[str, Any] | None = None
+    """On what `retention_cross_entropy` is measured: `source`, `texts`, `tokens`, and `chance` in nats."""
     samples: list[Sample] = field(default_factory=list)
     teacher_fidelity: dict[str, Any] | None = None
     cut: dict[str, Any] | None = None
@@ -207,7 +212,7 @@ def _typed(kind: Any, value: Any) -> Any:
         StrictDataclassError: if one is of another type.
     """
     if isinstance(kind, UnionType):
-        kind = next(filter(is_dataclass, get_args(kind)), kind)
+        kind = next((part for part in get_args(kind) if is_dataclass(part) or get_origin(part) is list), kind)
     if is_dataclass(kind) and isinstance(value, dict):
         known = {entry.name: _typed(entry.type, value[entry.name]) for entry in fields(kind) if entry.name in value}
         return cast(Any, kind)(**known)
@@ -260,6 +265,7 @@ class RunSummary:
         The last loss and CosSim of the training stand in for final figures where no evaluation has set those.
         """
         self.log_history, self.content.global_step = log_history, global_step
+        self.content.alignment = course_of(log_history)
         lines = [line for line in log_history if "loss" in line]
         for line in lines:
             if str(line["step"]) in self.content.cos_sim_at:
@@ -268,9 +274,17 @@ class RunSummary:
             last = {name: lines[-1].get(name) for name in ("loss", "mercator_loss", "cos_sim")}
             self.content.final = replace(self.content.final, **last)
 
-    def add_final(self, metrics: dict[str, float]) -> None:
-        """Set the final figures from the metrics of `Trainer.evaluate`; what it did not measure becomes null."""
-        self.content.final = FinalFigures(**{name: metrics.get(f"eval_{name}") for name in _names(FinalFigures)})
+    def add_final(self, metrics: dict[str, float], pairs: Sequence[dict[str, Any]] = ()) -> None:
+        """Set the final figures from the metrics of `Trainer.evaluate`; what it did not measure becomes null.
+
+        Args:
+            metrics: of the finished student.
+            pairs: the figures of each pair of layers, see `ProbeResult.by_pair`.
+        """
+        names = [name for name in _names(FinalFigures) if name != "pairs"]
+        figures = {name: metrics.get(f"eval_{name}") for name in names}
+        self.content.final = FinalFigures(**figures, pairs=[PairFigures(**pair) for pair in pairs] or None)
+        self.content.alignment = course_of(self.log_history)
 
     def add_evaluation(self, who: str, figures: dict[str, float | None]) -> None:
         """Set the figures of `teacher`, `student_before`, `student_after` or `control_sft`."""

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from ..evaluation.diagnostics import COLLAPSED, MINIMUM_MARGIN
 from ..utils.console import size_text
 from .charts import number_text
+from .findings.alignment import Measured, told_of_pairs
+from .findings.language import TIE
 from .run_reader import CUT_OFF, ENDED, RunRecord
-from .summary import Measured, Summary
-from .verdict import REQUIRED_COS_SIM, TIE
+from .summary import Summary
+from .verdict import REQUIRED_COS_SIM
 
 NOT_MEASURED = "not measured"
 
@@ -25,9 +27,14 @@ WHO = {
 LONG_NAMES = {**WHO, "student": "Student", "control_sft": "Control (next-token loss alone)"}
 """How the models are called that are evaluated: by their names in the summary, and `student` outside of a run."""
 
-EVALUATED = {"perplexity": "Answer perplexity", "cross_entropy": "Cross-entropy (nats)", "exact_match": "Exact match"}
+EVALUATED = {
+    "perplexity": "Answer perplexity",
+    "cross_entropy": "Cross-entropy (nats)",
+    "exact_match": "Exact match",
+    "retention_cross_entropy": "Retained language (nats)",
+}
 
-_FINAL = {
+FINAL = {
     "loss": "Loss",
     "mercator_loss": "Mercator term",
     "cos_sim": "CosSim",
@@ -132,7 +139,7 @@ def alignment_figures(summary: Summary) -> list[Figure]:
 
 def final_figures(summary: Summary) -> list[Figure]:
     """The final figures of the alignment."""
-    return [Figure(f"final.{name}", label, getattr(summary.final, name)) for name, label in _FINAL.items()]
+    return [Figure(f"final.{name}", label, getattr(summary.final, name)) for name, label in FINAL.items()]
 
 
 def step_figures(summary: Summary) -> list[Figure]:
@@ -187,10 +194,14 @@ _HEADLINE = (
 
 def headline_figures(summary: Summary) -> list[Figure]:
     """The few that stand at the top, each with its unit and a sentence on what it is."""
-    return [Figure(place, label, _at(summary, place), unit, meaning) for place, label, unit, meaning in _HEADLINE]
+    found = [
+        Figure(place, label, figure_at(summary, place), unit, meaning) for place, label, unit, meaning in _HEADLINE
+    ]
+    told = told_of_pairs(summary.final.pairs or [])
+    return [replace(it, meaning=f"{it.meaning} {told}") if it.name == "margin" and told else it for it in found]
 
 
-def _at(summary: Summary, place: str) -> Measured:
+def figure_at(summary: Summary, place: str) -> Measured:
     """The figure at a place of a summary; None also where a part on the way to it is missing."""
     found: Any = summary
     for name in place.split("."):
@@ -201,7 +212,7 @@ def _at(summary: Summary, place: str) -> Measured:
 _BETTER = {
     **dict.fromkeys(("cos_sim", "centred_cos_sim", "margin", "cka", "exact_match"), 1),
     **dict.fromkeys(("tokens_per_second", "samples_per_second"), 1),
-    **dict.fromkeys(("perplexity", "cross_entropy"), -1),
+    **dict.fromkeys(("perplexity", "cross_entropy", "retention_cross_entropy"), -1),
     **dict.fromkeys(("padding_fraction", "peak_memory_bytes", "duration_seconds"), -1),
 }
 """1 for figures of which more is better, and -1 for those of which less is; of all others neither is."""
@@ -225,7 +236,7 @@ def best_of(figures: Sequence[Figure]) -> int | None:
     if len(order) < 2 or not direction or figures[0].place.startswith(_NOT_OF_THE_RUN):
         return None
     best, second = (cast(float, figures[n].value) for n in order[:2])
-    is_tie = best == second or (figures[0].name == "cross_entropy" and best > (1 - TIE) * second)
+    is_tie = best == second or (figures[0].name.endswith("cross_entropy") and best > (1 - TIE) * second)
     return None if is_tie else order[0]
 
 

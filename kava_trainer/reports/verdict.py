@@ -5,8 +5,10 @@ from typing import cast
 
 from ..evaluation.diagnostics import STATUSES
 from ..utils.console import apart, fixed, significant
+from .findings.alignment import Measured, below_start
+from .findings.language import TIE, judge_language
 from .next_steps import next_steps
-from .summary import Evaluations, Measured, ModelFigures, Summary, Verdict
+from .summary import Evaluations, ModelFigures, Summary, Verdict
 
 REQUIRED_COS_SIM = STATUSES[0][0]
 """CosSim of a successful run; the lower edge of the best status."""
@@ -19,9 +21,6 @@ _UNSTABLE = {"nan"}
 
 TEACHER_AT_CHANCE = "teacher_at_chance"
 """Kind of problem: the teacher knows no more about the answers than chance."""
-
-TIE = 0.02
-"""A difference between two cross-entropies counts as none below this share."""
 
 FEW_EXAMPLES = 50
 """With fewer held-out examples the figures tell little: at 50 an exact match near one half has a standard error of 7
@@ -53,7 +52,8 @@ def judge(
     Success needs a CosSim of at least 0.95 without collapse, a language head that some term supervised, no problem
     during training, whole checkpoints, an answer perplexity no higher than before, and a teacher better than chance
     where the run learned from it. Few held-out examples, and a teacher without a single exact match, are named and take
-    no success away. The sentences that say so, and those on the control, are also apart from the others.
+    no success away, nor do an alignment that ended below its start and language that was lost. The sentences on the
+    former, and those on the control, are also apart from the others.
 
     Args:
         summary: of the run, final figures and evaluation filled in.
@@ -65,15 +65,18 @@ def judge(
     """
     cos_sim, margin, evaluation = summary.final.cos_sim, summary.final.margin, summary.evaluation
     measured = margin is not None and evaluation.student_after is not None
-    failures = _alignment_failures(cos_sim, collapse) + _training_failures(summary, supervised, broken)
+    failures = _alignment_failures(summary, collapse) + _training_failures(summary, supervised, broken)
     failures += _perplexity_failures(evaluation)
     if taught and any(problem["kind"] == TEACHER_AT_CHANCE for problem in summary.problems):
         failures.append("The teacher was no better than chance on the answers, so there was nothing to learn from it.")
     reasons = failures or (_achievements(summary) if measured else [])
     if not measured:
         reasons = [*reasons, _missing(cos_sim, evaluation, examples)]
+    language = judge_language(summary, _beat_the_control(evaluation))
+    reasons = [*reasons, *filter(None, [below_start(summary.alignment)]), *language.why]
     notes = [few_examples(examples), _teacher_without_match(evaluation) if taught else None]
-    caveats, control = list(filter(None, notes)), _comparison(summary)
+    caveats = [*filter(None, notes), *language.caveats]
+    control = [*_comparison(summary), *language.control]
     found = Verdict(
         success=False if failures else (True if measured else None),
         collapsed=None if margin is None else collapse is not None,
@@ -106,7 +109,10 @@ def _missing(cos_sim: Measured, evaluation: Evaluations, examples: int | None) -
     return "There was no probe, so CosSim may mean nothing."
 
 
-def _alignment_failures(cos_sim: Measured, collapse: str | None) -> list[str]:
+def _alignment_failures(summary: Summary, collapse: str | None) -> list[str]:
+    cos_sim, pairs = summary.final.cos_sim, summary.final.pairs or []
+    if collapse is not None and any(pair.collapsed is False for pair in pairs):
+        return [f"The alignment collapsed in part, so its mean CosSim means little. {collapse}"]
     if collapse is not None:
         return [f"The alignment collapsed, so CosSim means nothing. {collapse}"]
     if cos_sim is not None and not cos_sim >= REQUIRED_COS_SIM:  # so that NaN is no success either
@@ -168,7 +174,7 @@ def _comparison(summary: Summary) -> list[str]:
     if control is None or after is None:
         return []
     ours, theirs = _cross_entropy(after), _cross_entropy(control)
-    ratio = 1.0 if ours == theirs else ours / max(theirs, 1e-12)
+    ratio = _ratio(ours, theirs)
     shown = apart(ours, theirs, 4, fixed)
     word = "beat" if ratio <= 1 - TIE else "did not beat"
     found = (
@@ -178,6 +184,17 @@ def _comparison(summary: Summary) -> list[str]:
     if abs(ratio - 1) < TIE:
         found += f", and a difference under {100 * TIE:.0f} % counts as none"
     return [f"{found}{_matches(after, control)}. One pair of runs shows large differences only."]
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    return 1.0 if ours == theirs else ours / max(theirs, 1e-12)
+
+
+def _beat_the_control(evaluation: Evaluations) -> bool:
+    control, after = evaluation.control_sft, evaluation.student_after
+    if control is None or after is None:
+        return False
+    return _ratio(_cross_entropy(after), _cross_entropy(control)) <= 1 - TIE
 
 
 def _cross_entropy(figures: ModelFigures) -> float:

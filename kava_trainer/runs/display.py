@@ -4,7 +4,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import datasets
 import huggingface_hub
@@ -13,8 +14,14 @@ import torch
 import transformers
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.data_arguments import DataArguments
 from ..config.launcher import describe_engine
-from ..evaluation.diagnostics import alignment_status
+from ..data.encoding import Encoded
+from ..data.retention import describe_retention
+from ..data.row_locations import empty_problem
+from ..data.rows.remarks import remark_problems
+from ..evaluation.diagnostics import COLLAPSED, alignment_status
+from ..reports.findings.alignment import Measured, PairFigures, told_of_pairs, worst_first
 from ..reports.summary import ModelFigures, RunSummary
 from ..reports.tables import LONG_NAMES, NOT_MEASURED
 from ..trainer.checkpoint import Resumption
@@ -56,14 +63,39 @@ def show_configuration(console: Console, arguments: KavaArguments, resumption: R
         console.print(f"{where if resumption.checkpoint else 'No checkpoint to resume from yet; starting afresh'}.")
 
 
-def tell_alignment(console: Console, metrics: dict[str, float], collapse: str | None) -> None:
-    """Print the final CosSim beside the figures that tell whether it means anything."""
+def tell_encoding(console: Console, which: str, encoded: Encoded, total: int, asked: DataArguments) -> None:
+    """Say what became of rows that were tokenised, and warn of what is left out."""
+    console.print(
+        f"{len(encoded.dataset)} {which} examples of {total}: {encoded.truncated} cut to {asked.max_length} tokens, "
+        f"{encoded.dropped} dropped because no answer was left"
+    )
+    if encoded.empty:
+        console.warn(empty_problem(cast(str, asked.dataset_name), which, encoded.empty))
+    for problem in remark_problems(encoded.remarks, cast(str, asked.dataset_name), which, total):
+        console.warn(str(problem))
+
+
+def tell_retention(console: Console, asked: DataArguments, retention: datasets.Dataset | None) -> None:
+    """Say on what text retained language is measured; why not, where it was not asked for otherwise."""
+    if (of := describe_retention(asked, retention)) is not None:
+        texts = f"{of['texts']} text{'' if of['texts'] == 1 else 's'}"
+        console.print(f"Retained language: measured on {of['tokens']} tokens of {texts} ({of['source']})")
+    elif asked.retention_dataset_name is None:
+        console.print("Retained language: not measured, for there are no prompts; name a retention_dataset_name for it")
+
+
+def tell_alignment(
+    console: Console, metrics: dict[str, float], collapse: str | None, pairs: Sequence[PairFigures] = ()
+) -> None:
+    """Print the final CosSim beside the figures that tell whether it means anything, and what its mean does not."""
     if "eval_centred_cos_sim" not in metrics:
         return
     status = status_text(alignment_status(metrics["eval_cos_sim"], collapse is not None), console.emoji)
     others = {"centred": "centred_cos_sim", "margin": "margin", "CKA to the teacher": "cka"}
     figures = ", ".join(f"{word} {metrics[f'eval_{name}']:.4f}" for word, name in others.items())
     console.print(f"Alignment: CosSim {metrics['eval_cos_sim']:.4f} {status} ({figures})")
+    if told := told_of_pairs(pairs):
+        console.print(f"Margin: {told[0].lower()}{told[1:]}")
 
 
 def show_figures(console: Console, measured: Mapping[str, ModelFigures]) -> None:
@@ -73,6 +105,7 @@ def show_figures(console: Console, measured: Mapping[str, ModelFigures]) -> None
             "" if figures.perplexity is None else f"perplexity {figures.perplexity:<9.4g}",
             "" if figures.cross_entropy is None else f" cross-entropy {figures.cross_entropy:7.4f}",  # an older run's
             "" if figures.exact_match is None else f"   exact match {100 * figures.exact_match:5.1f} %",
+            "" if (kept := figures.retention_cross_entropy) is None else f"   retained language {kept:7.4f}",
         ]
         console.print(f"{LONG_NAMES[who]:<32} {''.join(shown).rstrip() or NOT_MEASURED}")
 
@@ -81,6 +114,7 @@ def show_verdict(console: Console, summary: RunSummary) -> None:
     """The measured models side by side, then the verdict in sentences."""
     console.stage("Verdict")
     show_figures(console, summary.content.evaluation.measured())
+    show_pairs(console, summary.content.final.pairs or [])
     verdict = summary.content.verdict
     console.print({True: "Success.", False: "No success.", None: "No verdict."}[verdict.success])
     for reason in verdict.reasons:
@@ -89,6 +123,29 @@ def show_verdict(console: Console, summary: RunSummary) -> None:
         console.print("What to try next:")
     for step in verdict.next_steps:
         console.print(f"- {step}")
+
+
+MOST_PAIRS = 12
+"""Of more pairs of layers than this, those with the lowest margins are printed."""
+
+
+def show_pairs(console: Console, pairs: Sequence[PairFigures]) -> None:
+    """A line for each pair of layers where there are several, in their order."""
+    if len(pairs) < 2:
+        return
+    console.print("Layers      CosSim   margin      CKA   rank of student, targets, teacher")
+    shown = worst_first(pairs)[:MOST_PAIRS]
+    for pair in (pair for pair in pairs if pair in shown):
+        ranks = (pair.student_effective_rank, pair.target_effective_rank, pair.teacher_effective_rank)
+        figures = "".join(f"{_figure(value, 4):>9}" for value in (pair.cos_sim, pair.margin, pair.cka))
+        status = f"   {status_text(COLLAPSED, console.emoji)}" if pair.collapsed else ""
+        console.print(f"{pair.layers:<9}{figures}   {', '.join(_figure(rank, 1) for rank in ranks)}{status}")
+    if others := len(pairs) - len(shown):
+        console.print(f"The margins of the other {others} are higher; the report has them all.")
+
+
+def _figure(value: Measured, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"
 
 
 def shows_bars(training: KavaTrainingArguments) -> bool:

@@ -146,7 +146,7 @@ def write_report(trainer: KavaTrainer, folder: str | Path | None = None) -> Path
     folder = Path(folder or str(trainer.args.output_dir))
     metrics, summary = _last_evaluation(trainer), _summary_of(trainer)
     if metrics is not None:
-        summary.add_final(metrics)
+        summary.add_final(metrics, trainer.pair_figures())
         _add_perplexity(summary, "student_after", metrics)
     args, content = trainer.args, summary.content
     content.checkpoints = [str(path) for path in list_checkpoints(args.output_dir)]

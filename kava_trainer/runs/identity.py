@@ -49,6 +49,7 @@ _HARMLESS = {
 
 _HARMLESS_PREFIXES = (
     "logging_", "log_", "save_", "eval_", "hub_", "dataloader_", "dataset_", "trackio_", "generation_",
+    "retention_",
 )  # fmt: skip
 
 _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_dir")

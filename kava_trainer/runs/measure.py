@@ -119,14 +119,14 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
     with attended():
         console = open_console(arguments.training)
         tokenizer = load_tokenizers(arguments)
-        train, held_out = _examples(console, arguments, tokenizer)
+        train, held_out, retention = _examples(console, arguments, tokenizer)
         console.stage("Models")
         with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
             models = load_models(console, arguments, tokenizer, train)
         if finished is not None and finished.adapter is not None:
             _put_on(finished.adapter, models.student)
         console.stage("Evaluation")
-        measured = measure(console, arguments, models, held_out, ("teacher", "student"))
+        measured = measure(console, arguments, models, held_out, ("teacher", "student"), retention)
         evaluation = {name: one.figures for name, one in measured}
         console.stage("Measured")
         show_figures(console, {name: ModelFigures(**figures) for name, figures in evaluation.items()})
@@ -140,12 +140,14 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
 
 def _examples(
     console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[datasets.Dataset | ExampleStream | None, datasets.Dataset]:
-    """The training examples, where the student is cut out of its teacher by them, and the held-out ones."""
-    if not arguments.model.is_cut:
-        return None, load_held_out(console, arguments, tokenizer)
-    data = load_data(console, arguments, tokenizer)
-    return data.train, data.evaluation or load_held_out(console, arguments, tokenizer)
+) -> tuple[datasets.Dataset | ExampleStream | None, datasets.Dataset, datasets.Dataset | None]:
+    """The training examples, where the student is cut out of its teacher by them, the held-out ones, and the text for
+    retained language."""
+    if arguments.model.is_cut:
+        data = load_data(console, arguments, tokenizer)
+        if data.evaluation is not None:
+            return data.train, data.evaluation, data.retention
+    return None, *load_held_out(console, arguments, tokenizer)
 
 
 def _put_on(adapter: Path, student: Any) -> None:

@@ -137,13 +137,18 @@ def _evaluate(run: Run, models: Models, names: tuple[str, ...]) -> None:
     data, summary = run.data, run.summary
     if data.evaluation is not None:
         problems = first_problems(models.tokenizer, data.evaluation, MOST_SAMPLES)
-        for name, measured in measure(run.console, run.arguments, models, data.evaluation, names):
+        for name, measured in measure(run.console, run.arguments, models, data.evaluation, names, data.retention):
             summary.add_evaluation(name, measured.figures)
             summary.add_answers(name, problems, measured.answers, is_exact_match)
 
 
 def measure(
-    console: Console, arguments: KavaArguments, models: Models, held_out: Dataset, names: tuple[str, ...]
+    console: Console,
+    arguments: KavaArguments,
+    models: Models,
+    held_out: Dataset,
+    names: tuple[str, ...],
+    retention: Dataset | None = None,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Measure the teacher or the student on held-out examples, and print the figures.
 
@@ -153,6 +158,7 @@ def measure(
         models: the pair.
         held_out: tokenised examples.
         names: `teacher` for the teacher, any other name of `LONG_NAMES` for the student.
+        retention: tokenised text that is no answer, see `load_retention`.
 
     Yields:
         Each name with its figures and answers.
@@ -174,10 +180,12 @@ def measure(
                 DistillationCollator(models.tokenizer),
                 training.per_device_eval_batch_size,
                 new_tokens if generates else None,
+                retention,
             )
         figures = measured.figures
-        match = figures["exact_match"]
+        match, kept = figures["exact_match"], figures["retention_cross_entropy"]
         shown = "" if match is None else f", exact match {100 * match:.1f} %"
+        shown += "" if kept is None else f", retained language {kept:.4g} nats"
         console.print(f"{LONG_NAMES[name]}: perplexity {figures['perplexity']:.4g}{shown}")
         yield name, measured
 
@@ -204,9 +212,9 @@ def _measure_finished(run: Run) -> str | None:
         return None
     console.stage("Evaluation")
     metrics = trainer.evaluate()
-    summary.add_final(metrics)
+    summary.add_final(metrics, trainer.pair_figures())
     _evaluate(run, replace(run.models, student=trainer.whole_student()), ("student_after",))
-    tell_alignment(console, metrics, trainer.collapse)
+    tell_alignment(console, metrics, trainer.collapse, summary.content.final.pairs or [])
     return trainer.collapse
 
 

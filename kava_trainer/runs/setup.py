@@ -15,7 +15,7 @@ from ..config.data_arguments import DataArguments
 from ..data.collators import DistillationCollator
 from ..data.encoding import Encoded, encode_dataset
 from ..data.formats import find_format, prompt_kind
-from ..data.row_locations import empty_problem
+from ..data.retention import load_retention
 from ..data.rows.remarks import remark_problems
 from ..data.selection import first_examples
 from ..data.splits import load_splits
@@ -50,6 +50,7 @@ from .advice import (
     precision_problems,
 )
 from .cutting.choice import find_cut
+from .display import tell_encoding, tell_retention
 from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .tracking import RunTracking
 
@@ -66,6 +67,8 @@ class Data:
     collator: DistillationCollator
     prompt_kind: str = "prompt"
     """See `formats.prompt_kind`."""
+    retention: datasets.Dataset | None = None
+    """See `retention.load_retention`."""
 
 
 @dataclass
@@ -135,9 +138,11 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
         console.print(f"Dataset loaded: {total} samples")
         encoded = _encode(asked, tokenizer, "training", train)
         held_out = _encode(asked, tokenizer, "held-out", test) if test else None
-    _tell_encoding(console, "training", encoded, len(train), asked)
+        retention = load_retention(asked, test, tokenizer)
+    tell_encoding(console, "training", encoded, len(train), asked)
     if test and held_out:
-        _tell_encoding(console, "held-out", held_out, len(test), asked)
+        tell_encoding(console, "held-out", held_out, len(test), asked)
+        tell_retention(console, asked, retention)
     else:
         console.warn("There are no held-out examples, so nothing will be evaluated.")
     if few := few_examples(len(held_out.dataset) if held_out else None):
@@ -145,7 +150,8 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
     kind = _tell_format(console, arguments, tokenizer, train.column_names, train[0])
     batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
-    return Data(encoded.dataset, held_out.dataset if held_out else None, DistillationCollator(tokenizer), kind)
+    collator = DistillationCollator(tokenizer)
+    return Data(encoded.dataset, held_out.dataset if held_out else None, collator, kind, retention)
 
 
 def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -157,17 +163,25 @@ def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
     encoded = _encode(asked, tokenizer, "held-out", held_out)
-    _tell_encoding(console, "held-out", encoded, len(held_out), asked)
+    tell_encoding(console, "held-out", encoded, len(held_out), asked)
+    retention = load_retention(asked, held_out, tokenizer)
+    tell_retention(console, asked, retention)
     if few := held_out_of_a_small_stream(len(held_out), rows.skipped, stream.checked):
         console.warn(few)
     for problem in remark_problems(stream.remarks, rows.name, "training", stream.checked):
         console.warn(str(problem))
     kind = _tell_format(console, arguments, tokenizer, rows.column_names, rows.first(1)[0])
-    return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind)
+    return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind, retention)
 
 
-def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
-    """The held-out examples alone, as `load_data` has them. Raises `BadRequest` where there are none."""
+def load_held_out(
+    console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The held-out examples, and the text for retained language, as `load_data` has them.
+
+    Raises:
+        BadRequest: where no examples are held out, or as `load_data`.
+    """
     console.stage("Data")
     asked = arguments.data
     with arguments.training.main_process_first(desc="loading the data"):
@@ -178,10 +192,12 @@ def load_held_out(console: Console, arguments: KavaArguments, tokenizer: PreTrai
                 "name a dataset_test_split, or a data set of more than one example.",
             )
         held_out = _encode(asked, tokenizer, "held-out", test)
-    _tell_encoding(console, "held-out", held_out, len(test), asked)
+        retention = load_retention(asked, test, tokenizer)
+    tell_encoding(console, "held-out", held_out, len(test), asked)
+    tell_retention(console, asked, retention)
     if few := few_examples(len(held_out.dataset)):
         console.warn(few)
-    return held_out.dataset
+    return held_out.dataset, retention
 
 
 def own_parameters(student: PreTrainedModel) -> int:
@@ -193,17 +209,6 @@ def own_parameters(student: PreTrainedModel) -> int:
 def _encode(asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset) -> Encoded:
     told = f"Tokenizing the {which} data"
     return encode_dataset(rows, tokenizer, asked.max_length, told, cast(str, asked.dataset_name), asked.assistant_turns)
-
-
-def _tell_encoding(console: Console, which: str, encoded: Encoded, total: int, asked: DataArguments) -> None:
-    console.print(
-        f"{len(encoded.dataset)} {which} examples of {total}: {encoded.truncated} cut to {asked.max_length} tokens, "
-        f"{encoded.dropped} dropped because no answer was left"
-    )
-    if encoded.empty:
-        console.warn(empty_problem(cast(str, asked.dataset_name), which, encoded.empty))
-    for problem in remark_problems(encoded.remarks, cast(str, asked.dataset_name), which, total):
-        console.warn(str(problem))
 
 
 def _tell_format(
@@ -346,12 +351,17 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
         console.warn(str(problem))
 
 
+def chance_of(model: PreTrainedModel) -> float:
+    """The cross-entropy in nats of a guess among all of a model's tokens."""
+    return math.log(cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings)
+
+
 def measure_teacher(
     teacher: PreTrainedModel, examples: datasets.Dataset, collator: DistillationCollator
 ) -> tuple[float, float, bool]:
     """A teacher's cross-entropy on the answers of one batch and that of chance, in nats; whether they are alike."""
     loss = answer_cross_entropy(teacher, examples, collator, len(examples))
-    chance = math.log(cast(torch.nn.Embedding, teacher.get_input_embeddings()).num_embeddings)
+    chance = chance_of(teacher)
     return loss, chance, not loss < 0.95 * chance
 
 

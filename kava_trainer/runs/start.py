@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import run_command
+from ..data.retention import describe_retention
 from ..evaluation.teacher_fidelity import TeacherFidelity
 from ..reports.cut.table import described
 from ..reports.model_card import local_sources
@@ -28,6 +29,7 @@ from .identity import check_output_dir, check_resumable, data_digest, earlier_ru
 from .setup import (
     Run,
     build_trainer,
+    chance_of,
     check_teacher,
     load_data,
     load_models,
@@ -124,6 +126,7 @@ def load_pair(run: Run) -> None:
         summary.content.prompt_kind = data.prompt_kind
         summary.content.student_parameters = own_parameters(models.student)
         summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
+        summary.content.retention = describe_retention(arguments.data, data.retention, chance_of(models.teacher))
         summary.content.teacher_fidelity = fidelity.compare(models.teacher)
         run.trainer = build_trainer(run)
 

@@ -80,6 +80,10 @@ class StudentTrainer(SavingTrainer):
         """Why the alignment counted as collapsed at the last evaluation; None where it did not."""
         return self.probe.collapse
 
+    def pair_figures(self) -> list[dict[str, Any]]:
+        """What the last measurement showed of each pair of layers, see `ProbeResult.by_pair`; none without a probe."""
+        return [] if self.probe.last is None else self.probe.last.by_pair()
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Trainer's loader, whose workers leave signals to the trainer."""
         return with_spared_workers(super().get_eval_dataloader(eval_dataset))

@@ -50,7 +50,13 @@ def make_summary(history=None, **arguments):
     for index, who in enumerate(vars(summary.content.evaluation)):
         entropy = 0.0123456 * (index + 1)
         summary.add_evaluation(
-            who, {"perplexity": math.exp(entropy), "cross_entropy": entropy, "exact_match": index / 7}
+            who,
+            {
+                "perplexity": math.exp(entropy),
+                "cross_entropy": entropy,
+                "exact_match": index / 7,
+                "retention_cross_entropy": 2.5 + index,
+            },
         )
         summary.add_answers(who, problems, ["18" if index % 2 else f"{EVIL} of {who}"] * 12, str.__eq__)
     figures = {name: 1234.5 + index for index, name in enumerate(vars(summary.content.throughput))}

@@ -12,6 +12,7 @@ from ...config.arguments import KavaArguments
 from ...config.data_arguments import DataArguments
 from ...data.encoding import encode_dataset, encode_first, remarks_on
 from ...data.formats import IGNORED, find_format
+from ...data.retention import describe_retention, load_retention
 from ...data.row_locations import empty_answers, empty_problem, source_rows
 from ...data.rows.encoder import Encoder
 from ...data.rows.remarks import remark_problems
@@ -82,6 +83,8 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
         _show(checkup, answered[0], tokenizer)
     if held_out:
         _check_sample(checkup, held_out, "held-out", arguments, tokenizer)
+    if of := describe_retention(arguments.data, load_retention(arguments.data, held_out, tokenizer)):
+        checkup.ok(f"retained language is measured on {of['tokens']} tokens of {of['texts']} texts ({of['source']}).")
     check_evaluation(arguments.training, examples.held_out > 0)
     if not held_out:
         checkup.warn(

@@ -10,8 +10,8 @@ from ...config.arguments import KavaTrainingArguments
 from ...data.selection import choose_examples
 from ...distillation.loss_terms import SCHEDULED_TERMS, LossTerms
 from ...distillation.model import DistillationModel
-from ...evaluation.diagnostics import Diagnostics, collapse_remedy
-from ...evaluation.probe import MINIMUM_SHARE, PROBE_TOKENS, AlignmentProbe, ProbeResult, ShareWatch
+from ...evaluation.diagnostics import Circumstances, Diagnostics, collapse_remedy
+from ...evaluation.probe import MINIMUM_SHARE, PROBE_TOKENS, AlignmentProbe, ProbeResult, ShareWatch, worst_pair
 from ...utils.memory import needs_memory
 from ..incidents import Incidents
 
@@ -37,7 +37,7 @@ class ProbeCallback(TrainerCallback):
     def forget(self) -> None:
         """Begin a training without what an earlier one has shown."""
         self.last: ProbeResult | None = None
-        self._probed_at = -1
+        self._probed_at, self._whole_before = -1, False
         fading = set(SCHEDULED_TERMS) if self._args.alignment_schedule != "constant" else set()
         self._shares = ShareWatch({"anchor", *fading})
 
@@ -87,9 +87,16 @@ class ProbeCallback(TrainerCallback):
     def note(self, probed: ProbeResult, step: int) -> None:
         """Keep a measurement; say once why the alignment counts as collapsed, and what to change."""
         if probed.collapse is not None and self.collapse is None:
-            trained = self._args.projector_direction == "teacher_to_student" and self._args.projector_anchor != "pca"
-            supervised = self._args.lm_weight > 0 or self._args.kd_weight > 0
-            remedy = collapse_remedy(trained, bool(self._terms.target.decoders), supervised)
+            args = self._args
+            case = Circumstances(
+                direction=args.projector_direction,
+                anchor=args.projector_anchor,
+                supervised=args.lm_weight > 0 or args.kd_weight > 0,
+                step=step,
+                whole_before=self._whole_before,
+                cos_sim=probed.pairs[worst_pair(probed.reasons, probed.pairs)].cos_sim,
+            )
+            remedy = collapse_remedy(case)
             self._incidents.console.warn(f"{probed.collapse} CosSim says nothing here. {remedy}")
         self.last, self._probed_at = probed, step
 
@@ -108,6 +115,7 @@ class ProbeCallback(TrainerCallback):
             return
         result = self.measure(kwargs["model"], progress_of(state))
         if result is not None:
+            self._whole_before = result.collapse is None
             self._log(result.metrics("probe"))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -122,15 +130,20 @@ class ProbeCallback(TrainerCallback):
             "collapse": last and [[pair.to_dict() for pair in last.pairs], last.shares, last.collapse],
             "shares": self._shares.state(),
             "probed_at": self._probed_at,
+            "whole_before": self._whole_before,
+            "probed_pairs": last and [[*map(list, last.layers)], last.reasons],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what a checkpoint knows."""
         if state["collapse"] is not None:
             pairs, shares, collapse = state["collapse"]
-            self.last = ProbeResult([Diagnostics(**pair) for pair in pairs], shares, collapse)
+            layers, reasons = state.get("probed_pairs") or ([], [])  # one of before does not tell
+            found = [Diagnostics(**pair) for pair in pairs]
+            self.last = ProbeResult(found, shares, collapse, layers=[(own, of) for own, of in layers], reasons=reasons)
         self._shares.restore(state["shares"])
         self._probed_at = state["probed_at"]
+        self._whole_before = state.get("whole_before", False)
 
 
 def progress_of(state: TrainerState) -> float:

@@ -1,0 +1,1 @@
+"""What a verdict rests on beside the answers: the course of the alignment, and the language that was kept."""
