@@ -15,7 +15,7 @@ from ..data.selection import choose_examples
 from ..data.streaming import ExampleStream
 from ..models.teacher import TeacherSource
 from ..utils.errors import BadRequest
-from ..utils.progress_bar import own_batches
+from ..utils.progress_bar import STEPS, own_batches, told, with_progress
 from .model import DistillationModel
 from .projector import ElasticBottleneck, PrincipalProjection, normalise
 from .targets import HiddenStateTarget
@@ -165,10 +165,13 @@ def calibrate(
     where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
     weights = [_fitted(projector).weight for projector in model.target.projectors]
     moments = [Moments(weight.shape[1], weight.shape[0], where) for weight in weights]
-    for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
-        _add_batch(moments, model, teacher, collator(batch))
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    with told(f"Calibrating the projectors on {tokens} tokens"):
+        for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
+            _add_batch(moments, model, teacher, collator(batch))
     model.train(training)
-    for projector, sums in zip(model.target.projectors, moments, strict=True):
+    fits = list(zip(model.target.projectors, moments, strict=True))
+    for projector, sums in with_progress(fits, "Fitting the projectors", "projector", STEPS):
         sums.reduce(sum_over_ranks, device)
         principal = isinstance(projector, PrincipalProjection)
         weight, bias = sums.principal(turn=least_squares) if principal else sums.ridge()
