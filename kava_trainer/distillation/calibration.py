@@ -123,9 +123,14 @@ def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenSta
     return examples
 
 
+def inputs_of_fit(target: HiddenStateTarget) -> int:
+    """Inputs of the largest fit that the projectors of a target start from."""
+    return max(_fitted(projector).weight.shape[1] for projector in target.projectors)
+
+
 def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
     """Make sure that there are more tokens than inputs of any fit. Raises `BadRequest` if not."""
-    size = max(_fitted(projector).weight.shape[1] for projector in target.projectors)
+    size = inputs_of_fit(target)
     if tokens <= size:
         raise BadRequest(
             f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "

@@ -98,7 +98,7 @@ def generate_answers(
         width: Any = {"batch_first": True, "padding_side": "left"}
         input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
-        with _own_defaults_off(model):
+        with own_defaults_off(model):
             output = cast(Any, model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -123,7 +123,7 @@ class _Watched(StoppingCriteria):
 
 
 @contextmanager
-def _own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
+def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
     """`generate` fills what a config leaves open from the model's own, such as a repetition penalty; not in here."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:

@@ -100,15 +100,18 @@ class AlignmentProbe:
         self._batches = [collator(batch) for batch in _split(examples, batch_size)]
         self._gradient_batches = [collator(batch) for batch in _split(first, gradient_batch_size)]
 
-    def measure(self, model: DistillationModel, terms: LossTerms, progress: float = 0.0) -> ProbeResult:
+    def measure(
+        self, model: DistillationModel, terms: LossTerms, progress: float = 0.0, gradients: bool = True
+    ) -> ProbeResult:
         """Run both models on the probe and compare. Mode, gradients and random numbers are left as they were.
 
         Args:
             model: student and projectors, not wrapped, but they may be sharded; then every rank must measure.
             terms: runs the models and computes the losses.
             progress: share of the training that is done, for the weights of the terms.
+            gradients: whether the gradient of each term is measured too.
         """
-        training, weights = model.training, terms.weights(progress)
+        training, weights = model.training, terms.weights(progress) if gradients else {}
         passes = len(self._batches) + len(model.target.pairs) + len(weights) * len(self._gradient_batches)
         line = f"Measuring the alignment on {self._tokens} held-out tokens"
         with told(line, once=True), progress_bar(passes, "Measuring the alignment", "pass", form=STEPS) as bar:

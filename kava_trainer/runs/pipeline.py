@@ -32,6 +32,7 @@ from .fill_cache import read_from_cache, write_cache
 from .finish import conclude, save_student, tell_interruption, was_interrupted, write_summary
 from .setup import Models, Run
 from .start import begin, connect, load_examples, load_pair, try_teacher
+from .time_estimate import tell_time
 
 
 def run(arguments: KavaArguments, argv: list[str]) -> int:
@@ -56,6 +57,7 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         load_pair(run)
         connect(run)
         try_teacher(run)
+        tell_time(run)
         run.console.stage("Evaluation")
         _evaluate(run, run.models, ("teacher", "student_before"))
         if run.cache is not None:

@@ -41,15 +41,13 @@ _under = {"lines": 0}
 
 
 class Progress(tqdm):
-    """A bar of `progress_bar`. One that is hidden counts too, and lines tell of it where it has a `lines_of`."""
+    """A bar of `progress_bar`. One that is hidden counts too, and lines tell of it."""
 
-    lines_of: str | None = None
-    """What the lines call it; None for no lines."""
     _pulse: "_Pulse | None" = None
 
-    def begin(self, pulse: "_Pulse", lines_of: str | None, told: bool) -> None:
+    def begin(self, pulse: "_Pulse", description: str, told: bool) -> None:
         """Have a pulse look after it; `told` where a line has said already that it begins."""
-        self.lines_of, self._began = lines_of, time.monotonic()
+        self._description, self._began = description, time.monotonic()
         self._line_at = self._began if told else None
         self._pulse = pulse
         pulse.add(self)
@@ -81,7 +79,7 @@ class Progress(tqdm):
             with self.get_lock():
                 if not self.disable:  # else it was closed a moment ago, and would stay on the screen
                     self.refresh(nolock=True)
-        elif self.lines_of is not None and (line := self._line(now)) is not None:
+        elif (line := self._line(now)) is not None:
             self._line_at = now
             Console().print(line)
 
@@ -89,14 +87,14 @@ class Progress(tqdm):
         """The line that is due, if one is."""
         taken = now - self._began
         if self._line_at is None:
-            return f"{self.lines_of} ..." if taken >= PATIENCE else None
+            return f"{self._description} ..." if taken >= PATIENCE else None
         if now - self._line_at < max(LINE_EVERY, LINE_SHARE * taken):
             return None
         if self.total is None:
             count = f"{self.n} {self.unit}s, " if self.n else ""
         else:
             count = f"{self.n} of {self.total} {self.unit}s, "
-        return f"{self.lines_of}: {count}{tqdm.format_interval(taken)} so far"
+        return f"{self._description}: {count}{tqdm.format_interval(taken)} so far"
 
 
 class _Pulse:
@@ -167,7 +165,7 @@ def progress_bar(
     initial: int = 0,
     leave: bool = False,
     form: str | None = None,
-    lines: bool = True,
+    told: bool = False,
 ) -> Progress:
     """A bar on the main process's terminal; where none is shown, lines tell of what takes long.
 
@@ -179,7 +177,7 @@ def progress_bar(
         initial: how much of it is done already.
         leave: keep the full bar on the screen.
         form: how it looks, as `bar_format` of tqdm.
-        lines: whether lines tell of it where it is hidden.
+        told: whether a line has just said that it begins.
     """
     main = total != 0 and PartialState().is_main_process
     bar = Progress(
@@ -194,7 +192,7 @@ def progress_bar(
         bar_format=form,
     )
     if main:
-        bar.begin(_PULSE, description if lines else None, told=_under["lines"] > 0)
+        bar.begin(_PULSE, description, told or _under["lines"] > 0)
     return bar
 
 

@@ -29,7 +29,8 @@ class StatusCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step the run starts from."""
         self.close()
-        self._bar = progress_bar(state.max_steps, "Training", "step", initial=state.global_step, leave=True)
+        steps, done = state.max_steps, state.global_step
+        self._bar = progress_bar(steps, "Training", "step", initial=done, leave=True, told=True)
         self._micro_batches, self._last_line = 0, ""
 
     def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
