@@ -15,6 +15,16 @@ def first_examples(examples: Dataset | ExampleStream, number: int) -> Dataset:
     return examples.select(range(min(number, len(examples))))
 
 
+SAMPLE = 256
+"""Examples whose mean length stands for that of all."""
+
+
+def mean_length(examples: Dataset | ExampleStream) -> float:
+    """Tokens of an example, by the first ones."""
+    lengths = [len(ids) for ids in first_examples(examples, SAMPLE)["input_ids"]]
+    return sum(lengths) / max(len(lengths), 1)
+
+
 def choose_examples(dataset: Any, tokens: int) -> list[dict[str, Any]]:
     """The first examples of a data set that together hold at least `tokens` tokens."""
     chosen, count = [], 0

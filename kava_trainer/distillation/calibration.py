@@ -15,7 +15,7 @@ from ..data.selection import choose_examples
 from ..data.streaming import ExampleStream
 from ..models.teacher import TeacherSource
 from ..utils.errors import BadRequest
-from ..utils.progress_bar import own_batches
+from ..utils.progress_bar import STEPS, own_batches, told, with_progress
 from .model import DistillationModel
 from .projector import ElasticBottleneck, PrincipalProjection, normalise
 from .targets import HiddenStateTarget
@@ -123,9 +123,14 @@ def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenSta
     return examples
 
 
+def inputs_of_fit(target: HiddenStateTarget) -> int:
+    """Inputs of the largest fit that the projectors of a target start from; 0 where it has none."""
+    return max((_fitted(projector).weight.shape[1] for projector in target.projectors), default=0)
+
+
 def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
     """Make sure that there are more tokens than inputs of any fit, if there is any. Raises `BadRequest` if not."""
-    size = max((_fitted(projector).weight.shape[1] for projector in target.projectors), default=0)
+    size = inputs_of_fit(target)
     if size and tokens <= size:
         raise BadRequest(
             f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
@@ -169,10 +174,13 @@ def calibrate(
     where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
     weights = [_fitted(projector).weight for projector in model.target.projectors]
     moments = [Moments(weight.shape[1], weight.shape[0], where) for weight in weights]
-    for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
-        _add_batch(moments, model, teacher, collator(batch))
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    with told(f"Calibrating the projectors on {tokens} tokens"):
+        for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
+            _add_batch(moments, model, teacher, collator(batch))
     model.train(training)
-    for projector, sums in zip(model.target.projectors, moments, strict=True):
+    fits = list(zip(model.target.projectors, moments, strict=True))
+    for projector, sums in with_progress(fits, "Fitting the projectors", "projector", STEPS):
         sums.reduce(sum_over_ranks, device)
         principal = isinstance(projector, PrincipalProjection)
         weight, bias = sums.principal(turn=least_squares) if principal else sums.ridge()

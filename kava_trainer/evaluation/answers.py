@@ -10,13 +10,19 @@ import datasets
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..distillation.chunked_loss import sum_in_chunks
 from ..distillation.losses import next_token_sum
 from ..models.hidden_states import run_decoder
 from ..models.lm_head import vocabulary_logits, vocabulary_size
-from ..utils.progress_bar import own_batches
+from ..utils.progress_bar import SharedBatches, own_batches
 from .final_answer_match.final_answer_match import FinalAnswerMatch
 
 
@@ -91,21 +97,38 @@ def generate_answers(
     )
     order = sorted(range(len(dataset)), key=lambda row: dataset[row]["prompt_length"])
     answers: list[tuple[int, str]] = []
-    for rows in own_batches(order, batch_size, "Generating answers"):
+    batches = own_batches(order, batch_size, "Generating answers")
+    for rows in batches:
         prompts = [torch.tensor(_prompt(dataset[row], tokenizer)) for row in rows]
         width: Any = {"batch_first": True, "padding_side": "left"}
         input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
-        with _own_defaults_off(model):
-            output = cast(Any, model).generate(input_ids=input_ids, attention_mask=mask, generation_config=greedy)
+        with own_defaults_off(model):
+            output = cast(Any, model).generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=greedy,
+                stopping_criteria=StoppingCriteriaList([_Watched(batches, input_ids.shape[1], max_new_tokens)]),
+            )
         texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
         answers += zip(rows, texts, strict=True)
     model.train(training)
     return [text for _, text in sorted(gather_object(answers))]
 
 
+class _Watched(StoppingCriteria):
+    """Stops nothing, but shows how far the answers of a batch are."""
+
+    def __init__(self, batches: SharedBatches, prompt: int, most: int) -> None:
+        self._batches, self._prompt, self._most = batches, prompt, most
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._batches.note(f"token {input_ids.shape[1] - self._prompt} of {self._most}")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @contextmanager
-def _own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
+def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
     """`generate` fills what a config leaves open from the model's own, such as a repetition penalty; not in here."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:

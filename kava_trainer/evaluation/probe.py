@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
 from ..utils.distributed import give_up_whole_weights, whole
+from ..utils.progress_bar import STEPS, Progress, progress_bar, told
 from .diagnostics import Diagnostics, collapse_reason, diagnose
 
 PROBE_TOKENS = 2048
@@ -112,22 +113,29 @@ class AlignmentProbe:
         gradient_batch_size: int,
     ) -> None:
         first = examples[:GRADIENT_EXAMPLES]
+        self._tokens = sum(len(example["input_ids"]) for example in examples)
         self._batches = [collator(batch) for batch in _split(examples, batch_size)]
         self._gradient_batches = [collator(batch) for batch in _split(first, gradient_batch_size)]
 
-    def measure(self, model: DistillationModel, terms: LossTerms, progress: float = 0.0) -> ProbeResult:
+    def measure(
+        self, model: DistillationModel, terms: LossTerms, progress: float = 0.0, gradients: bool = True
+    ) -> ProbeResult:
         """Run both models on the probe and compare. Mode, gradients and random numbers are left as they were.
 
         Args:
             model: student and projectors, not wrapped, but they may be sharded; then every rank must measure.
             terms: runs the models and computes the losses.
             progress: share of the training that is done, for the weights of the terms.
+            gradients: whether the gradient of each term is measured too.
         """
-        training = model.training
-        pairs = self._diagnose(model.eval(), terms)
-        give_up_whole_weights(model)
-        # As in training: gradient checkpointing, which saves the memory of a small device, works in that mode only.
-        shares = self._gradient_shares(model.train(), terms, progress)
+        training, weights = model.training, terms.weights(progress) if gradients else {}
+        passes = len(self._batches) + len(model.target.pairs) + len(weights) * len(self._gradient_batches)
+        line = f"Measuring the alignment on {self._tokens} held-out tokens"
+        with told(line, once=True), progress_bar(passes, "Measuring the alignment", "pass", form=STEPS) as bar:
+            pairs = self._diagnose(model.eval(), terms, bar)
+            give_up_whole_weights(model)
+            # As in training: gradient checkpointing, which saves the memory of a small device, works in that mode only.
+            shares = self._gradient_shares(model.train(), terms, weights, bar)
         model.train(training)
         reasons = [collapse_reason(pair, model.target.student_size) for pair in pairs]
         layers = [*model.target.pairs]
@@ -135,7 +143,7 @@ class AlignmentProbe:
         return ProbeResult(pairs, model.target.shares, collapse, shares, layers, reasons)
 
     @torch.no_grad()
-    def _diagnose(self, model: DistillationModel, terms: LossTerms) -> list[Diagnostics]:
+    def _diagnose(self, model: DistillationModel, terms: LossTerms, bar: Progress) -> list[Diagnostics]:
         rows: list[list[list[torch.Tensor]]] = [[[], [], [], []] for _ in model.target.pairs]
         for batch in self._batches:
             batch = send_to_device(batch, model.student.device)
@@ -146,9 +154,16 @@ class AlignmentProbe:
                 compared = (pair.student, pair.target, output.hidden_states[student], states[teacher])
                 for kept, tensor in zip(row, compared, strict=True):
                     kept.append(tensor[mask].float())
-        return [diagnose(*(torch.cat(kept) for kept in row)) for row in rows]
+            bar.update()
+        found = []
+        for row in rows:
+            found.append(diagnose(*(torch.cat(kept) for kept in row)))
+            bar.update()
+        return found
 
-    def _gradient_shares(self, model: DistillationModel, terms: LossTerms, progress: float) -> dict[str, float]:
+    def _gradient_shares(
+        self, model: DistillationModel, terms: LossTerms, weights: dict[str, float], bar: Progress
+    ) -> dict[str, float]:
         """Norm of each weighted term's gradient in the student, as a share of the sum of these norms.
 
         One backward pass a term, each from a forward pass of its own: one gradient and one graph in memory at a time,
@@ -158,11 +173,11 @@ class AlignmentProbe:
         devices = [model.student.device] if model.student.device.type == "cuda" else []
         norms = {}
         try:
-            for name, weight in terms.weights(progress).items():
+            for name, weight in weights.items():
                 model.zero_grad()
                 with torch.random.fork_rng(devices), torch.enable_grad():
                     torch.manual_seed(0)
-                    self._backward(model, terms, {name: weight})
+                    self._backward(model, terms, {name: weight}, bar)
                 norms[name] = _norm(parameter.grad for parameter in model.student.parameters())
         finally:
             for parameter, gradient in before.items():
@@ -170,7 +185,7 @@ class AlignmentProbe:
         total = sum(norms.values())
         return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
 
-    def _backward(self, model: DistillationModel, terms: LossTerms, weights: dict[str, float]) -> None:
+    def _backward(self, model: DistillationModel, terms: LossTerms, weights: dict[str, float], bar: Progress) -> None:
         """The gradient of the terms that have weights, as token means over all gradient batches."""
         tokens = sum(int(batch["attention_mask"].sum()) for batch in self._gradient_batches)
         answers, following = (
@@ -182,6 +197,7 @@ class AlignmentProbe:
             counts = torch.tensor([tokens, answers, following], device=model.student.device)
             outputs = terms.student_outputs(model, batch, states, weights, counts)
             terms.loss(outputs, batch, weights, counts).backward()
+            bar.update()
 
 
 def describe_collapse(

@@ -12,8 +12,8 @@ from .loading import build_causal_lm, load_causal_lm, load_config, saved_adapter
 from .lora import add_adapter
 from .pruning.cut import Cut, CutRequest, cut_request, planned_cut
 from .pruning.student import cut_config, fill_student
-from .trial import can_run
 from .teacher import quantization_config
+from .trial import can_run
 
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",

@@ -142,9 +142,59 @@ def planned_steps(training: TrainingArguments, examples: int, processes: int) ->
     """
     if training.max_steps > 0:
         return training.max_steps
+    return math.ceil(training.num_train_epochs * steps_per_epoch(training, examples, processes))
+
+
+def steps_per_epoch(training: TrainingArguments, examples: int, processes: int) -> int:
+    """The optimizer steps of one pass over so many examples, which so many processes share; at least one."""
     batches = examples / (training.per_device_train_batch_size * processes)
     whole = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(training.num_train_epochs * max(math.ceil(whole / training.gradient_accumulation_steps), 1))
+    return max(math.ceil(whole / training.gradient_accumulation_steps), 1)
+
+
+FEWEST_HELD_OUT = 64
+"""Fewer held-out examples are never chosen: under 50 the verdict warns that they say little."""
+
+FEW_STEPS = 50
+"""In a training of fewer steps the gradients of the terms, which take as long as some steps, are measured once."""
+
+TOKENS_AN_INPUT = 16
+"""Where a short training reads fewer tokens than the projectors are fitted to, so many for each input of a fit do."""
+
+
+def examples_read(training: TrainingArguments, examples: int, processes: int) -> int:
+    """The examples that all steps of a training read, each as often as it is read."""
+    steps = planned_steps(training, examples, processes)
+    return steps * training.gradient_accumulation_steps * training.per_device_train_batch_size * processes
+
+
+def fewer_held_out(arguments: KavaArguments, read: int, held_out: int) -> int | None:
+    """How many held-out examples a short run measures on where nobody says how many; None where it is all of them.
+
+    As many as it trains on: each is read six times and more, by teacher, student and control.
+
+    Args:
+        arguments: of the run.
+        read: training examples that it reads.
+        held_out: examples that are held out.
+    """
+    number = max(FEWEST_HELD_OUT, read)
+    asked = arguments.data.max_eval_samples is not None or "max_eval_samples" in arguments.given
+    return None if asked or number >= held_out else number
+
+
+def fewer_calibration_tokens(arguments: KavaArguments, read: float, inputs: int) -> int | None:
+    """How many tokens a short run's projectors are fitted to where nobody says how many; None where that stays.
+
+    Args:
+        arguments: of the run.
+        read: training tokens that it reads.
+        inputs: of the largest fit.
+    """
+    training = arguments.training
+    number = math.ceil(max(read, TOKENS_AN_INPUT * inputs))
+    asked = "calibration_tokens" in arguments.given or not training.calibrates
+    return None if asked or number >= training.calibration_tokens else number
 
 
 def long_warmup(training: TrainingArguments, steps: int) -> Problem | None:

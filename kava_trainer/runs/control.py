@@ -20,6 +20,7 @@ from ..models.teacher import load_teacher
 from ..trainer.checkpoint import find_newest_checkpoint, list_checkpoints, read_manifest
 from ..trainer.trainer import KavaTrainer
 from ..utils.errors import BadRequest
+from ..utils.progress_bar import working
 from .setup import Run, make_trainer
 from .tracking import keep_apart
 
@@ -90,8 +91,10 @@ def build_control(run: Run) -> KavaTrainer:
     release_memory()
     training = control_arguments(run.training)
     set_seed(training.seed)
-    student = load_student(model, teacher, training.device, models.cut)
-    trainer = make_trainer(training, replace(models, student=student), run.data)
+    with working("Loading the student once more"):
+        student = load_student(model, teacher, training.device, models.cut)
+    with working("Trying out the student"):
+        trainer = make_trainer(training, replace(models, student=student), run.data)
     if TENSORBOARD_FOLDER in os.environ:
         keep_apart(trainer.trackers, CONTROL_FOLDER)
     return trainer

@@ -39,7 +39,7 @@ def open_cache(run: Run) -> TeacherCache | None:
     return TeacherCache(training.teacher_cache_dir, identity, layers, training.teacher_cache_dtype)
 
 
-def _examples_at_hand(data: Data, trainer: KavaTrainer) -> Sequence[list[int]]:
+def examples_at_hand(data: Data, trainer: KavaTrainer) -> Sequence[list[int]]:
     """Token ids of all examples whose states will be read, but for those of a stream."""
     if not isinstance(data.train, ExampleStream):
         parts = [data.train] if data.evaluation is None else [data.train, data.evaluation]
@@ -64,7 +64,7 @@ def _fill(run: Run, cache: TeacherCache) -> None:
     console, training, teacher, stream = run.console, run.training, run.models.teacher, run.data.train
     console.stage("Teacher cache")
     cache.verify()
-    examples = _examples_at_hand(run.data, run.trainer)
+    examples = examples_at_hand(run.data, run.trainer)
     missing = cache.missing(examples)
     tokens = sum(len(examples[i]) for i in missing)
     size = cache.bytes_for(tokens, state_width(teacher, cache.layers))

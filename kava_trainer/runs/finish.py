@@ -23,6 +23,7 @@ from ..utils.console import Console
 from ..utils.environment import describe_environment
 from ..utils.errors import BadRequest, reason_of
 from ..utils.hub import Place
+from ..utils.progress_bar import working
 from .display import show_verdict
 from .setup import Run, own_parameters
 
@@ -31,7 +32,8 @@ def save_student(run: Run) -> None:
     """Save the finished student and its projector, say where they are, and note their checksums in the summary."""
     folder = Path(cast(str, run.training.final_dir))
     student, projector = folder / FINAL_STUDENT, folder / FINAL_PROJECTOR
-    written, checksums = run.trainer.save_finals(student, projector, run.arguments.model.merge_adapter)
+    with working("Saving the student"):
+        written, checksums = run.trainer.save_finals(student, projector, run.arguments.model.merge_adapter)
     run.summary.content.final_checksums = checksums
     run.console.stage("Saved")
     run.console.print(f"Student: {student}{'' if written else ', as it was saved before'}")
@@ -74,7 +76,8 @@ def report_on(console: Console, output_dir: str, summary: RunSummary) -> Path | 
     try:
         from ..reports.page import write_report  # matplotlib takes a second, which no run should wait for at its start
 
-        return write_report(record_of(output_dir, summary))
+        with working("Writing the report"):
+            return write_report(record_of(output_dir, summary))
     except Exception as error:  # the run is over: whatever keeps a page from being drawn takes nothing else away
         console.warn(
             f"The report could not be written to {output_dir}: {reason_of(error).rstrip('.')}. Once that is mended: "

@@ -23,7 +23,7 @@ from ..utils.console import Console
 from ..utils.errors import BadRequest, Interrupted, RunFailed, exit_code, reason_of
 from ..utils.files import no_empty_folders_if_refused
 from ..utils.memory import needs_memory, peak_memory_bytes
-from ..utils.progress_bar import show_progress_bars
+from ..utils.progress_bar import show_progress_bars, told
 from ..utils.signals import WATCH
 from .advice import smaller_batches
 from .control import build_control, forget_control, train_control
@@ -32,6 +32,7 @@ from .fill_cache import read_from_cache, write_cache
 from .finish import conclude, save_student, tell_interruption, was_interrupted, write_summary
 from .setup import Models, Run
 from .start import begin, connect, load_examples, load_pair, try_teacher
+from .time_estimate import tell_time
 
 
 def run(arguments: KavaArguments, argv: list[str]) -> int:
@@ -56,6 +57,7 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         load_pair(run)
         connect(run)
         try_teacher(run)
+        tell_time(run)
         run.console.stage("Evaluation")
         _evaluate(run, run.models, ("teacher", "student_before"))
         if run.cache is not None:
@@ -172,7 +174,8 @@ def measure(
     if training.evaluate_generation and not generates and "teacher" in names:
         console.print("No answers are generated: the held-out rows are plain text, which has no prompt to answer.")
     for name in names:
-        with needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
+        line = f"Measuring on {len(held_out)} held-out examples: {LONG_NAMES[name].lower()}"
+        with told(line), needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
             measured = evaluate_with_answers(
                 models.teacher if name == "teacher" else models.student,
                 models.tokenizer,

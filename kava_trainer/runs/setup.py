@@ -38,6 +38,7 @@ from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console, size_text
 from ..utils.errors import BadRequest
 from ..utils.hub import hub_reason
+from ..utils.progress_bar import working
 from .advice import (
     check_evaluation,
     check_processes,
@@ -207,8 +208,9 @@ def own_parameters(student: PreTrainedModel) -> int:
 
 
 def _encode(asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset) -> Encoded:
-    told = f"Tokenizing the {which} data"
-    return encode_dataset(rows, tokenizer, asked.max_length, told, cast(str, asked.dataset_name), asked.assistant_turns)
+    told, name = f"Tokenizing the {which} data", cast(str, asked.dataset_name)
+    with working(f"Preparing the {which} data"):  # the bar of `datasets` shows nothing of the checks around it
+        return encode_dataset(rows, tokenizer, asked.max_length, told, name, asked.assistant_turns)
 
 
 def _tell_format(
@@ -233,7 +235,8 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
     Raises:
         BadRequest: as `estimate_memory`, and where the disk of `output_dir` is too small for a checkpoint.
     """
-    parts, reason = try_to_estimate(lambda: estimate_memory(arguments))
+    with working("Estimating the memory"):
+        parts, reason = try_to_estimate(lambda: estimate_memory(arguments))
     if parts is None:
         console.print(f"No memory estimate: {reason}.")
         return None
@@ -265,10 +268,12 @@ def load_models(
     Raises:
         BadRequest: where one cannot be had, or does not fit tokenizer or lengths.
     """
-    teacher = load_teacher(arguments.model, arguments.training.device)
+    with working("Loading the teacher"):
+        teacher = load_teacher(arguments.model, arguments.training.device)
     cut = find_cut(console, arguments, teacher, train, DistillationCollator(tokenizer), earlier)
     set_seed(arguments.training.seed)
-    student = load_student(arguments.model, teacher, arguments.training.device, cut)
+    with working("Loading the student"):
+        student = load_student(arguments.model, teacher, arguments.training.device, cut)
     for role, model in (("teacher", teacher), ("student", student)):
         check_reads(model, role, tokenizer, arguments.data.max_length)
         width, depth = hidden_size(model), number_of_layers(model)
@@ -319,7 +324,8 @@ def build_trainer(run: Run) -> KavaTrainer:
     console, training, models, data = run.console, run.training, run.models, run.data
     check_processes(training)
     check_evaluation(training, data.evaluation is not None)
-    trainer = make_trainer(training, models, data)
+    with working("Trying out the models"):
+        trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
     # A stream has no length, and its training is one of max_steps.
     examples = 0 if isinstance(data.train, ExampleStream) else len(data.train)

@@ -6,6 +6,9 @@ from typing import Any, cast
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import run_command
 from ..data.retention import describe_retention
+from ..data.selection import mean_length
+from ..data.streaming import ExampleStream
+from ..distillation.calibration import inputs_of_fit
 from ..evaluation.teacher_fidelity import TeacherFidelity
 from ..reports.cut.table import described
 from ..reports.model_card import local_sources
@@ -20,7 +23,14 @@ from ..utils.environment import describe_environment
 from ..utils.errors import BadRequest
 from ..utils.files import make_folder
 from ..utils.memory import needs_memory
-from .advice import smaller_batches, smaller_models
+from .advice import (
+    FEW_STEPS,
+    examples_read,
+    fewer_calibration_tokens,
+    fewer_held_out,
+    smaller_batches,
+    smaller_models,
+)
 from .control import check_place_of_control
 from .cutting.choice import CUT, earlier_cut
 from .display import show_configuration, show_environment
@@ -85,7 +95,42 @@ def load_examples(run: Run) -> None:
     """The examples, and what the run is with them; the checkpoint and the output folder must be its own."""
     run.tokenizer = load_tokenizers(run.arguments)
     run.data = load_data(run.console, run.arguments, run.tokenizer)
+    _hold_fewer_out(run)
     run.identity = from_main_process(lambda: _identify(run))
+
+
+def _hold_fewer_out(run: Run) -> None:
+    """Measure on fewer examples where the training is short and nobody has said on how many."""
+    held_out, read = run.data.evaluation, _examples_read(run)
+    if held_out is None or (number := fewer_held_out(run.arguments, read, len(held_out))) is None:
+        return
+    run.console.print(
+        f"The run trains on {read} examples alone, so {number} of the {len(held_out)} held-out ones are measured on. "
+        f"For all of them write max_eval_samples {len(held_out)}."
+    )
+    run.data.evaluation = held_out.select(range(number))
+    run.arguments.data.max_eval_samples = run.summary.content.arguments["max_eval_samples"] = number
+
+
+def _examples_read(run: Run) -> int:
+    examples = 0 if isinstance(run.data.train, ExampleStream) else len(run.data.train)
+    return examples_read(run.training, examples, run.training.world_size)
+
+
+def _spare_time(run: Run) -> None:
+    """Do less beside the training where it is short, and nobody has said how much."""
+    training, trainer = run.training, run.trainer
+    per_step = training.gradient_accumulation_steps * training.per_device_train_batch_size * training.world_size
+    trainer.probe.sparing = _examples_read(run) < FEW_STEPS * per_step
+    if not training.calibrates or run.checkpoint is not None:
+        return
+    read = _examples_read(run) * mean_length(run.data.train)
+    if (tokens := fewer_calibration_tokens(run.arguments, read, inputs_of_fit(trainer.target))) is not None:
+        run.console.print(
+            f"The run trains on about {read:.0f} tokens alone, so the projectors are fitted to {tokens}. For more "
+            f"write calibration_tokens, such as {training.calibration_tokens}."
+        )
+        training.calibration_tokens = run.summary.content.arguments["calibration_tokens"] = tokens
 
 
 def _identify(run: Run) -> dict[str, Any]:
@@ -129,6 +174,7 @@ def load_pair(run: Run) -> None:
         summary.content.retention = describe_retention(arguments.data, data.retention, chance_of(models.teacher))
         summary.content.teacher_fidelity = fidelity.compare(models.teacher)
         run.trainer = build_trainer(run)
+    _spare_time(run)
 
 
 def connect(run: Run) -> None:

@@ -26,6 +26,7 @@ from ..distillation.projector_files import write_projectors
 from ..utils.atomic_files import discard, publish, stage, staging_folder, write_folder_atomically
 from ..utils.distributed import all_succeed
 from ..utils.errors import Interrupted, RunFailed, reason_of
+from ..utils.progress_bar import working
 from ..utils.signals import WATCH
 from .callbacks.emergency import EmergencyCheckpointCallback
 from .callbacks.hub import CheckpointPusher, make_repository
@@ -262,6 +263,7 @@ class SavingTrainer(Trainer):
             write_manifest(staging, self.identity)
             publish(folder)
 
+    @working("Saving a checkpoint")
     def _checkpoint_problem(self, folder: Path) -> str | None:
         """Write a checkpoint whole or not at all; why it could not be, if so."""
         staging = staging_folder(folder)

@@ -28,6 +28,7 @@ from ..utils.memory import needs_memory
 from ..utils.signals import WATCH
 from .batches import with_spared_workers
 from .callbacks.probe import ProbeCallback, progress_of
+from .callbacks.status import StatusCallback
 from .saving import SavingTrainer
 
 
@@ -36,6 +37,7 @@ class StudentTrainer(SavingTrainer):
 
     terms: LossTerms
     probe: ProbeCallback
+    status: StatusCallback
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -149,7 +151,11 @@ class StudentTrainer(SavingTrainer):
             self.follow_weights()
         # The loader draws a seed, so the training would go another way for having been evaluated, or interrupted there.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), needs_memory("in the evaluation", self.incidents.smaller_evaluation):
+        with (
+            torch.random.fork_rng(devices),
+            needs_memory("in the evaluation", self.incidents.smaller_evaluation),
+            self.status.evaluating(dataloader),
+        ):
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, prefix)
         metrics = cast(dict[str, float], output.metrics)
         means = self.eval_means.drain(self.sum_over_ranks)

@@ -118,7 +118,8 @@ class KavaTrainer(StudentTrainer):
 
     def _add_parts(self) -> None:
         """Let Trainer call the parts, those first that begin anew with a training, then what a checkpoint holds."""
-        parts = [self.clock, self.batches, self.steps, self.run_state, self.emergency, self.status, self.probe]
+        # The bar of the training begins after the first probe, which would count as a part of its first step.
+        parts = [self.clock, self.batches, self.steps, self.run_state, self.emergency, self.probe, self.status]
         saving = ProjectorSaveCallback(self.try_to_save_projector, self._folder_of_trial)
         for callback in (*parts, saving, *filter(None, [self.pusher])):
             self.add_callback(callback)

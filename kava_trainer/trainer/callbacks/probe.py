@@ -31,6 +31,8 @@ class ProbeCallback(TrainerCallback):
         self._args, self._incidents, self._log = args, incidents, log
         self.fixed: AlignmentProbe | None = None
         """The probe, where something is aligned and there are held-out examples."""
+        self.sparing = False
+        """Whether the gradient of each term is measured at the start alone."""
         self._set = ""
         self.forget()
 
@@ -76,7 +78,7 @@ class ProbeCallback(TrainerCallback):
         if self.fixed is None or not self._args.aligns:
             return None
         with needs_memory("while the probe measured the alignment", self._incidents.smaller_evaluation):
-            result = self.fixed.measure(model, self._terms, progress)
+            result = self.fixed.measure(model, self._terms, progress, gradients=not self.sparing or progress == 0)
         for name in self._shares.without_effect(result.gradient_shares):
             self._incidents.console.warn(
                 f"The term {name} gives less than {MINIMUM_SHARE:.0%} of the student's gradient; raise {name}_weight, "

@@ -1,14 +1,15 @@
 """The progress bars and the status lines of a training run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ...evaluation.diagnostics import alignment_status
 from ...utils.console import Console, status_text
-from ...utils.progress_bar import progress_bar
+from ...utils.progress_bar import Progress, progress_bar
 from . import ALWAYS_LOGGED_STEPS
 
 
@@ -21,17 +22,29 @@ class StatusCallback(TrainerCallback):
 
     def __init__(self, plain: bool = False) -> None:
         self._console = Console(plain)
-        self._bar: tqdm | None = None
-        self._evaluation: tqdm | None = None
+        self._bar: Progress | None = None
+        self._evaluation: Progress | None = None
+        self._micro_batches, self._last_line = 0, ""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step the run starts from."""
         self.close()
-        self._bar = progress_bar(state.max_steps, "Training", "step", initial=state.global_step, leave=True)
+        steps, done = state.max_steps, state.global_step
+        self._bar = progress_bar(steps, "Training", "step", initial=done, leave=True, told=True)
+        self._micro_batches, self._last_line = 0, ""
+
+    def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show how far the step is, which may take minutes."""
+        self._micro_batches += 1
+        if self._bar is not None:
+            parts = [f"micro-batch {self._micro_batches} of {args.gradient_accumulation_steps}", self._last_line]
+            self._bar.note(" | ".join(filter(None, parts)))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar; of a distillation have the last step logged, and those that the summary names."""
+        self._micro_batches = 0
         if self._bar is not None:
+            self._bar.note(self._last_line)
             self._bar.update()
         if not args.reads_teacher or args.logging_strategy == IntervalStrategy.NO:
             return
@@ -54,29 +67,32 @@ class StatusCallback(TrainerCallback):
             status = alignment_status(logs["cos_sim"], collapsed=bool(logs.get("collapsed")))
             parts.append(f"CosSim: {logs['cos_sim']:.4f} {status_text(status, self._console.emoji)}")
         self._console.print(f"[Step {state.global_step:04d}] {' | '.join(parts)}")
+        self._last_line = " | ".join(parts)
         if self._bar is not None:
-            self._bar.set_postfix_str(" | ".join(parts))
+            self._bar.set_postfix_str(self._last_line)
+            self._bar.lines_begin_anew()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the bars."""
         self.close()
 
+    @contextmanager
+    def evaluating(self, loader: Any) -> Iterator[None]:
+        """Within the `with` block the batches of a loader are evaluated."""
+        self._open_evaluation(loader)
+        try:
+            yield
+        finally:
+            self._close_evaluation()
+
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar of the evaluation, of whose batches all ranks have equally many."""
-        if self._evaluation is None:
-            loader = kwargs.get("eval_dataloader")
-            self._evaluation = progress_bar(len(loader) if has_length(loader) else None, "Evaluating", "batch")
-        self._evaluation.update()
+        if self._evaluation is not None:
+            self._evaluation.update()
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Close the bar of the evaluation."""
+    def _open_evaluation(self, loader: Any) -> None:
         self._close_evaluation()
-
-    def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
-        """Close the bar of the evaluation."""
-        self._close_evaluation()
+        self._evaluation = progress_bar(len(loader) if has_length(loader) else None, "Evaluating", "batch")
 
     def _close_evaluation(self) -> None:
         if self._evaluation is not None:

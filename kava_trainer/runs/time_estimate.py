@@ -1,0 +1,186 @@
+"""How long a run will take, told before its first step.
+
+Nothing is guessed from sizes: a few passes over real examples are timed with the models of the run, on its device, and
+scaled by the tokens that each stage reads. They change no weight, no gradient and no random state.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import release_memory
+from transformers import TrainerState
+
+from ..config.launcher import is_fsdp_asked
+from ..data.selection import mean_length
+from ..data.streaming import ExampleStream
+from ..evaluation.answers import longest_answer
+from ..evaluation.probe import GRADIENT_EXAMPLES, PROBE_TOKENS
+from ..trainer.checkpoint import TRAINER_STATE_FILE
+from ..utils.progress_bar import working
+from .advice import planned_steps, steps_per_epoch
+from .fill_cache import examples_at_hand
+from .setup import Run
+from .timing.passes import Rates, Stopwatch, generates
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one device of a run has to do."""
+
+    steps: int
+    """Optimizer steps that are left."""
+    step_tokens: float
+    """Of one optimizer step."""
+    held_out: float = 0.0
+    """Tokens of the held-out examples; 0 where there are none."""
+    evaluations: int = 0
+    """While it trains."""
+    saves: int = 0
+    """While it trains, without those that come with an evaluation or at the end."""
+    calibration: float = 0.0
+    """Tokens that the projectors are fitted to."""
+    cached: float | None = None
+    """Tokens that a teacher cache lacks; None where there is no cache."""
+    probe: float = 0.0
+    """Tokens of the probe; 0 where nothing is aligned."""
+    gradient: float = 0.0
+    """Of them those that the gradients of the terms are measured on, for all terms together."""
+    gradients_at_the_start_alone: bool = False
+    control: bool = False
+    checkpointing: bool = False
+    """Whether the activations are computed again in the backward pass."""
+    batches: int = 0
+    """Batches whose answers are generated; 0 where none are."""
+    answer: float = 0.0
+    """Tokens of a batch's longest answer, of a model that knows when to stop."""
+    longest: float = 0.0
+    """Most tokens of an answer."""
+
+
+def estimate(plan: Plan, rates: Rates) -> dict[str, float]:
+    """Seconds by stage: `teacher cache`, `calibration`, `evaluations`, `probe`, `steps` and `control`.
+
+    What the run does not have is not there.
+    """
+    teacher = 0.0 if plan.cached is None else rates.teacher  # what a step saves that reads it from the cache
+    terms, again = rates.terms - teacher, (rates.terms - rates.teacher) if plan.checkpointing else 0.0
+    step, plain = rates.step - teacher + again, rates.plain_step + again
+    beside = (plan.evaluations + plan.saves + 2) if plan.probe else 0  # at the start and at the end too
+    measured = beside if not plan.gradients_at_the_start_alone else min(beside, 1)
+    written = [rates.student_token * plan.batches * length for length in (plan.longest, plan.answer, plan.answer)]
+    held_out = plan.held_out * rates.student_read
+    once = plan.held_out * (rates.teacher_read + terms) + rates.teacher_token * plan.batches * plan.answer
+    in_training = plan.evaluations * plan.held_out
+    parts = {
+        "teacher cache": (plan.cached or 0.0) * rates.teacher,
+        "calibration": plan.calibration * terms,
+        "evaluations": once + (2 + plan.control) * held_out + sum(written[: 2 + plan.control]) + in_training * terms,
+        "probe": beside * (plan.probe * terms + rates.ranks) + measured * plan.gradient * step,
+        "steps": plan.steps * (plan.step_tokens * step + rates.optimizer),
+        "control": 0.0,
+    }
+    if plan.control:
+        in_control = plan.steps * (plan.step_tokens * plain + rates.optimizer)
+        parts["control"] = in_control + in_training * rates.student_read
+    return {name: seconds for name, seconds in parts.items() if seconds > 0}
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, or hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def about(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe(plan: Plan, parts: dict[str, float]) -> str:
+    """The line that tells of an estimate."""
+    models = "teacher, before, after" + (", control" if plan.control else "")
+    words = {
+        "evaluations": f"evaluations {{}} ({models})",
+        "steps": f"{plan.steps} step{'' if plan.steps == 1 else 's'} {{}}",
+    }
+    shown = [words.get(name, f"{name} {{}}").format(clock(seconds)) for name, seconds in parts.items()]
+    return f"Time estimate: {', '.join(shown)}; in all about {about(sum(parts.values()))}"
+
+
+def _moments(strategy: Any, every: float | None, steps: int, epoch: int) -> range:
+    """The steps after which something is done that a strategy asks for."""
+    if strategy == "epoch":
+        return range(epoch, steps + 1, epoch)
+    if strategy != "steps" or not every:
+        return range(0)
+    number = math.ceil(steps * every) if every < 1 else int(every)
+    return range(number, steps + 1, number)
+
+
+def plan_of(run: Run) -> Plan:
+    """What one device of a run has to do, by its arguments, examples and checkpoint."""
+    training, data = run.training, run.data
+    examples, ranks = 0 if isinstance(data.train, ExampleStream) else len(data.train), training.world_size
+    steps, epoch = planned_steps(training, examples, ranks), steps_per_epoch(training, examples, ranks)
+    done = 0
+    if run.checkpoint is not None:
+        done = TrainerState.load_from_json(str(run.checkpoint / TRAINER_STATE_FILE)).global_step
+    length = mean_length(data.train)
+    step_tokens = training.per_device_train_batch_size * training.gradient_accumulation_steps * length
+    held_out = mean_length(data.evaluation) * len(data.evaluation) if data.evaluation is not None else 0.0
+    evaluated = {n for n in _moments(training.eval_strategy, training.eval_steps, steps, epoch) if n > done}
+    saved = {n for n in _moments(training.save_strategy, training.save_steps, steps, epoch) if done < n < steps}
+    terms, probes = len(run.trainer.terms.weights(0.0)), run.trainer.probe.fixed is not None
+    calibrates = training.calibrates and run.checkpoint is None
+    answer = longest_answer(data.evaluation) if data.evaluation is not None else 0
+    per_round = training.per_device_eval_batch_size * ranks
+    return Plan(
+        steps=max(steps - done, 0),
+        step_tokens=step_tokens,
+        held_out=held_out / ranks,
+        evaluations=len(evaluated),
+        saves=len(saved - evaluated),
+        calibration=min(training.calibration_tokens, examples * length or math.inf) / ranks if calibrates else 0.0,
+        cached=_missing(run, steps * step_tokens * ranks) / ranks if run.cache is not None else None,
+        probe=min(PROBE_TOKENS, held_out) if probes else 0.0,
+        gradient=terms * min(GRADIENT_EXAMPLES * length, PROBE_TOKENS, held_out) if probes else 0.0,
+        gradients_at_the_start_alone=run.trainer.probe.sparing,
+        control=training.run_control,
+        checkpointing=bool(
+            getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None)
+        ),
+        batches=math.ceil(len(data.evaluation) / per_round) if data.evaluation is not None and generates(run) else 0,
+        answer=answer,
+        longest=training.generation_max_new_tokens or 2 * answer,
+    )
+
+
+def _missing(run: Run, of_a_stream: float) -> float:
+    """Tokens that the teacher cache of a run lacks; of a stream all that the training reads."""
+    cache = run.cache
+    if cache is None:
+        return 0.0
+    examples = examples_at_hand(run.data, run.trainer)
+    there = float(sum(len(examples[i]) for i in cache.missing(examples)))
+    return there + (of_a_stream if isinstance(run.data.train, ExampleStream) else 0.0)
+
+
+def tell_time(run: Run) -> None:
+    """Say how long the stages that are still to come will take."""
+    if is_fsdp_asked():  # nothing is sharded yet, and one device may not hold a whole model's gradients
+        run.console.print("No time estimate: the weights are sharded only when the training begins.")
+        return
+    try:
+        with working("Timing a few passes"):
+            rates = Stopwatch(run).rates()
+    except torch.OutOfMemoryError:
+        release_memory()
+        run.console.print("No time estimate: memory ran out in a pass that was to be timed.")
+        return
+    plan = plan_of(run)
+    run.console.print(f"{describe(plan, estimate(plan, rates))}.")

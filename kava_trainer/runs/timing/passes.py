@@ -1,0 +1,205 @@
+"""What the passes of a run take, timed on real examples with its own models on its device."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from accelerate.utils import send_to_device
+from transformers import GenerationConfig, PreTrainedModel
+
+from ...data.collators import JoiningCollator
+from ...data.packing import pack_step
+from ...data.streaming import ExampleStream
+from ...distillation.loss_terms import LossTerms
+from ...distillation.model import DistillationModel
+from ...evaluation.answers import answer_loss_sum, have_prompts, own_defaults_off
+from ...evaluation.diagnostics import effective_rank
+from ...evaluation.probe import PROBE_TOKENS
+from ...models.hidden_states import run_decoder
+from ...models.layers import evaluating, hidden_size
+from ..setup import Run
+
+LONGEST_PASS = 1.5
+"""About so many seconds a timed pass may take; where a micro-batch takes more, fewer examples are read."""
+
+QUICK, REPEATS = 0.3, 3
+"""A pass that takes less seconds than the first is timed so often, and its shortest time counts."""
+
+NEW_TOKENS = 8
+"""Tokens that are generated to time one."""
+
+PASSES_OF_OPTIMIZER = 8
+"""An optimizer step reads and writes the trained weights, their gradients and two states, and norm and clipping read
+the gradients: about as many times what a copy of the weights takes, which is timed."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that the passes of a run take on one of its devices. Those without another unit are for one token."""
+
+    step: float
+    """Teacher and student, forward and backward, with all terms."""
+    teacher: float
+    """The teacher's part of it, which a cache saves."""
+    terms: float
+    """Both models and all terms, forward alone."""
+    teacher_read: float
+    """The teacher's reading of held-out examples."""
+    student_read: float
+    """The student's."""
+    plain_step: float
+    """The student forward and backward with the next-token loss alone, as in a control."""
+    optimizer: float
+    """One step of the optimizer, in seconds."""
+    ranks: float = 0.0
+    """The effective ranks of one probe, in seconds."""
+    teacher_token: float = 0.0
+    """One more token in all answers of a batch, in seconds."""
+    student_token: float = 0.0
+    """Likewise."""
+
+
+def generates(run: Run) -> bool:
+    """Whether teacher and student will answer held-out problems."""
+    held_out = run.data.evaluation
+    return bool(held_out and run.training.evaluate_generation and have_prompts(run.tokenizer, held_out))
+
+
+def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """What some work takes on a device; quick work is done more often."""
+    best = math.inf
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+        if best > QUICK:
+            break
+    return best
+
+
+@contextmanager
+def _untouched(model: DistillationModel) -> Iterator[None]:
+    """Within the `with` block the model trains, and afterwards gradients, modes and random numbers are as before."""
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    modes = [(module, module.training) for module in model.modules()]
+    device = model.student.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            model.train()
+            yield
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode
+
+
+class Stopwatch:
+    """Times the passes of a run.
+
+    Args:
+        run: with its models, data and trainer.
+    """
+
+    def __init__(self, run: Run) -> None:
+        trainer = run.trainer
+        self._run, self._trainer = run, trainer
+        self._device, self._model, self._terms = run.training.device, trainer.model, trainer.terms
+        first = run.data.train
+        rows = first.one_pass() if isinstance(first, ExampleStream) else first
+        self._examples = list(islice(rows, run.training.per_device_train_batch_size))
+
+    def rates(self) -> Rates:
+        """What the passes take."""
+        training = self._run.training
+        if not getattr(self._model.student, "is_quantized", False):
+            self._model.to(training.device)
+        with _untouched(self._model):
+            return self._rates()
+
+    def _rates(self) -> Rates:
+        weights, control = self._terms.weights(0.0), self._run.training.run_control
+        one = self._row(1)
+        self._pass(one, weights)  # the first pass of all takes longer
+        taken = _seconds(self._device, lambda: self._pass(one, weights))
+        count = max(1, min(len(self._examples), int(LONGEST_PASS / max(taken, 1e-6))))
+        row = self._row(count)
+        tokens = int(row["attention_mask"].sum())
+        batch = self._padded(count)
+
+        def each(work: Callable[[], Any]) -> float:
+            return _seconds(self._device, work) / tokens
+
+        step = taken / tokens if count == 1 else each(lambda: self._pass(row, weights))
+        teacher, student = self._run.models.teacher, self._run.models.student
+        with torch.no_grad():
+            states = each(lambda: self._terms.teacher_states(row)) if self._terms.teacher is not None else 0.0
+            terms = each(lambda: self._forward(row, weights))
+            reads = [each(lambda model=model: _read(model, batch)) for model in (teacher, student)]
+        plain = each(lambda: self._pass(row, {"lm": 1.0})) if control else 0.0
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        copy = _seconds(self._device, lambda: [parameter.detach().clone() for parameter in trained])
+        written = [self._token(model) for model in (teacher, student)]
+        return Rates(step, states, terms, *reads, plain, PASSES_OF_OPTIMIZER * copy, self._ranks(), *written)
+
+    def _ranks(self) -> float:
+        """Seconds that the effective ranks of one probe take: of student, target and teacher for each pair."""
+        if self._trainer.probe.fixed is None:
+            return 0.0
+        widths = [hidden_size(model) for model in (self._run.models.student, self._run.models.teacher)]
+        waves = [torch.arange(PROBE_TOKENS * width, device=self._device).sin().view(-1, width) for width in widths]
+        taken = [_seconds(self._device, lambda wave=wave: effective_rank(wave)) for wave in waves]
+        return len(self._trainer.target.pairs) * (taken[0] + 2 * taken[1])
+
+    def _row(self, count: int) -> dict[str, Any]:
+        """The first examples as the training reads them."""
+        examples, budget = self._examples[:count], self._run.training.max_tokens_per_batch
+        if not self._trainer.batches.packs or not budget:
+            return self._padded(count)
+        return cast(dict[str, Any], send_to_device(pack_step([JoiningCollator()(examples)], budget)[0], self._device))
+
+    def _padded(self, count: int) -> dict[str, Any]:
+        return cast(dict[str, Any], send_to_device(self._run.data.collator(self._examples[:count]), self._device))
+
+    def _forward(self, row: dict[str, Any], weights: dict[str, float]) -> torch.Tensor:
+        terms: LossTerms = self._terms
+        states = terms.teacher_states(row) if weights.keys() - {"lm", "smoothing"} else None
+        with terms.autocast():
+            outputs = terms.student_outputs(self._model, row, states, weights)
+        return terms.loss(outputs, row, weights)
+
+    def _pass(self, row: dict[str, Any], weights: dict[str, float]) -> None:
+        self._model.zero_grad()
+        self._forward(row, weights).backward()
+
+    def _token(self, model: PreTrainedModel) -> float:
+        """Seconds that one more token takes in all answers of a batch; 0 where none are written."""
+        run = self._run
+        if not generates(run):
+            return 0.0
+        ids = self._padded(len(self._examples))["input_ids"]
+        rows = -(-run.training.per_device_eval_batch_size // len(ids))
+        prompts = ids.repeat(rows, 1)[: run.training.per_device_eval_batch_size]
+
+        def write(tokens: int) -> None:
+            greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+            with evaluating(model), torch.no_grad(), own_defaults_off(model):
+                cast(Any, model).generate(
+                    input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy
+                )
+
+        first = _seconds(self._device, lambda: write(1))
+        return max(_seconds(self._device, lambda: write(1 + NEW_TOKENS)) - first, 0.0) / NEW_TOKENS
+
+
+def _read(model: PreTrainedModel, batch: dict[str, Any]) -> None:
+    with evaluating(model):
+        states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
+        answer_loss_sum(model, states, batch)

@@ -1,0 +1,90 @@
+"""Timing the passes of a run leaves it what it was."""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.trainers import loss_lines, make_trainer
+
+from kava_trainer.runs.timing import passes
+from kava_trainer.runs.timing.passes import Stopwatch
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    """A run, as far as its passes are timed."""
+
+    def run(**changes):
+        trainer = make_trainer(tmp_path, tokenizer, **{"projector_dropout": 0.3, **changes})
+        train, held_out = trainer.train_dataset, trainer.eval_dataset
+        rows = [{"prompt_length": 2, **row} for row in held_out]
+        evaluation = type(held_out).from_list(rows)
+        data = SimpleNamespace(train=train, evaluation=evaluation, collator=trainer.data_collator)
+        models = SimpleNamespace(teacher=trainer.teacher.model, student=trainer.student)
+        return SimpleNamespace(training=trainer.args, data=data, trainer=trainer, models=models, tokenizer=tokenizer)
+
+    return run
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"max_tokens_per_batch": 0},
+    {"kd_weight": 0.5},
+    {"run_control": True},
+    {"projector_direction": "student_to_teacher"},
+])  # fmt: skip
+def test_every_pass_takes_time(make, changes):
+    run = make(**changes)
+    rates = Stopwatch(run).rates()
+    taken = asdict(rates)
+    asked = {"plain_step"} if changes.get("run_control") else set()
+    nothing = {"plain_step", "teacher_token", "student_token"} - asked
+    assert all((taken[name] == 0) == (name in nothing) for name in taken)
+    assert rates.step < 1  # of one token
+
+
+def test_answers_are_timed_where_some_are_written(make):
+    rates = Stopwatch(make(evaluate_generation=True)).rates()
+    assert rates.teacher_token >= 0
+    assert rates.student_token >= 0
+    assert rates.teacher_token + rates.student_token > 0
+
+
+def test_a_training_is_the_same_with_and_without_them(make):
+    plain, timed = make(), make()
+    frozen = [parameter.clone() for parameter in timed.models.teacher.parameters()]
+    before = torch.get_rng_state()
+    Stopwatch(timed).rates()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in timed.trainer.model.parameters())
+    for run in (plain, timed):
+        torch.manual_seed(5)
+        run.trainer.train()
+    assert loss_lines(plain.trainer) == loss_lines(timed.trainer)
+    states = (run.trainer.model.state_dict() for run in (plain, timed))
+    assert all(torch.equal(one, other) for one, other in zip(*(state.values() for state in states), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(frozen, timed.models.teacher.parameters(), strict=True))
+
+
+def test_gradients_and_modes_stay(make):
+    run = make()
+    model = run.trainer.model.eval()
+    first = next(model.student.parameters())
+    first.grad = torch.full_like(first, 2.0)
+    Stopwatch(run).rates()
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(first.grad, torch.full_like(first, 2.0))
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.01, 3), (0.5, 1)])
+def test_quick_work_is_timed_more_often_and_its_shortest_time_counts(monkeypatch, seconds, count):
+    now, done = [0.0], []
+
+    def work():
+        done.append(None)
+        now[0] += seconds * (1 + (len(done) == 1) * 0.1)
+
+    monkeypatch.setattr(passes.time, "perf_counter", lambda: now[0])
+    assert passes._seconds(torch.device("cpu"), work) == pytest.approx(seconds if count > 1 else 1.1 * seconds)
+    assert len(done) == count
