@@ -169,6 +169,8 @@ def collapse_remedy(case: Circumstances) -> str:
     """What to change after a collapse, in one sentence."""
     if not case.supervised:
         return "Set lm_weight above 0, so that the student's states have to carry something."
+    if case.cos_sim is not None and not math.isfinite(case.cos_sim):
+        return "Lower learning_rate, and write bf16 in place of fp16, for numbers that stay finite."
     if is_early(case.step) and not case.whole_before:
         return f"{too_early(case.step)}: train longer (max_steps or num_train_epochs)."
     if case.direction == "teacher_to_student" and case.anchor == "reconstruction":

@@ -6,8 +6,16 @@ from datasets import Dataset
 from helpers.data import random_examples
 from helpers.models import tiny_llama
 
+from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.data.collators import DistillationCollator
-from kava_trainer.evaluation.answers import answer_cross_entropy, evaluate_model, generate_answers, have_prompts
+from kava_trainer.data.retention import load_retention
+from kava_trainer.evaluation.answers import (
+    answer_cross_entropy,
+    evaluate_model,
+    evaluate_with_answers,
+    generate_answers,
+    have_prompts,
+)
 from kava_trainer.evaluation.final_answer_match.final_answer_match import FinalAnswerMatch, is_exact_match
 
 
@@ -99,3 +107,24 @@ def test_a_model_is_evaluated_with_and_without_generation(tokenizer):
     assert figures["exact_match"] is None
     assert math.log(figures["perplexity"]) == pytest.approx(answer_cross_entropy(model, data, collator, 2))
     assert evaluate_model(model, tokenizer, data, collator, 2, max_new_tokens=3)["exact_match"] in (0, 1 / 3, 2 / 3, 1)
+
+
+def test_retained_language_is_the_mean_over_all_next_tokens_of_the_text(tokenizer):
+    model, collator = tiny_llama(32, 2), DistillationCollator(tokenizer)
+    texts = ["Ann has 3 pens.", "Bob has cups.", "Two"]
+    retention = load_retention(
+        DataArguments(dataset_name="data"),
+        Dataset.from_list([{"question": t, "answer": "7"} for t in texts]),
+        tokenizer,
+    )
+    losses = []
+    for tokens in (torch.tensor([tokenizer(text)["input_ids"]]) for text in texts):
+        predicted = model(tokens).logits[0, :-1].log_softmax(-1)
+        losses += [-row[token].item() for row, token in zip(predicted, tokens[0, 1:], strict=True)]
+    data = Dataset.from_list(random_examples(3))
+    state = torch.get_rng_state()
+    found = evaluate_with_answers(model, tokenizer, data, collator, 2, retention=retention).figures
+    assert found["retention_cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+    alone = evaluate_model(model, tokenizer, data, collator, 2)
+    assert alone == {**found, "retention_cross_entropy": None}

@@ -1,12 +1,15 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kava_trainer.evaluation.diagnostics import (
+    Circumstances,
     alignment_status,
     centred_cosine,
     collapse_reason,
+    collapse_remedy,
     diagnose,
     effective_rank,
     linear_cka,
@@ -105,3 +108,33 @@ def test_a_healthy_alignment_is_not_called():
     assert figures.margin == pytest.approx(figures.cos_sim - figures.shuffled_cos_sim)
     assert figures.cka > 0.4
     assert set(figures.to_dict()) >= {"centred_cos_sim", "cka", "teacher_effective_rank"}
+
+
+LOOSE = Circumstances(direction="teacher_to_student", anchor="none", supervised=True, step=500)
+FIXED = replace(LOOSE, direction="student_to_teacher", cos_sim=0.607)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        (replace(LOOSE, supervised=False, step=3), "Set lm_weight above 0"),
+        (LOOSE, "Write projector_anchor pca or reconstruction"),
+        (replace(LOOSE, anchor="reconstruction"), "Raise anchor_weight"),
+        (replace(LOOSE, anchor="pca"), "Lower mercator_weight, or align another layer"),
+        (FIXED, "Lower mercator_weight, or align another layer"),
+        (replace(FIXED, cos_sim=0.04), "The student has not learned its targets: train longer"),
+        (replace(FIXED, cos_sim=math.nan), "Lower learning_rate"),
+        (replace(FIXED, step=10), "After 10 steps it is too early to tell"),
+        (replace(LOOSE, step=1), "After 1 step it is too early to tell"),
+        (replace(FIXED, step=10, whole_before=True), "It was whole before the first step, and the training undid it"),
+        (replace(LOOSE, step=10, whole_before=True), "Write projector_anchor pca or reconstruction"),
+    ],
+)
+def test_a_remedy_fits_the_case(case, said):
+    assert collapse_remedy(case).startswith(said)
+
+
+def test_where_nothing_projects_no_projector_is_advised():
+    for case in (replace(FIXED, direction="none", whole_before=whole, cos_sim=own) for whole in (True, False)
+                 for own in (0.02, 0.6)):  # fmt: skip
+        assert "projector" not in collapse_remedy(case)

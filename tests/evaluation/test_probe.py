@@ -4,7 +4,9 @@ from helpers.data import random_examples
 from helpers.trainers import loss_lines, make_trainer
 
 from kava_trainer.data.selection import choose_examples
-from kava_trainer.evaluation.diagnostics import diagnose
+from kava_trainer.evaluation.diagnostics import Diagnostics, diagnose
+from kava_trainer.evaluation.probe import ProbeResult, describe_collapse
+from kava_trainer.reports.findings.alignment import course_of
 
 
 def test_the_first_examples_with_enough_tokens_are_chosen():
@@ -66,3 +68,51 @@ def test_without_alignment_there_is_no_probe(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, mercator_weight=0.0)
     assert trainer.run_probe() is None
     assert "eval_cka" not in trainer.evaluate()
+
+
+def pair(margin):
+    return Diagnostics(0.6, 0.5, 0.6 - margin, margin, 0.3, 10.0, 20.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("margins", "reasons", "said"),
+    [
+        ([0.3, 0.4], [None, None], None),
+        ([0.01], ["Because."], "Because."),
+        ([0.3, 0.01], [None, "Because."], "1 of 2 pairs of layers collapsed, layers 12 -> 14: Because."),
+        ([0.02, 0.01], ["One.", "Two."], "2 of 2 pairs of layers collapsed, the worst are layers 12 -> 14: Two."),
+        ([float("nan"), 0.01], ["One.", "Two."], "2 of 2 pairs of layers collapsed, the worst are layers 3 -> 4: One."),
+    ],
+)
+def test_a_collapse_names_the_worst_of_several_pairs(margins, reasons, said):
+    assert describe_collapse(reasons, list(map(pair, margins)), [(3, 4), (12, 14)][: len(margins)]) == said
+
+
+def test_the_figures_of_each_pair_have_its_layers(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, layer_mapping="uniform:2")
+    trainer.train()
+    metrics, rows = trainer.evaluate(), trainer.pair_figures()
+    assert [(row["student_layer"], row["teacher_layer"]) for row in rows] == trainer.target.pairs
+    for number, row in enumerate(rows):
+        assert row["margin"] == metrics[f"eval_pair{number}_margin"]
+        assert row["collapsed"] is (trainer.probe.last.reasons[number] is not None)
+    state = trainer.probe.state_dict()
+    trainer.probe.forget()
+    assert trainer.pair_figures() == []
+    trainer.probe.load_state_dict(state)
+    assert trainer.pair_figures() == rows
+    older = {name: value for name, value in state.items() if name not in ("probed_pairs", "whole_before")}
+    trainer.probe.load_state_dict(older)
+    assert (trainer.pair_figures(), trainer.collapse) == ([], state["collapse"][2])
+    assert ProbeResult([], [], None).by_pair() == []
+
+
+def test_a_resumed_training_knows_where_its_alignment_started(tmp_path, tokenizer):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    first = make_trainer(tmp_path, tokenizer, **options, max_steps=2)
+    first.train()
+    second = make_trainer(tmp_path, tokenizer, **options, max_steps=2)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    courses = [course_of(trainer.state.log_history) for trainer in (first, second)]
+    assert courses[0] == courses[1]
+    assert (courses[1].start.step, courses[1].last.step) == (0, 2)

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from kava_trainer.reports.findings.alignment import AlignmentCourse, PairFigures, ProbeMark
 from kava_trainer.reports.summary import Summary
 from kava_trainer.reports.verdict import CONTROL_FAILED, TEACHER_AT_CHANCE, few_examples, judge
 from kava_trainer.utils.console import apart, fixed, significant, size_text
@@ -268,3 +269,63 @@ def test_few_examples_are_a_caveat_with_what_to_do():
     assert "run_control" not in " ".join(
         judge(good(evaluation__control_sft=None), None, True, [], taught=False).next_steps
     )
+
+
+PAIRS = [
+    PairFigures(student_layer=1, teacher_layer=2, margin=0.45, cos_sim=0.9, collapsed=False),
+    PairFigures(student_layer=12, teacher_layer=14, margin=-0.002, cos_sim=0.607, collapsed=True),
+]
+
+
+def test_a_collapse_of_one_of_several_pairs_is_no_collapse_of_all():
+    summary = good(final__margin=0.23)
+    summary.final.pairs = PAIRS
+    result = judge(summary, "1 of 2 pairs of layers collapsed, layers 12 -> 14: Because.", True, [])
+    assert (result.success, result.collapsed) == (False, True)
+    assert result.reasons[0] == (
+        "The alignment collapsed in part, so its mean CosSim means little. "
+        "1 of 2 pairs of layers collapsed, layers 12 -> 14: Because."
+    )
+
+
+def test_an_alignment_that_ended_below_its_start_is_a_reason_and_no_failure():
+    summary = good()
+    summary.alignment = AlignmentCourse(ProbeMark(step=0, margin=0.95), None, ProbeMark(step=60, margin=0.9))
+    result = judge(summary, None, True, [])
+    said = "The alignment ended below its start: margin 0.900 on the probe, 0.950 before the first step."
+    assert (result.success, said in result.why()) == (True, True)
+
+
+def test_after_a_few_steps_it_is_too_early_and_that_is_said_once():
+    summary = good(final__cos_sim=0.2, evaluation__control_sft=figures(0.001))
+    summary.arguments |= {"student_init": "random", "mercator_weight": 30.0}
+    summary.global_step = 10
+    for collapse in (None, "Because."):
+        steps = judge(summary, collapse, True, []).next_steps
+        assert [step.startswith("After 10 steps it is too early to tell: train longer") for step in steps] == [True]
+    summary.global_step = 600
+    assert judge(summary, None, True, []).next_steps[1].startswith("Train longer")
+
+
+@pytest.mark.parametrize(
+    ("init", "step", "said"),
+    [
+        ("pretrained", 10, "After 10 steps it is too early to tell whether the teacher helps"),
+        ("teacher_layers", 600, "A student cut out of its teacher gains most from the teacher's predictions"),
+        ("pretrained", 600, "A student that was trained before rarely gains"),
+        ("random", 10, "Train longer"),
+    ],
+)
+def test_a_lost_comparison_is_advised_on_by_start_and_steps(init, step, said):
+    summary = good(evaluation__control_sft=figures(0.001))
+    summary.arguments["student_init"], summary.global_step = init, step
+    assert judge(summary, None, True, []).next_steps[0].startswith(said)
+
+
+def test_an_alignment_that_the_training_undid_is_not_advised_to_be_pulled_harder():
+    summary = good(final__cos_sim=0.3)
+    summary.arguments |= {"projector_direction": "none", "mercator_weight": 3.0}
+    summary.global_step = 100
+    summary.alignment = AlignmentCourse(ProbeMark(step=0, margin=0.3), None, ProbeMark(step=100, margin=0.1))
+    said = "The training undid the start of the alignment: lower learning_rate, or raise warmup_steps."
+    assert judge(summary, None, True, []).next_steps[0] == said
