@@ -27,11 +27,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
-from transformers import logging, set_seed  # noqa: E402
+from transformers import AutoConfig, logging, set_seed  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.effectiveness import RememberedTeacher, read_rows  # noqa: E402
-from benchmarks.real_pair_arms import ARMS, BASE, RATES, SHAPES  # noqa: E402
+from benchmarks.real_pair_arms import ARMS, BASE, HALF_WIDTH, RATES, SHAPES  # noqa: E402
 from benchmarks.tables import fill, markdown  # noqa: E402
 from kava_trainer.config.arguments import KavaArguments  # noqa: E402
 from kava_trainer.config.parser import parse_arguments  # noqa: E402
@@ -52,7 +52,7 @@ HELD_OUT = 100
 
 COLUMNS = (
     "shape", "arm", "learning_rate", "seed", "steps", "layers", "answers_before", "retention_before", "answers",
-    "retention", "cos_sim", "margin", "seconds",
+    "retention", "cos_sim", "seconds",
 )  # fmt: skip
 KEY = COLUMNS[:5]
 """What tells one measurement from another."""
@@ -73,6 +73,10 @@ class Bench:
         self._cuts: dict[str, Cut | None] = {}
         self._folder = tempfile.TemporaryDirectory()
         self._given = {"teacher_model_name_or_path": teacher, "dataset_name": self._split(data)}
+        half = AutoConfig.from_pretrained(teacher)
+        half.hidden_size, half.intermediate_size = half.hidden_size // 2, half.intermediate_size // 2
+        half.head_dim = half.hidden_size // half.num_attention_heads
+        half.save_pretrained(f"{self._folder.name}/{HALF_WIDTH}")
         arguments = self.arguments("24 of 30", "SFT", 3e-4, 0, 1)
         self._tokenizer = load_tokenizers(arguments)
         self._data = load_data(Console(plain=True), arguments, self._tokenizer)
@@ -97,6 +101,8 @@ class Bench:
             **BASE, **self._given, **SHAPES[shape], **ARMS[arm], "learning_rate": rate, "max_steps": steps,
             "warmup_steps": max(1, steps // 10), "seed": seed, "output_dir": f"{self._folder.name}/out",
         }  # fmt: skip
+        if given.get("student_config_name") == HALF_WIDTH:
+            given["student_config_name"] = f"{self._folder.name}/{HALF_WIDTH}"
         return parse_arguments(list(itertools.chain(*((f"--{name}", str(value)) for name, value in given.items()))))
 
     def _remembered(self, seed: int) -> RememberedTeacher:
@@ -144,9 +150,9 @@ class Bench:
         logged = [line for line in trainer.state.log_history if "cos_sim" in line]
         return {
             "shape": shape, "arm": arm, "learning_rate": rate, "seed": seed, "steps": steps,
-            "layers": ", ".join(map(str, cut.kept if cut else [])), "answers_before": before[0], "retention_before": before[1],
-            "answers": after[0], "retention": after[1], "seconds": round(seconds, 1),
-            "cos_sim": logged[-1]["cos_sim"] if logged else None,
+            "layers": ", ".join(map(str, cut.kept if cut else [])), "answers_before": before[0],
+            "retention_before": before[1], "answers": after[0], "retention": after[1],
+            "cos_sim": logged[-1]["cos_sim"] if logged else None, "seconds": round(seconds, 1),
         }  # fmt: skip
 
 

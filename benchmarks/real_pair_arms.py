@@ -10,7 +10,10 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 """Of every run: steps of 4 examples, weights in float32 and products in bfloat16."""
 
-RATES = (3e-4, 1e-4)
+HALF_WIDTH = "half_width"
+"""Stands for a config of half the teacher's width, in all its layers; such a student starts from random weights."""
+
+RATES = (3e-4, 6e-4)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "24 of 30": {
@@ -18,6 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "20 of 30": {"student_layers": "[0, 1, 2, 8, 9, 10, 11, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 27, 28, 29]"},
     "15 of 30": {"student_layers": "[0, 1, 2, 8, 9, 10, 11, 15, 19, 20, 23, 24, 27, 28, 29]"},
+    "half width, random": {"student_config_name": HALF_WIDTH},
 }
 """The layers are those that `student_num_layers` with `student_layers` importance keeps: the search took them once."""
 
@@ -40,6 +44,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "SFT + hidden (relative)": {**_LEAST, **_RELATIVE},
     "SFT + KD on all + hidden (Mercator)": {**_LEAST, **_KD_ALL, **_MERCATOR},
     "SFT + KD on all + hidden (relative)": {**_LEAST, **_KD_ALL, **_RELATIVE},
+    "SFT + KD on all + hidden (relative, weight 10)": {**_LEAST, **_KD_ALL, **_RELATIVE, "relative_mse_weight": 10.0},
+    "SFT + KD on all (weight 3) + hidden (relative, weight 10)": {
+        **_LEAST, **_KD_ALL, **_RELATIVE, "kd_weight": 3.0, "relative_mse_weight": 10.0,
+    },
+    "defaults": {},
     "SFT + projected last layer": {
         **_LEAST, "mercator_weight": 3.0, "layer_mapping": "last", "projector_direction": "student_to_teacher",
         "projector_init": "least_squares",
