@@ -20,7 +20,17 @@ GROUPS = MODEL, DATA, DISTILLATION, PROJECTOR, TRAINING, INHERITED = (
 
 _PREFIXES = {
     PROJECTOR: ("projector_", "calibration_", "anchor_"),
-    DISTILLATION: ("mercator_", "lm_", "kd_", "mse_", "relative_mse_", "alignment_", "layer_", "teacher_cache_", "run_control"),
+    DISTILLATION: (
+        "mercator_",
+        "lm_",
+        "kd_",
+        "mse_",
+        "relative_mse_",
+        "alignment_",
+        "layer_",
+        "teacher_cache_",
+        "run_control",
+    ),
 }
 """What the names in a group begin with; any other argument of the training is in `TRAINING`."""
 
