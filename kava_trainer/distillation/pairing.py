@@ -129,8 +129,8 @@ def pair_up(
     if teacher is None and not args.reads_teacher:
         return None, no_target(student) if target is None else target
     if teacher is None:
-        asked = " and ".join(name for name in TEACHER_WEIGHTS if getattr(args, name) > 0)
-        raise ValueError(f"{asked} is above 0, and that term reads the teacher; give a teacher, or write 0.")
+        names = f"{', '.join(TEACHER_WEIGHTS[:-1])} or {TEACHER_WEIGHTS[-1]}"
+        raise ValueError(f"{names} is above 0; give a teacher, or set all of them to 0.")
     if not isinstance(teacher, PreTrainedModel):
         if target is None:
             raise ValueError("Give the teacher as a model, or say what is aligned: target=build_target(args, ...).")

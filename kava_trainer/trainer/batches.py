@@ -96,7 +96,7 @@ class StepBatches(TrainerCallback):
 
         Returns:
             The micro-batches as Trainer carries them, all rows of the step, and this rank's real tokens, answer tokens,
-            tokens that follow another of their example, positions and examples [5]. With packing each micro-batch has
+            positions, examples, and tokens that follow another of their example [5]. With packing each micro-batch has
             its rows under `rows`.
         """
         found = list(islice(batches, count))
@@ -188,7 +188,7 @@ def _count_packed(batches: list[dict[str, Any]]) -> list[int]:
     """The counts of `gather`, without asking the device."""
     lengths = [length for batch in batches for length in batch["lengths"]]
     answers = sum(sum(batch["answers"]) for batch in batches)
-    return [sum(lengths), answers, sum(lengths) - len(lengths), sum(lengths), len(lengths)]
+    return [sum(lengths), answers, sum(lengths), len(lengths), sum(lengths) - len(lengths)]
 
 
 def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -200,4 +200,4 @@ def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
 
 
 def _sizes(batch: dict[str, Any]) -> tuple[int, int, int]:
-    return len(batch["next_index"]), batch["input_ids"].numel(), len(batch["input_ids"])
+    return batch["input_ids"].numel(), len(batch["input_ids"]), len(batch["next_index"])

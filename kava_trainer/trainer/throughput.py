@@ -93,8 +93,8 @@ class Throughput(TrainerCallback):
         self._line_began = self._line_began or time.monotonic()
 
     def count(self, counts: torch.Tensor) -> None:
-        """Add the counts [5] of an optimizer step, see `StepBatches.gather`, of all ranks."""
-        self._seen = self._seen.to(counts.device) + counts[[0, 3, 4]]
+        """Add the counts of an optimizer step, as `StepBatches.gather` orders them, of all ranks."""
+        self._seen = self._seen.to(counts.device) + counts[[0, 2, 3]]
 
     @property
     def tokens(self) -> int:

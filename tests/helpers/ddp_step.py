@@ -9,7 +9,9 @@ from kava_trainer.quickstart import STUDENT_FOLDER
 from kava_trainer.utils.distributed import whole
 
 
-def main(output: str, batch_size: str, accumulation: str, weighting: str, student: str = "tiny_llama") -> None:
+def main(
+    output: str, batch_size: str, accumulation: str, weighting: str, student: str = "tiny_llama", tokens: str = ""
+) -> None:
     mercator_weight, lm_weight = map(float, weighting.split(","))
     trainer = make_trainer(
         output,
@@ -27,6 +29,7 @@ def main(output: str, batch_size: str, accumulation: str, weighting: str, studen
         lr_scheduler_type="constant",
         mercator_weight=mercator_weight,
         lm_weight=lm_weight,
+        **({"kd_weight": 0.5, "kd_tokens": tokens, "relative_mse_weight": 0.5} if tokens else {}),
     )
     trainer.train()
     metrics = trainer.evaluate()

@@ -9,6 +9,7 @@ from helpers.models import LORA, model_of, tiny_llama, tiny_lora_llama
 from helpers.places import ROOT, shared_path
 from helpers.trainers import make_trainer
 from torch import nn
+from transformers import AutoConfig
 from transformers.training_args import OptimizerNames
 
 from kava_trainer.config.arguments import KavaArguments
@@ -214,6 +215,24 @@ def test_on_a_cpu_the_process_counts_as_it_does_in_the_measured_peak():
 def test_what_does_not_fit_the_models_is_refused_before_they_are_loaded():
     with pytest.raises(BadRequest, match="the student has layers 1 to 3"):
         estimate_memory(parse_arguments([QUICKSTART, "--layer_mapping", "[[9, 1]]"]))
+
+
+def test_without_a_projector_none_is_estimated_or_told(tmp_path):
+    pair = ["--student_model_name_or_path", str(TEACHER_FOLDER), "--projector_direction", "none", "--layer_mapping"]
+    for mapping in ("all", "last"):
+        parts = estimate_memory(parse_arguments([QUICKSTART, *pair, mapping, "--kd_weight", "1", "--kd_tokens", "all"]))
+        assert parts["projector"] == 0
+        assert "projector" not in describe_estimate(parts, torch.device("cuda"))[1]
+    cut = [QUICKSTART, *pair, "inherited", "--student_init", "teacher_layers"]
+    with pytest.raises(BadRequest, match="layer_mapping inherited needs a student that is cut out of its teacher"):
+        parse_arguments([QUICKSTART, *pair, "inherited"])
+    config = AutoConfig.from_pretrained(TEACHER_FOLDER)
+    config.num_hidden_layers, config.layer_types = 2, None
+    config.save_pretrained(tmp_path)
+    cut[cut.index("--student_model_name_or_path") : cut.index("--projector_direction")] = [
+        "--student_model_name_or_path", "null", "--student_config_name", str(tmp_path),
+    ]  # fmt: skip
+    assert estimate_memory(parse_arguments(cut))["projector"] == 0
 
 
 def test_the_recipe_for_8_gb_takes_at_most_6():

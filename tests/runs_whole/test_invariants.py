@@ -30,6 +30,13 @@ def test_one_step_does_not_depend_on_how_the_batch_is_split(tmp_path, whole_batc
     assert_same_step(split, whole_batch)
 
 
+def test_terms_over_different_tokens_do_not_depend_on_how_the_batch_is_split(tmp_path):
+    whole, split = (one_step(tmp_path, *sizes, tokens="all") for sizes in ((8, 1, 1), (1, 4, 2)))
+    assert_same_step(split, whole)
+    for name in ("kd_loss", "relative_mse_loss"):
+        assert split["line"][name] == pytest.approx(whole["line"][name], rel=1e-4), name
+
+
 def test_the_step_really_moves_student_and_projector(whole_batch, tokenizer, tmp_path):
     start = dict(make_trainer(tmp_path, tokenizer).model.named_parameters())
     moved = [name for name, parameter in whole_batch["weights"].items() if (parameter - start[name]).abs().max() > 1e-4]

@@ -22,7 +22,7 @@ class Waits(TorchDispatchMode):
 
 
 def test_a_packed_step_never_waits_for_the_device(tmp_path, tokenizer):
-    terms = {"mse_weight": 0.2, "kd_weight": 0.5, "kd_beta": 0.5, "layer_mapping": "uniform:2"}
+    terms = {"mse_weight": 0.2, "kd_weight": 0.5, "kd_beta": 0.5, "kd_tokens": "all", "layer_mapping": "uniform:2"}
     trainer = make_trainer(tmp_path, tokenizer, projector_anchor="reconstruction", max_steps=3, **terms)
     trainer.train()
     loader = iter(trainer.get_train_dataloader())

@@ -339,6 +339,35 @@ def test_packed_rows_are_learned_from_as_trainers_padded_ones(tmp_path, tokenize
     assert differences(theirs, ours) == set()
 
 
+def answers_alone(rows):
+    """Rows whose labels name the last tokens, where those of `whole` name all."""
+    return [
+        {**row, "labels": [-100] * (len(row["labels"]) // 2) + row["labels"][len(row["labels"]) // 2 :]} for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{**EVERY}, {**EVERY, **BY_EPOCH, "resume": 3}, {**EVERY, "label_smoothing_factor": 0.2}, {**EVERY, **ONE_BATCH}],
+    ids=lambda case: "-".join(f"{key}={value}" for key, value in case.items())[:90],
+)
+@pytest.mark.parametrize("budget", [0, 24])
+def test_all_tokens_are_learned_as_trainer_learns_a_text(tmp_path, tokenizer, case, budget):
+    rows = [[{**row, "labels": list(row["input_ids"])} for row in part] for part in (TRAINED, HELD_OUT)]
+    rows[0][2] = {"input_ids": [5], "labels": [5]}
+
+    def given(parts):
+        return lambda: dict(zip(("train_dataset", "eval_dataset"), map(Dataset.from_list, parts), strict=True))
+
+    asked = {"lm_tokens": "all", "max_tokens_per_batch": budget}
+    theirs = outcome(Trainer, tmp_path / "theirs", tokenizer, {**case, "given": given(rows)})
+    own = {**case, "given": given(map(answers_alone, rows)), "ours": asked}
+    ours = outcome(KavaTrainer, tmp_path / "ours", tokenizer, own)
+    for line in [*theirs.log, *ours.log]:
+        line.pop("total_flos", None)
+    assert differences(theirs, ours) == set()
+
+
 @pytest.mark.parametrize(("case", "reason", "expected"), BY_DESIGN, ids=range(len(BY_DESIGN)))
 def test_what_differs_by_design_is_told_in_the_docs(tmp_path, tokenizer, case, reason, expected):
     assert differences(*both(tmp_path, tokenizer, case)) == expected
