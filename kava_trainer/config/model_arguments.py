@@ -153,9 +153,7 @@ class ModelArguments:
     @property
     def student_name(self) -> str:
         """What the student or, where it has no weights of its own, its config is loaded from; else the teacher."""
-        return cast(
-            str, self.student_model_name_or_path or self.student_config_name or self.teacher_model_name_or_path
-        )
+        return cast(str, self.student_model_name_or_path or self.student_config_name or self.teacher_model_name_or_path)
 
     @property
     def is_cut(self) -> bool:

@@ -12,8 +12,8 @@ from .loading import build_causal_lm, load_causal_lm, load_config, saved_adapter
 from .lora import add_adapter
 from .pruning.cut import Cut, CutRequest, cut_request, planned_cut
 from .pruning.student import cut_config, fill_student
-from .trial import can_run
 from .teacher import quantization_config
+from .trial import can_run
 
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
@@ -193,9 +193,7 @@ def _fill(student: PreTrainedModel, arguments: ModelArguments, teacher: PreTrain
     fill_student(_with_plain_weights(arguments, teacher, student.dtype), student, cut)
 
 
-def _with_plain_weights(
-    arguments: ModelArguments, teacher: PreTrainedModel, wanted: torch.dtype
-) -> PreTrainedModel:
+def _with_plain_weights(arguments: ModelArguments, teacher: PreTrainedModel, wanted: torch.dtype) -> PreTrainedModel:
     """The teacher where its weights are as they were stored, or as they are wanted; else the same, read once more."""
     name, revision = arguments.teacher_name, arguments.teacher_revision
     if not getattr(teacher, "is_quantized", False):

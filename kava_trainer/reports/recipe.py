@@ -85,8 +85,9 @@ def _follows(name: str, value: Any, given: dict[str, Any], environment: dict[str
     if name == "max_tokens_per_batch":
         return value == given["per_device_train_batch_size"] * given["max_length"]
     if name == "student_init":
-        return value == "random" and bool(
-            given["student_config_name"] or given["student_model_name_or_path"] == QUICKSTART
+        return (
+            value == "random"
+            and bool(given["student_config_name"] or given["student_model_name_or_path"] == QUICKSTART)
         ) or (value == "teacher_layers" and _is_cut_by_size(given))
     if name == "dataloader_pin_memory":
         return str(environment.get("device")).startswith("cpu")

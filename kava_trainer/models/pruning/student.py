@@ -1,7 +1,7 @@
 """The student that a `Cut` makes of its teacher: config, weights, and the proof that it is that part of it."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
