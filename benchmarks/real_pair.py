@@ -41,8 +41,9 @@ from kava_trainer.models.packed_attention import enable_packing  # noqa: E402
 from kava_trainer.models.pruning.cut import Cut  # noqa: E402
 from kava_trainer.models.student import load_student  # noqa: E402
 from kava_trainer.models.teacher import OnlineTeacher, load_teacher  # noqa: E402
-from kava_trainer.runs.cutting.choice import find_cut  # noqa: E402
-from kava_trainer.runs.setup import Models, load_data, load_tokenizers, make_trainer  # noqa: E402
+from kava_trainer.runs.pair.choice import find_cut  # noqa: E402
+from kava_trainer.runs.pair.models import Models  # noqa: E402
+from kava_trainer.runs.setup import load_data, load_tokenizers, make_trainer  # noqa: E402
 from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
 from kava_trainer.utils.console import Console  # noqa: E402
 
@@ -133,7 +134,11 @@ class Bench:
         """The trainer of one run."""
         set_seed(arguments.training.seed)
         student = load_student(arguments.model, self._teacher, cut=cut)
-        trainer = make_trainer(arguments.training, Models(self._teacher, student, self._tokenizer, cut), self._data)
+        trainer = make_trainer(
+            arguments.training,
+            Models(self._teacher, student, self._tokenizer, cut and cut.inherited_layers, cut),
+            self._data,
+        )
         if trainer.teacher is not None:
             trainer.terms.teacher = self._remembered(arguments.training.seed)
         return trainer

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .evaluation.final_answer_match import metric_path as metric_path
     from .models.hidden_states import HiddenStateCapture as HiddenStateCapture
     from .models.teacher import OnlineTeacher as OnlineTeacher
-    from .runs.cutting.library import cut_student as cut_student
     from .runs.finish import write_report as write_report
+    from .runs.pair.library import cut_student as cut_student
     from .trainer.trainer import KavaTrainer as KavaTrainer
 
 _HOMES = {
@@ -43,7 +43,7 @@ _HOMES = {
     "distillation.projector_files": ["export_projectors", "load_projectors"],
     "distillation.targets": ["HiddenStateTarget", "build_target"],
     "models.teacher": ["OnlineTeacher"],
-    "runs.cutting.library": ["cut_student"],
+    "runs.pair.library": ["cut_student"],
     "runs.finish": ["write_report"],
     "trainer.trainer": ["KavaTrainer"],
 }

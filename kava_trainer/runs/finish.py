@@ -25,7 +25,8 @@ from ..utils.errors import BadRequest, reason_of
 from ..utils.hub import Place
 from ..utils.progress_bar import working
 from .display import show_verdict
-from .setup import Run, own_parameters
+from .pair.models import own_parameters
+from .setup import Run
 
 
 def save_student(run: Run) -> None:

@@ -30,7 +30,8 @@ from .control import build_control, forget_control, train_control
 from .display import quieten, shows_bars, tell_alignment, tell_busy_cores, use_all_cores
 from .fill_cache import read_from_cache, write_cache
 from .finish import conclude, save_student, tell_interruption, was_interrupted, write_summary
-from .setup import Models, Run
+from .pair.models import Models
+from .setup import Run
 from .start import begin, connect, load_examples, load_pair, try_teacher
 from .time_estimate import tell_time
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import datasets
 import torch
 from huggingface_hub.errors import HTTPError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.data_arguments import DataArguments
@@ -24,12 +24,7 @@ from ..data.streaming import ExampleStream, open_stream
 from ..distillation.pairing import pair_up
 from ..distillation.teacher_cache import TeacherCache
 from ..evaluation.answers import answer_cross_entropy
-from ..models.layers import hidden_size, number_of_layers
-from ..models.loading import check_reads, check_tokenizers_agree, load_tokenizer
-from ..models.lora import trained_parameters
-from ..models.pruning.cut import Cut
-from ..models.student import load_student
-from ..models.teacher import load_teacher
+from ..models.loading import check_tokenizers_agree, load_tokenizer
 from ..reports.summary import RunSummary
 from ..reports.verdict import TEACHER_AT_CHANCE, few_examples
 from ..trainer.callbacks.trackers import tracker_problem
@@ -50,13 +45,10 @@ from .advice import (
     planned_steps,
     precision_problems,
 )
-from .cutting.choice import find_cut
 from .display import tell_encoding, tell_retention
+from .pair.models import Models
 from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .tracking import RunTracking
-
-_BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
-"""Parts of the names of parameters that peft adds to a model's own."""
 
 
 @dataclass
@@ -70,22 +62,6 @@ class Data:
     """See `formats.prompt_kind`."""
     retention: datasets.Dataset | None = None
     """See `retention.load_retention`."""
-
-
-@dataclass
-class Models:
-    """The pair and their one tokenizer."""
-
-    teacher: PreTrainedModel
-    student: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    cut: Cut | None = None
-    """What the student was made of, where it was cut out of the teacher."""
-
-    @property
-    def inherited_layers(self) -> list[int] | None:
-        """See `Cut.inherited_layers`; None for a student that was not cut out of the teacher."""
-        return self.cut and self.cut.inherited_layers
 
 
 @dataclass
@@ -201,12 +177,6 @@ def load_held_out(
     return held_out.dataset, retention
 
 
-def own_parameters(student: PreTrainedModel) -> int:
-    """How many parameters a student has without its adapters, which are merged into it or left out in the end."""
-    beside = (parameter for name, parameter in student.named_parameters() if _BESIDE & set(name.split(".")))
-    return student.num_parameters() - sum(parameter.numel() for parameter in beside)
-
-
 def _encode(asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset) -> Encoded:
     told, name = f"Tokenizing the {which} data", cast(str, asked.dataset_name)
     with working(f"Preparing the {which} data"):  # the bar of `datasets` shows nothing of the checks around it
@@ -247,44 +217,6 @@ def tell_memory(console: Console, arguments: KavaArguments) -> int | None:
         console.warn(str(problem))
     check_space(parts, arguments.training)
     return total
-
-
-def load_models(
-    console: Console,
-    arguments: KavaArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    train: datasets.Dataset | ExampleStream | None = None,
-    earlier: Cut | None = None,
-) -> Models:
-    """Teacher and student.
-
-    Args:
-        console: prints.
-        arguments: which models.
-        tokenizer: of both.
-        train: the training examples, which a student is cut out of its teacher by; only read for such a one.
-        earlier: the cut that was chosen already, see `find_cut`.
-
-    Raises:
-        BadRequest: where one cannot be had, or does not fit tokenizer or lengths.
-    """
-    with working("Loading the teacher"):
-        teacher = load_teacher(arguments.model, arguments.training.device)
-    cut = find_cut(console, arguments, teacher, train, DistillationCollator(tokenizer), earlier)
-    set_seed(arguments.training.seed)
-    with working("Loading the student"):
-        student = load_student(arguments.model, teacher, arguments.training.device, cut)
-    for role, model in (("teacher", teacher), ("student", student)):
-        check_reads(model, role, tokenizer, arguments.data.max_length)
-        width, depth = hidden_size(model), number_of_layers(model)
-        console.print(
-            f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "
-            f"{str(model.dtype).removeprefix('torch.')}"
-        )
-    if arguments.model.use_peft:
-        trained = trained_parameters(student)
-        console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
-    return Models(teacher, student, tokenizer, cut)
 
 
 def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) -> KavaTrainer:

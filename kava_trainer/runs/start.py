@@ -32,19 +32,18 @@ from .advice import (
     smaller_models,
 )
 from .control import check_place_of_control
-from .cutting.choice import CUT, earlier_cut
 from .display import show_configuration, show_environment
 from .fill_cache import open_cache
 from .identity import check_output_dir, check_resumable, data_digest, earlier_run, name_run, run_identity
+from .pair.choice import CUT, earlier_cut
+from .pair.models import load_models, own_parameters
 from .setup import (
     Run,
     build_trainer,
     chance_of,
     check_teacher,
     load_data,
-    load_models,
     load_tokenizers,
-    own_parameters,
     tell_memory,
 )
 from .tracking import RunTracking

@@ -157,10 +157,6 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path is missing"),
         ({"student_model_name_or_path": None}, "The student is missing"),
         ({"student_config_name": "x"}, "exclude each other"),
-        (
-            {"student_init": "teacher_layers", "teacher_quantization": "8bit"},
-            "needs the teacher's own weights; write teacher_quantization none",
-        ),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"mercator_weight": 0, "lm_weight": 0}, "nothing would be trained"),
         ({"mercator_weight": -1}, "cannot be negative"),

@@ -122,7 +122,7 @@ BAD_REQUESTS = {
     "too many pairs": (lambda f: {"layer_mapping": "uniform:4"}, "asks for 4 pairs"),
     "teacher layers": (
         lambda f: {**student(config_of(f, hidden_size=64)), "student_init": "teacher_layers"},
-        "All widths must agree|missing in the teacher",
+        "A student cannot be cut out of the teacher",
     ),
     "checkpoint": (lambda f: {"resume_from_checkpoint": f / "gone"}, "is not a folder"),
     "foreign checkpoint": (

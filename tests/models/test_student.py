@@ -1,15 +1,14 @@
 import pytest
 import torch
-from helpers.models import tiny_llama, tiny_qwen
+from helpers.models import tiny_llama
 from torch.utils._pytree import tree_leaves
 
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.distillation.model import DistillationModel, StudentOutput
 from kava_trainer.distillation.projector import ProjectorConfig
 from kava_trainer.distillation.targets import AlignedStates, HiddenStateTarget
-from kava_trainer.models.student import copy_teacher_layers, load_student
+from kava_trainer.models.student import load_student
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
-from kava_trainer.utils.errors import BadRequest
 
 
 def load(**changes):
@@ -48,31 +47,6 @@ def test_the_data_type_is_the_one_asked_for(name, dtype):
 def test_float16_weights_are_trained_in_float32(tmp_path):
     tiny_llama(32, 2).half().save_pretrained(tmp_path)
     assert load(student_model_name_or_path=str(tmp_path)).dtype == torch.float32
-
-
-def test_teacher_layers_are_evenly_spaced_with_first_and_last():
-    teacher, student = tiny_llama(32, 7, seed=1), tiny_llama(32, 3, seed=2)
-    copy_teacher_layers(teacher, student)
-    for index, source in enumerate((0, 3, 6)):
-        for ours, theirs in zip(
-            student.model.layers[index].parameters(), teacher.model.layers[source].parameters(), strict=True
-        ):
-            assert torch.equal(ours, theirs)
-    assert torch.equal(student.model.norm.weight, teacher.model.norm.weight)
-    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
-
-
-@pytest.mark.parametrize(
-    ("student", "message"),
-    [
-        (tiny_llama(32, 5), "has 5 layers and the teacher only 3"),
-        (tiny_llama(16, 2), "All widths must agree"),
-        (tiny_qwen(32, 2), "missing in the teacher"),
-    ],
-)
-def test_teacher_layers_that_do_not_fit_are_refused(student, message):
-    with pytest.raises(BadRequest, match=message):
-        copy_teacher_layers(tiny_llama(32, 3), student)
 
 
 def test_the_distillation_model_behaves_as_the_student():

@@ -19,7 +19,7 @@ from kava_trainer.reports.model_card import as_code, hub_id, is_untouched, local
 from kava_trainer.reports.publish import check_card
 from kava_trainer.reports.recipe import recipe_of, recipe_text
 from kava_trainer.reports.summary import Evaluations, RunSummary, Summary, Throughput, Verdict
-from kava_trainer.runs.setup import own_parameters
+from kava_trainer.runs.pair.models import own_parameters
 from kava_trainer.utils.environment import describe_environment
 
 TEACHER, STUDENT, DATA = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B", "openai/gsm8k"

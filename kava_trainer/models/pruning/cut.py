@@ -70,7 +70,7 @@ class Cut:
         return not self.removed and self.neurons is None and self.head_groups is None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types. Neurons and groups of heads are one hexadecimal number for each block, a bit for each."""
+        """As plain JSON types; the neurons, or groups of heads, of a block are the bits of one hexadecimal number."""
         found = asdict(self)
         for name in ("neurons", "head_groups"):
             found[name] = found[name] and [hex(sum(1 << entry for entry in kept)) for kept in found[name]]

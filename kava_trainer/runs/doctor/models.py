@@ -46,7 +46,8 @@ from ...utils.errors import BadRequest, reason_of
 from ...utils.files import existing_folder
 from ...utils.hub import hub_reason
 from ..advice import long_warmup, loose_projector, planned_steps, precision_problems
-from ..setup import Data, Models, load_tokenizers, make_trainer, measure_teacher
+from ..pair.models import Models
+from ..setup import Data, load_tokenizers, make_trainer, measure_teacher
 from .data import Examples
 from .findings import Checkup
 from .machine import expected_processes

@@ -55,7 +55,9 @@ def find_cut(
     collator: DistillationCollator,
     earlier: Cut | None = None,
 ) -> Cut | None:
-    """What the student keeps of its teacher, the same on every rank, with its table; None where it is not cut out of it.
+    """What the student keeps of its teacher, the same on every rank; None where it is not cut out of it.
+
+    It is told, with the table of layers.
 
     Args:
         console: prints.

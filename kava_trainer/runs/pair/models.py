@@ -1,0 +1,79 @@
+"""Teacher and student of a run, and their one tokenizer."""
+
+from dataclasses import dataclass
+
+import datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ...config.arguments import KavaArguments
+from ...data.collators import DistillationCollator
+from ...data.streaming import ExampleStream
+from ...models.layers import hidden_size, number_of_layers
+from ...models.loading import check_reads
+from ...models.lora import trained_parameters
+from ...models.pruning.cut import Cut
+from ...models.student import load_student
+from ...models.teacher import load_teacher
+from ...utils.console import Console
+from ...utils.progress_bar import working
+from .choice import find_cut
+
+_BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
+"""Parts of the names of parameters that peft adds to a model's own."""
+
+
+@dataclass
+class Models:
+    """The pair and their one tokenizer."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    inherited_layers: list[int] | None = None
+    """The teacher layer that each student layer was cut from, where it was."""
+    cut: Cut | None = None
+    """What the student was made of, where it was cut out of the teacher."""
+
+
+def own_parameters(student: PreTrainedModel) -> int:
+    """How many parameters a student has without its adapters, which are merged into it or left out in the end."""
+    beside = (parameter for name, parameter in student.named_parameters() if _BESIDE & set(name.split(".")))
+    return student.num_parameters() - sum(parameter.numel() for parameter in beside)
+
+
+def load_models(
+    console: Console,
+    arguments: KavaArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    train: datasets.Dataset | ExampleStream | None = None,
+    earlier: Cut | None = None,
+) -> Models:
+    """Teacher and student.
+
+    Args:
+        console: prints.
+        arguments: which models.
+        tokenizer: of both.
+        train: the training examples, which a student is cut out of its teacher by; only read for such a one.
+        earlier: the cut that was chosen already, see `find_cut`.
+
+    Raises:
+        BadRequest: where one cannot be had, or does not fit tokenizer or lengths.
+    """
+    with working("Loading the teacher"):
+        teacher = load_teacher(arguments.model, arguments.training.device)
+    cut = find_cut(console, arguments, teacher, train, DistillationCollator(tokenizer), earlier)
+    set_seed(arguments.training.seed)
+    with working("Loading the student"):
+        student = load_student(arguments.model, teacher, arguments.training.device, cut)
+    for role, model in (("teacher", teacher), ("student", student)):
+        check_reads(model, role, tokenizer, arguments.data.max_length)
+        width, depth = hidden_size(model), number_of_layers(model)
+        console.print(
+            f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{str(model.dtype).removeprefix('torch.')}"
+        )
+    if arguments.model.use_peft:
+        trained = trained_parameters(student)
+        console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
+    return Models(teacher, student, tokenizer, cut and cut.inherited_layers, cut)
