@@ -467,3 +467,21 @@ def test_each_training_line_tells_the_tokens_since_the_last_one(tmp_path, tokeni
     peaks = [line["peak_memory_bytes"] for line in lines]
     assert peaks == sorted(peaks)
     assert peaks[0] > torch.ones(1).nbytes
+
+
+def test_pairs_of_layers_and_the_course_of_the_alignment_are_on_the_page(tmp_path):
+    summary = make_summary()
+    pairs = [
+        {"student_layer": 1, "teacher_layer": 2, "margin": 0.46, "cos_sim": 0.9, "collapsed": False},
+        {"student_layer": 12, "teacher_layer": 14, "margin": -0.002, "cos_sim": 0.607, "collapsed": True},
+    ]
+    summary.add_final({"eval_margin": 0.229, "eval_cos_sim": 0.7535}, pairs)
+    summary.write(tmp_path, "completed")
+    text = report_page(read_run(tmp_path))
+    page = check_page(text, json.loads((tmp_path / "run_summary.json").read_text()))
+    for shown in ("1 -&gt; 2", "12 -&gt; 14", "-0.0020", "Before the first step", "At its best"):
+        assert shown in text
+    assert any("the lowest is -0.0020, of layers 12 -> 14, and 1 of them collapsed." in own for own in page.texts["dd"])
+    assert Summary.from_dict(json.loads(summary.to_json())).final.pairs == summary.content.final.pairs
+    assert Summary.from_dict(json.loads(summary.to_json())).alignment == summary.content.alignment
+    assert (summary.content.alignment.start.step, summary.content.alignment.best.step) == (0, 30)

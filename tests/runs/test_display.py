@@ -19,9 +19,18 @@ from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.launcher import resume_command
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.distillation.token_means import TokenMeans
+from kava_trainer.reports.findings.alignment import PairFigures
 from kava_trainer.reports.summary import ModelFigures, RunSummary, Verdict
 from kava_trainer.runs.advice import slow_half_precision
-from kava_trainer.runs.display import show_figures, show_verdict, tell_busy_cores, use_all_cores
+from kava_trainer.runs.display import (
+    MOST_PAIRS,
+    show_figures,
+    show_pairs,
+    show_verdict,
+    tell_alignment,
+    tell_busy_cores,
+    use_all_cores,
+)
 from kava_trainer.trainer.callbacks.status import StatusCallback
 from kava_trainer.utils.before_imports import let_threads_sleep
 from kava_trainer.utils.console import Console, can_show_emoji, status_text
@@ -305,3 +314,32 @@ def test_the_verdict_ends_with_what_to_try_next(capsys):
     summary.content.verdict = Verdict(False, False, ["Because."], next_steps=["Do this.", "Do that."])
     show_verdict(Console(plain=True), summary)
     assert capsys.readouterr().out.endswith("No success.\n- Because.\nWhat to try next:\n- Do this.\n- Do that.\n")
+
+
+def test_each_of_several_pairs_of_layers_has_a_line_and_of_many_the_worst(capsys):
+    def pairs(count):
+        return [
+            PairFigures(student_layer=n, teacher_layer=2 * n, margin=n / 100, cos_sim=0.5, collapsed=n < 5)
+            for n in range(1, count + 1)
+        ]
+
+    show_pairs(Console(plain=True), pairs(1))
+    assert capsys.readouterr().out == ""
+    show_pairs(Console(plain=True), pairs(2))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[2].split() == ["2", "->", "4", "0.5000", "0.0200", "-", "-,", "-,", "-", "Collapsed"]
+    show_pairs(Console(plain=True), pairs(30))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == [str(n) for n in range(1, MOST_PAIRS + 1)]
+    assert lines[-1] == "The margins of the other 18 are higher; the report has them all."
+
+
+def test_a_mean_margin_that_hides_a_pair_is_told_with_it(capsys):
+    metrics = {f"eval_{name}": 0.5 for name in ("cos_sim", "centred_cos_sim", "margin", "cka")}
+    pairs = [PairFigures(student_layer=n, teacher_layer=n, margin=n / 10, collapsed=not n) for n in (0, 1)]
+    tell_alignment(Console(plain=True), metrics, "Because.", pairs)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1] == (
+        "Margin: it is the mean of 2 pairs of layers; the lowest is 0.0000, of layers 0 -> 0, and 1 of them collapsed."
+    )
