@@ -45,9 +45,10 @@ class Progress(tqdm):
 
     _pulse: "_Pulse | None" = None
 
-    def begin(self, pulse: "_Pulse", description: str, told: bool) -> None:
+    def begin(self, pulse: "_Pulse", description: str, unit: str, told: bool) -> None:
         """Have a pulse look after it; `told` where a line has said already that it begins."""
-        self._description, self._began = description, time.monotonic()
+        self._description, self._began = description, time.monotonic()  # tqdm keeps nothing of a bar that is hidden
+        self._units = f"{unit}es" if unit.endswith(("s", "ch")) else f"{unit}s"
         self._line_at = self._began if told else None
         self._pulse = pulse
         pulse.add(self)
@@ -71,6 +72,7 @@ class Progress(tqdm):
         """Take it off the screen, and out of the beat."""
         if self._pulse is not None:
             self._pulse.forget(self)
+            self._pulse = None
         super().close()
 
     def beat(self, now: float) -> None:
@@ -79,7 +81,7 @@ class Progress(tqdm):
             with self.get_lock():
                 if not self.disable:  # else it was closed a moment ago, and would stay on the screen
                     self.refresh(nolock=True)
-        elif (line := self._line(now)) is not None:
+        elif self._pulse is not None and (line := self._line(now)) is not None:
             self._line_at = now
             Console().print(line)
 
@@ -91,9 +93,9 @@ class Progress(tqdm):
         if now - self._line_at < max(LINE_EVERY, LINE_SHARE * taken):
             return None
         if self.total is None:
-            count = f"{self.n} {self.unit}s, " if self.n else ""
+            count = f"{self.n} {self._units}, " if self.n else ""
         else:
-            count = f"{self.n} of {self.total} {self.unit}s, "
+            count = f"{self.n} of {self.total} {self._units}, "
         return f"{self._description}: {count}{tqdm.format_interval(taken)} so far"
 
 
@@ -192,7 +194,7 @@ def progress_bar(
         bar_format=form,
     )
     if main:
-        bar.begin(_PULSE, description, told or _under["lines"] > 0)
+        bar.begin(_PULSE, description, unit, told or _under["lines"] > 0)
     return bar
 
 

@@ -11,6 +11,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+import torch
 from helpers.data import random_examples, write_problems
 from helpers.models import tiny_llama
 from helpers.places import ROOT
@@ -94,6 +95,18 @@ def test_a_terminal_shows_a_bar_with_its_total_for_everything_long(tmp_path, mon
     }
     (written,) = re.findall(r"are to be written to .*: (\d+) tokens", text)
     assert caching == {f"{int(written) / 1000:.3g}k"}
+    of_one_piece = (
+        *("Preparing the training data", "Estimating the memory", "Loading the teacher", "Loading the student"),
+        *("Trying out the models", "Timing a few passes", "Saving a checkpoint", "Saving the student"),
+        "Writing the report",
+    )
+    for name in of_one_piece:
+        assert f"{name} [00:" in text or name == "Estimating the memory", name  # which this test leaves out
+    assert re.search(r"Fitting the projectors: \|[^|]*\| 1/2 \[", text)
+    # Batches and pairs, and the terms on two batches of gradients each: at first, and with each of two evaluations.
+    probes = re.findall(r"Measuring the alignment: \|[^|]*\| \d+/(\d+) \[", text)
+    assert set(probes) == {"9", "7"}
+    assert re.search(r"Generating answers: .*token \d of 8", text)
     lines = [line.rsplit("\r", 1)[-1] for line in text.split("\r\n")]
     assert not [line for line in lines if "%|" in line and "Step 0" in line.split("%|")[0]]
     assert len([line for line in lines if re.match(r"(\x1b\[A)?\[Step 0003\] Loss", line)]) == 1
@@ -107,6 +120,20 @@ def test_no_bar_is_shown_on_a_terminal_where_none_is_wanted(tmp_path, monkeypatc
     assert "%|" not in shown[0]
     assert "\r" not in shown[0].replace("\r\n", "\n")
     assert shown[0].isascii()
+    lines = shown[0].split("\r\n")
+    for told in ("Calibrating the projectors on 15", "Measuring the alignment on "):
+        assert any(line.startswith(told) and line.endswith(" ...") for line in lines), told
+    order = (
+        *(
+            "Measuring on 30 held-out examples: teacher ...",
+            "Teacher: perplexity",
+            "Calibrating",
+            "Measuring the align",
+        ),
+        *("[Step 0001]", "Measuring on 30 held-out examples: student after ...", "Student after: perplexity"),
+    )
+    first = [next(i for i, line in enumerate(lines) if line.startswith(told)) for told in order]
+    assert first == sorted(first)
 
 
 class Terminal(io.StringIO):
@@ -180,3 +207,123 @@ def test_reading_a_teacher_and_counting_a_stream_show_bars(tmp_path, tokenizer, 
     stream = stream_of(str(write_problems(tmp_path / "problems.jsonl", 12)), tokenizer, 0)
     assert stream.count_rows(5) == 5
     assert re.search(r"Counting the rows of the stream: \d", sys.stderr.getvalue())
+
+
+@pytest.fixture
+def quiet(monkeypatch, capsys):
+    """No bars; what is printed since it was asked last."""
+    monkeypatch.setattr(progress_bar._PULSE, "add", lambda bar: None)  # no beats but those of the test
+    show_progress_bars(False)
+    return lambda: capsys.readouterr().out
+
+
+def test_without_bars_lines_tell_of_what_takes_long(quiet):
+    with progress_bar.progress_bar(60, "Work", "batch") as bar:
+        began = bar._began
+        bar.beat(began + progress_bar.PATIENCE - 0.1)
+        assert quiet() == ""
+        bar.beat(began + progress_bar.PATIENCE)
+        assert quiet() == "Work ...\n"
+        bar.update(12)
+        bar.beat(began + progress_bar.PATIENCE + progress_bar.LINE_EVERY - 0.1)
+        assert quiet() == ""
+        bar.beat(began + progress_bar.PATIENCE + progress_bar.LINE_EVERY)
+        assert quiet() == "Work: 12 of 60 batches, 01:02 so far\n"
+        bar.beat(began + 3600)
+        assert quiet() == "Work: 12 of 60 batches, 1:00:00 so far\n"
+        bar.beat(began + 3600 + 60)
+        assert quiet() == ""  # after an hour a line a minute would be too much
+        bar.beat(began + 3600 + 400)
+        assert quiet() == "Work: 12 of 60 batches, 1:06:40 so far\n"
+        bar.lines_begin_anew()  # at the time of the clock, long before
+        bar.beat(began + 59)
+        assert quiet() == ""
+
+
+@pytest.mark.parametrize(("total", "done", "line"), [
+    (None, 0, "Work: 01:00 so far"),
+    (None, 3, "Work: 3 passes, 01:00 so far"),
+    (1, 1, "Work: 1 of 1 passes, 01:00 so far"),
+])  # fmt: skip
+def test_what_has_no_total_is_told_of_likewise(quiet, total, done, line):
+    with progress_bar.progress_bar(total, "Work", "pass", told=True) as bar:
+        bar.update(done)
+        bar.beat(bar._began + 30)
+        assert quiet() == ""
+        bar.beat(bar._began + 60)
+        assert quiet() == f"{line}\n"
+
+
+def test_a_line_before_the_work_is_the_only_one_at_its_beginning(quiet):
+    for number in (1, 2):
+        with progress_bar.told("Reading 3 rows", once=True), progress_bar.progress_bar(3, "Rows") as bar:
+            assert quiet() == ("Reading 3 rows ...\n" if number == 1 else "")
+            bar.beat(bar._began + 5)
+            assert quiet() == ("" if number == 1 else "Rows ...\n")  # the second time nothing was said of it
+    show_progress_bars(False)
+    with progress_bar.told("Reading 3 rows", once=True):
+        assert quiet() == "Reading 3 rows ...\n"  # another run
+    with progress_bar.told("Reading 3 rows"):
+        assert quiet() == "Reading 3 rows ...\n"
+
+
+@pytest.mark.parametrize(("main", "total"), [(False, 3), (True, 0)])
+def test_who_prints_no_lines(monkeypatch, capsys, main, total):
+    monkeypatch.setattr(progress_bar, "PartialState", Rank(main))
+    show_progress_bars(False)
+    with progress_bar.progress_bar(total, "Work") as bar:
+        assert bar not in set(progress_bar._PULSE._bars)
+    assert capsys.readouterr().out == ""
+
+
+def test_where_bars_are_shown_their_clocks_tick_and_no_lines_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    show_progress_bars(True)
+    with progress_bar.told("Reading"), progress_bar.progress_bar(3, "Work", "batch") as bar:
+        bar.note("token 7 of 9")
+        bar.start_t -= 75
+        bar.beat(bar._began + 75)
+        assert "0/3 [01:15<?, ?batch/s, token 7 of 9]" in sys.stderr.getvalue()
+        bar.update()
+    with progress_bar.working("Loading"):
+        assert sys.stderr.getvalue().endswith("Loading [00:00]")
+    shown = sys.stderr.getvalue()
+    bar.beat(1e9)
+    assert sys.stderr.getvalue() == shown  # it was closed
+    assert capsys.readouterr().out == ""
+
+
+def test_the_thread_that_beats_ends_with_the_last_bar(monkeypatch):
+    monkeypatch.setattr(progress_bar, "BEAT", 0.01)
+    monkeypatch.setattr(progress_bar, "_PULSE", progress_bar._Pulse())
+    show_progress_bars(False)
+    for _ in range(2):
+        before = set(threading.enumerate())
+        with progress_bar.working("Work"), progress_bar.progress_bar(2, "More"):
+            (thread,) = {thread for thread in threading.enumerate() if thread.name == "progress"} - before
+            assert thread.daemon
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_step_of_many_micro_batches_shows_how_far_it_is(tmp_path, tokenizer, monkeypatch):
+    notes = []
+    monkeypatch.setattr(progress_bar.Progress, "note", lambda bar, text: notes.append(text))
+    trainer = make_trainer(tmp_path, tokenizer, gradient_accumulation_steps=4, eval_strategy="no")
+    trainer.train()
+    of_steps = [re.sub(r"Loss.*", "Loss", note) for note in notes]
+    first = [f"micro-batch {number} of 4" for number in (1, 2, 3)]
+    assert of_steps == [*first, "", *(f"{note} | Loss" for note in first), "Loss"]
+
+
+def test_a_training_is_the_same_with_and_without_bars(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(progress_bar, "BEAT", 0.001)
+    weights = []
+    for name, plain in (("lines", True), ("bars", False)):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        settings = {"projector_dropout": 0.2, "eval_strategy": "steps", "eval_steps": 1, "plain_output": plain}
+        trainer = make_trainer(tmp_path / name, tokenizer, **settings)
+        trainer.train()
+        assert bool(sys.stderr.getvalue()) is not plain
+        weights.append([*trainer.model.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
