@@ -178,7 +178,7 @@ def test_a_family_with_several_streams_of_states_is_refused():
         activation_sparsity_pattern=[0.0] * 4, layer_types=["sliding_attention", "full_attention"] * 2,
         num_kv_shared_layers=0,
     )  # fmt: skip
-    with pytest.raises(BadRequest, match="do not turn hidden states .* none of them can be left out"):
+    with pytest.raises(BadRequest, match=r"do not turn hidden states .* none of them can be left out"):
         block_influence(model, [batch_of(5)])
 
 
