@@ -151,12 +151,36 @@ def test_all_mistakes_come_in_one_message(tmp_path):
         assert part in message
 
 
+CUT = {"student_model_name_or_path": None}
+"""No student is named."""
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
         ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path is missing"),
         ({"student_model_name_or_path": None}, "The student is missing"),
         ({"student_config_name": "x"}, "exclude each other"),
+        ({"student_model_name_or_path": None}, "student_num_layers to cut it out of the teacher"),
+        ({"student_num_layers": 2}, "and student_model_name_or_path gives it another shape; leave out"),
+        ({"student_intermediate_size": 8}, "student_intermediate_size cuts the student out of the teacher"),
+        ({"student_layers": [0, 1]}, "student_layers is for a student that is cut out of its teacher"),
+        ({**CUT, "student_num_layers": 0}, "student_num_layers is 0; write 1 or more."),
+        ({**CUT, "student_num_attention_heads": -2}, "student_num_attention_heads is -2; write 1 or more."),
+        (
+            {**CUT, "student_layers": [3, 1]},
+            "write each block once and in the teacher's order: [1, 3].",
+        ),
+        ({**CUT, "student_layers": [1, 1]}, "in the teacher's order: [1]."),
+        ({**CUT, "student_layers": [-1, 1]}, "write importance, uniform, or blocks of the teacher"),
+        ({**CUT, "student_layers": "evenly"}, "student_layers is 'evenly'; write importance"),
+        ({**CUT, "student_layers": []}, "student_layers is '[]'; write importance"),
+        ({**CUT, "student_layers": [0, 1], "student_num_layers": 3}, "names 2 blocks, but student_num_layers is 3"),
+        ({**CUT, "student_layers": "uniform"}, "nothing says how many layers of the teacher are kept"),
+        ({**CUT, "student_init": "teacher_layers"}, "nothing says how many of them; write student_num_layers."),
+        ({**CUT, "student_init": "random", "student_num_layers": 2}, "but student_init is random; leave out"),
+        ({**CUT, "student_num_layers": 2.5}, "student_num_layers is 2.5; write a whole number."),
+        ({**CUT, "student_num_layers": 2, "student_quantization": "4bit", "use_peft": True}, "layers of the teacher"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"mercator_weight": 0, "lm_weight": 0}, "nothing would be trained"),
         ({"mercator_weight": -1}, "cannot be negative"),
@@ -318,3 +342,21 @@ def test_a_file_may_write_whole_numbers_for_floats(tmp_path):
     assert [type(getattr(arguments.training, name)) for name in list(weights)[:4]] == [float] * 4
     assert type(arguments.model.lora_dropout) is float
     assert [type(share) for share in arguments.training.layer_weights] == [float, float]
+
+
+@pytest.mark.parametrize(
+    ("words", "layers", "is_cut"),
+    [
+        (["--student_num_layers", "2"], "importance", True),
+        (["--student_layers", "[0, 2]"], "[0, 2]", True),
+        (["--student_layers", "0,2"], "[0, 2]", True),
+        (["--student_intermediate_size", "8"], "importance", True),
+        (["--student_num_layers", "2", "--student_layers", "uniform"], "uniform", True),
+    ],
+)
+def test_a_size_or_a_list_of_layers_cuts_the_student_out_of_the_teacher(words, layers, is_cut):
+    named = ["--teacher_model_name_or_path", "quickstart", "--dataset_name", "quickstart", "--teacher_quantization"]
+    model = parse_arguments([*named, "4bit", "--use_cpu", *words]).model
+    assert (model.student_layers, model.is_cut) == (layers, is_cut)
+    assert model.student_init == "teacher_layers"
+    assert model.student_name == "quickstart"

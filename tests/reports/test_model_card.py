@@ -147,6 +147,14 @@ def test_what_cannot_be_on_the_hub_is_not_said_to_be(name):
     assert hub_id(name, "dataset_name", Summary()) is None
 
 
+def test_a_cut_student_says_how_much_of_its_teacher_it_is():
+    summary = summary_with(student_init="teacher_layers", student_model_name_or_path=None)
+    summary.cut = {"kept": [0, 1, 5], "teacher_layers": 8, "method": "search"}
+    card = card_of(summary)
+    assert card.data.base_model == TEACHER
+    assert "The student started from 3 of the 8 layers of the teacher" in card.text
+
+
 def test_local_data_is_named_without_its_folder_in_the_metadata(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"text": "a"}\n')
     data = card_of(summary_with(dataset_name=tmp_path / "own.jsonl")).data
