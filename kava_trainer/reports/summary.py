@@ -271,7 +271,7 @@ class RunSummary:
             if str(line["step"]) in self.content.cos_sim_at:
                 self.content.cos_sim_at[str(line["step"])] = line.get("cos_sim")
         if lines and self.content.final.loss is None:
-            last = {name: lines[-1].get(name) for name in ("loss", "mercator_loss", "cos_sim")}
+            last: dict[str, Any] = {name: lines[-1].get(name) for name in ("loss", "mercator_loss", "cos_sim")}
             self.content.final = replace(self.content.final, **last)
 
     def add_final(self, metrics: dict[str, float], pairs: Sequence[dict[str, Any]] = ()) -> None:

@@ -102,8 +102,8 @@ def test_the_plots_take_their_colours_from_the_page_and_say_what_they_show(whole
         assert variables <= set(re.findall(r"(--[\w-]+):", scheme))
     titles = [chart.title for chart in charts_of(history_of())[0]]
     words = [attributes["aria-label"] for tag, attributes in page.tags if tag == "figure"]
-    assert len(words) == len(titles) + 2 == 12
-    assert "CosSim: training from 0.245 at step 10 to 0.97 at step 60; held out from 0.1 at step 0 to 0.6" in words[2]
+    assert len(words) == len(titles) + 3 == 13
+    assert "CosSim: training from 0.245 at step 10 to 0.97 at step 60; held out from 0.1 at step 0 to 0.6" in words[3]
     assert words[0].startswith("Cross-entropy, nats: lower is better. Teacher 0.01235, Student before 0.02469, ")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))

@@ -32,12 +32,17 @@ class Language:
     @classmethod
     def of(cls, summary: Any) -> "Language":
         """As a `Summary` has them."""
-        names = ("teacher", "student_before", "student_after", "control_sft")
-        models = [getattr(summary.evaluation, name) for name in names]
-        figures = [None if model is None else model.retention_cross_entropy for model in models]
-        of = summary.retention or {}
-        learns = summary.arguments.get("student_init") == "random"
-        return cls(*figures, of.get("chance"), of.get("source", "the text"), learns)
+        measured, of = summary.evaluation.measured(), summary.retention or {}
+        figures = {who: model.retention_cross_entropy for who, model in measured.items()}
+        return cls(
+            teacher=figures.get("teacher"),
+            before=figures.get("student_before"),
+            after=figures.get("student_after"),
+            control=figures.get("control_sft"),
+            chance=of.get("chance"),
+            source=of.get("source", "the text"),
+            learns=summary.arguments.get("student_init") == "random",
+        )
 
     @property
     def is_foreign(self) -> bool:
