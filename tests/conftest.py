@@ -55,7 +55,7 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def _short_runs(request, monkeypatch):
-    """Runs in this process leave out their report and play no step through for its memory: two seconds each.
+    """Runs in this process leave out their report, play no step through for its memory and time none: seconds each.
 
     A test that is about the one is marked `report`, and one that is about the other `estimate`.
     """
@@ -64,6 +64,7 @@ def _short_runs(request, monkeypatch):
             monkeypatch.setattr(finish, "report_on", lambda *_: None)
         if request.node.get_closest_marker("estimate") is None:
             monkeypatch.setattr(setup, "estimate_memory", lambda arguments: MEMORY)
+            monkeypatch.setattr(pipeline, "tell_time", lambda run: None)
         monkeypatch.setattr(pipeline, "tell_busy_cores", lambda *_: None)
 
 

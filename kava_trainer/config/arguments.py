@@ -95,7 +95,10 @@ class KavaTrainingArguments(TrainingArguments):
         "training examples (with the pca anchor: turn its axes towards the student's states).",
     )
     calibration_tokens: int = argument(
-        32_768, "Training tokens that the pca anchor and the least_squares start are computed from.", unit="tokens"
+        32_768,
+        "Training tokens that the pca anchor and the least_squares start are computed from; where it is left out, a "
+        "run that trains on fewer tokens takes as many as it trains on, 16 for each input of the fit at least.",
+        unit="tokens",
     )
     projector_mlp_ratio: float = argument(
         1.0, "Width of the projector's hidden layer as a multiple of its input's width.", unit="widths of the input"

@@ -32,7 +32,12 @@ class DataArguments:
         "last", "Which answers of a conversation are learned: the last one, or each that the assistant gives."
     )
     max_train_samples: int | None = argument(None, "Use only the first so many examples.", unit="examples")
-    max_eval_samples: int | None = argument(None, "Evaluate on only the first so many examples.", unit="examples")
+    max_eval_samples: int | None = argument(
+        None,
+        "Evaluate on only the first so many examples; by default on all of them, but in a run that trains on fewer "
+        "examples than that on as many as it trains on, 64 at least.",
+        unit="examples",
+    )
     retention_dataset_name: str | None = argument(
         None,
         "Text to measure on what a student keeps of its teacher's language: as dataset_name, or a txt file of "

@@ -128,6 +128,7 @@ def test_memory_that_runs_out_is_told(run, monkeypatch, capsys):
     assert capsys.readouterr().out == "No time estimate: memory ran out in a pass that was to be timed.\n"
 
 
+@pytest.mark.estimate
 def test_a_short_run_says_how_long_it_takes_and_on_how_many_examples_it_measures(tmp_path, capsys):
     options = {name: value for name, value in SHORT.items() if name != "max_eval_samples"}
     options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_length": 96}
