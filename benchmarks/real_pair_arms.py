@@ -49,6 +49,9 @@ ARMS: dict[str, dict[str, Any]] = {
         **_LEAST, **_KD_ALL, **_RELATIVE, "kd_weight": 3.0, "relative_mse_weight": 10.0,
     },
     "SFT + KD on all + hidden (relative, weight 30)": {**_LEAST, **_KD_ALL, **_RELATIVE, "relative_mse_weight": 30.0},
+    "SFT (weight 2) + KD on all + hidden (relative, weight 30)": {
+        **_LEAST, **_KD_ALL, **_RELATIVE, "lm_weight": 2.0, "relative_mse_weight": 30.0,
+    },
     "defaults": {},
     "SFT + projected last layer": {
         **_LEAST, "mercator_weight": 3.0, "layer_mapping": "last", "projector_direction": "student_to_teacher",
