@@ -1,4 +1,4 @@
-"""A run with a student that is cut out of its teacher: chosen once, told, the same for the control and a resumed run."""
+"""A run with a student that is cut out of its teacher: chosen once, told, and the same for control and resumed run."""
 
 import json
 
