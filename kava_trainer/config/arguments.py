@@ -103,8 +103,11 @@ class KavaTrainingArguments(TrainingArguments):
     projector_mlp_ratio: float = argument(
         1.0, "Width of the projector's hidden layer as a multiple of its input's width.", unit="widths of the input"
     )
-    projector_dropout: float = argument(
-        0.1, "Dropout inside the projector, from 0 to below 1.", unit="share from 0 to below 1"
+    projector_dropout: float | None = argument(
+        None,
+        "Dropout inside the projector, from 0 to below 1; by default 0 where its start is a fit, which dropout would "
+        "disturb at once, and 0.1 where it is random.",
+        unit="share from 0 to below 1",
     )
     projector_learning_rate: float = argument(1e-3, "Learning rate of the projector alone.")
     max_tokens_per_batch: int | None = argument(
@@ -156,6 +159,8 @@ class KavaTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         settle_numbers(self)
+        if self.projector_dropout is None:
+            self.projector_dropout = 0.0 if self._starts_fitted else 0.1
         for name in (f.name for f in fields(self) if is_secret_name(f.name)):
             keep_secret(getattr(self, name))
         if isinstance(self.layer_mapping, (list, tuple)):
@@ -216,8 +221,11 @@ class KavaTrainingArguments(TrainingArguments):
     @property
     def calibrates(self) -> bool:
         """Whether the projectors start from a calibration pass."""
-        fits = self.projector_anchor == "pca" or self.projector_init == "least_squares"
-        return self.aligns and self.projector_direction != "none" and fits
+        return self.aligns and self.projector_direction != "none" and self._starts_fitted
+
+    @property
+    def _starts_fitted(self) -> bool:
+        return self.projector_anchor == "pca" or self.projector_init == "least_squares"
 
     def problems(self) -> list[Problem]:
         """Every mistake in the distillation's own arguments."""

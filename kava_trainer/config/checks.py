@@ -123,7 +123,7 @@ def _projector_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     if not 0 < (ratio := training.projector_mlp_ratio) <= LARGEST_MLP_RATIO:
         remedy = f"write a number above 0, such as 1.0, up to {LARGEST_MLP_RATIO}."
         yield Problem.of_value("projector_mlp_ratio", ratio, remedy)
-    if not 0 <= training.projector_dropout < 1:
+    if training.projector_dropout is not None and not 0 <= training.projector_dropout < 1:
         yield Problem.of_value("projector_dropout", training.projector_dropout, "write a number from 0 to below 1.")
     if training.projector_direction != "teacher_to_student" and training.projector_anchor != "none":
         what = (

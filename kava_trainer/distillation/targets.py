@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -183,7 +183,8 @@ def build_target(
         )
     if args.projector_direction == "student_to_teacher":
         sizes = sizes[::-1]
-    config = ProjectorConfig(*sizes, args.projector_mlp_ratio, args.projector_dropout, args.projector_anchor)
+    dropout = cast(float, args.projector_dropout)
+    config = ProjectorConfig(*sizes, args.projector_mlp_ratio, dropout, args.projector_anchor)
     shape = (args.mercator_alpha, args.mercator_beta, args.projector_direction, args.layer_weights)
     return HiddenStateTarget(pairs, config, *shape)
 

@@ -107,7 +107,7 @@ def test_the_notes_are_on_arguments_that_are_as_in_transformers():
         ("save_steps", "save_steps = 200 optimizer steps"),
         ("warmup_steps", "warmup_steps = 0 optimizer steps"),
         ("max_tokens_per_batch", "max_tokens_per_batch = null tokens"),
-        ("projector_dropout", "projector_dropout = 0.1 share from 0 to below 1"),
+        ("projector_dropout", "projector_dropout = null share from 0 to below 1"),
         ("lora_modules_to_save", "lora_modules_to_save = []"),
     ],
 )

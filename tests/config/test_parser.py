@@ -43,10 +43,26 @@ def test_defaults_are_those_of_the_home_case(tmp_path):
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 16)
     assert (arguments.data.max_length, training.num_train_epochs) == (512, 1)
     assert (training.learning_rate, training.projector_learning_rate) == (5e-5, 1e-3)
-    assert (training.projector_mlp_ratio, training.projector_dropout) == (1.0, 0.1)
+    assert (training.projector_mlp_ratio, training.projector_dropout) == (1.0, 0.0)
     assert (training.mercator_alpha, training.mercator_beta, training.lm_weight) == (1.0, 0.01, 1.0)
     assert (training.save_steps, training.logging_steps) == (200, 50)
     assert training.final_dir == training.output_dir
+
+
+@pytest.mark.parametrize(
+    ("asked", "dropout"),
+    [
+        ({"projector_init": "random"}, 0.1),
+        ({"projector_init": "least_squares"}, 0.0),
+        ({"projector_direction": "teacher_to_student", "projector_anchor": "pca", "projector_init": "random"}, 0.0),
+        ({"projector_init": "least_squares", "projector_dropout": 0.1}, 0.1),
+        ({"projector_init": "random", "projector_dropout": 0}, 0.0),
+        ({"projector_dropout": None, "projector_init": "random"}, 0.1),
+    ],
+)
+def test_there_is_no_dropout_where_the_projector_starts_from_a_fit(tmp_path, asked, dropout):
+    training = parse_arguments([write(tmp_path, **asked)]).training
+    assert training.projector_dropout == training.to_dict()["projector_dropout"] == dropout
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
