@@ -226,8 +226,8 @@ def test_without_bars_lines_tell_of_what_takes_long(quiet):
         assert quiet() == "Work: 12 of 60 batches, 1:00:00 so far\n"
         bar.beat(began + 3600 + 60)
         assert quiet() == ""  # after an hour a line a minute would be too much
-        bar.beat(began + 3600 + 400)
-        assert quiet() == "Work: 12 of 60 batches, 1:06:40 so far\n"
+        bar.beat(began + 3600 + 401)
+        assert quiet() == "Work: 12 of 60 batches, 1:06:41 so far\n"
         bar.lines_begin_anew()  # at the time of the clock, long before
         bar.beat(began + 59)
         assert quiet() == ""
