@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from . import __version__
 from .utils.before_imports import let_threads_sleep
-from .utils.console import outlive_readers
+from .utils.console import outlive_readers, tell_loading
 from .utils.errors import BadRequest, Interrupted, Problem, RunFailed, exit_code
 from .utils.redaction import without_secrets
 
@@ -38,6 +38,7 @@ def doctor(argv: list[str]) -> int:
     Raises:
         Interrupted: if a signal came.
     """
+    tell_loading()
     from .runs.doctor.doctor import examine
 
     return 0 if examine(argv) else 2
@@ -61,6 +62,7 @@ def train(argv: list[str]) -> int:
 
         print(short_help(program()), end="")
         sys.exit(0)
+    tell_loading()
     from .config.parser import parse_arguments
 
     arguments = parse_arguments(argv)
@@ -81,6 +83,7 @@ def cache(argv: list[str]) -> int:
     Raises:
         BadRequest, RunFailed: as `measure.fill_cache`.
     """
+    tell_loading()
     from .config.parser import parse_arguments
 
     arguments = parse_arguments(argv)
@@ -109,6 +112,7 @@ def evaluate(argv: list[str]) -> int:
     Raises:
         BadRequest, RunFailed: as `measure.measure_models`.
     """
+    tell_loading()
     from .config.parser import parse_arguments
 
     own = argparse.ArgumentParser(prog="python -m kava_trainer evaluate", add_help=False, allow_abbrev=False)

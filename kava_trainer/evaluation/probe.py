@@ -118,7 +118,7 @@ class AlignmentProbe:
         self._gradient_batches = [collator(batch) for batch in _split(first, gradient_batch_size)]
 
     def measure(
-        self, model: DistillationModel, terms: LossTerms, progress: float = 0.0, gradients: bool = True
+        self, model: DistillationModel, terms: LossTerms, progress: float = 0.0, gradient_batches: int | None = None
     ) -> ProbeResult:
         """Run both models on the probe and compare. Mode, gradients and random numbers are left as they were.
 
@@ -126,16 +126,17 @@ class AlignmentProbe:
             model: student and projectors, not wrapped, but they may be sharded; then every rank must measure.
             terms: runs the models and computes the losses.
             progress: share of the training that is done, for the weights of the terms.
-            gradients: whether the gradient of each term is measured too.
+            gradient_batches: on how many batches the gradient of each term is measured; on all there are by default.
         """
-        training, weights = model.training, terms.weights(progress) if gradients else {}
-        passes = len(self._batches) + len(model.target.pairs) + len(weights) * len(self._gradient_batches)
+        batches, training = self._gradient_batches[:gradient_batches], model.training
+        weights = terms.weights(progress) if batches else {}
+        passes = len(self._batches) + len(model.target.pairs) + len(weights) * len(batches)
         line = f"Measuring the alignment on {self._tokens} held-out tokens"
         with told(line, once=True), progress_bar(passes, "Measuring the alignment", "pass", form=STEPS) as bar:
             pairs = self._diagnose(model.eval(), terms, bar)
             give_up_whole_weights(model)
             # As in training: gradient checkpointing, which saves the memory of a small device, works in that mode only.
-            shares = self._gradient_shares(model.train(), terms, weights, bar)
+            shares = self._gradient_shares(model.train(), terms, weights, batches, bar)
         model.train(training)
         reasons = [collapse_reason(pair, model.target.student_size) for pair in pairs]
         layers = [*model.target.pairs]
@@ -162,7 +163,12 @@ class AlignmentProbe:
         return found
 
     def _gradient_shares(
-        self, model: DistillationModel, terms: LossTerms, weights: dict[str, float], bar: Progress
+        self,
+        model: DistillationModel,
+        terms: LossTerms,
+        weights: dict[str, float],
+        batches: list[dict[str, Any]],
+        bar: Progress,
     ) -> dict[str, float]:
         """Norm of each weighted term's gradient in the student, as a share of the sum of these norms.
 
@@ -177,7 +183,7 @@ class AlignmentProbe:
                 model.zero_grad()
                 with torch.random.fork_rng(devices), torch.enable_grad():
                     torch.manual_seed(0)
-                    self._backward(model, terms, {name: weight}, bar)
+                    _backward(model, terms, {name: weight}, batches, bar)
                 norms[name] = _norm(parameter.grad for parameter in model.student.parameters())
         finally:
             for parameter, gradient in before.items():
@@ -185,19 +191,24 @@ class AlignmentProbe:
         total = sum(norms.values())
         return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
 
-    def _backward(self, model: DistillationModel, terms: LossTerms, weights: dict[str, float], bar: Progress) -> None:
-        """The gradient of the terms that have weights, as token means over all gradient batches."""
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in self._gradient_batches)
-        answers, following = (
-            sum(len(batch[name]) for batch in self._gradient_batches) for name in ("next_tokens", "next_index")
-        )
-        for batch in self._gradient_batches:
-            batch = send_to_device(batch, model.student.device)
-            states = terms.teacher_states(batch)
-            counts = torch.tensor([tokens, answers, following], device=model.student.device)
-            outputs = terms.student_outputs(model, batch, states, weights, counts)
-            terms.loss(outputs, batch, weights, counts).backward()
-            bar.update()
+
+def _backward(
+    model: DistillationModel,
+    terms: LossTerms,
+    weights: dict[str, float],
+    batches: list[dict[str, Any]],
+    bar: Progress,
+) -> None:
+    """The gradient of the terms that have weights, as token means over all batches."""
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    answers, following = (sum(len(batch[name]) for batch in batches) for name in ("next_tokens", "next_index"))
+    for batch in batches:
+        batch = send_to_device(batch, model.student.device)
+        states = terms.teacher_states(batch)
+        counts = torch.tensor([tokens, answers, following], device=model.student.device)
+        outputs = terms.student_outputs(model, batch, states, weights, counts)
+        terms.loss(outputs, batch, weights, counts).backward()
+        bar.update()
 
 
 def describe_collapse(

@@ -136,7 +136,9 @@ def plan_of(run: Run) -> Plan:
     evaluated = {n for n in _moments(training.eval_strategy, training.eval_steps, steps, epoch) if n > done}
     saved = {n for n in _moments(training.save_strategy, training.save_steps, steps, epoch) if done < n < steps}
     terms, probes = len(run.trainer.terms.weights(0.0)), run.trainer.probe.fixed is not None
+    sparing = run.trainer.probe.sparing
     calibrates = training.calibrates and run.checkpoint is None
+    gradient_examples = min(GRADIENT_EXAMPLES, training.per_device_train_batch_size if sparing else math.inf)
     answer = longest_answer(data.evaluation) if data.evaluation is not None else 0
     per_round = training.per_device_eval_batch_size * ranks
     return Plan(
@@ -148,8 +150,8 @@ def plan_of(run: Run) -> Plan:
         calibration=min(training.calibration_tokens, examples * length or math.inf) / ranks if calibrates else 0.0,
         cached=_missing(run, steps * step_tokens * ranks) / ranks if run.cache is not None else None,
         probe=min(PROBE_TOKENS, held_out) if probes else 0.0,
-        gradient=terms * min(GRADIENT_EXAMPLES * length, PROBE_TOKENS, held_out) if probes else 0.0,
-        gradients_at_the_start_alone=run.trainer.probe.sparing,
+        gradient=terms * min(gradient_examples * length, PROBE_TOKENS, held_out) if probes else 0.0,
+        gradients_at_the_start_alone=sparing,
         control=training.run_control,
         checkpointing=bool(
             getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None)

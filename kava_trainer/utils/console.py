@@ -95,6 +95,12 @@ class _Output(io.FileIO):
             return memoryview(content).nbytes
 
 
+def tell_loading() -> None:
+    """Say on a terminal that the libraries are being imported, where they are not yet: it takes seconds."""
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        print("Loading PyTorch and Transformers ...", file=sys.stderr, flush=True)
+
+
 def outlive_readers() -> None:
     """Let what is printed go nowhere once its reader has left, as `head` does: no run ends for that, nor with a
     traceback."""

@@ -17,6 +17,7 @@ from kava_trainer.evaluation.answers import (
     have_prompts,
 )
 from kava_trainer.evaluation.final_answer_match.final_answer_match import FinalAnswerMatch, is_exact_match
+from kava_trainer.utils.progress_bar import SharedBatches
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,16 @@ def test_batched_generation_equals_generation_one_by_one(tokenizer):
     ids = torch.tensor([data[3]["input_ids"][: data[3]["prompt_length"]]])
     greedy = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     assert together[3] == tokenizer.decode(greedy, skip_special_tokens=True)
+
+
+def test_generation_shows_how_far_each_batch_is(tokenizer, monkeypatch):
+    notes = []
+    monkeypatch.setattr(SharedBatches, "note", lambda batches, text: notes.append(text))
+    assert len(generate_answers(tiny_llama(32, 2), tokenizer, Dataset.from_list(random_examples(5)), 3, 4)) == 5
+    second = notes.index("token 1 of 4", 1)
+    for batch in (notes[:second], notes[second:]):
+        assert batch == [f"token {number} of 4" for number in range(1, len(batch) + 1)]
+        assert len(batch) > 1
 
 
 def test_generation_is_greedy_whatever_the_model_s_own_defaults_are(tokenizer):

@@ -32,7 +32,7 @@ class ProbeCallback(TrainerCallback):
         self.fixed: AlignmentProbe | None = None
         """The probe, where something is aligned and there are held-out examples."""
         self.sparing = False
-        """Whether the gradient of each term is measured at the start alone."""
+        """Whether the gradient of each term is measured at the start alone, on one batch: the training is short."""
         self._set = ""
         self.forget()
 
@@ -78,7 +78,8 @@ class ProbeCallback(TrainerCallback):
         if self.fixed is None or not self._args.aligns:
             return None
         with needs_memory("while the probe measured the alignment", self._incidents.smaller_evaluation):
-            result = self.fixed.measure(model, self._terms, progress, gradients=not self.sparing or progress == 0)
+            batches = None if not self.sparing else int(progress == 0)
+            result = self.fixed.measure(model, self._terms, progress, batches)
         for name in self._shares.without_effect(result.gradient_shares):
             self._incidents.console.warn(
                 f"The term {name} gives less than {MINIMUM_SHARE:.0%} of the student's gradient; raise {name}_weight, "
