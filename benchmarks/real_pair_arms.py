@@ -13,7 +13,7 @@ BASE: dict[str, Any] = {
 HALF_WIDTH = "half_width"
 """Stands for a config of half the teacher's width, in all its layers; such a student starts from random weights."""
 
-RATES = (3e-4, 6e-4)
+RATES = (3e-4, 6e-4, 1e-3)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "24 of 30": {
@@ -44,14 +44,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "SFT + hidden (relative)": {**_LEAST, **_RELATIVE},
     "SFT + KD on all + hidden (Mercator)": {**_LEAST, **_KD_ALL, **_MERCATOR},
     "SFT + KD on all + hidden (relative)": {**_LEAST, **_KD_ALL, **_RELATIVE},
-    "SFT + KD on all + hidden (relative, weight 10)": {**_LEAST, **_KD_ALL, **_RELATIVE, "relative_mse_weight": 10.0},
-    "SFT + KD on all (weight 3) + hidden (relative, weight 10)": {
-        **_LEAST, **_KD_ALL, **_RELATIVE, "kd_weight": 3.0, "relative_mse_weight": 10.0,
+    "SFT + KD on all (weight 0.5) + hidden (relative, weight 15)": {
+        **_LEAST, **_KD_ALL, **_RELATIVE, "kd_weight": 0.5, "relative_mse_weight": 15.0,
     },
-    "SFT + KD on all + hidden (relative, weight 30)": {**_LEAST, **_KD_ALL, **_RELATIVE, "relative_mse_weight": 30.0},
-    "SFT (weight 2) + KD on all + hidden (relative, weight 30)": {
-        **_LEAST, **_KD_ALL, **_RELATIVE, "lm_weight": 2.0, "relative_mse_weight": 30.0,
-    },
+    "SFT + KD on all (weight 0.5)": {**_LEAST, **_KD_ALL, "kd_weight": 0.5},
     "defaults": {},
     "SFT + projected last layer": {
         **_LEAST, "mercator_weight": 3.0, "layer_mapping": "last", "projector_direction": "student_to_teacher",

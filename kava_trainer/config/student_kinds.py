@@ -16,10 +16,10 @@ _PROJECTED = ("projector_direction", "projector_anchor", "projector_init")
 BY_START: dict[str, dict[str, Any]] = {
     "teacher_layers": {
         "mercator_weight": 0.0,
-        "relative_mse_weight": 3.0,
+        "relative_mse_weight": 15.0,
         "projector_direction": "none",
         "layer_mapping": "inherited",
-        "kd_weight": 1.0,
+        "kd_weight": 0.5,
         "kd_tokens": "all",
     },
     "random": {},
