@@ -20,6 +20,7 @@ from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.reports.page import report_page
 from kava_trainer.reports.recipe import recipe_of
 from kava_trainer.reports.run_reader import read_run
+from kava_trainer.runs.pair import choice
 from kava_trainer.runs.pair.choice import calibration_batches, earlier_cut
 from kava_trainer.trainer.trainer import KavaTrainer
 from kava_trainer.utils.errors import BadRequest
@@ -100,10 +101,10 @@ def test_a_cut_run_has_one_choice_for_student_control_resume_report_and_recipe(t
 
 def test_an_earlier_checkpoint_without_a_choice_is_of_evenly_spaced_layers(tmp_path, monkeypatch):
     asked = arguments(tmp_path, student_num_layers=2)
-    monkeypatch.setattr("kava_trainer.runs.pair.choice.read_manifest", lambda folder: {"run": {"seed": 1}})
+    monkeypatch.setattr(choice, "read_manifest", lambda folder: {"run": {"seed": 1}})
     found = earlier_cut(tmp_path, asked)
     assert (found.method, found.kept) == ("uniform", [0, 3])
-    monkeypatch.setattr("kava_trainer.runs.pair.choice.read_manifest", lambda folder: {"run": {"cut": found.to_dict()}})
+    monkeypatch.setattr(choice, "read_manifest", lambda folder: {"run": {"cut": found.to_dict()}})
     assert earlier_cut(tmp_path, asked) == found
     assert earlier_cut(None, asked) is None
 
