@@ -100,10 +100,15 @@ def _explicit_arguments(argv: list[str], found: list[Problem]) -> dict[str, Any]
     given = {}
     for name, raw in vars(namespace).items():
         try:
-            given[name] = _convert(raw, parser.converters[name])
+            given[name] = None if _is_null(name, raw) else _convert(raw, parser.converters[name])
         except (ValueError, TypeError, argparse.ArgumentTypeError):
             found.append(_wrong(name, raw, _expected(name)))
     return given
+
+
+def _is_null(name: str, raw: Any) -> bool:
+    """Whether the command line takes back what a file says, as `null` does in JSON, where an argument may be none."""
+    return raw in ("null", ["null"]) and type(None) in get_args(_HINTS.get(name))
 
 
 def _convert(raw: Any, converter: Callable[[str], Any] | None) -> Any:

@@ -28,7 +28,7 @@ from kava_trainer.evaluation.teacher_fidelity import (
     read_examples,
 )
 from kava_trainer.quickstart import TEACHER_FOLDER
-from kava_trainer.runs import setup
+from kava_trainer.runs.pair import models
 from kava_trainer.utils import memory
 from kava_trainer.utils.console import Console
 
@@ -160,7 +160,7 @@ def without_noise(arguments, device):
     return load_teacher(type(arguments)(**{**vars(arguments), "teacher_quantization": "none"}), device)
 
 
-load_teacher = setup.load_teacher
+load_teacher = models.load_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +177,7 @@ def test_without_quantising_there_is_nothing_to_measure(monkeypatch):
 
 
 def test_a_run_with_a_perfectly_quantised_teacher_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(setup, "load_teacher", without_noise)
+    monkeypatch.setattr(models, "load_teacher", without_noise)
     measured = run(tmp_path, teacher_quantization="8bit")["teacher_fidelity"]
     assert [row["cos_sim"] for row in measured["layers"].values()] == pytest.approx([1, 1], abs=1e-6)
     assert measured["perplexity"] == measured["reference_perplexity"]
@@ -216,7 +216,7 @@ def test_the_two_teachers_are_never_in_memory_together(tmp_path, monkeypatch):
         return load_teacher(*arguments)
 
     monkeypatch.setattr(teacher_fidelity, "load_teacher", load_unquantised)
-    monkeypatch.setattr(setup, "load_teacher", load_quantised)
+    monkeypatch.setattr(models, "load_teacher", load_quantised)
     measured = run(tmp_path)["teacher_fidelity"]
     assert len(seen) == 1
     assert measured["reference_device"] == "cpu"

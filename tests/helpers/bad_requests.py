@@ -108,7 +108,7 @@ BAD_REQUESTS = {
     "mapping": (lambda f: {"layer_mapping": "[[3, 9]]"}, r"names the pair \[3, 9\]"),
     "two widths without projector": (
         lambda f: {"projector_direction": "none"},
-        "the teacher's are 128 wide and the student's 64; write projector_direction student_to_teacher",
+        "the teacher's are 128 wide and the student's 64",
     ),
     "anchor without projector": (
         lambda f: {"projector_direction": "none", "projector_anchor": "pca"},
@@ -116,7 +116,7 @@ BAD_REQUESTS = {
     ),
     "inherited by nobody": (
         lambda f: {"layer_mapping": "inherited"},
-        "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not; write",
+        "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not",
     ),
     "unknown tokens": (lambda f: {"kd_tokens": "prompts"}, "kd_tokens"),
     "too many pairs": (lambda f: {"layer_mapping": "uniform:4"}, "asks for 4 pairs"),

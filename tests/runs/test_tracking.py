@@ -124,7 +124,8 @@ def test_the_logged_names_are_those_of_the_table(tracked):
     folder, first, _ = tracked
     logged = Events(folder / "runs").names()
     assert logged - documented() == set()
-    assert documented() - logged == set()
+    at_the_start_alone = {name for name in documented() if re.fullmatch(r"eval/\w+_gradient_share", name)}
+    assert documented() - logged == at_the_start_alone  # for such a short training
     assert len(documented()) > 100
     assert first.names() <= logged
 

@@ -70,17 +70,17 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     assert run_kava.main([recipe, *words(options)]) == 0
     summary = summary_of(tmp_path)
     assert list(summary) == [
-        *("schema_version", "status", "started_at", "finished_at", "duration_seconds", "environment", "arguments"),
-        *("command", "global_step", "cos_sim_at", "final", "evaluation", "samples", "teacher_fidelity"),
-        *("prompt_kind", "held_out_examples", "student_parameters", "final_checksums", "verdict", "throughput"),
-        *("problems", "checkpoints"),
+        *("schema_version", "status", "started_at", "finished_at", "duration_seconds", "environment"),
+        *("arguments", "command", "global_step", "cos_sim_at", "final", "alignment", "evaluation"),
+        *("retention", "samples", "teacher_fidelity", "cut", "prompt_kind", "held_out_examples", "student_parameters"),
+        *("final_checksums", "verdict", "throughput", "problems", "checkpoints"),
     ]
     assert (summary["schema_version"], summary["status"], summary["global_step"]) == (1, "completed", 51)
     assert summary["cos_sim_at"]["50"] is not None
     assert summary["cos_sim_at"]["100"] is summary["cos_sim_at"]["200"] is None
     assert set(summary["final"]) == {
         *("loss", "mercator_loss", "cos_sim", "centred_cos_sim", "shuffled_cos_sim", "margin", "cka"),
-        *("student_effective_rank", "target_effective_rank", "teacher_effective_rank"),
+        *("student_effective_rank", "target_effective_rank", "teacher_effective_rank", "pairs"),
     }
     assert all(value is not None for value in summary["final"].values())
     assert summary["final"]["margin"] == pytest.approx(
@@ -133,11 +133,16 @@ def test_every_recipe_runs_on_the_quickstart_with_weights_that_are_whole_numbers
     assert whole
     Path(recipe).write_text(json.dumps({**content, **whole}))
     options = {**QUICKSTART, **SHORT, "max_steps": 2, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "out"}
+    if "student_num_layers" in content:  # of the embedded teacher's four
+        options = {name: value for name, value in options.items() if not name.startswith("student_model")}
+        options |= {"student_num_layers": 3}
     assert run_kava.main([f"./{recipe}", *words(options)]) == 0
     summary = summary_of(tmp_path / "out")
     assert {name: summary["arguments"][name] for name in whole} == whole
     assert summary["status"] == "completed"
-    assert summary["evaluation"]["student_after"]["exact_match"] is not None
+    after = summary["evaluation"]["student_after"]
+    assert (after["exact_match"] is not None) == content.get("evaluate_generation", False)
+    assert after["retention_cross_entropy"] is not None
 
 
 def test_the_seed_recipe_names_its_files_as_ever(tmp_path, monkeypatch):

@@ -86,6 +86,7 @@ def test_a_terminal_shows_a_bar_with_its_total_for_everything_long(tmp_path, mon
     caching = bars.pop("Caching the teacher's states")
     assert bars == {
         "Tokenizing the training data": {"48"},
+        "Retention": {"3"},
         "Tokenizing the held-out data": {"30"},
         "Hashing the training data": {"48"},
         "Perplexity": {"1", "3"},  # one batch when the teacher is tried out
