@@ -223,16 +223,17 @@ def test_without_a_projector_none_is_estimated_or_told(tmp_path):
         parts = estimate_memory(parse_arguments([QUICKSTART, *pair, mapping, "--kd_weight", "1", "--kd_tokens", "all"]))
         assert parts["projector"] == 0
         assert "projector" not in describe_estimate(parts, torch.device("cuda"))[1]
-    cut = [QUICKSTART, *pair, "inherited", "--student_init", "teacher_layers"]
     with pytest.raises(BadRequest, match="layer_mapping inherited needs a student that is cut out of its teacher"):
         parse_arguments([QUICKSTART, *pair, "inherited"])
     config = AutoConfig.from_pretrained(TEACHER_FOLDER)
     config.num_hidden_layers, config.layer_types = 2, None
-    config.save_pretrained(tmp_path)
-    cut[cut.index("--student_model_name_or_path") : cut.index("--projector_direction")] = [
-        "--student_model_name_or_path", "null", "--student_config_name", str(tmp_path),
-    ]  # fmt: skip
-    assert estimate_memory(parse_arguments(cut))["projector"] == 0
+    config.save_pretrained(tmp_path / "student")
+    recipe = json.loads((ROOT / "training_args" / "quickstart.json").read_text())
+    recipe |= {"student_config_name": str(tmp_path / "student"), "student_init": "teacher_layers"}
+    recipe |= {"projector_direction": "none", "layer_mapping": "inherited"}
+    del recipe["student_model_name_or_path"]
+    (tmp_path / "cut.json").write_text(json.dumps(recipe))
+    assert estimate_memory(parse_arguments([str(tmp_path / "cut.json")]))["projector"] == 0
 
 
 def test_the_recipe_for_8_gb_takes_at_most_6():

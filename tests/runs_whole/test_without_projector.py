@@ -106,6 +106,7 @@ def pair(tmp_path_factory):
     return {f"{role}_model_name_or_path": name for role, name in names.items()}
 
 
+@pytest.mark.report
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_program_runs_without_a_projector(tmp_path, pair, capsys, cached):
     out = tmp_path / "out"
