@@ -228,11 +228,14 @@ def planned_cut(request: CutRequest, teacher: PreTrainedConfig) -> Cut:
     It tells what such a student needs, and whether the family can be cut so.
     """
     depth = config_layers(teacher)
-    is_list = isinstance(request.choice, list)
-    kept = request.choice if is_list else evenly_spaced(depth, request.layers)
-    method = "list" if is_list else "all" if request.layers == depth else "uniform"
-    neurons, groups = request.intermediate_size, None
-    if request.num_attention_heads is not None:
-        groups = request.num_attention_heads // config_heads(teacher)[1]
-    first = [count and [list(range(count))] * len(kept) for count in (neurons, groups)]
-    return Cut(method, depth, list(kept), None, [], *first)
+    kept, method = evenly_spaced(depth, request.layers), "all" if request.layers == depth else "uniform"
+    if isinstance(request.choice, list):
+        kept, method = request.choice, "list"
+    neurons, heads = request.intermediate_size, request.num_attention_heads
+    return Cut(
+        method,
+        depth,
+        list(kept),
+        neurons=None if neurons is None else [list(range(neurons))] * len(kept),
+        head_groups=None if heads is None else [list(range(heads // config_heads(teacher)[1]))] * len(kept),
+    )

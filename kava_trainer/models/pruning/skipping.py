@@ -38,7 +38,7 @@ def _replaced(block: nn.Module, stand_in: Replacement, width: int | None) -> Ite
         yield
     finally:
         if had_own:
-            block.forward = own
+            vars(block)["forward"] = own
         else:
             del block.forward
 

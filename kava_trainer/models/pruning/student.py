@@ -99,7 +99,8 @@ def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, cut: Cut) -
             source = f"{theirs}{cut.kept[number]}.{inner}"
         weight = weights.get(source)
         if weight is not None and number is not None:
-            neurons, groups = (kept and kept[number] for kept in (cut.neurons, cut.head_groups))
+            neurons = None if cut.neurons is None else cut.neurons[number]
+            groups = None if cut.head_groups is None else cut.head_groups[number]
             is_conv1d = source.rpartition(".")[0] in transposed
             weight = cut_weight(inner, weight, is_conv1d, neurons, groups, group, head)
         if weight is None or weight.shape != parameter.shape:

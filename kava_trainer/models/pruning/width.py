@@ -65,7 +65,7 @@ def _reader(block: nn.Module, names: Sequence[str], inputs: int, what: str) -> n
 def _inputs(layer: nn.Module) -> int:
     """How many numbers a layer reads, also where its weights are quantised."""
     if isinstance(layer, Conv1D):
-        return cast(int, layer.weight.shape[0])
+        return layer.weight.shape[0]
     return cast(int, getattr(layer, "in_features", -1))
 
 

@@ -1,7 +1,7 @@
 """Cutting a student out of its teacher in a script."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -79,7 +79,8 @@ def cut_student(
     cut = choose_cut(teacher, request, batches)
     source = teacher
     if getattr(teacher, "is_quantized", False):
-        source = load_causal_lm(teacher.name_or_path, "teacher", None, "auto", asked).eval()
-    student = build_causal_lm(cut_config(source.config, cut), "auto", asked).to(dtype or source.dtype)
+        source = load_causal_lm(teacher.name_or_path or "", "teacher", None, "auto", asked).eval()
+    student = build_causal_lm(cut_config(source.config, cut), "auto", asked)
+    student = cast(Any, student).to(dtype or source.dtype)  # transformers gives `to` a type that fits no data type
     fill_student(source, student, cut)
     return student.train(), cut

@@ -76,4 +76,4 @@ def load_models(
     if arguments.model.use_peft:
         trained = trained_parameters(student)
         console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
-    return Models(teacher, student, tokenizer, cut and cut.inherited_layers, cut)
+    return Models(teacher, student, tokenizer, None if cut is None else cut.inherited_layers, cut)
