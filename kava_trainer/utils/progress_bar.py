@@ -40,7 +40,7 @@ _told: set[str] = set()
 _under = {"lines": 0}
 
 
-class Progress(tqdm):
+class Progress(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A bar of `progress_bar`. One that is hidden counts too, and lines tell of it."""
 
     _pulse: "_Pulse | None" = None
