@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -142,12 +143,22 @@ class Stopwatch:
         with torch.no_grad():
             states = each(lambda: self._terms.teacher_states(row)) if self._terms.teacher is not None else 0.0
             terms = each(lambda: self._forward(row, weights))
-            reads = [each(lambda model=model: _read(model, batch)) for model in (teacher, student)]
+            teacher_read, student_read = each(lambda: _read(teacher, batch)), each(lambda: _read(student, batch))
         plain = each(lambda: self._pass(row, {"lm": 1.0})) if control else 0.0
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         copy = _seconds(self._device, lambda: [parameter.detach().clone() for parameter in trained])
-        written = [self._token(model) for model in (teacher, student)]
-        return Rates(step, states, terms, *reads, plain, PASSES_OF_OPTIMIZER * copy, self._ranks(), *written)
+        return Rates(
+            step=step,
+            teacher=states,
+            terms=terms,
+            teacher_read=teacher_read,
+            student_read=student_read,
+            plain_step=plain,
+            optimizer=PASSES_OF_OPTIMIZER * copy,
+            ranks=self._ranks(),
+            teacher_token=self._token(teacher),
+            student_token=self._token(student),
+        )
 
     def _ranks(self) -> float:
         """Seconds that the effective ranks of one probe take: of student, target and teacher for each pair."""
@@ -155,7 +166,7 @@ class Stopwatch:
             return 0.0
         widths = [hidden_size(model) for model in (self._run.models.student, self._run.models.teacher)]
         waves = [torch.arange(PROBE_TOKENS * width, device=self._device).sin().view(-1, width) for width in widths]
-        taken = [_seconds(self._device, lambda wave=wave: effective_rank(wave)) for wave in waves]
+        taken = [_seconds(self._device, partial(effective_rank, wave)) for wave in waves]
         return len(self._trainer.target.pairs) * (taken[0] + 2 * taken[1])
 
     def _row(self, count: int) -> dict[str, Any]:
