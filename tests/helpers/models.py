@@ -52,6 +52,10 @@ def tiny_lora_llama(hidden_size: int, layers: int, seed: int = 0, tie: bool = Tr
     return student
 
 
+def llama_as_wide_as_the_teacher(width, layers, seed):
+    return tiny_llama(TEACHER_SIZE, layers, seed=seed)
+
+
 def bfloat16_llama(*sizes, seed):
     return tiny_llama(*sizes, seed=seed).bfloat16()
 

@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers import fault_child, outcomes, sharded_run
 from helpers.data import random_examples, write_problems
-from helpers.models import bfloat16_llama, tiny_llama
+from helpers.models import bfloat16_llama, llama_as_wide_as_the_teacher, tiny_llama
 from helpers.outcomes import assert_same_step
 from helpers.places import ROOT
 from helpers.processes import Run
@@ -71,6 +71,18 @@ def test_a_resumed_sharded_run_has_the_same_losses_and_weights(tmp_path, ranks, 
     resumed = finish(tmp_path / "again", checkpoint, settings, ranks)
     for name in ("weights", "optimizer", "rates", "losses", "lines"):
         assert resumed[name] == straight[name], name
+
+
+@pytest.mark.slow
+def test_a_sharded_run_needs_no_projector(tmp_path):
+    settings = SETTINGS | {"projector_direction": "none", "relative_mse_weight": 1.0, "max_steps": 4}
+    settings |= {"kd_weight": 1.0, "kd_tokens": "all", "model": llama_as_wide_as_the_teacher}
+    straight = finish(tmp_path / "straight", None, settings, 2)
+    resumed = finish(tmp_path / "again", tmp_path / "straight" / "run" / "checkpoint-2", settings, 2)
+    alone = outcomes.finish(tmp_path / "alone", None, settings | {"gradient_accumulation_steps": 4}, 1)
+    for name in ("weights", "optimizer", "losses", "lines"):
+        assert resumed[name] == straight[name], name
+    assert straight["losses"] == pytest.approx(alone["losses"], rel=1e-3)
 
 
 @pytest.mark.slow
