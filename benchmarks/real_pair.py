@@ -187,17 +187,19 @@ def _shown(rows: list[dict[str, str]], name: str) -> str:
 
 
 def table(shape: str, rows: list[dict[str, str]]) -> str:
-    """A Markdown table of what is measured of a shape: of each arm its better learning rate, on the answers."""
-    lines = []
-    for arm, rate in itertools.product(ARMS, RATES):
-        found = [row for row in rows if (row["shape"], row["arm"], row["learning_rate"]) == (shape, arm, str(rate))]
-        if found:
-            cells = [_shown(found, "answers"), _shown(found, "retention")]
-            lines.append([arm, f"{rate:g}", str(len(found)), *cells])
+    """A Markdown table of what is measured of a shape, the best on the answers first."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        if row["shape"] == shape:
+            groups.setdefault((row["steps"], row["arm"], row["learning_rate"]), []).append(row)
+    lines = [
+        [arm, steps, f"{float(rate):g}", str(len(found)), _shown(found, "answers"), _shown(found, "retention")]
+        for (steps, arm, rate), found in groups.items()
+    ]
     if not lines:
         return "Not measured yet."
-    lines.sort(key=lambda line: float(line[3].split()[0]))
-    return markdown(["What", "Learning rate", "Seeds", "Answers", "Questions"], lines)
+    lines.sort(key=lambda line: (int(line[1]), float(line[4].split()[0])))
+    return markdown(["What", "Steps", "Learning rate", "Seeds", "Answers", "Questions"], lines)
 
 
 def main() -> None:
