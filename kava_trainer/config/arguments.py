@@ -14,7 +14,15 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
-from .checks import ALIGNMENT_WEIGHTS, accelerator_problems, precision_problem, settle_numbers, training_problems
+from .checks import (
+    ALIGNMENT_WEIGHTS,
+    accelerator_problems,
+    is_fit,
+    precision_problem,
+    settle_numbers,
+    training_problems,
+    usual_dropout,
+)
 from .data_arguments import DataArguments
 from .launcher import device_problem, is_fsdp_asked, sharding_problems
 from .model_arguments import ModelArguments, argument
@@ -160,7 +168,7 @@ class KavaTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         settle_numbers(self)
         if self.projector_dropout is None:
-            self.projector_dropout = 0.0 if self._starts_fitted else 0.1
+            self.projector_dropout = usual_dropout(self.projector_anchor, self.projector_init)
         for name in (f.name for f in fields(self) if is_secret_name(f.name)):
             keep_secret(getattr(self, name))
         if isinstance(self.layer_mapping, (list, tuple)):
@@ -221,11 +229,7 @@ class KavaTrainingArguments(TrainingArguments):
     @property
     def calibrates(self) -> bool:
         """Whether the projectors start from a calibration pass."""
-        return self.aligns and self.projector_direction != "none" and self._starts_fitted
-
-    @property
-    def _starts_fitted(self) -> bool:
-        return self.projector_anchor == "pca" or self.projector_init == "least_squares"
+        return self.aligns and self.projector_direction != "none" and is_fit(self.projector_anchor, self.projector_init)
 
     def problems(self) -> list[Problem]:
         """Every mistake in the distillation's own arguments."""

@@ -42,6 +42,16 @@ _UNREPEATABLE = {"lr_scheduler_type": "reduce_lr_on_plateau", "train_sampling_st
 """What a control could not do over again."""
 
 
+def is_fit(projector_anchor: str, projector_init: str) -> bool:
+    """Whether projectors of these two arguments start from a fit, and not from random weights."""
+    return projector_anchor == "pca" or projector_init == "least_squares"
+
+
+def usual_dropout(projector_anchor: str, projector_init: str) -> float:
+    """The default of `projector_dropout`: none after a fit, which it would disturb at once."""
+    return 0.0 if is_fit(projector_anchor, projector_init) else 0.1
+
+
 def settle_numbers(training: "KavaTrainingArguments") -> None:
     """Make floats of whole numbers where an argument takes a float: a tensor of 1 is none that a loss can be.
 

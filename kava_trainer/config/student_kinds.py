@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 _WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
-"""Whoever writes one of these has chosen what is aligned and how; the others keep their plain defaults."""
+"""Whoever writes one of these has chosen what the states are compared by: none is added beside it."""
 
 _PROJECTED = ("projector_direction", "projector_anchor", "projector_init")
-"""Whoever writes one of these wants a projector, or says that there is none."""
+"""Whoever writes one of these wants a projector, for which the others were not measured, or says that there is none."""
 
 BY_START: dict[str, dict[str, Any]] = {
     "teacher_layers": {
@@ -35,9 +35,9 @@ def defaults_for(student_init: str, given: Mapping[str, Any]) -> dict[str, Any]:
         student_init: where the student comes from.
         given: the arguments that somebody wrote.
     """
-    found = {name: value for name, value in BY_START.get(student_init, {}).items() if name not in given}
+    found = dict(BY_START.get(student_init, {}))
+    if not given.keys().isdisjoint(_PROJECTED) and given.get("projector_direction") != "none":
+        found = {name: value for name, value in found.items() if name.startswith("kd_")}
     if not given.keys().isdisjoint(_WEIGHTS):
-        found = {name: value for name, value in found.items() if name not in _WEIGHTS}
-    if not given.keys().isdisjoint(_PROJECTED):
-        found.pop("projector_direction", None)
-    return found
+        found.pop("relative_mse_weight", None)
+    return {name: value for name, value in found.items() if name not in given}

@@ -8,9 +8,11 @@ from typing import Any
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..config.arguments import KavaTrainingArguments
+from ..config.checks import usual_dropout
 from ..config.data_arguments import DataArguments
 from ..config.model_arguments import QUICKSTART, ModelArguments
 from ..config.student_cut import CUT_SIZES
+from ..config.student_kinds import BY_START
 from ..utils.redaction import is_secret_name
 from .summary import Summary
 
@@ -40,10 +42,12 @@ def recipe_of(summary: Summary) -> dict[str, Any]:
         where it was sent on the hub and which checkpoint it went on from are left out.
     """
     given = summary.arguments
+    of_the_kind = BY_START.get(str(given.get("student_init")), {})  # they would stand in for what is left out
     found = {}
     for field in (field for group in _GROUPS for field in fields(group) if field.init and field.name in given):
         name, value = field.name, given[field.name]
-        if name not in _OF_ONE_RUN and not is_secret_name(name) and not _is_default(name, value, _default(field)):
+        told = name in of_the_kind or not _is_default(name, value, _default(field))
+        if told and name not in _OF_ONE_RUN and not is_secret_name(name):
             found[name] = value
     found = {name: value for name, value in found.items() if not _follows(name, value, given, summary.environment)}
     if "accelerator_config" in found:
@@ -89,6 +93,8 @@ def _follows(name: str, value: Any, given: dict[str, Any], environment: dict[str
             value == "random"
             and bool(given["student_config_name"] or given["student_model_name_or_path"] == QUICKSTART)
         ) or (value == "teacher_layers" and _is_cut_by_size(given))
+    if name == "projector_dropout":
+        return value == usual_dropout(given["projector_anchor"], given["projector_init"])
     if name == "dataloader_pin_memory":
         return str(environment.get("device")).startswith("cpu")
     if name == "disable_tqdm":

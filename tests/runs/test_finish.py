@@ -165,6 +165,7 @@ def test_the_student_that_is_saved_is_the_one_that_was_measured(tmp_path, change
     options = {**RUN, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     options |= {
         "learning_rate": 0.5,
+        "projector_dropout": 0.1,
         "gradient_accumulation_steps": 16,
         "greater_is_better": True,
         "metric_for_best_model": "eval_loss",
