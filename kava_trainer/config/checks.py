@@ -1,6 +1,6 @@
 """Every check of the training's own arguments that needs no model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from torch import cuda
@@ -50,6 +50,11 @@ def is_fit(projector_anchor: str, projector_init: str) -> bool:
 def usual_dropout(projector_anchor: str, projector_init: str) -> float:
     """The default of `projector_dropout`: none after a fit, which it would disturb at once."""
     return 0.0 if is_fit(projector_anchor, projector_init) else 0.1
+
+
+def heaviest_alignment(weights: Mapping[str, Any]) -> str:
+    """The name of the heaviest weight of those that compare hidden states, the Mercator loss's where all are 0."""
+    return max(ALIGNMENT_WEIGHTS, key=lambda name: weights.get(name) or 0.0)
 
 
 def settle_numbers(training: "KavaTrainingArguments") -> None:

@@ -163,6 +163,8 @@ class Circumstances:
     """Whether the alignment was no collapse before the first step."""
     cos_sim: float | None = None
     """Of the pair that collapsed the most."""
+    weight: str = "mercator_weight"
+    """Name of the heaviest weight of those that compare hidden states."""
 
 
 def collapse_remedy(case: Circumstances) -> str:
@@ -181,8 +183,8 @@ def collapse_remedy(case: Circumstances) -> str:
         rates = "learning_rate" if case.direction == "none" else "learning_rate and projector_learning_rate"
         return f"It was whole before the first step, and the training undid it: lower {rates}, or raise warmup_steps."
     if case.cos_sim is not None and case.cos_sim < AGREEING:
-        return "The student has not learned its targets: train longer, raise mercator_weight, or align another layer."
-    return "Lower mercator_weight, or align another layer: this one has next to one direction for all tokens."
+        return f"The student has not learned its targets: train longer, raise {case.weight}, or align another layer."
+    return f"Lower {case.weight}, or align another layer: this one has next to one direction for all tokens."
 
 
 def is_early(steps: int) -> bool:

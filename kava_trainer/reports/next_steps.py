@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ..config.checks import ALIGNMENT_WEIGHTS, heaviest_alignment
 from ..evaluation.diagnostics import STATUSES, Circumstances, collapse_remedy, is_early, too_early
 from .findings.alignment import below_start, worst_first
 from .findings.language import Language
@@ -86,13 +87,14 @@ def _after_a_collapse(summary: Summary, supervised: bool) -> str:
             step=summary.global_step,
             whole_before=start is not None and start.collapsed is False,
             cos_sim=collapsed[0].cos_sim if collapsed else final.cos_sim,
+            weight=heaviest_alignment(asked),
         )
     )
 
 
 def _rates(asked: dict[str, Any]) -> str:
     """The learning rates that there are."""
-    weights = [asked.get("mercator_weight"), asked.get("mse_weight")]
+    weights = [asked.get(name, 0) for name in ALIGNMENT_WEIGHTS]
     projects = asked.get("projector_direction") != "none" and any(weight != 0 for weight in weights)
     return "learning_rate and projector_learning_rate" if projects else "learning_rate"
 
@@ -108,7 +110,8 @@ def _towards_alignment(summary: Summary) -> str:
         return f"The training undid the start of the alignment: lower {rates}, or raise warmup_steps."
     return (
         "If CosSim was still rising at the end, train longer (max_steps or num_train_epochs, into another "
-        "output_dir); if it was flat, raise mercator_weight or align other layers (layer_mapping)."
+        f"output_dir); if it was flat, raise {heaviest_alignment(summary.arguments)} or align other layers "
+        "(layer_mapping)."
     )
 
 
@@ -159,6 +162,8 @@ def _without_gain(summary: Summary) -> str:
     if is_early(summary.global_step):
         return f"{too_early(summary.global_step)} whether the teacher helps: train longer, with several seeds."
     if init == "teacher_layers":
+        if summary.arguments.get("kd_weight") and summary.arguments.get("kd_tokens") == "all":
+            return "Several seeds, and more steps, would tell how much of the difference is chance."
         return (
             "A student cut out of its teacher gains most from the teacher's predictions: set kd_weight to 1 with "
             "kd_tokens all; several seeds would tell how much of the difference is chance."

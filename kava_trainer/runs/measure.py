@@ -176,13 +176,19 @@ def are_figures(text: str) -> bool:
     return isinstance(content, dict) and content.keys() == set(_WRITTEN)
 
 
+def _student_of(model: ModelArguments) -> str:
+    """What the student is called beside its teacher."""
+    cut = model.is_cut and not (model.student_model_name_or_path or model.student_config_name)
+    return f"cut out of {model.teacher_name}" if cut else model.student_name
+
+
 def write_figures(path: Path, arguments: KavaArguments, evaluation: Figures, finished: FinishedRun | None) -> None:
     """Write figures as JSON, and of which models on which data they are. Raises `RunFailed` if the disk refuses."""
     model, data = arguments.model, arguments.data
     adapter = finished.adapter if finished is not None else None
     values = (
         model.teacher_model_name_or_path,
-        str(adapter) if adapter is not None else model.student_name,
+        str(adapter) if adapter is not None else _student_of(model),
         data.dataset_name,
         data.max_eval_samples,
         finite(evaluation),

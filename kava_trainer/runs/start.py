@@ -6,9 +6,10 @@ from typing import Any, cast
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import run_command
 from ..data.retention import describe_retention
-from ..data.selection import mean_length
+from ..data.selection import choose_examples, first_examples, mean_length
 from ..data.streaming import ExampleStream
 from ..distillation.calibration import inputs_of_fit
+from ..evaluation.probe import PROBE_TOKENS
 from ..evaluation.teacher_fidelity import TeacherFidelity
 from ..reports.cut.table import described
 from ..reports.model_card import local_sources
@@ -101,13 +102,18 @@ def load_examples(run: Run) -> None:
 def _hold_fewer_out(run: Run) -> None:
     """Measure on fewer examples where the training is short and nobody has said on how many."""
     held_out, read = run.data.evaluation, _examples_read(run)
-    if held_out is None or (number := fewer_held_out(run.arguments, read, len(held_out))) is None:
+    if held_out is None:
+        return
+    probed = len(choose_examples(held_out, PROBE_TOKENS))  # with fewer its figures would be others
+    if (number := fewer_held_out(run.arguments, max(read, probed), len(held_out))) is None:
         return
     run.console.print(
         f"The run trains on {read} examples alone, so {number} of the {len(held_out)} held-out ones are measured on. "
         f"For all of them write max_eval_samples {len(held_out)}."
     )
     run.data.evaluation = held_out.select(range(number))
+    if run.data.retention is not None:
+        run.data.retention = first_examples(run.data.retention, number)  # as max_eval_samples would have it
     run.arguments.data.max_eval_samples = run.summary.content.arguments["max_eval_samples"] = number
 
 

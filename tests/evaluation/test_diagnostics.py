@@ -122,6 +122,7 @@ FIXED = replace(LOOSE, direction="student_to_teacher", cos_sim=0.607)
         (replace(LOOSE, anchor="reconstruction"), "Raise anchor_weight"),
         (replace(LOOSE, anchor="pca"), "Lower mercator_weight, or align another layer"),
         (FIXED, "Lower mercator_weight, or align another layer"),
+        (replace(FIXED, weight="relative_mse_weight"), "Lower relative_mse_weight, or align another layer"),
         (replace(FIXED, cos_sim=0.04), "The student has not learned its targets: train longer"),
         (replace(FIXED, cos_sim=math.nan), "Lower learning_rate"),
         (replace(FIXED, step=10), "After 10 steps it is too early to tell"),

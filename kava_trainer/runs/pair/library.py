@@ -31,10 +31,14 @@ def cut_student(
     batch_size: int = 8,
     seed: int = 42,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, Cut]:
     """Make a student of a part of a teacher's layers, neurons and attention heads, with its weights.
 
-    The cut's `inherited_layers` say which of the teacher's layers each of the student's came from.
+    The cut's `inherited_layers` say which of the teacher's layers each of the student's came from. To compare the two
+    as a run of the command line does, give them to `KavaTrainer(inherited_layers=...)`, with the arguments
+    `layer_mapping` inherited, `projector_direction` none, `mercator_weight` 0, `relative_mse_weight` 15, `kd_weight`
+    0.5 and `kd_tokens` all.
 
     Args:
         teacher: a causal language model, which stays as it is. One that bitsandbytes has quantised is read once more,
@@ -50,6 +54,7 @@ def cut_student(
         tokens: that importance is measured on.
         batch_size: examples at a time at most.
         seed: of the draw among the examples.
+        revision: of the hub repository that a quantised teacher was loaded from, whose files are read once more.
         dtype: of the student's weights; the teacher's by default, or those of its files where it is quantised.
 
     Returns:
@@ -79,7 +84,7 @@ def cut_student(
     cut = choose_cut(teacher, request, batches)
     source = teacher
     if getattr(teacher, "is_quantized", False):
-        source = load_causal_lm(teacher.name_or_path or "", "teacher", None, "auto", asked).eval()
+        source = load_causal_lm(teacher.name_or_path or "", "teacher", revision, "auto", asked).eval()
     student = build_causal_lm(cut_config(source.config, cut), "auto", asked)
     student = cast(Any, student).to(dtype or source.dtype)  # transformers gives `to` a type that fits no data type
     fill_student(source, student, cut)

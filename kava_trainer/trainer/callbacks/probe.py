@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
 from ...config.arguments import KavaTrainingArguments
+from ...config.checks import heaviest_alignment
 from ...data.selection import choose_examples
 from ...distillation.loss_terms import SCHEDULED_TERMS, LossTerms
 from ...distillation.model import DistillationModel
@@ -98,6 +99,7 @@ class ProbeCallback(TrainerCallback):
                 step=step,
                 whole_before=self._whole_before,
                 cos_sim=probed.pairs[worst_pair(probed.reasons, probed.pairs)].cos_sim,
+                weight=heaviest_alignment(vars(args)),
             )
             remedy = collapse_remedy(case)
             self._incidents.console.warn(f"{probed.collapse} CosSim says nothing here. {remedy}")
