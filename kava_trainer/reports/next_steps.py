@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..config.checks import ALIGNMENT_WEIGHTS, heaviest_alignment
+from ..config.checks import heaviest_alignment
 from ..evaluation.diagnostics import STATUSES, Circumstances, collapse_remedy, is_early, too_early
 from .findings.alignment import below_start, worst_first
 from .findings.language import Language
@@ -94,7 +94,7 @@ def _after_a_collapse(summary: Summary, supervised: bool) -> str:
 
 def _rates(asked: dict[str, Any]) -> str:
     """The learning rates that there are."""
-    weights = [asked.get(name, 0) for name in ALIGNMENT_WEIGHTS]
+    weights = [asked.get("mercator_weight"), asked.get("mse_weight"), asked.get("relative_mse_weight", 0)]
     projects = asked.get("projector_direction") != "none" and any(weight != 0 for weight in weights)
     return "learning_rate and projector_learning_rate" if projects else "learning_rate"
 

@@ -102,7 +102,7 @@ STAGES = {
     "calibration": (calibration, "_add_batch", 2),
     "final evaluation": (KavaTrainer, "prediction_step", 2 * 2 + 1),
     "cache": (teacher_cache, "_examples", 2),
-    "generation": (answers, "_own_defaults_off", 1),
+    "generation": (answers, "own_defaults_off", 1),
     "control": (KavaTrainer, "compute_loss", 2 * STEPS + 2 * (2 + 2) + 2 + 5),
 }
 """Where a signal comes: in place of which call of which function."""
