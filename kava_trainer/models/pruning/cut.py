@@ -10,9 +10,10 @@ from ...config.model_arguments import ModelArguments
 from ...config.student_cut import LayerChoice, parse_student_layers
 from ...utils.errors import BadRequest
 from ..layers import config_layers, find_blocks, number_of_layers
-from .importance import Batch, block_influence
+from .importance import block_influence
 from .search import Removal, search_layers
 from .skipping import skipped
+from .text import Batch
 from .width import Width, activities, config_heads, feed_forward_size, head_groups_of, most_active, neurons_of
 
 

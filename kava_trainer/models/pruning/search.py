@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from ...utils.progress_bar import progress_bar
 from ..hidden_states import run_decoder
 from ..layers import evaluating
 from ..lm_head import vocabulary_logits
-from .importance import Batch, real_tokens
 from .skipping import Blocks, block_input
+from .text import Batch, real_tokens
 
 _LOGITS = 2**25
 """Numbers in the logits that exist at once."""
@@ -116,13 +117,12 @@ class _Trial:
 
             return record
 
-        hooks = [self.blocks.blocks[n].register_forward_pre_hook(recorder(n), with_kwargs=True) for n in self.kept]
-        try:
-            with self.blocks.skipped(self.removed):
-                run_decoder(self.blocks.model, batch["input_ids"], batch["attention_mask"])
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as stack:
+            for number in self.kept:
+                block = self.blocks.blocks[number]
+                stack.enter_context(block.register_forward_pre_hook(recorder(number), with_kwargs=True))
+            stack.enter_context(self.blocks.skipped(self.removed))
+            run_decoder(self.blocks.model, batch["input_ids"], batch["attention_mask"])
         return found
 
     def _loss_without(

@@ -74,16 +74,15 @@ class Blocks:
 
             return record
 
-        hooks = [block.register_forward_hook(recorder(n), with_kwargs=True) for n, block in enumerate(self.blocks)]
+        reason = ""
         try:
-            with evaluating(self.model):
+            with ExitStack() as stack:
+                for number, block in enumerate(self.blocks):
+                    stack.enter_context(block.register_forward_hook(recorder(number), with_kwargs=True))
+                stack.enter_context(evaluating(self.model))
                 run_decoder(self.model, made_up_tokens(self.model))
-            reason = ""
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f" ({reason_of(error)})"
-        finally:
-            for hook in hooks:
-                hook.remove()
         if len(found) < len(self.blocks):
             raise BadRequest(
                 f"The blocks of the teacher, a {type(self.model).__name__}, do not turn hidden states [B, T, d] into "

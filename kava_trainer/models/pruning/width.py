@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...utils.errors import BadRequest
-from ...utils.progress_bar import with_progress
-from ..hidden_states import run_decoder
-from ..layers import evaluating
-from .importance import Batch, real_tokens
+from .text import Batch, TextPass
 
 _UP = ("gate_proj", "up_proj", "fc1", "mlp.c_fc")
 """Layers whose outputs are the neurons of a feed-forward block, as the families call them."""
@@ -116,12 +112,12 @@ def activities(model: PreTrainedModel, widths: Sequence[Width], batches: Sequenc
         For each of the widths [blocks, count] in float32, on the CPU.
     """
     sums = [torch.zeros(len(width.readers), width.count) for width in widths]
-    mask = torch.zeros(0, dtype=torch.bool)
-    count = 0
+    reading = TextPass()
 
     def recorder(total: torch.Tensor, width: Width, number: int) -> Callable[..., None]:
         def record(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            read = args[0].reshape(*mask.shape, -1)[mask.to(args[0].device)].float()
+            mask = reading.mask.to(args[0].device)
+            read = args[0].reshape(*mask.shape, -1)[mask].float()
             total[number] += read.unflatten(-1, (width.count, width.size)).norm(dim=-1).sum(0).cpu()
 
         return record
@@ -131,17 +127,8 @@ def activities(model: PreTrainedModel, widths: Sequence[Width], batches: Sequenc
         for total, width in zip(sums, widths, strict=True)
         for number, reader in enumerate(width.readers)
     ]
-    try:
-        with evaluating(model):
-            for batch in with_progress(batches, "Measuring the teacher's neurons and heads", "batch"):
-                moved = send_to_device(dict(batch), model.device)
-                mask = real_tokens(moved)
-                count += int(mask.sum())
-                run_decoder(model, moved["input_ids"], moved["attention_mask"])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [total / max(count, 1) for total in sums]
+    reading.run(model, batches, hooks, "Measuring the teacher's neurons and heads")
+    return [total / max(reading.count, 1) for total in sums]
 
 
 def most_active(activity: torch.Tensor, keep: int) -> list[list[int]]:
