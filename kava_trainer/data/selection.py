@@ -25,6 +25,18 @@ def mean_length(examples: Dataset | ExampleStream) -> float:
     return sum(lengths) / max(len(lengths), 1)
 
 
+def draw_examples(dataset: Any, tokens: int, seed: int) -> list[dict[str, Any]]:
+    """Some examples of a data set that together hold at least `tokens` tokens, or all there are.
+
+    They are drawn where it can be shuffled; of a stream, or of anything else, the first ones are taken.
+    """
+    if isinstance(dataset, ExampleStream):
+        dataset = dataset.one_pass()
+    elif hasattr(dataset, "shuffle"):
+        dataset = dataset.shuffle(seed=seed)
+    return choose_examples(dataset, tokens)
+
+
 def choose_examples(dataset: Any, tokens: int) -> list[dict[str, Any]]:
     """The first examples of a data set that together hold at least `tokens` tokens."""
     chosen, count = [], 0

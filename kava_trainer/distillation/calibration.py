@@ -11,8 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..data.selection import choose_examples
-from ..data.streaming import ExampleStream
+from ..data.selection import draw_examples
 from ..models.teacher import TeacherSource
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import STEPS, own_batches, told, with_progress
@@ -106,7 +105,7 @@ def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenSta
     """The training examples that the projectors start from.
 
     Args:
-        dataset: drawn from where it can be shuffled; of a stream, or of anything else, the first ones are taken.
+        dataset: see `draw_examples`.
         tokens: they hold at least so many, or are all there are.
         seed: of the draw.
         target: says how many tokens its projectors need.
@@ -114,11 +113,7 @@ def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenSta
     Raises:
         BadRequest: as `check_enough_tokens`.
     """
-    if isinstance(dataset, ExampleStream):
-        dataset = dataset.one_pass()
-    elif hasattr(dataset, "shuffle"):
-        dataset = dataset.shuffle(seed=seed)
-    examples = choose_examples(dataset, tokens)
+    examples = draw_examples(dataset, tokens, seed)
     check_enough_tokens(target, sum(len(example["input_ids"]) for example in examples))
     return examples
 

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from ...config.arguments import KavaArguments
 from ...data.collators import DistillationCollator
-from ...data.selection import choose_examples
-from ...data.streaming import ExampleStream
+from ...data.selection import draw_examples
 from ...models.layers import number_of_layers
 from ...models.pruning.cut import Cut, CutRequest, choose_cut, planned_cut
 from ...models.student import read_cut_request
@@ -105,17 +104,12 @@ def calibration_batches(
     """The text that importance is measured on, in small batches of examples of like length.
 
     Args:
-        train: the training examples; drawn from where they can be shuffled, of a stream the first ones are taken.
+        train: the training examples, see `draw_examples`.
         collator: pads them.
         tokens: they hold at least so many, or are all there are.
         seed: of the draw.
         batch_size: examples at a time at most.
     """
-    if isinstance(train, ExampleStream):
-        train = train.one_pass()
-    elif hasattr(train, "shuffle"):
-        train = train.shuffle(seed=seed)
-    examples = choose_examples(train, tokens)
-    examples.sort(key=lambda example: len(example["input_ids"]))
+    examples = sorted(draw_examples(train, tokens, seed), key=lambda example: len(example["input_ids"]))
     size = min(math.ceil(len(examples) / BATCHES), batch_size)
     return [collator(examples[start : start + size]) for start in range(0, len(examples), size)]
