@@ -7,8 +7,7 @@ wherever nobody wrote a value. What was measured is in `docs/effectiveness.md`, 
 from collections.abc import Mapping
 from typing import Any
 
-_WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
-"""Whoever writes one of these has chosen what the states are compared by: none is added beside it."""
+from .checks import ALIGNMENT_WEIGHTS
 
 _PROJECTED = ("projector_direction", "projector_anchor", "projector_init")
 """Whoever writes one of these wants a projector, for which the others were not measured, or says that there is none."""
@@ -38,6 +37,6 @@ def defaults_for(student_init: str, given: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(BY_START.get(student_init, {}))
     if not given.keys().isdisjoint(_PROJECTED) and given.get("projector_direction") != "none":
         found = {name: value for name, value in found.items() if name.startswith("kd_")}
-    if not given.keys().isdisjoint(_WEIGHTS):
-        found.pop("relative_mse_weight", None)
+    if not given.keys().isdisjoint(ALIGNMENT_WEIGHTS):
+        found.pop("relative_mse_weight", None)  # one that is written says what the states are compared by
     return {name: value for name, value in found.items() if name not in given}

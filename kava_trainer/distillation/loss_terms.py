@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config.arguments import KavaTrainingArguments
+from ..config.checks import ALIGNMENT_WEIGHTS
 from ..data.formats import IGNORED
 from ..models.teacher import TeacherSource
 from .logits_terms import LogitsTerms
@@ -17,15 +18,17 @@ from .model import StudentOutput
 from .targets import HiddenStateTarget
 from .token_means import TokenMeans
 
-ALIGNMENT_TERMS, LOGITS_TERMS = ("mercator", "mse", "relative_mse", "anchor"), ("lm", "smoothing", "kd")
+LOGITS_TERMS = ("lm", "smoothing", "kd")
 
 ANSWERS_ALONE = "answer"
 """What an evaluation adds where the next-token loss is over all tokens: the same over the answers alone."""
 
 Tokens = Literal["answers", "all"]
 
-SCHEDULED_TERMS = ("mercator", "mse", "relative_mse")
+SCHEDULED_TERMS = tuple(name.removesuffix("_weight") for name in ALIGNMENT_WEIGHTS)
 """Those that pull on the student's states, whose weights `alignment_schedule` moves."""
+
+ALIGNMENT_TERMS = (*SCHEDULED_TERMS, "anchor")
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
