@@ -47,14 +47,6 @@ def _spread(count: int, depth: int) -> list[int]:
     return [round(1 + index * (depth - 1) / (count - 1)) for index in range(count)]
 
 
-def foreseen_layers(student_init: str, student_layers: int, teacher_layers: int) -> list[int] | None:
-    """What stands for the layers that a student is cut from before it is: as many, evenly spaced.
-
-    None where `student_init` cuts no student out of the teacher.
-    """
-    return _spread(student_layers, teacher_layers) if student_init == "teacher_layers" else None
-
-
 def resolve_layer_pairs(
     mapping: str, student_layers: int, teacher_layers: int, inherited: Sequence[int] | None = None
 ) -> list[tuple[int, int]]:

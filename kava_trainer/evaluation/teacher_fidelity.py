@@ -16,12 +16,12 @@ from accelerate.utils import release_memory, send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.arguments import KavaArguments
-from ..config.layer_mapping import foreseen_layers, resolve_layer_pairs
+from ..config.layer_mapping import resolve_layer_pairs
 from ..data.selection import choose_examples
 from ..models.layers import config_layers, number_of_layers
 from ..models.loading import build_causal_lm, check_reads, load_config
 from ..models.sizes import model_bytes
-from ..models.student import student_config
+from ..models.student import foreseen_layers, student_config
 from ..models.teacher import OnlineTeacher, load_teacher, quantization_config
 from ..utils.console import Console, apart, fixed, size_text
 from ..utils.distributed import from_main_process
@@ -241,7 +241,7 @@ class TeacherFidelity:
         model = load_teacher(dataclasses.replace(arguments.model, teacher_quantization="none"), device)
         check_reads(model, "teacher", self._tokenizer, arguments.data.max_length)
         depths = config_layers(student_config(arguments.model)), number_of_layers(model)
-        inherited = foreseen_layers(arguments.model.student_init, *depths)
+        inherited = foreseen_layers(arguments.model)
         pairs = resolve_layer_pairs(arguments.training.layer_mapping, *depths, inherited)
         return read_examples(
             model, sorted({layer for _, layer in pairs}), self._examples, self._collator, "Unquantised teacher"

@@ -74,6 +74,14 @@ def read_cut_request(arguments: ModelArguments) -> tuple[CutRequest, PreTrainedC
     return cut_request(arguments, teacher, student), teacher
 
 
+def foreseen_layers(arguments: ModelArguments) -> list[int] | None:
+    """What stands for the teacher's layers that a student is cut from before that is decided, see `planned_cut`.
+
+    None where it is not cut out of the teacher. Raises `BadRequest` as `read_cut_request`.
+    """
+    return planned_cut(*read_cut_request(arguments)).inherited_layers if arguments.is_cut else None
+
+
 def student_config(arguments: ModelArguments, cut: Cut | None = None) -> PreTrainedConfig:
     """The student's config.
 

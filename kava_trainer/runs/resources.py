@@ -25,7 +25,6 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
-from ..config.layer_mapping import foreseen_layers
 from ..config.model_arguments import ModelArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
 from ..data.packing import pack_step
@@ -39,7 +38,7 @@ from ..models.loading import build_causal_lm, load_config
 from ..models.lora import add_adapter
 from ..models.packed_attention import enable_packing
 from ..models.sizes import model_bytes, weight_bytes
-from ..models.student import quantized_by, student_config
+from ..models.student import foreseen_layers, quantized_by, student_config
 from ..models.teacher import OnlineTeacher, freeze
 from ..utils.console import size_text
 from ..utils.errors import BadRequest, reason_of
@@ -243,15 +242,15 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     training, model = arguments.training, arguments.model
     student, sizes = _meta_student(model)
     config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
+    inherited = foreseen_layers(model)
     with torch.device("meta"):
         teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, "teacher"))
     with FakeTensorMode():
         _make_fake(teacher)
         _make_fake(student)
-        depths = number_of_layers(student), number_of_layers(teacher)
-        target = build_target(training, student, teacher, foreseen_layers(model.student_init, *depths))
+        target = build_target(training, student, teacher, inherited)
         target.requires_grad_(training.aligns)
-        layers = needed_teacher_layers(training, target, depths[1])
+        layers = needed_teacher_layers(training, target, number_of_layers(teacher))
         if training.max_tokens_per_batch and not training.torch_compile:
             enable_packing(teacher)
             enable_packing(student)

@@ -22,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ...config.arguments import KavaArguments
-from ...config.layer_mapping import foreseen_layers
 from ...config.optimizer_names import optimizer_name
 from ...data.collators import DistillationCollator
 from ...distillation.calibration import check_enough_tokens
@@ -38,7 +37,7 @@ from ...models.loading import (
     saved_adapter,
 )
 from ...models.routers import router_note
-from ...models.student import load_student, mend_generation_config, quantized_by, student_config
+from ...models.student import foreseen_layers, load_student, mend_generation_config, quantized_by, student_config
 from ...models.teacher import freeze, load_teacher
 from ...trainer.trainer import KavaTrainer
 from ...utils.console import size_text
@@ -257,7 +256,7 @@ def check_fit(
     training = arguments.training
     for role, model in (("teacher", teacher), ("student", student)):
         check_reads(model, role, tokenizer, arguments.data.max_length)
-    inherited = foreseen_layers(arguments.model.student_init, number_of_layers(student), number_of_layers(teacher))
+    inherited = foreseen_layers(arguments.model)
     target = build_target(training, student, teacher, inherited)
     for model, layers in ((student, target.student_layers), (teacher, target.teacher_layers)):
         if min(layers) < number_of_layers(model):
