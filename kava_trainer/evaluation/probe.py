@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
+from ..models.layers import keeping_gradients
 from ..utils.distributed import give_up_whole_weights, whole
 from ..utils.progress_bar import STEPS, Progress, progress_bar, told
 from .diagnostics import Diagnostics, collapse_reason, diagnose
@@ -175,19 +176,15 @@ class AlignmentProbe:
         One backward pass a term, each from a forward pass of its own: one gradient and one graph in memory at a time,
         and reentrant checkpointing works too.
         """
-        before = {parameter: parameter.grad for parameter in model.parameters()}
         devices = [model.student.device] if model.student.device.type == "cuda" else []
         norms = {}
-        try:
+        with keeping_gradients(model):
             for name, weight in weights.items():
                 model.zero_grad()
                 with torch.random.fork_rng(devices), torch.enable_grad():
                     torch.manual_seed(0)
                     _backward(model, terms, {name: weight}, batches, bar)
                 norms[name] = _norm(parameter.grad for parameter in model.student.parameters())
-        finally:
-            for parameter, gradient in before.items():
-                parameter.grad = gradient
         total = sum(norms.values())
         return {name: norm / total for name, norm in norms.items()} if total > 0 else {}
 

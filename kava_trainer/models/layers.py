@@ -1,7 +1,7 @@
 """The parts of a decoder: where it holds its blocks, how many there are, and how wide and long it is."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
@@ -118,16 +118,32 @@ def truncated(model: PreTrainedModel, depth: int) -> Iterator[None]:
         setattr(owner, name, blocks)
 
 
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Within the `with` block a model is in evaluation mode; afterwards each module is in the mode it was in."""
+    return in_mode(model, training=False)
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within the `with` block a model trains, or evaluates; afterwards each module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def keeping_gradients(model: nn.Module) -> Iterator[None]:
+    """Whatever gradients the `with` block gives the parameters of a model, afterwards they have those of before."""
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
 
 
 def made_up_tokens(model: PreTrainedModel, count: int = TOKENS, first: int = 1) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ...evaluation.answers import answer_loss_sum, have_prompts, own_defaults_of
 from ...evaluation.diagnostics import effective_rank
 from ...evaluation.probe import PROBE_TOKENS
 from ...models.hidden_states import run_decoder
-from ...models.layers import evaluating, hidden_size
+from ...models.layers import evaluating, hidden_size, in_mode, keeping_gradients
 from ..setup import Run
 
 LONGEST_PASS = 1.5
@@ -88,18 +88,10 @@ def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
 @contextmanager
 def _untouched(model: DistillationModel) -> Iterator[None]:
     """Within the `with` block the model trains, and afterwards gradients, modes and random numbers are as before."""
-    before = {parameter: parameter.grad for parameter in model.parameters()}
-    modes = [(module, module.training) for module in model.modules()]
     device = model.student.device
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            model.train()
-            yield
-    finally:
-        for parameter, gradient in before.items():
-            parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode
+    random_numbers = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with random_numbers, torch.enable_grad(), keeping_gradients(model), in_mode(model, training=True):
+        yield
 
 
 class Stopwatch:
