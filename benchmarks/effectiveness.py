@@ -38,7 +38,7 @@ from transformers import TrainerCallback, logging, set_seed  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.effectiveness_grid import BASE, GROUPS, SFT  # noqa: E402
-from benchmarks.tables import fill  # noqa: E402
+from benchmarks.tables import fill, mean_and_range  # noqa: E402
 from kava_trainer.config.arguments import KavaArguments  # noqa: E402
 from kava_trainer.config.layer_mapping import resolve_layer_pairs  # noqa: E402
 from kava_trainer.config.parser import parse_arguments  # noqa: E402
@@ -251,15 +251,6 @@ def _identity_of(row: dict[str, str]) -> dict[str, str]:
     return {name: row[name] for name in ("seed", "trained", *LEARNING)}
 
 
-def _shown(values: list[str], digits: int, scale: float = 1.0) -> str:
-    """Mean and range of a column, or nothing where it was not measured."""
-    numbers = [scale * float(value) for value in values if value]
-    if not numbers:
-        return ""
-    mean = f"{statistics.mean(numbers):.{digits}f}"
-    return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
-
-
 def table(group: str, rows: list[dict[str, str]]) -> str:
     """A Markdown table of what is measured of a group, the best cross-entropy first."""
     shown = {
@@ -281,7 +272,9 @@ def table(group: str, rows: list[dict[str, str]]) -> str:
     for name, found in sorted(measured, key=lambda item: statistics.mean(float(r["cross_entropy"]) for r in item[1])):
         collapsed = sum(float(row["collapsed"] or 0) > 0 for row in found)
         label = name + (f" (collapsed in {collapsed})" if collapsed else "")
-        cells = [_shown([row[key] for row in found], digits, scale) for key, (_, digits, scale) in shown.items()]
+        cells = [
+            mean_and_range([row[key] for row in found], digits, scale) for key, (_, digits, scale) in shown.items()
+        ]
         lines.append(f"| {' | '.join([label, str(len(found)), *cells])} |")
     return "\n".join(lines)
 

@@ -14,7 +14,6 @@ import csv
 import itertools
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.effectiveness import RememberedTeacher, read_rows  # noqa: E402
 from benchmarks.real_pair_arms import ARMS, BASE, HALF_WIDTH, RATES, SHAPES  # noqa: E402
-from benchmarks.tables import fill, markdown  # noqa: E402
+from benchmarks.tables import fill, markdown, mean_and_range  # noqa: E402
 from kava_trainer.config.arguments import KavaArguments  # noqa: E402
 from kava_trainer.config.parser import parse_arguments  # noqa: E402
 from kava_trainer.data.encoding import encode_dataset  # noqa: E402
@@ -136,7 +135,7 @@ class Bench:
         student = load_student(arguments.model, self._teacher, cut=cut)
         trainer = make_trainer(
             arguments.training,
-            Models(self._teacher, student, self._tokenizer, cut and cut.inherited_layers, cut),
+            Models(self._teacher, student, self._tokenizer, cut),
             self._data,
         )
         if trainer.teacher is not None:
@@ -179,13 +178,6 @@ def run(options: argparse.Namespace) -> None:
                         for name in (*KEY, "answers", "retention", "seconds")), flush=True)  # fmt: skip
 
 
-def _shown(rows: list[dict[str, str]], name: str) -> str:
-    """Mean and range of a column."""
-    values = [float(row[name]) for row in rows]
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
-
-
 def table(shape: str, rows: list[dict[str, str]]) -> str:
     """A Markdown table of what is measured of a shape, the best on the answers first."""
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -193,7 +185,13 @@ def table(shape: str, rows: list[dict[str, str]]) -> str:
         if row["shape"] == shape:
             groups.setdefault((row["steps"], row["arm"], row["learning_rate"]), []).append(row)
     lines = [
-        [arm, steps, f"{float(rate):g}", str(len(found)), _shown(found, "answers"), _shown(found, "retention")]
+        [
+            arm,
+            steps,
+            f"{float(rate):g}",
+            str(len(found)),
+            *(mean_and_range([row[name] for row in found], 2) for name in ("answers", "retention")),
+        ]
         for (steps, arm, rate), found in groups.items()
     ]
     if not lines:

@@ -1,5 +1,7 @@
 """Tables in documents, made from measurements: each stands between two marks and is replaced as a whole."""
 
+import statistics
+
 
 def fill(text: str, name: str, table: str) -> str:
     """The text with the table between `<!-- begin NAME -->` and `<!-- end NAME -->` replaced.
@@ -12,6 +14,15 @@ def fill(text: str, name: str, table: str) -> str:
         raise ValueError(f"The text lacks {begin} or {end}.")
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+
+
+def mean_and_range(values: list[str], digits: int, scale: float = 1.0) -> str:
+    """Mean and range of a column, or nothing where it was not measured."""
+    numbers = [scale * float(value) for value in values if value]
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

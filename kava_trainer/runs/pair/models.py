@@ -29,10 +29,13 @@ class Models:
     teacher: PreTrainedModel
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    inherited_layers: list[int] | None = None
-    """The teacher layer that each student layer was cut from, where it was."""
     cut: Cut | None = None
     """What the student was made of, where it was cut out of the teacher."""
+
+    @property
+    def inherited_layers(self) -> list[int] | None:
+        """See `Cut.inherited_layers`; None for a student that was not cut out of the teacher."""
+        return None if self.cut is None else self.cut.inherited_layers
 
 
 def own_parameters(student: PreTrainedModel) -> int:
@@ -76,4 +79,4 @@ def load_models(
     if arguments.model.use_peft:
         trained = trained_parameters(student)
         console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
-    return Models(teacher, student, tokenizer, None if cut is None else cut.inherited_layers, cut)
+    return Models(teacher, student, tokenizer, cut)
