@@ -100,7 +100,7 @@ class Progress(tqdm):  # type: ignore[misc]  # tqdm has no types
 
 
 class _Pulse:
-    """The thread that beats: it begins with the first bar, and ends when there is none."""
+    """The thread that beats: it begins with the first bar, and ends at once when the last one is gone."""
 
     def __init__(self) -> None:
         self._lock, self._wake = threading.Lock(), threading.Event()
@@ -117,12 +117,15 @@ class _Pulse:
     def forget(self, bar: Progress) -> None:
         with self._lock:
             self._bars.discard(bar)
+            if not self._bars:
+                self._wake.set()
 
     def beat(self, now: float) -> bool:
         """One beat; whether there will be another."""
         with self._lock:
             bars = list(self._bars)
             self._running = bool(bars)
+            self._wake.clear()
         for bar in bars:
             bar.beat(now)
         return bool(bars)

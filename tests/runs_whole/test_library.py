@@ -155,7 +155,7 @@ def state_of_the_process():
     loggers = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
     return {
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
-        "threads": (torch.get_num_threads(), threading.active_count()),
+        "threads": torch.get_num_threads(),
         "loggers": {
             name: level for name, level in loggers.items() if name.split(".")[0] in ("transformers", "datasets")
         },
@@ -177,12 +177,17 @@ def test_a_cell_of_a_notebook_runs_twice_and_leaves_nothing_behind(tmp_path, mon
         r"^```python\n([^`]*KavaTrainer\([^`]*)^```", (ROOT / "docs" / "quickstart.md").read_text(), re.M
     )
     cell = cell.replace("max_steps=20", "max_steps=2")
-    notebook, losses, states = {}, [], []
+    notebook, losses, states, threads = {}, [], [], []
     for _ in range(3):  # the first time much is imported
         exec(compile(cell, "cell", "exec"), notebook)
+        threads.append(threading.enumerate())
         losses.append([line["loss"] for line in notebook["trainer"].state.log_history if "loss" in line])
         states.append(state_of_the_process())
     assert losses[0]
     assert states[1] == states[2]
+    begun = set(threads[2]) - set(threads[1])
+    for thread in begun:
+        thread.join(timeout=10)  # one that is about to end may
+    assert not [thread.name for thread in begun if thread.is_alive()]
     assert states[0]["signals"] == states[1]["signals"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

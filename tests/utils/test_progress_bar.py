@@ -287,8 +287,8 @@ def test_where_bars_are_shown_their_clocks_tick_and_no_lines_are_printed(monkeyp
     assert capsys.readouterr().out == ""
 
 
-def test_the_thread_that_beats_ends_with_the_last_bar(monkeypatch):
-    monkeypatch.setattr(progress_bar, "BEAT", 0.01)
+def test_the_thread_that_beats_ends_with_the_last_bar_and_not_a_beat_later(monkeypatch):
+    monkeypatch.setattr(progress_bar, "BEAT", 60.0)
     monkeypatch.setattr(progress_bar, "_PULSE", progress_bar._Pulse())
     show_progress_bars(False)
     for _ in range(2):

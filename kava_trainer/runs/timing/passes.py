@@ -25,8 +25,9 @@ from ...models.hidden_states import run_decoder
 from ...models.layers import evaluating, hidden_size, in_mode, keeping_gradients
 from ..setup import Run
 
-LONGEST_PASS = 1.5
-"""About so many seconds a timed pass may take; where a micro-batch takes more, fewer examples are read."""
+LONGEST_PASS, FORWARD = 2.5, 3
+"""About so many seconds a timed step may take, where a micro-batch takes more, by fewer examples; and so many times as
+many examples are read without learning in that time."""
 
 QUICK, REPEATS = 0.3, 3
 """A pass that takes less seconds than the first is timed so often, and its shortest time counts."""
@@ -107,7 +108,8 @@ class Stopwatch:
         self._device, self._model, self._terms = run.training.device, trainer.model, trainer.terms
         first = run.data.train
         rows = first.one_pass() if isinstance(first, ExampleStream) else first
-        self._examples = list(islice(rows, run.training.per_device_train_batch_size))
+        self._sizes = (run.training.per_device_train_batch_size, run.training.per_device_eval_batch_size)
+        self._examples = list(islice(rows, max(self._sizes)))
 
     def rates(self) -> Rates:
         """What the passes take."""
@@ -122,21 +124,21 @@ class Stopwatch:
         one = self._row(1)
         self._pass(one, weights)  # the first pass of all takes longer
         taken = _seconds(self._device, lambda: self._pass(one, weights))
-        count = max(1, min(len(self._examples), int(LONGEST_PASS / max(taken, 1e-6))))
-        row = self._row(count)
-        tokens = int(row["attention_mask"].sum())
-        batch = self._padded(count)
+        fitting = LONGEST_PASS / max(taken, 1e-6)
+        row = self._row(max(1, min(self._sizes[0], int(fitting))))
+        batch = self._padded(max(1, min(self._sizes[1], int(FORWARD * fitting))))  # as evaluations read them
 
-        def each(work: Callable[[], Any]) -> float:
-            return _seconds(self._device, work) / tokens
+        def each(rows: dict[str, Any], work: Callable[[], Any]) -> float:
+            return _seconds(self._device, work) / int(rows["attention_mask"].sum())
 
-        step = taken / tokens if count == 1 else each(lambda: self._pass(row, weights))
+        step = each(row, lambda: self._pass(row, weights))
         teacher, student = self._run.models.teacher, self._run.models.student
         with torch.no_grad():
-            states = each(lambda: self._terms.teacher_states(row)) if self._terms.teacher is not None else 0.0
-            terms = each(lambda: self._forward(row, weights))
-            teacher_read, student_read = each(lambda: _read(teacher, batch)), each(lambda: _read(student, batch))
-        plain = each(lambda: self._pass(row, {"lm": 1.0})) if control else 0.0
+            states = each(row, lambda: self._terms.teacher_states(row)) if self._terms.teacher is not None else 0.0
+            terms = each(batch, lambda: self._forward(batch, weights))
+            teacher_read = each(batch, lambda: _read(teacher, batch))
+            student_read = each(batch, lambda: _read(student, batch))
+        plain = each(row, lambda: self._pass(row, {"lm": 1.0})) if control else 0.0
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         copy = _seconds(self._device, lambda: [parameter.detach().clone() for parameter in trained])
         return Rates(
@@ -187,9 +189,8 @@ class Stopwatch:
         run = self._run
         if not generates(run):
             return 0.0
-        ids = self._padded(len(self._examples))["input_ids"]
-        rows = -(-run.training.per_device_eval_batch_size // len(ids))
-        prompts = ids.repeat(rows, 1)[: run.training.per_device_eval_batch_size]
+        ids = self._padded(self._sizes[1])["input_ids"]
+        prompts = ids.repeat(-(-self._sizes[1] // len(ids)), 1)[: self._sizes[1]]
 
         def write(tokens: int) -> None:
             greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
