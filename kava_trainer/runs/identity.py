@@ -52,6 +52,9 @@ _HARMLESS_PREFIXES = (
     "retention_",
 )  # fmt: skip
 
+_BEFORE = {"relative_mse_weight": 0.0, "kd_tokens": "answers", "lm_tokens": "answers"}
+"""What a run did that was written before these arguments were there; by the kind of student they may be others now."""
+
 _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_dir")
 
 
@@ -135,6 +138,7 @@ def _step_examples(run: dict[str, Any]) -> int | None:
 
 def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
     """Compare the run that wrote a checkpoint with this one, each as `run_identity`, by the names that both know."""
+    there = {**_BEFORE, **there} if there else there
     same = _SAME | (_SAME_OF_A_STREAM if here.get("streaming") else set())
     found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
     examples = _step_examples(there)

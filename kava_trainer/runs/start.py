@@ -102,7 +102,7 @@ def load_examples(run: Run) -> None:
 def _hold_fewer_out(run: Run) -> None:
     """Measure on fewer examples where the training is short and nobody has said on how many."""
     held_out, read = run.data.evaluation, _examples_read(run)
-    if held_out is None:
+    if held_out is None or run.arguments.data.streaming:  # of a stream it may say what is trained on
         return
     probed = len(choose_examples(held_out, PROBE_TOKENS))  # with fewer its figures would be others
     if (number := fewer_held_out(run.arguments, max(read, probed), len(held_out))) is None:

@@ -35,6 +35,8 @@ class Plan:
     """Of one optimizer step."""
     held_out: float = 0.0
     """Tokens of the held-out examples; 0 where there are none."""
+    retained: float = 0.0
+    """Tokens of the text that tells what is kept of the teacher's language."""
     evaluations: int = 0
     """While it trains."""
     saves: int = 0
@@ -70,8 +72,9 @@ def estimate(plan: Plan, rates: Rates) -> dict[str, float]:
     beside = (plan.evaluations + plan.saves + 2) if plan.probe else 0  # at the start and at the end too
     measured = beside if not plan.gradients_at_the_start_alone else min(beside, 1)
     written = [rates.student_token * plan.batches * length for length in (plan.longest, plan.answer, plan.answer)]
-    held_out = plan.held_out * rates.student_read
-    once = plan.held_out * (rates.teacher_read + terms) + rates.teacher_token * plan.batches * plan.answer
+    held_out = (plan.held_out + plan.retained) * rates.student_read
+    by_teacher = (plan.held_out + plan.retained) * rates.teacher_read + rates.teacher_token * plan.batches * plan.answer
+    once = plan.held_out * terms + by_teacher
     in_training = plan.evaluations * plan.held_out
     parts = {
         "teacher cache": (plan.cached or 0.0) * rates.teacher,
@@ -132,7 +135,10 @@ def plan_of(run: Run) -> Plan:
         done = TrainerState.load_from_json(str(run.checkpoint / TRAINER_STATE_FILE)).global_step
     length = mean_length(data.train)
     step_tokens = training.per_device_train_batch_size * training.gradient_accumulation_steps * length
-    held_out = mean_length(data.evaluation) * len(data.evaluation) if data.evaluation is not None else 0.0
+    held_out, retained = (
+        mean_length(examples) * len(examples) if examples is not None else 0.0
+        for examples in (data.evaluation, data.retention)
+    )
     evaluated = {n for n in _moments(training.eval_strategy, training.eval_steps, steps, epoch) if n > done}
     saved = {n for n in _moments(training.save_strategy, training.save_steps, steps, epoch) if done < n < steps}
     terms, probes = len(run.trainer.terms.weights(0.0)), run.trainer.probe.fixed is not None
@@ -145,6 +151,7 @@ def plan_of(run: Run) -> Plan:
         steps=max(steps - done, 0),
         step_tokens=step_tokens,
         held_out=held_out / ranks,
+        retained=retained / ranks,
         evaluations=len(evaluated),
         saves=len(saved - evaluated),
         calibration=min(training.calibration_tokens, examples * length or math.inf) / ranks if calibrates else 0.0,

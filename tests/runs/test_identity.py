@@ -73,6 +73,16 @@ def test_harmless_and_other_differences_are_named(tmp_path):
     assert found.training == ["learning_rate was 5e-05, is 0.0001", "max_steps was -1, is 70"]
 
 
+def test_a_checkpoint_of_before_says_what_the_defaults_of_its_kind_of_student_would_change(tmp_path):
+    before = identity(tmp_path)
+    for name in ("relative_mse_weight", "kd_tokens", "lm_tokens"):
+        assert before.pop(name) in (0.0, "answers")
+    path = checkpoint(tmp_path, before)
+    assert check_resumable(path, identity(tmp_path)).training == []
+    found = check_resumable(path, identity(tmp_path, relative_mse_weight=15.0, kd_tokens="all"))
+    assert found.training == ["kd_tokens was answers, is all", "relative_mse_weight was 0.0, is 15.0"]
+
+
 def test_a_folder_with_checkpoints_of_a_different_run_is_left_alone(tmp_path):
     checkpoint(tmp_path, identity(tmp_path))
     (tmp_path / "checkpoint-9").mkdir()

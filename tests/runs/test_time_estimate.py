@@ -26,7 +26,9 @@ def test_the_steps_are_their_tokens_and_their_optimizer():
 
 @pytest.mark.parametrize(("changes", "part", "seconds"), [
     ({"held_out": 10_000}, "evaluations", 3 + 4 + 1 + 1),
+    ({"held_out": 10_000, "retained": 10_000}, "evaluations", 3 + 4 + 1 + 1 + 3 + 1 + 1),
     ({"held_out": 10_000, "evaluations": 5}, "evaluations", 3 + 4 + 1 + 1 + 5 * 4),
+    ({"held_out": 10_000, "retained": 10_000, "evaluations": 5}, "evaluations", 3 + 4 + 1 + 1 + 3 + 1 + 1 + 5 * 4),
     ({"held_out": 10_000, "control": True}, "evaluations", 3 + 4 + 1 + 1 + 1),
     ({"held_out": 10_000, "evaluations": 5, "control": True}, "control", 100 * (0.5 + 0.1) + 5),
     ({"control": True, "checkpointing": True}, "control", 100 * (0.5 + 0.2 + 0.1)),
@@ -77,8 +79,9 @@ def run(tmp_path, tokenizer):
     def make(**changes):
         trainer = make_trainer(tmp_path, tokenizer, **{"eval_strategy": "no", **changes})
         data = SimpleNamespace(
-            train=trainer.train_dataset, evaluation=trainer.eval_dataset, collator=trainer.data_collator
-        )
+            train=trainer.train_dataset, evaluation=trainer.eval_dataset, collator=trainer.data_collator,
+            retention=trainer.train_dataset.select(range(3)),
+        )  # fmt: skip
         return SimpleNamespace(
             training=trainer.args, data=data, trainer=trainer, cache=None, checkpoint=None, tokenizer=tokenizer,
             models=SimpleNamespace(teacher=trainer.teacher.model, student=trainer.student), console=Console(plain=True),
@@ -94,6 +97,7 @@ def test_a_plan_is_that_of_the_arguments(run):
     assert (plan.steps, plan.step_tokens) == (10, pytest.approx(8 * sum(lengths) / 16))
     assert (plan.evaluations, plan.saves) == (2, 2)  # after 4 and 8; after 2 and 6, for 10 is the end
     assert plan.held_out == pytest.approx(sum(lengths[:7]))
+    assert plan.retained == pytest.approx(sum(lengths[:3]))
     assert plan.probe == pytest.approx(sum(lengths[:7]))
     assert plan.gradient == pytest.approx(2 * sum(lengths[:7]))
     assert (plan.calibration, plan.cached, plan.control, plan.batches) == (0, None, False, 0)

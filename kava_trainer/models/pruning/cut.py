@@ -157,16 +157,13 @@ def _check_width(request: CutRequest, teacher: PreTrainedConfig) -> None:
             )
 
 
-def choose_cut(
-    teacher: PreTrainedModel, request: CutRequest, batches: Sequence[Batch], answers_only: bool = False
-) -> Cut:
+def choose_cut(teacher: PreTrainedModel, request: CutRequest, batches: Sequence[Batch]) -> Cut:
     """Decide what a student keeps of a teacher.
 
     Args:
         teacher: a causal language model, which may be quantised; it is left in the mode it came in.
         request: what is asked for.
         batches: of a collator, of the text that importance is measured on; read only where the request `reads_text`.
-        answers_only: let the search count the tokens of the answers alone.
 
     Raises:
         BadRequest: if the model cannot be cut so.
@@ -182,7 +179,7 @@ def choose_cut(
     else:
         importance, method = block_influence(teacher, batches), request.importance
         if request.importance == "search":
-            removals = search_layers(teacher, batches, request.layers, answers_only)
+            removals = search_layers(teacher, batches, request.layers)
             kept = sorted(set(range(depth)) - {removal.block for removal in removals})
         else:
             kept = most_important(importance, request.layers)

@@ -38,9 +38,7 @@ class Removal:
     """Next-token loss in nats without it and all that were left out before."""
 
 
-def search_layers(
-    model: PreTrainedModel, batches: Sequence[Batch], keep: int, answers_only: bool = False, shortlist: bool = True
-) -> list[Removal]:
+def search_layers(model: PreTrainedModel, batches: Sequence[Batch], keep: int, shortlist: bool = True) -> list[Removal]:
     """Leave out blocks one by one, each time the one without which the next-token loss is lowest.
 
     A trial runs only the blocks behind the one it leaves out, from the state that was there before.
@@ -49,7 +47,6 @@ def search_layers(
         model: a causal language model; it is left in the mode it came in.
         batches: of a collator, padded, on any device.
         keep: blocks that remain.
-        answers_only: count the tokens of the answers, `next_tokens` of the batches, in place of all of them.
         shortlist: try every block on one in eight of the batches, and only the best fifth of the blocks on the others.
             Without it the search takes about three times as long.
 
@@ -68,7 +65,7 @@ def search_layers(
     with torch.no_grad(), evaluating(model), progress_bar(trials, "Searching for layers to leave out", "trial") as bar:
         while depth - len(removals) > keep:
             removed = [removal.block for removal in removals]
-            trial = _Trial(blocks, removed, answers_only, bar.update)
+            trial = _Trial(blocks, removed, bar.update)
             losses = trial.losses(batches[:first], trial.kept)
             if first < len(batches):
                 best = sorted(trial.kept, key=lambda block: losses[block])[: _best(len(trial.kept))]
@@ -88,8 +85,8 @@ def _best(count: int) -> int:
 class _Trial:
     """One round of the search: what each of the blocks that are left costs."""
 
-    def __init__(self, blocks: Blocks, removed: list[int], answers_only: bool, tell: Callable[[], Any]) -> None:
-        self.blocks, self.removed, self.answers_only, self.tell = blocks, removed, answers_only, tell
+    def __init__(self, blocks: Blocks, removed: list[int], tell: Callable[[], Any]) -> None:
+        self.blocks, self.removed, self.tell = blocks, removed, tell
         self.kept = [number for number in range(len(blocks)) if number not in removed]
         self.sums: dict[int, float] = {}
         self.tokens = 0
@@ -98,7 +95,7 @@ class _Trial:
         """Add the losses of some batches without each candidate; the sums over all batches until now."""
         for batch in batches:
             moved = send_to_device(dict(batch), self.blocks.model.device)
-            index, tokens = wanted_tokens(moved, self.answers_only)
+            index, tokens = predicted_tokens(moved)
             self.tokens += len(tokens)
             states = self._states(moved)
             for block in candidates:
@@ -137,10 +134,8 @@ class _Trial:
         return next_token_loss(model, last.flatten(0, 1)[index], tokens)
 
 
-def wanted_tokens(batch: Batch, answers_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions [K] among the flattened tokens of a batch whose next token counts, and these tokens [K]."""
-    if answers_only:
-        return batch["answer_index"], batch["next_tokens"]
+def predicted_tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions [K] among the flattened tokens of a batch that a token follows, and these next tokens [K]."""
     real, ids = real_tokens(batch), batch["input_ids"]
     index = torch.nn.functional.pad(real[:, :-1] & real[:, 1:], (0, 1)).flatten().nonzero().flatten()
     return index, ids.flatten()[index + 1]

@@ -8,7 +8,7 @@ from helpers.models import model_of, tiny_llama
 
 from kava_trainer.models.hidden_states import run_decoder
 from kava_trainer.models.pruning.importance import block_influence
-from kava_trainer.models.pruning.search import next_token_loss, search_layers, wanted_tokens
+from kava_trainer.models.pruning.search import next_token_loss, predicted_tokens, search_layers
 from kava_trainer.models.pruning.skipping import skipped
 from kava_trainer.utils.errors import BadRequest
 
@@ -49,14 +49,13 @@ def without(model, blocks):
 
 
 @torch.no_grad()
-def naive_loss(model, batches, answers_only=False):
+def naive_loss(model, batches):
     total, count = 0.0, 0
     for batch in batches:
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
         for row in range(len(logits)):
             length = int(batch["attention_mask"][row].sum())
-            places = [length - 2] if answers_only else range(length - 1)
-            for place in places:
+            for place in range(length - 1):
                 target = batch["input_ids"][row, place + 1]
                 total -= logits[row, place].log_softmax(-1)[target].item()
                 count += 1
@@ -131,19 +130,18 @@ def test_padding_has_no_influence():
     assert block_influence(model, [padded]) == pytest.approx(block_influence(model, [alone]), rel=1e-4)
 
 
-@pytest.mark.parametrize("answers_only", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
-def test_the_search_removes_what_brute_force_removes(kind, answers_only):
+def test_the_search_removes_what_brute_force_removes(kind):
     changes = {} if kind == "llama" else {"head_dim": 8}
     model, batches = model_of(kind, **changes), [batch_of(7, 4, 9), batch_of(5, 6, seed=1)]
     expected, removed = [], []
     for _ in range(3):
         left = [block for block in range(4) if block not in removed]
-        losses = {block: naive_loss(without(model, [*removed, block]), batches, answers_only) for block in left}
+        losses = {block: naive_loss(without(model, [*removed, block]), batches) for block in left}
         best = min(losses, key=losses.get)
         removed.append(best)
         expected.append((best, losses[best]))
-    found = search_layers(model, batches, 1, answers_only, shortlist=False)
+    found = search_layers(model, batches, 1, shortlist=False)
     assert [one.block for one in found] == [block for block, _ in expected]
     assert [one.loss for one in found] == pytest.approx([loss for _, loss in expected], rel=1e-4)
 
@@ -164,7 +162,7 @@ def test_the_short_list_tries_all_blocks_on_some_and_the_best_on_all_batches():
 
 def test_the_loss_is_that_of_all_real_tokens():
     model, batch = model_of("llama"), batch_of(7, 4, 9)
-    index, tokens = wanted_tokens(batch, answers_only=False)
+    index, tokens = predicted_tokens(batch)
     assert len(tokens) == 6 + 3 + 8
     with torch.no_grad():
         states = run_decoder(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
