@@ -30,7 +30,7 @@ from transformers import AutoConfig, logging, set_seed  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.effectiveness import RememberedTeacher, read_rows  # noqa: E402
-from benchmarks.real_pair_arms import ARMS, BASE, HALF_WIDTH, RATES, SHAPES  # noqa: E402
+from benchmarks.real_pair_arms import ARMS, BASE, HALF_WIDTH, RATES, SHAPES, TRAINED  # noqa: E402
 from benchmarks.tables import fill, markdown, mean_and_range  # noqa: E402
 from kava_trainer.config.arguments import KavaArguments  # noqa: E402
 from kava_trainer.config.parser import parse_arguments  # noqa: E402
@@ -49,6 +49,9 @@ from kava_trainer.utils.console import Console  # noqa: E402
 CSV_FILE, DOCUMENT = ROOT / "docs" / "real_pair.csv", ROOT / "docs" / "effectiveness.md"
 HELD_OUT = 100
 """Rows at the end of the data that nothing is trained on."""
+
+BEFORE = ("15 of 30", "SFT", 1e-3, 100, 60)
+"""Shape, arm, learning rate, seed and steps of the training that `TRAINED` has behind it."""
 
 COLUMNS = (
     "shape", "arm", "learning_rate", "seed", "steps", "layers", "answers_before", "retention_before", "answers",
@@ -101,8 +104,9 @@ class Bench:
             **BASE, **self._given, **SHAPES[shape], **ARMS[arm], "learning_rate": rate, "max_steps": steps,
             "warmup_steps": max(1, steps // 10), "seed": seed, "output_dir": f"{self._folder.name}/out",
         }  # fmt: skip
-        if given.get("student_config_name") == HALF_WIDTH:
-            given["student_config_name"] = f"{self._folder.name}/{HALF_WIDTH}"
+        for name in ("student_config_name", "student_model_name_or_path"):
+            if given.get(name) in (HALF_WIDTH, TRAINED):
+                given[name] = f"{self._folder.name}/{given[name]}"
         return parse_arguments(list(itertools.chain(*((f"--{name}", str(value)) for name, value in given.items()))))
 
     def _remembered(self, seed: int) -> RememberedTeacher:
@@ -119,6 +123,16 @@ class Bench:
                 answer_cross_entropy(student, examples, self._data.collator, 10)
                 for examples in (self._data.evaluation, self._questions)
             )
+
+    def _train_before(self) -> None:
+        """The student that was trained before, on the examples in an order of its own."""
+        folder = Path(self._folder.name, TRAINED)
+        if not folder.exists():
+            shape, arm, rate, seed, steps = BEFORE
+            trainer = self.trainer(self.arguments(shape, arm, rate, seed, steps), self.cut(shape))
+            trainer.train()
+            trainer.student.save_pretrained(folder)
+            self._tokenizer.save_pretrained(folder)
 
     def cut(self, shape: str) -> Cut | None:
         """What a student of a shape keeps of its teacher; it is chosen once."""
@@ -144,6 +158,8 @@ class Bench:
 
     def run(self, shape: str, arm: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
         """Train one student and measure it before and after."""
+        if TRAINED in SHAPES[shape].values():
+            self._train_before()
         cut = self.cut(shape)
         trainer = self.trainer(self.arguments(shape, arm, rate, seed, steps), cut)
         before = self._figures(trainer.student)

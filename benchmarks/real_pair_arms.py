@@ -13,6 +13,9 @@ BASE: dict[str, Any] = {
 HALF_WIDTH = "half_width"
 """Stands for a config of half the teacher's width, in all its layers; such a student starts from random weights."""
 
+TRAINED = "trained_before"
+"""Stands for the student of 15 layers after a training with the next-token loss alone."""
+
 RATES = (3e-4, 6e-4, 1e-3)
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -22,6 +25,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "20 of 30": {"student_layers": "[0, 1, 2, 8, 9, 10, 11, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 27, 28, 29]"},
     "15 of 30": {"student_layers": "[0, 1, 2, 8, 9, 10, 11, 15, 19, 20, 23, 24, 27, 28, 29]"},
     "half width, random": {"student_config_name": HALF_WIDTH},
+    "15 layers, trained before": {"student_model_name_or_path": TRAINED},
+    "1024 of 1536 neurons": {"student_init": "teacher_layers", "student_intermediate_size": 1024},
 }
 """The layers are those that `student_num_layers` with `student_layers` importance keeps: the search took them once."""
 

@@ -102,10 +102,15 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 
 def _describe(argument: Field[Any], owner: type, hint: Any) -> Argument:
+    from .student_kinds import BY_START
+
     group, unit = _group(argument.name, owner), getattr(argument.metadata.get("help"), "unit", None)
     effect = " ".join(str(argument.metadata.get("help") or "").replace("%%", "%").split())
     if group == INHERITED and argument.name in NOTES:
         unit, effect = NOTES[argument.name]
+    for start, defaults in BY_START.items():
+        if argument.name in defaults:
+            effect += f" With student_init {start} the default is {json.dumps(defaults[argument.name])}."
     return Argument(argument.name, group, _default(argument), unit, effect, _choices(hint))
 
 

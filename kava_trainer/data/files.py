@@ -189,6 +189,8 @@ def _unreadable(error: Exception, name: str) -> BadRequest:
     if problem := folder_problem(path, ("state.json", "dataset_info.json", "dataset_dict.json")):
         return BadRequest(f"{start} {problem}.", "Mend the file.")
     reason = "it holds no examples." if isinstance(error, StopIteration) else reason_of(error.__cause__ or error)
+    if reason.startswith("BuilderConfig "):
+        return BadRequest(f"{start} {reason}.", "Name one of these as dataset_config_name, or write null there.")
     return BadRequest(f"{start} {reason}")
 
 

@@ -20,7 +20,7 @@ from kava_trainer.models.pruning.cut import (
 )
 from kava_trainer.models.pruning.search import Removal
 from kava_trainer.models.pruning.skipping import skipped
-from kava_trainer.models.pruning.student import cut_config, fill_student
+from kava_trainer.models.pruning.student import check_logits, copy_weights, cut_config, fill_student
 from kava_trainer.models.student import load_student
 from kava_trainer.utils.errors import BadRequest
 
@@ -126,6 +126,20 @@ def test_a_student_that_is_not_what_is_left_is_refused(monkeypatch):
     student.model.layers[0].register_forward_hook(lambda block, args, output: 2 * output)
     with pytest.raises(BadRequest, match="does not give what the teacher gives without the rest"):
         fill_student(teacher, student, cut)
+
+
+@pytest.mark.parametrize(("name", "own", "others"), [("neurons", [1, 5, 30], [0, 6, 31]), ("head_groups", [1], [0])])
+def test_a_teacher_in_bfloat16_is_cut_in_width_though_its_sums_round_in_another_way(name, own, others):
+    teacher = model_of("llama", num_attention_heads=4, num_key_value_heads=2).to(torch.bfloat16)
+    for block in teacher.model.layers:  # as large beside what attention adds as in a trained model
+        block.mlp.down_proj.weight.data *= 100
+    cut, other = (Cut("list", 4, [0, 2, 3], **{name: [part] * 3}) for part in (own, others))
+    good, bad = (build_causal_lm(cut_config(teacher.config, cut), "float32", ModelArguments()) for _ in range(2))
+    fill_student(teacher, good, cut)
+    assert good.dtype == torch.float32
+    copy_weights(teacher, bad, other)
+    with pytest.raises(BadRequest, match="does not give what the teacher gives without the rest"):
+        check_logits(teacher, bad, cut)
 
 
 def test_how_blocks_are_chosen():
