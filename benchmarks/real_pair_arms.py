@@ -36,6 +36,10 @@ _INHERITED = {"projector_direction": "none", "layer_mapping": "inherited"}
 _KD_ANSWERS = {"kd_weight": 1.0, "kd_tokens": "answers"}
 _KD_ALL = {"kd_weight": 1.0, "kd_tokens": "all"}
 _RELATIVE = {**_INHERITED, "relative_mse_weight": 3.0}
+_PROJECTED = {
+    "mercator_weight": 3.0, "layer_mapping": "last", "projector_direction": "student_to_teacher",
+    "projector_init": "least_squares",
+}  # fmt: skip
 _MERCATOR = {**_INHERITED, "mercator_weight": 3.0}
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -54,9 +58,13 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "SFT + KD on all (weight 0.5)": {**_LEAST, **_KD_ALL, "kd_weight": 0.5},
     "defaults": {},
-    "SFT + projected last layer": {
-        **_LEAST, "mercator_weight": 3.0, "layer_mapping": "last", "projector_direction": "student_to_teacher",
-        "projector_init": "least_squares",
+    "SFT + projected last layer": {**_LEAST, **_PROJECTED},
+    "SFT + KD on all + projected last layer": {**_LEAST, **_KD_ALL, **_PROJECTED},
+    "SFT + KD on all + projected last layer (weight 0.3)": {
+        **_LEAST, **_KD_ALL, **_PROJECTED, "mercator_weight": 0.3,
+    },
+    "SFT + KD on answers + projected last layer (weight 0.3)": {
+        **_LEAST, **_KD_ANSWERS, **_PROJECTED, "mercator_weight": 0.3,
     },
 }  # fmt: skip
 """`hidden` aligns each layer with the teacher layer that it was cut from, the last one after the final norm."""
