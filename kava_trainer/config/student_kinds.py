@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checks import ALIGNMENT_WEIGHTS
+from .model_arguments import QUICKSTART
 
 _PROJECTED = ("projector_direction", "projector_anchor", "projector_init")
-"""Whoever writes one of these wants a projector, for which the others were not measured, or says that there is none."""
+"""Whoever writes one of these for a cut student wants a projector, for which the others were not measured, or says that
+there is none."""
 
 BY_START: dict[str, dict[str, Any]] = {
     "teacher_layers": {
@@ -21,10 +23,10 @@ BY_START: dict[str, dict[str, Any]] = {
         "kd_weight": 0.5,
         "kd_tokens": "all",
     },
-    "random": {},
+    "random": {"mercator_weight": 0.3, "kd_weight": 1.0},
     "pretrained": {},
 }
-"""By `student_init`."""
+"""By `student_init`. The embedded student is no such case: there a heavy alignment pays at once."""
 
 
 def defaults_for(student_init: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,8 +37,12 @@ def defaults_for(student_init: str, given: Mapping[str, Any]) -> dict[str, Any]:
         given: the arguments that somebody wrote.
     """
     found = dict(BY_START.get(student_init, {}))
-    if not given.keys().isdisjoint(_PROJECTED) and given.get("projector_direction") != "none":
+    weighs = not given.keys().isdisjoint(ALIGNMENT_WEIGHTS)
+    if student_init == "random":
+        if weighs or given.get("student_model_name_or_path") == QUICKSTART:
+            return {}  # beside another weight of the alignment the divergence was not measured
+    elif not given.keys().isdisjoint(_PROJECTED) and given.get("projector_direction") != "none":
         found = {name: value for name, value in found.items() if name.startswith("kd_")}
-    if not given.keys().isdisjoint(ALIGNMENT_WEIGHTS):
+    if weighs:
         found.pop("relative_mse_weight", None)  # one that is written says what the states are compared by
     return {name: value for name, value in found.items() if name not in given}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from helpers.programs import words
+from transformers import LlamaConfig
 
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.parser import parse_arguments
@@ -69,6 +70,26 @@ def test_the_recipe_of_a_run_is_that_run(tmp_path: Any, written: dict[str, Any])
     again = parse_arguments(words({**recipe_of(summary), "output_dir": str(tmp_path)}))
     for name in (*BY_START["teacher_layers"], "projector_init", "projector_dropout", "student_num_layers"):
         assert (again.to_dict()[name], name) == (arguments.to_dict()[name], name)
+
+
+def test_random_weights_learn_from_the_divergence_more_than_from_states(tmp_path: Any) -> None:
+    config = tmp_path / "config"
+    LlamaConfig().save_pretrained(config)
+    for written in ({}, {"layer_mapping": "uniform:2"}, {"projector_init": "random"}):
+        arguments = parsed(tmp_path, student_config_name=str(config), **written)
+        assert arguments.by_kind == BY_START["random"]
+        assert {name: getattr(arguments.training, name) for name in BY_START["random"]} == BY_START["random"]
+    training = parsed(tmp_path, student_config_name=str(config), mse_weight=1.0).training
+    assert (training.mercator_weight, training.mse_weight, training.kd_weight) == (PLAIN.mercator_weight, 1.0, 0.0)
+    training = parsed(tmp_path, student_config_name=str(config), kd_weight=0.0).training
+    assert (training.mercator_weight, training.kd_weight) == (BY_START["random"]["mercator_weight"], 0.0)
+
+
+def test_the_embedded_student_keeps_its_alignment(tmp_path: Any) -> None:
+    arguments = parsed(tmp_path, student_model_name_or_path="quickstart")
+    assert arguments.model.student_init == "random"
+    assert arguments.by_kind == {}
+    assert arguments.training.aligns
 
 
 def test_each_default_names_an_argument() -> None:
