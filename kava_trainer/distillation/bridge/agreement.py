@@ -93,7 +93,8 @@ def measure_agreement(
     units = sum_over_ranks(torch.stack([s.T @ (1 / norm) for s, norm in zip((student, teacher), norms, strict=True)]))
     crossed = (units[0] * units[1]).triu().sum(dim=0)  # coordinate by rank, those up to the rank
     shuffled = (crossed - cosines[0]) / (count * (count - 1)).clamp(min=1)
-    return Agreement(*(cosines / count).tolist(), shuffled.tolist(), round(count.item()))
+    cos_sim, of_centred = (cosines / count).tolist()
+    return Agreement(cos_sim, of_centred, shuffled.tolist(), round(count.item()))
 
 
 def _cosines(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
