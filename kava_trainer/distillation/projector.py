@@ -25,6 +25,9 @@ class ProjectorConfig:
             network, or a decoder that must rebuild the input from it.
         rank: with the pca anchor the dimensions of a `LowRankBridge` of both sides, `auto` where its fit is to choose
             them; by default there is none.
+
+    Raises:
+        ValueError: if there cannot be a bridge of that rank.
     """
 
     input_size: int
@@ -33,6 +36,15 @@ class ProjectorConfig:
     dropout: float = 0.1
     anchor: Anchor = "none"
     rank: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is None:
+            return
+        if self.anchor != "pca":
+            raise ValueError(f"A rank is for a frozen bridge, but the anchor is {self.anchor}; write anchor='pca'.")
+        most = min(self.input_size, self.output_size)
+        if self.rank != AUTO and not (type(self.rank) is int and 1 <= self.rank <= most):
+            raise ValueError(f"The rank of a bridge is {self.rank!r}; write a whole number from 1 to {most}, or auto.")
 
 
 def normalise(states: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,9 @@ class HiddenStateTarget(nn.Module):
         beta: weight of the log-magnitude in the Mercator loss.
         direction: which side is projected.
         weights: weight of each pair; equal by default. Only their proportions count.
+
+    Raises:
+        ValueError: if there is a rank, and the direction is not `teacher_to_student`.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class HiddenStateTarget(nn.Module):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if config.rank is not None and direction != "teacher_to_student":
+            raise ValueError(f"A bridge is given the sizes of direction='teacher_to_student', not of {direction!r}.")
         self.pairs, self.direction = pairs, direction
         self.alpha, self.beta = alpha, beta
         shares = [1.0] * len(pairs) if weights is None else list(weights)

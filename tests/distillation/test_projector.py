@@ -131,6 +131,12 @@ def test_an_open_rank_is_that_of_the_file_and_another_one_is_refused(tmp_path):
             restore_projectors(other, tmp_path / "p.pth")
 
 
+@pytest.mark.parametrize(("rank", "anchor"), [(0, "pca"), (5, "pca"), ("8", "pca"), (True, "pca"), (3, "none")])
+def test_a_bridge_that_cannot_be_is_refused(rank, anchor):
+    with pytest.raises(ValueError, match=r"bridge is .*; write a whole number from 1 to 4|the anchor is none"):
+        ProjectorConfig(6, 4, anchor=anchor, rank=rank)
+
+
 def test_a_file_from_before_bridges_is_read(tmp_path):
     save_projectors(make(), tmp_path / "p.pth")
     content = torch.load(tmp_path / "p.pth", weights_only=True)

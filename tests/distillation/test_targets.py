@@ -101,6 +101,12 @@ def test_a_bridge_brings_both_sides_together_and_the_student_alone_learns():
     assert (target.widths, target.most_dimensions(0)) == ("8 -> 3 <- 6", 3)
 
 
+@pytest.mark.parametrize("direction", ["student_to_teacher", "none"])
+def test_a_bridge_in_another_direction_is_refused(direction):
+    with pytest.raises(ValueError, match="A bridge is given the sizes of direction='teacher_to_student'"):
+        HiddenStateTarget([(1, 2)], ProjectorConfig(8, 6, anchor="pca", rank=3), direction=direction)
+
+
 @pytest.mark.parametrize("rank", [17, 32])
 def test_a_bridge_wider_than_either_side_is_refused(rank):
     asked = arguments(projector_anchor="pca", projector_init="least_squares", projector_rank=rank)
