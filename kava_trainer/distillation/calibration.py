@@ -16,7 +16,7 @@ from ..models.teacher import TeacherSource
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import STEPS, own_batches, told, with_progress
 from .bridge.agreement import Agreement, held_back_tokens, hold_back, measure_agreement
-from .bridge.fit import BridgeFit, decide_rank
+from .bridge.fit import BridgeFit, decide_rank, tell_agreement
 from .model import DistillationModel
 from .projector import ElasticBottleneck, LowRankBridge, PrincipalProjection, normalise
 from .targets import HiddenStateTarget
@@ -290,7 +290,10 @@ def _coordinates(
 def _set_bridges(
     target: HiddenStateTarget, fits: list[BridgeFit], found: list[Agreement], tell: Callable[[str], None]
 ) -> None:
-    """Decide the ranks of bridges, and give them their maps. Raises `BadRequest` as `decide_rank`."""
-    for bridge, layers, fit, agreement in zip(target.bridges, target.pairs, fits, found, strict=True):
-        decide_rank(bridge, layers, agreement, tell)
+    """Show how the sides of each bridge agree, and give it its rank and maps. Raises `BadRequest` as `decide_rank`."""
+    measured = list(zip(target.bridges, target.pairs, found, strict=True))
+    for bridge, layers, agreement in measured:
+        tell_agreement(bridge, layers, agreement, tell)
+    for fit, (bridge, layers, agreement) in zip(fits, measured, strict=True):
+        decide_rank(bridge, layers, agreement)
         fit.give_to(bridge)

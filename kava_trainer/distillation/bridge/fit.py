@@ -41,28 +41,28 @@ def _mapped(states: torch.Tensor, given: Map, rank: int) -> torch.Tensor:
     return F.linear(normalise(states).to(weight), weight[:rank], bias[:rank])
 
 
-def decide_rank(bridge: LowRankBridge, layers: tuple[int, int], found: Agreement, tell: Callable[[str], None]) -> None:
-    """Give a bridge whose rank is open the highest one at which its sides agree, and show at which ones they do.
+def tell_agreement(
+    bridge: LowRankBridge, layers: tuple[int, int], found: Agreement, tell: Callable[[str], None]
+) -> None:
+    """Show at which ranks the sides of a bridge between two layers, the student's first, agree; `tell` prints it."""
+    tell(f"Agreement of layers {layers} (student, teacher) by rank of the bridge, on {found.tokens} held-back tokens:")
+    for line in found.lines(found.highest() if bridge.rank_is_open else bridge.rank):
+        tell(line)
 
-    Args:
-        bridge: of one pair of layers.
-        layers: of student and teacher.
-        found: how its sides agree.
-        tell: prints a line.
+
+def decide_rank(bridge: LowRankBridge, layers: tuple[int, int], found: Agreement) -> None:
+    """Give a bridge between two layers, if its rank is open, the highest one at which its sides agree.
 
     Raises:
-        BadRequest: if its rank is open, and its sides agree at none.
+        BadRequest: if they agree at none.
     """
-    rank = found.highest() if bridge.rank_is_open else bridge.rank
-    tell(f"Agreement of layers {layers} (student, teacher) by rank of the bridge, on {found.tokens} held-back tokens:")
-    for line in found.lines(rank):
-        tell(line)
-    if rank is None:
+    if not bridge.rank_is_open:
+        return
+    if (rank := found.highest()) is None:
         best = max(found.centred)
         raise BadRequest(
             f"projector_rank auto found no rank at which layers {layers} (student, teacher) have a centred CosSim of "
             f"{AGREEING} or more; the highest is {best:.3f}, at rank {found.centred.index(best) + 1}.",
             "Write projector_rank as a number, or align other layers.",
         )
-    if bridge.rank_is_open:
-        bridge.decide(rank)
+    bridge.decide(rank)

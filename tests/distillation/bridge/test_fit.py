@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kava_trainer.distillation.bridge.agreement import Agreement, measure_agreement
-from kava_trainer.distillation.bridge.fit import decide_rank
+from kava_trainer.distillation.bridge.fit import decide_rank, tell_agreement
 from kava_trainer.distillation.calibration import RIDGE, Moments
 from kava_trainer.distillation.projector import LowRankBridge, ProjectorConfig, normalise
 from kava_trainer.utils.errors import BadRequest
@@ -69,7 +69,8 @@ def test_auto_takes_the_rank_that_both_sides_have_in_common(rank, rest):
     found = measure_agreement(*fit.coordinates(student[3000:], teacher[3000:]), lambda sums: sums)
     bridge, lines = LowRankBridge(ProjectorConfig(24, 16, anchor="pca", rank="auto")), []
     assert (bridge.rank, bridge.rank_is_open) == (16, True)
-    decide_rank(bridge, (2, 4), found, lines.append)
+    tell_agreement(bridge, (2, 4), found, lines.append)
+    decide_rank(bridge, (2, 4), found)
     fit.give_to(bridge)
     assert (bridge.rank, bridge.config.rank) == (rank, rank)
     assert [line.split()[0] for line in lines if line.endswith("<- taken")] == [str(rank)]
@@ -85,13 +86,14 @@ def test_axes_without_variance_are_none():
     assert (found.full, found.highest()) == (6, 6)
 
 
-def test_where_no_rank_agrees_auto_is_refused_after_its_table():
-    lines, poor = [], [0.3, 0.5, 0.4]
+def test_where_no_rank_agrees_auto_is_refused_and_a_number_is_not():
+    lines, poor = [], Agreement([0.3, 0.5, 0.4], [0.3, 0.5, 0.4], [0.0, 0.0, 0.0], 9)
     bridge = LowRankBridge(ProjectorConfig(4, 3, anchor="pca", rank="auto"))
+    tell_agreement(bridge, (2, 4), poor, lines.append)
+    assert (len(lines), "taken" in "".join(lines)) == (5, False)
     said = r"no rank at which layers \(2, 4\) .* centred CosSim of 0.9 or more; the highest is 0.500, at rank 2"
     with pytest.raises(BadRequest, match=said):
-        decide_rank(bridge, (2, 4), Agreement(poor, poor, poor, 9), lines.append)
-    assert len(lines) == 5
-    decide_rank(
-        LowRankBridge(ProjectorConfig(4, 3, anchor="pca", rank=2)), (2, 4), Agreement(poor, poor, poor, 9), print
-    )
+        decide_rank(bridge, (2, 4), poor)
+    asked = LowRankBridge(ProjectorConfig(4, 3, anchor="pca", rank=2))
+    decide_rank(asked, (2, 4), poor)
+    assert asked.rank == 2
