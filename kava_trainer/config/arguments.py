@@ -20,6 +20,7 @@ from .checks import (
     is_fit,
     precision_problem,
     settle_numbers,
+    settle_rank,
     training_problems,
     usual_dropout,
 )
@@ -74,10 +75,15 @@ class KavaTrainingArguments(TrainingArguments):
         0.0, "Weight of the squared difference of the aligned states as a share of the target's squared length."
     )
     anchor_weight: float = argument(1.0, "Weight of the reconstruction error where projector_anchor is reconstruction.")
-    alignment_schedule: Literal["constant", "linear", "cosine"] = argument(
+    alignment_schedule: Literal["constant", "linear", "cosine", "stage"] = argument(
         "constant",
-        "What becomes of mercator_weight, mse_weight and relative_mse_weight over the run: they stay, or fall towards "
-        "0 at its end.",
+        "What becomes of mercator_weight, mse_weight and relative_mse_weight over the run: they stay, fall towards 0 "
+        "at its end, or hold in its first half alone (stage).",
+    )
+    kd_schedule: Literal["constant", "linear", "cosine", "stage"] = argument(
+        "constant",
+        "What becomes of kd_weight over the run: it stays, rises from 0 to its full value at the end, or holds in the "
+        "second half alone (stage). Beside the same alignment_schedule a run goes from states to logits.",
     )
     layer_mapping: str = argument(
         "last",
@@ -96,6 +102,13 @@ class KavaTrainingArguments(TrainingArguments):
         "none",
         "What keeps a teacher_to_student projector from collapsing: nothing, a frozen principal subspace of the "
         "teacher's states, or a decoder that rebuilds them.",
+    )
+    projector_rank: int | str | None = argument(
+        None,
+        "With the pca anchor a frozen bridge of so many dimensions: the teacher's states through their first principal "
+        "axes, the student's through the least squares fit to these coordinates. auto takes the highest rank whose "
+        "centred CosSim on held-back training examples is at least 0.9.",
+        unit="dimensions",
     )
     projector_init: Literal["random", "least_squares"] = argument(
         "least_squares",
@@ -167,6 +180,7 @@ class KavaTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         settle_numbers(self)
+        self.projector_rank = settle_rank(self.projector_rank)
         if self.projector_dropout is None:
             self.projector_dropout = usual_dropout(self.projector_anchor, self.projector_init)
         for name in (f.name for f in fields(self) if is_secret_name(f.name)):

@@ -52,6 +52,15 @@ def usual_dropout(projector_anchor: str, projector_init: str) -> float:
     return 0.0 if is_fit(projector_anchor, projector_init) else 0.1
 
 
+AUTO = "auto"
+"""The `projector_rank` that the fit decides."""
+
+
+def settle_rank(rank: int | str | None) -> int | str | None:
+    """A `projector_rank` as the number it is, which a command line can only give as text."""
+    return int(rank) if isinstance(rank, str) and rank.isdecimal() else rank
+
+
 def heaviest_alignment(weights: Mapping[str, Any]) -> str:
     """The name of the heaviest weight of those that compare hidden states, the Mercator loss's where all are 0."""
     return max(ALIGNMENT_WEIGHTS, key=lambda name: weights.get(name) or 0.0)
@@ -140,7 +149,9 @@ def _projector_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield Problem.of_value("projector_mlp_ratio", ratio, remedy)
     if training.projector_dropout is not None and not 0 <= training.projector_dropout < 1:
         yield Problem.of_value("projector_dropout", training.projector_dropout, "write a number from 0 to below 1.")
-    if training.projector_direction != "teacher_to_student" and training.projector_anchor != "none":
+    if training.projector_rank is not None:
+        yield from _rank_problems(training)
+    elif training.projector_direction != "teacher_to_student" and training.projector_anchor != "none":
         what = (
             f"projector_anchor {training.projector_anchor} holds a projector of the teacher's states, but "
             f"projector_direction {training.projector_direction} has none; its target cannot collapse."
@@ -157,6 +168,21 @@ def _projector_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield from error.problems
 
 
+def _rank_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    rank, anchor, direction = training.projector_rank, training.projector_anchor, training.projector_direction
+    if rank != AUTO and (type(rank) is not int or rank < 1):
+        yield Problem.of_value("projector_rank", rank, f"write a whole number above 0, or {AUTO}.")
+    if (anchor, direction) != ("pca", "teacher_to_student"):
+        what = (
+            "projector_rank is for the frozen bridge of projector_anchor pca and projector_direction "
+            f"teacher_to_student, but they are {anchor} and {direction};"
+        )
+        yield Problem("projector_rank", what, "write these two, or leave projector_rank out.")
+    elif training.projector_init == "random":
+        what = "projector_rank fits the student's side by least squares, but projector_init is random;"
+        yield Problem("projector_rank", what, "write projector_init least_squares, or leave projector_rank out.")
+
+
 def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
     """Values that do not go together."""
     if training.max_steps < 0 and training.num_train_epochs <= 0:
@@ -165,6 +191,13 @@ def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
     if not training.reads_teacher and training.lm_weight == 0:
         what = f"{', '.join(TEACHER_WEIGHTS)} and lm_weight are all 0: nothing would be trained."
         yield Problem(None, what)
+    rises = training.kd_weight > 0 and training.kd_schedule != "constant"
+    if rises and training.lm_weight == 0 and not training.aligns:
+        what = f"kd_schedule {training.kd_schedule} begins with a divergence of weight 0, and no other term has any;"
+        yield Problem("kd_schedule", what, f"write constant, or raise lm_weight or {ALIGNMENT_WEIGHTS[0]}.")
+    if training.aligns and training.alignment_schedule == "stage" and training.lm_weight == training.kd_weight == 0:
+        what = "alignment_schedule stage ends with the first half of the run, and no other term goes on then;"
+        yield Problem("alignment_schedule", what, "write constant, or raise lm_weight or kd_weight.")
     if training.run_control and not training.reads_teacher:
         what = "run_control is true, but the run itself has the next-token loss alone;"
         yield Problem("run_control", what, "write false.")

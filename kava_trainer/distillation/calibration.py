@@ -4,7 +4,7 @@ Only sums of products are kept from token to token, in float64, so the pass need
 and the sums of several ranks add up to those of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -15,14 +15,19 @@ from ..data.selection import draw_examples
 from ..models.teacher import TeacherSource
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import STEPS, own_batches, told, with_progress
+from .bridge.agreement import Agreement, held_back_tokens, hold_back, measure_agreement
+from .bridge.fit import BridgeFit, decide_rank, tell_agreement
 from .model import DistillationModel
-from .projector import ElasticBottleneck, PrincipalProjection, normalise
+from .projector import ElasticBottleneck, LowRankBridge, PrincipalProjection, normalise
 from .targets import HiddenStateTarget
 
 RIDGE = 1e-3
 """Ridge penalty as a share of the mean variance of the inputs."""
 
 MOST_PAIRS_ON_DEVICE = 4
+
+SMALLEST_AXIS = 1e-6
+"""A principal axis with less than this share of the first one's variance is none; numbers of 16 bits round off more."""
 
 
 class Moments:
@@ -47,7 +52,8 @@ class Moments:
     def reduce(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], device: torch.device | str) -> None:
         """Put the sums over all ranks in place of this rank's; `device` is where ranks can exchange tensors."""
         self._inputs, self._squares = (
-            sum_over_ranks(sums.to(device)).to(**self._where) for sums in (self._inputs, self._squares)
+            sum_over_ranks(sums.to(device)).to(**self._where) if sums.numel() else sums
+            for sums in (self._inputs, self._squares)
         )
 
     @property
@@ -72,9 +78,7 @@ class Moments:
         """
         size = self.sizes[0]
         means, covariance = self._centred()
-        inputs = covariance[:, :size]
-        damping = penalty * inputs.diagonal().mean().clamp(min=1e-12)
-        weight = torch.linalg.solve(inputs + damping * torch.eye(size, **self._where), covariance[:, size:]).T
+        weight = _ridge_weight(covariance[:, :size], covariance[:, size:], penalty)
         return weight, means[size:] - weight @ means[:size]
 
     def principal(self, turn: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,6 +104,27 @@ class Moments:
         weight = scale.sqrt() * basis
         return weight, -weight @ means[:size]
 
+    def bridge(self, width: int) -> BridgeFit:
+        """Both maps of a `LowRankBridge` at its highest rank, where the first `width` of the inputs x are the teacher's
+        state, and the others the student's.
+
+        The teacher's map gives the coordinates on its principal axes, and the student's is the ridge fit to these.
+        """
+        means, covariance = self._centred()
+        values, axes = torch.linalg.eigh(covariance[:width, :width])
+        highest = min(width, self.sizes[0] - width)
+        values, basis = values.flip(0)[:highest], axes.flip(1)[:, :highest]
+        weight = _ridge_weight(covariance[width:, width:], covariance[width:, :width] @ basis, RIDGE)
+        count = int((values > SMALLEST_AXIS * values[0]).sum())
+        return BridgeFit((basis.T, -basis.T @ means[:width]), (weight, -weight @ means[width:]), max(count, 1))
+
+
+def _ridge_weight(inputs: torch.Tensor, cross: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Weight [e, d] of the ridge fit, of the covariances [d, d] of the inputs and [d, e] with the outputs."""
+    damping = penalty * inputs.diagonal().mean().clamp(min=1e-12)
+    unit = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
+    return torch.linalg.solve(inputs + damping * unit, cross).T
+
 
 def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenStateTarget) -> list[dict[str, Any]]:
     """The training examples that the projectors start from.
@@ -120,12 +145,14 @@ def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenSta
 
 def inputs_of_fit(target: HiddenStateTarget) -> int:
     """Inputs of the largest fit that the projectors of a target start from; 0 where it has none."""
-    return max((_fitted(projector).weight.shape[1] for projector in target.projectors), default=0)
+    bridged = [max(bridge.config.input_size, bridge.config.output_size) for bridge in target.bridges]
+    return max(bridged or [_fitted(projector).weight.shape[1] for projector in target.projectors], default=0)
 
 
 def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
     """Make sure that there are more tokens than inputs of any fit, if there is any. Raises `BadRequest` if not."""
     size = inputs_of_fit(target)
+    tokens -= held_back_tokens(tokens) if target.bridges else 0
     if size and tokens <= size:
         raise BadRequest(
             f"The calibration pass would see {tokens} tokens, and a fit of {size} inputs needs more; raise "
@@ -142,12 +169,14 @@ def calibrate(
     batch_size: int,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     least_squares: bool,
+    tell: Callable[[str], None],
 ) -> None:
     """Set the projectors of a model from what student and teacher make of the first examples.
 
     A `PrincipalProjection` gets the teacher's principal subspace. With `least_squares` its axes are turned towards the
     student's states, and the last layer of an `ElasticBottleneck` gets the ridge fit from its random hidden features
-    to the other side, so that the pair agrees as well as it can at once.
+    to the other side, so that the pair agrees as well as it can at once. A `LowRankBridge` gets the maps of both sides
+    and, where its rank is open, the highest one at which they agree on examples that are held back from the fit.
 
     Without projectors there is nothing to do.
 
@@ -159,6 +188,10 @@ def calibrate(
         batch_size: examples at a time.
         sum_over_ranks: sums a tensor over all ranks.
         least_squares: whether the projectors start near the student's states, or from a subspace alone.
+        tell: prints a line: at which ranks the sides of a bridge agree.
+
+    Raises:
+        BadRequest: if there are not two examples for a bridge, or its rank is open and its sides agree at none.
     """
     if not model.target.projectors:
         return
@@ -167,20 +200,29 @@ def calibrate(
     device = model.student.device
     # In float64, which a Mac's GPU lacks; and for many pairs the sums would fill a small GPU.
     where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
-    weights = [_fitted(projector).weight for projector in model.target.projectors]
-    moments = [Moments(weight.shape[1], weight.shape[0], where) for weight in weights]
+
+    def total(sums: torch.Tensor) -> torch.Tensor:
+        return sum_over_ranks(sums.to(device)).to(where)
+
+    fitted_to, held_back = hold_back(examples) if model.target.bridges else (examples, [])
+    moments = [_moments_of(projector, where) for projector in model.target.projectors]
     tokens = sum(len(example["input_ids"]) for example in examples)
     with told(f"Calibrating the projectors on {tokens} tokens"):
-        for batch in own_batches(examples, batch_size, "Calibrating the projectors"):
+        for batch in own_batches(fitted_to, batch_size, "Calibrating the projectors"):
             _add_batch(moments, model, teacher, collator(batch))
-    model.train(training)
     fits = list(zip(model.target.projectors, moments, strict=True))
+    bridged = []
     for projector, sums in with_progress(fits, "Fitting the projectors", "projector", STEPS):
         sums.reduce(sum_over_ranks, device)
-        principal = isinstance(projector, PrincipalProjection)
-        weight, bias = sums.principal(turn=least_squares) if principal else sums.ridge()
-        _fitted(projector).weight.copy_(weight)
-        _fitted(projector).bias.copy_(bias)
+        if isinstance(projector, LowRankBridge):
+            bridged.append(sums.bridge(projector.config.input_size))
+        else:
+            _set(projector, sums, least_squares)
+    if bridged:
+        batches = map(collator, own_batches(held_back, batch_size, "Measuring the bridges"))
+        sides = _coordinates(model, teacher, batches, bridged)
+        _set_bridges(model.target, bridged, [measure_agreement(*own, total) for own in sides], tell)
+    model.train(training)
 
 
 def _fitted(projector: nn.Module) -> PrincipalProjection | nn.Linear:
@@ -188,15 +230,70 @@ def _fitted(projector: nn.Module) -> PrincipalProjection | nn.Linear:
     return projector if isinstance(projector, PrincipalProjection) else cast(ElasticBottleneck, projector).down
 
 
-def _add_batch(
-    moments: list[Moments], model: DistillationModel, teacher: TeacherSource, batch: dict[str, torch.Tensor]
-) -> None:
+def _moments_of(projector: nn.Module, where: torch.device | str) -> Moments:
+    """The sums that a projector is fitted by; those of a bridge are over both sides in one vector."""
+    if isinstance(projector, LowRankBridge):
+        return Moments(projector.config.input_size + projector.config.output_size, 0, where)
+    outputs, inputs = _fitted(projector).weight.shape
+    return Moments(inputs, outputs, where)
+
+
+def _states(
+    model: DistillationModel, teacher: TeacherSource, batch: dict[str, torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What student [N, d_s] and teacher [N, d_t] make of the tokens of a batch, pair by pair of layers."""
     batch = send_to_device(batch, model.student.device)
     mask = batch.get("counted", batch["attention_mask"]).bool()
     teacher_states = teacher.features(batch)
     output = model(batch["input_ids"], batch["attention_mask"], distils=True)
-    for sums, projector, (student, layer) in zip(moments, model.target.projectors, model.target.pairs, strict=True):
-        source, other = teacher_states[layer][mask], output.hidden_states[student][mask]
-        if model.target.direction == "student_to_teacher":
-            source, other = other, source
-        sums.add(projector.hidden(source) if isinstance(projector, ElasticBottleneck) else normalise(source), other)
+    for student, layer in model.target.pairs:
+        yield output.hidden_states[student][mask], teacher_states[layer][mask]
+
+
+def _add_batch(
+    moments: list[Moments], model: DistillationModel, teacher: TeacherSource, batch: dict[str, torch.Tensor]
+) -> None:
+    target = model.target
+    for sums, projector, sides in zip(moments, target.projectors, _states(model, teacher, batch), strict=True):
+        _add(sums, projector, target.direction, *sides)
+
+
+def _add(sums: Moments, projector: nn.Module, direction: str, student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Add tokens to the sums that a projector is fitted by."""
+    if isinstance(projector, LowRankBridge):
+        both = torch.cat([normalise(teacher), normalise(student)], dim=1)
+        sums.add(both, both[:, :0])
+        return
+    source, other = (student, teacher) if direction == "student_to_teacher" else (teacher, student)
+    sums.add(projector.hidden(source) if isinstance(projector, ElasticBottleneck) else normalise(source), other)
+
+
+def _set(projector: nn.Module, sums: Moments, least_squares: bool) -> None:
+    """Give a projector of one side its map."""
+    principal = isinstance(projector, PrincipalProjection)
+    weight, bias = sums.principal(turn=least_squares) if principal else sums.ridge()
+    _fitted(projector).weight.copy_(weight)
+    _fitted(projector).bias.copy_(bias)
+
+
+def _coordinates(
+    model: DistillationModel, teacher: TeacherSource, batches: Iterable[dict[str, torch.Tensor]], fits: list[BridgeFit]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where the bridges put the student's states [N, axes] and the teacher's [N, axes] of some batches."""
+    kept = [[(fit.teacher[0].new_zeros(0, fit.axes),) * 2] for fit in fits]  # a rank may have no batch
+    for batch in batches:
+        for rows, fit, sides in zip(kept, fits, _states(model, teacher, batch), strict=True):
+            rows.append(fit.coordinates(*sides))
+    return [(torch.cat([own for own, _ in rows]), torch.cat([other for _, other in rows])) for rows in kept]
+
+
+def _set_bridges(
+    target: HiddenStateTarget, fits: list[BridgeFit], found: list[Agreement], tell: Callable[[str], None]
+) -> None:
+    """Show how the sides of each bridge agree, and give it its rank and maps. Raises `BadRequest` as `decide_rank`."""
+    measured = list(zip(target.bridges, target.pairs, found, strict=True))
+    for bridge, layers, agreement in measured:
+        tell_agreement(bridge, layers, agreement, tell)
+    for fit, (bridge, layers, agreement) in zip(fits, measured, strict=True):
+        decide_rank(bridge, layers, agreement)
+        fit.give_to(bridge)

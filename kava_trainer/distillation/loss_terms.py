@@ -30,13 +30,19 @@ SCHEDULED_TERMS = tuple(name.removesuffix("_weight") for name in ALIGNMENT_WEIGH
 
 ALIGNMENT_TERMS = (*SCHEDULED_TERMS, "anchor")
 
+STAGE_ENDS = 0.5
+"""The share of the training after which `stage` goes over from states to logits."""
+
 
 def schedule_factor(schedule: str, progress: float) -> float:
     """What a scheduled weight is multiplied by after a share `progress` of the training, from 0 to 1.
 
-    That is 1 where the schedule is `constant`; `linear` and `cosine` fall from 1 to 0.
+    That is 1 where the schedule is `constant`; `linear` and `cosine` fall from 1 to 0, and `stage` does so at once
+    when half of the training is done. What rises in its place is multiplied by what lacks to 1.
     """
     progress = min(max(progress, 0.0), 1.0)
+    if schedule == "stage":
+        return 1.0 if progress < STAGE_ENDS else 0.0
     if schedule == "linear":
         return 1 - progress
     return (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1.0
@@ -73,9 +79,18 @@ class LossTerms:
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term, as the arguments have it now, when the share `progress` of the training is done.
 
-        The schedule moves what pulls on the student's states; the anchor, which holds the projector, stays.
+        `alignment_schedule` lets what pulls on the student's states fall; the anchor, which holds the projector, stays.
+        `kd_schedule` lets the divergence rise. A term that is held back altogether has the weight 0.
         """
-        args, factor = self.args, schedule_factor(self.args.alignment_schedule, progress)
+        factors = dict.fromkeys(SCHEDULED_TERMS, schedule_factor(self.args.alignment_schedule, progress))
+        if self.args.kd_schedule != "constant":
+            factors["kd"] = 1 - schedule_factor(self.args.kd_schedule, progress)
+        return {name: weight * factors.get(name, 1.0) for name, weight in self.full_weights.items()}
+
+    @property
+    def full_weights(self) -> dict[str, float]:
+        """The weight of each term, as the arguments have it now, where no schedule holds it back."""
+        args = self.args
         weights = {
             "mercator": args.mercator_weight,
             "mse": args.mse_weight,
@@ -85,11 +100,15 @@ class LossTerms:
             "smoothing": args.lm_weight * args.label_smoothing_factor,
             "kd": args.kd_weight,
         }
-        return {name: w * factor if name in SCHEDULED_TERMS else w for name, w in weights.items() if w > 0}
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
-    def teacher_states(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor] | None:
-        """The teacher's states on a batch; None where no term reads them."""
+    def teacher_states(
+        self, inputs: Mapping[str, Any], weights: Mapping[str, float] | None = None
+    ) -> dict[int, torch.Tensor] | None:
+        """The teacher's states on a batch; None where no term reads them, by its weight now where `weights` has it."""
         if self.teacher is None or not self.args.reads_teacher:
+            return None
+        if not self.args.aligns and weights is not None and not weights.get("kd"):
             return None
         with self.autocast():
             return self.teacher.features(inputs)
@@ -108,12 +127,12 @@ class LossTerms:
             model: the student and the projectors, wrapped or not.
             inputs: a batch of `collators`.
             teacher_states: of the same batch; None where no term reads the teacher.
-            weights: of the terms to compute; the next-token loss always is in evaluation. With None the two sides are
-                brought together and no term on logits is computed.
+            weights: of the terms to compute; the next-token loss always is in evaluation, and one on logits that is
+                held back is not. With None the two sides are brought together and no term on logits is computed.
             num_items: see `loss`.
         """
         named = weights or {}
-        on_logits = {name: named[name] for name in LOGITS_TERMS if name in named}
+        on_logits = {name: named[name] for name in LOGITS_TERMS if named.get(name)}
         if weights and not model.training:
             on_logits = {"lm": 0.0, **on_logits, **({ANSWERS_ALONE: 0.0} if self.args.lm_tokens == "all" else {})}
         aligns = self.args.aligns and (weights is None or not named.keys().isdisjoint(ALIGNMENT_TERMS))
@@ -189,6 +208,9 @@ class LossTerms:
         own = {kind: _count(inputs, None, kind) for kind in kinds.values()}
         for name, total in outputs.logits_sums.items():
             _note(means, weights, name, total, own[kinds[name]])
+        for name in (name for name in LOGITS_TERMS if name in weights and name not in outputs.logits_sums):
+            count = _count(inputs, None, self._tokens_of(name))
+            means.add(f"{name}_weighted", torch.zeros_like(count), count)
         if outputs.logits_total is not None:
             count = own[_widest(kinds)] if num_items is None else _count(inputs, num_items, _widest(kinds))
             parts.append(outputs.logits_total / count.clamp(min=1))

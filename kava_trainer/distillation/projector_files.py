@@ -12,7 +12,7 @@ from torch import nn
 from ..utils.atomic_files import write_atomically
 from ..utils.distributed import whole
 from ..utils.errors import BadRequest, reason_of
-from .projector import ElasticBottleneck, ProjectorConfig, build_projector
+from .projector import ElasticBottleneck, LowRankBridge, ProjectorConfig, build_projector
 
 FOLDER_CONFIG, FOLDER_WEIGHTS = "config.json", "projector.safetensors"
 """The two files of a folder that `export_projectors` writes."""
@@ -125,15 +125,20 @@ def restore_projectors(
 ) -> None:
     """Load the weights of a projector file into existing projectors and decoders.
 
+    A bridge whose rank is open takes that of the file.
+
     Raises:
         BadRequest: if the file is not a projector file, was made for other widths, layers, another direction or
             anchor, or lacks the decoders that are asked for.
     """
     saved, payload = _read(path)
+    for bridge, there in zip(projectors, saved, strict=False):
+        if isinstance(bridge, LowRankBridge) and bridge.rank_is_open and isinstance(there, LowRankBridge):
+            bridge.decide(there.rank)
     shapes, own = ([_shape(projector) for projector in group] for group in (saved, projectors))
     if shapes != own:
         raise BadRequest(
-            f"The projector in {path} does not fit this run: its shapes (in, hidden, out, anchor) are "
+            f"The projector in {path} does not fit this run: its shapes (in, hidden, out, anchor, rank) are "
             f"{shapes}, this run's are {own}.",
             "Resume with the models, layers and projector arguments it was trained with.",
         )
@@ -153,7 +158,8 @@ def _config(projector: nn.Module) -> ProjectorConfig:
     return cast(ProjectorConfig, projector.config)
 
 
-def _shape(projector: nn.Module) -> tuple[int, int | None, int, str]:
+def _shape(projector: nn.Module) -> tuple[int, int | None, int, str, int | None]:
     config = _config(projector)
     hidden = projector.up.out_features if isinstance(projector, ElasticBottleneck) else None
-    return config.input_size, hidden, config.output_size, config.anchor
+    rank = projector.rank if isinstance(projector, LowRankBridge) else None
+    return config.input_size, hidden, config.output_size, config.anchor, rank

@@ -13,7 +13,7 @@ from ..config.layer_mapping import resolve_layer_pairs
 from ..models.layers import number_of_layers, state_width
 from ..utils.errors import BadRequest
 from .losses import mercator_per_token, mse_per_token, relative_mse_per_token
-from .projector import ProjectorConfig, build_decoder, build_projector, normalise
+from .projector import LowRankBridge, ProjectorConfig, build_decoder, build_projector, normalise
 
 Direction = Literal["teacher_to_student", "student_to_teacher", "none"]
 
@@ -48,7 +48,7 @@ class HiddenStateTarget(nn.Module):
 
     With `teacher_to_student` the teacher's states are projected into the student's space and the target moves with
     the projector. With `student_to_teacher` the student's states are projected and the teacher's own are the target.
-    With `none` there is no projector, and the states themselves are compared.
+    With `none` there is no projector, and the states themselves are compared. A `LowRankBridge` projects both sides.
 
     Args:
         pairs: (student layer, teacher layer) pairs in the convention of `hidden_states`.
@@ -57,6 +57,9 @@ class HiddenStateTarget(nn.Module):
         beta: weight of the log-magnitude in the Mercator loss.
         direction: which side is projected.
         weights: weight of each pair; equal by default. Only their proportions count.
+
+    Raises:
+        ValueError: if there is a rank, and the direction is not `teacher_to_student`.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class HiddenStateTarget(nn.Module):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if config.rank is not None and direction != "teacher_to_student":
+            raise ValueError(f"A bridge is given the sizes of direction='teacher_to_student', not of {direction!r}.")
         self.pairs, self.direction = pairs, direction
         self.alpha, self.beta = alpha, beta
         shares = [1.0] * len(pairs) if weights is None else list(weights)
@@ -82,9 +87,24 @@ class HiddenStateTarget(nn.Module):
 
     @property
     def widths(self) -> str:
-        """The widths of the states, for people: `896 -> 1536` through a projector, `576 wide` without one."""
+        """The widths of the states, for people: `896 -> 1536` through a projector, `576 wide` without one.
+
+        Those of a bridge are `1536 -> 8 <- 896`: teacher, rank and student.
+        """
         source, result = self._sizes
+        if self.bridges:
+            ranks = dict.fromkeys(str(bridge.config.rank) for bridge in self.bridges)
+            return f"{source} -> {', '.join(ranks)} <- {result}"
         return f"{source} -> {result}" if self.projectors else f"{source} wide"
+
+    @property
+    def bridges(self) -> list[LowRankBridge]:
+        """The projectors where they are bridges of both sides; else none."""
+        return [projector for projector in self.projectors if isinstance(projector, LowRankBridge)]
+
+    def most_dimensions(self, index: int) -> int:
+        """How many dimensions the targets of a pair can use at most: the student's, or those of a bridge."""
+        return self.bridges[index].rank if self.bridges else self.student_size
 
     @property
     def use(self) -> dict[str, Any]:
@@ -119,6 +139,8 @@ class HiddenStateTarget(nn.Module):
         if self.direction == "none":
             return AlignedStates(student, teacher)
         projector = self.projectors[index]
+        if isinstance(projector, LowRankBridge):
+            return AlignedStates(projector.student(student), projector(teacher))
         if self.direction == "student_to_teacher":
             return AlignedStates(projector(student), teacher)
         target = projector(teacher)
@@ -166,7 +188,8 @@ def build_target(
 
     Raises:
         BadRequest: if a layer does not exist, layers of one model differ in width, or those of both do and there is
-            to be no projector, or there are not as many `layer_weights` as pairs.
+            to be no projector, or there are not as many `layer_weights` as pairs, or a bridge is to have more
+            dimensions than the states.
     """
     pairs = resolve_layer_pairs(args.layer_mapping, number_of_layers(student), number_of_layers(teacher), inherited)
     if args.layer_weights is not None and len(args.layer_weights) != len(pairs):
@@ -183,8 +206,14 @@ def build_target(
         )
     if args.projector_direction == "student_to_teacher":
         sizes = sizes[::-1]
+    if isinstance(args.projector_rank, int) and args.projector_rank > min(sizes):
+        raise BadRequest(
+            f"projector_rank is {args.projector_rank}, but the teacher's states are {sizes[0]} wide and the student's "
+            f"{sizes[1]};",
+            f"write {min(sizes)} at most, or auto.",
+        )
     dropout = cast(float, args.projector_dropout)
-    config = ProjectorConfig(*sizes, args.projector_mlp_ratio, dropout, args.projector_anchor)
+    config = ProjectorConfig(*sizes, args.projector_mlp_ratio, dropout, args.projector_anchor, args.projector_rank)
     shape = (args.mercator_alpha, args.mercator_beta, args.projector_direction, args.layer_weights)
     return HiddenStateTarget(pairs, config, *shape)
 

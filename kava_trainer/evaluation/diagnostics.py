@@ -118,11 +118,11 @@ def diagnose(compared: torch.Tensor, target: torch.Tensor, student: torch.Tensor
     )
 
 
-def collapse_reason(figures: Diagnostics, student_size: int) -> str | None:
+def collapse_reason(figures: Diagnostics, most_dimensions: int) -> str | None:
     """Why an alignment counts as collapsed, in one sentence, or None.
 
-    Collapsed is a margin under 0.05, or targets whose effective rank is under a quarter of the smaller of the student's
-    width d_s (`student_size`) and the raw teacher's effective rank.
+    Collapsed is a margin under 0.05, or targets whose effective rank is under a quarter of the smaller of
+    `most_dimensions` (the student's width d_s, or the rank of a bridge) and the raw teacher's effective rank.
     """
     if not all(map(math.isfinite, figures.to_dict().values())):
         return "The states on the probe are no finite numbers any more."
@@ -131,7 +131,7 @@ def collapse_reason(figures: Diagnostics, student_size: int) -> str | None:
             f"A student state agrees with the target of another token ({figures.shuffled_cos_sim:.3f}) as well as with "
             f"its own ({figures.cos_sim:.3f})."
         )
-    possible = min(student_size, figures.teacher_effective_rank)
+    possible = min(most_dimensions, figures.teacher_effective_rank)
     if figures.target_effective_rank < MINIMUM_RANK_SHARE * possible:
         return (
             f"The targets use {figures.target_effective_rank:.1f} of {possible:.1f} possible dimensions, so the "

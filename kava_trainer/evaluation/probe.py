@@ -131,7 +131,7 @@ class AlignmentProbe:
         """
         batches, training = self._gradient_batches[:gradient_batches], model.training
         weights = terms.weights(progress) if batches else {}
-        passes = len(self._batches) + len(model.target.pairs) + len(weights) * len(batches)
+        passes = len(self._batches) + len(model.target.pairs) + sum(map(bool, weights.values())) * len(batches)
         line = f"Measuring the alignment on {self._tokens} held-out tokens"
         with told(line, once=True), progress_bar(passes, "Measuring the alignment", "pass", form=STEPS) as bar:
             pairs = self._diagnose(model.eval(), terms, bar)
@@ -139,7 +139,7 @@ class AlignmentProbe:
             # As in training: gradient checkpointing, which saves the memory of a small device, works in that mode only.
             shares = self._gradient_shares(model.train(), terms, weights, batches, bar)
         model.train(training)
-        reasons = [collapse_reason(pair, model.target.student_size) for pair in pairs]
+        reasons = [collapse_reason(pair, model.target.most_dimensions(i)) for i, pair in enumerate(pairs)]
         layers = [*model.target.pairs]
         collapse = describe_collapse(reasons, pairs, layers)
         return ProbeResult(pairs, model.target.shares, collapse, shares, layers, reasons)
@@ -181,6 +181,9 @@ class AlignmentProbe:
         with keeping_gradients(model):
             for name, weight in weights.items():
                 model.zero_grad()
+                if weight == 0:  # a schedule holds it back
+                    norms[name] = 0.0
+                    continue
                 with torch.random.fork_rng(devices), torch.enable_grad():
                     torch.manual_seed(0)
                     _backward(model, terms, {name: weight}, batches, bar)

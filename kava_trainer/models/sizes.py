@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -9,7 +10,7 @@ _BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of one weight in NF4: half a byte, an 8-bit scale for 64 weights, and a float32 for 256 of those scales."""
 
 
-def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
+def weight_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Size of weights as they are held."""
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 

@@ -24,10 +24,10 @@ from ..utils.progress_bar import progress_bar
 
 _SAME = {
     "sharded", "data", "teacher", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
-    "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "use_peft",
-    "student_quantization", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
-    "dataloader_drop_last", "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16",
-    "streaming", *CUT_ARGUMENTS,
+    "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "projector_rank",
+    "use_peft", "student_quantization", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+    "lora_modules_to_save", "dataloader_drop_last", "train_sampling_strategy", "seed", "data_seed", "optim",
+    "optim_args", "bf16", "fp16", "streaming", *CUT_ARGUMENTS,
 }  # fmt: skip
 """A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
 

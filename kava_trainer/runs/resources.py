@@ -204,11 +204,11 @@ def _step_peak(
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
     teacher = cast(OnlineTeacher | CachedTeacher, terms.teacher).model.parameters() if terms.teacher else []
-    with LiveMemory([*teacher, *model.parameters(), *gradients]) as live:
+    with LiveMemory([*teacher, *model.parameters(), *model.buffers(), *gradients]) as live:
         states = terms.teacher_states(batch)
         with terms.autocast():
-            outputs = terms.student_outputs(model, batch, states, terms.weights(0.0))
-        terms.loss(outputs, batch, terms.weights(0.0)).backward()
+            outputs = terms.student_outputs(model, batch, states, terms.full_weights)
+        terms.loss(outputs, batch, terms.full_weights).backward()
     return live.peak
 
 
@@ -274,7 +274,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         micro_batch = _step_peak(training, distilled, terms, batch)
         parts = {
             **sizes,
-            "projector": weight_bytes(target.parameters()),
+            "projector": weight_bytes([*target.parameters(), *target.buffers()]),  # one that is frozen has buffers
             "gradients": weight_bytes(trained),
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
         }

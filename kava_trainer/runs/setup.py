@@ -271,16 +271,27 @@ def build_trainer(run: Run) -> KavaTrainer:
         trainer.calibration_examples()
     if training.aligns:
         _tell_alignment(console, training, trainer)
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in trainer.terms.weights(0.0).items())
-    schedule = "" if training.alignment_schedule == "constant" else f" (alignment: {training.alignment_schedule} to 0)"
-    console.print(f"Loss terms: {weights}{schedule}")
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in trainer.terms.full_weights.items())
+    console.print(f"Loss terms: {weights}{_describe_schedules(training)}")
     return trainer
+
+
+def _describe_schedules(training: KavaTrainingArguments) -> str:
+    """What becomes of the weights over the run, in brackets; nothing where all of them stay."""
+    fades, rises = training.alignment_schedule, training.kd_schedule
+    told = []
+    if fades != "constant":
+        told.append(f"alignment: {'the first half' if fades == 'stage' else f'{fades} to 0'}")
+    if rises != "constant" and training.kd_weight > 0:
+        told.append(f"kd: {'the second half' if rises == 'stage' else f'{rises} from 0'}")
+    return f" ({', '.join(told)})" if told else ""
 
 
 def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: KavaTrainer) -> None:
     target = trainer.target
     anchor = "" if training.projector_anchor == "none" else f", anchor {training.projector_anchor}"
-    kind = f"{target.widths} ({training.projector_direction.replace('_', ' ')}{anchor})"
+    direction = "frozen bridge" if target.bridges else training.projector_direction.replace("_", " ")
+    kind = f"{target.widths} ({direction}{anchor})"
     console.print(f"Projector: {kind if target.projectors else f'none, both sides are {target.widths}'}")
     console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
     if training.mercator_weight > 0:

@@ -15,6 +15,7 @@ from transformers import TrainerState
 from ..config.launcher import is_fsdp_asked
 from ..data.selection import mean_length
 from ..data.streaming import ExampleStream
+from ..distillation.loss_terms import STAGE_ENDS
 from ..evaluation.answers import longest_answer
 from ..evaluation.probe import GRADIENT_EXAMPLES, PROBE_TOKENS
 from ..trainer.checkpoint import TRAINER_STATE_FILE
@@ -33,6 +34,8 @@ class Plan:
     """Optimizer steps that are left."""
     step_tokens: float
     """Of one optimizer step."""
+    without_divergence: int = 0
+    """Of the steps those in which `kd_schedule` holds the divergence back."""
     held_out: float = 0.0
     """Tokens of the held-out examples; 0 where there are none."""
     retained: float = 0.0
@@ -81,7 +84,8 @@ def estimate(plan: Plan, rates: Rates) -> dict[str, float]:
         "calibration": plan.calibration * terms,
         "evaluations": once + (2 + plan.control) * held_out + sum(written[: 2 + plan.control]) + in_training * terms,
         "probe": beside * (plan.probe * terms + rates.ranks) + measured * plan.gradient * step,
-        "steps": plan.steps * (plan.step_tokens * step + rates.optimizer),
+        "steps": plan.steps * (plan.step_tokens * step + rates.optimizer)
+        - plan.without_divergence * plan.step_tokens * rates.divergence,
         "control": 0.0,
     }
     if plan.control:
@@ -141,7 +145,7 @@ def plan_of(run: Run) -> Plan:
     )
     evaluated = {n for n in _moments(training.eval_strategy, training.eval_steps, steps, epoch) if n > done}
     saved = {n for n in _moments(training.save_strategy, training.save_steps, steps, epoch) if done < n < steps}
-    terms, probes = len(run.trainer.terms.weights(0.0)), run.trainer.probe.fixed is not None
+    terms, probes = len(run.trainer.terms.full_weights), run.trainer.probe.fixed is not None
     sparing = run.trainer.probe.sparing
     calibrates = training.calibrates and run.checkpoint is None
     gradient_examples = min(GRADIENT_EXAMPLES, training.per_device_train_batch_size if sparing else math.inf)
@@ -150,6 +154,7 @@ def plan_of(run: Run) -> Plan:
     return Plan(
         steps=max(steps - done, 0),
         step_tokens=step_tokens,
+        without_divergence=max(math.ceil(STAGE_ENDS * steps) - done, 0) if training.kd_schedule == "stage" else 0,
         held_out=held_out / ranks,
         retained=retained / ranks,
         evaluations=len(evaluated),

@@ -142,8 +142,8 @@ class StudentTrainer(SavingTrainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, plus `cos_sim`, each term's `<term>_loss` and `perplexity` as exact token means.
 
-        `loss` is the sum of the terms with the weights of the first step, so that a schedule does not lower it; NaN, as
-        Trainer's, where no token has any. An evaluation also runs the probe; its figures have the same prefix. Of
+        `loss` is the sum of the terms with their full weights, so that a schedule does not lower it; NaN, as Trainer's,
+        where no token has any. An evaluation also runs the probe; its figures have the same prefix. Of
         several sets only the first does, from which the probe is taken.
         """
         prefix = metric_key_prefix

@@ -196,7 +196,7 @@ class KavaTrainer(StudentTrainer):
             self.model.to(self.args.device)
         source, size = cast(TeacherSource, self.teacher), self.args.per_device_eval_batch_size
         examples, fit = self.calibration_examples(), self.args.projector_init == "least_squares"
-        calibrate(self.model, source, examples, self.data_collator, size, self.sum_over_ranks, fit)
+        calibrate(self.model, source, examples, self.data_collator, size, self.sum_over_ranks, fit, self.console.print)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's loader of the training examples, which pads or, for packing, only joins them."""
@@ -254,10 +254,10 @@ class KavaTrainer(StudentTrainer):
             num_items_in_batch: real, answer and following tokens [3] of the optimizer step; by default this batch's.
         """
         training, batch = torch.is_grad_enabled(), completed(inputs)
-        means, progress = (self.steps.means, progress_of(self.state)) if training else (self.eval_means, 0.0)
-        weights = self.terms.weights(progress)
+        means, progress = (self.steps.means, progress_of(self.state)) if training else (self.eval_means, None)
+        weights = self.terms.full_weights if progress is None else self.terms.weights(progress)
         with self.clock.stopwatch.measure("teacher") if training else nullcontext():
-            teacher_states = self.terms.teacher_states(batch)
+            teacher_states = self.terms.teacher_states(batch, weights)
         outputs = self.terms.student_outputs(model, batch, teacher_states, weights, num_items_in_batch)
         loss = self.terms.loss(outputs, batch, weights, num_items_in_batch, means)
         if num_items_in_batch is not None:

@@ -1,8 +1,11 @@
 import pytest
 import torch
-from helpers.trainers import make_trainer
+from helpers.models import TEACHER_LAYERS, TEACHER_SIZE, tiny_llama
+from helpers.trainers import loss_lines, make_trainer
 
-from kava_trainer.distillation.calibration import Moments
+from kava_trainer.distillation.bridge.agreement import hold_back
+from kava_trainer.distillation.calibration import Moments, check_enough_tokens, inputs_of_fit
+from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.utils.errors import BadRequest
 
 
@@ -114,6 +117,84 @@ def test_a_resumed_run_is_not_calibrated_again(tmp_path, tokenizer, monkeypatch)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for name, tensor in again.target.state_dict().items():
         assert torch.equal(tensor, final[name]), name
+
+
+BRIDGE = {"projector_anchor": "pca", "projector_init": "least_squares", "count": 60, "layer_mapping": "uniform:2"}
+
+
+def test_a_bridge_holds_both_sides_and_never_moves(tmp_path, tokenizer, capsys):
+    trainer = make_trainer(tmp_path, tokenizer, projector_rank=8, max_steps=3, mse_weight=0.5, **BRIDGE)
+    trainer.calibrate()
+    printed = capsys.readouterr().out
+    assert [printed.count(f"Agreement of layers {pair}") for pair in ((1, 1), (2, 4))] == [1, 1]
+    assert printed.count("<- taken") == 2
+    first = {name: buffer.clone() for name, buffer in trainer.target.named_buffers()}
+    widths = {"teacher": 64, "student": 32}
+    shapes = {f"projectors.{i}.{side}": {(8, width), (8,)} for i in range(2) for side, width in widths.items()}
+    assert {name.rpartition(".")[0]: set() for name in first}.keys() == shapes.keys()
+    assert all(tuple(buffer.shape) in shapes[name.rpartition(".")[0]] for name, buffer in first.items())
+    assert all(buffer.abs().sum() > 0 for buffer in first.values())
+    assert not list(trainer.target.parameters())
+    start = {name: weight.clone() for name, weight in trainer.student.named_parameters()}
+    trainer.train()
+    for name, buffer in trainer.target.named_buffers():
+        assert torch.equal(buffer, first[name]), name
+    assert any(not torch.equal(weight, start[name]) for name, weight in trainer.student.named_parameters())
+    assert all(weight.grad is None for weight in trainer.teacher.model.parameters())
+    assert trainer.target.widths == "64 -> 8 <- 32"
+    assert trainer.evaluate()["eval_target_effective_rank"] <= 8
+
+
+def test_the_held_back_examples_are_not_fitted_to(tmp_path, tokenizer):
+    """The first maps are those of the pass without the last examples, whatever these are."""
+    trainer = make_trainer(tmp_path, tokenizer, projector_rank=4, **BRIDGE)
+    trainer.calibrate()
+    expected = {name: buffer.clone() for name, buffer in trainer.target.named_buffers()}
+    fitted_to, held_back = hold_back(trainer.calibration_examples())
+    other = [{**example, "input_ids": example["input_ids"][::-1]} for example in held_back]
+    trainer.calibration_examples = lambda: [*fitted_to, *other]
+    trainer.calibrate()
+    for name, buffer in trainer.target.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+
+
+@pytest.mark.parametrize("rank", [5, "auto"])
+def test_a_resumed_run_has_the_bridge_of_its_checkpoint_bit_for_bit(tmp_path, tokenizer, rank):
+    """The student is a copy of the teacher, so that `auto` finds a rank, which the new trainer has from the file."""
+    changes = {
+        **BRIDGE, "projector_rank": rank, "layer_mapping": "[[2, 2], [4, 4]]", "save_strategy": "steps",
+        "save_steps": 2, "max_steps": 4, "kd_weight": 0.5, "alignment_schedule": "linear", "kd_schedule": "linear",
+        "model": lambda *_, **__: tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1),
+    }  # fmt: skip
+    straight = make_trainer(tmp_path, tokenizer, **changes)
+    straight.train()
+    again = make_trainer(tmp_path, tokenizer, **changes)
+    again.calibrate = lambda: pytest.fail("calibrated again")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    ranks = {bridge.rank for bridge in again.target.bridges}
+    assert ranks == {5} if rank == 5 else min(ranks) > 16
+    assert loss_lines(again) == loss_lines(straight)
+    for ours, theirs in ((again.target, straight.target), (again.student, straight.student)):
+        there = theirs.state_dict()
+        assert all(torch.equal(tensor, there[name]) for name, tensor in ours.state_dict().items())
+    saved = load_projectors(tmp_path / "checkpoint-2" / "projector.pth")
+    assert [bridge.config.rank for bridge in saved] == [bridge.rank for bridge in straight.target.bridges]
+
+
+def test_auto_is_refused_where_the_sides_agree_at_no_rank(tmp_path, tokenizer, capsys):
+    trainer = make_trainer(tmp_path, tokenizer, projector_rank="auto", **BRIDGE)
+    with pytest.raises(BadRequest, match=r"auto found no rank at which layers \(1, 1\)"):
+        trainer.train()
+    assert capsys.readouterr().out.count("Agreement of layers") == 2
+    assert trainer.state.global_step == 0
+
+
+def test_a_bridge_needs_more_tokens_than_its_wider_side_beside_those_held_back(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, projector_rank=4, **BRIDGE)
+    assert inputs_of_fit(trainer.target) == TEACHER_SIZE
+    check_enough_tokens(trainer.target, 75)
+    with pytest.raises(BadRequest, match="would see 64 tokens, and a fit of 64 inputs needs more"):
+        check_enough_tokens(trainer.target, 73)
 
 
 def test_too_few_tokens_are_refused(tmp_path, tokenizer):

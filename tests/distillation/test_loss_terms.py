@@ -16,7 +16,8 @@ ALL_TERMS = {"mercator_weight": 0.8, "mse_weight": 0.2, "lm_weight": 1.0, "kd_we
 
 
 @pytest.mark.parametrize(
-    ("schedule", "values"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0])]
+    ("schedule", "values"),
+    [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0]), ("stage", [1, 0, 0])],
 )
 def test_schedules_fall_from_one_to_zero_or_stay(schedule, values):
     assert [schedule_factor(schedule, progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx(values)
@@ -75,6 +76,101 @@ def test_the_schedule_moves_the_alignment_alone(tmp_path, tokenizer):
     trainer.train()
     factors = [line["mercator_weighted"] / line["mercator_loss"] for line in loss_lines(trainer)]
     assert factors == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [("constant", [1, 1, 1, 1]), ("linear", [0, 0.25, 0.5, 0.75]), ("stage", [0, 0, 1, 1]),
+     ("cosine", [0, (1 - math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(math.pi / 4)) / 2])],
+)  # fmt: skip
+def test_the_divergence_rises_in_every_log_line(tmp_path, tokenizer, schedule, factors):
+    asked = {"mercator_weight": 2.0, "lm_weight": 0.0, "kd_weight": 3.0, "kd_schedule": schedule, "max_steps": 4}
+    trainer = make_trainer(tmp_path, tokenizer, **asked)
+    assert trainer.terms.weights(0.75) == pytest.approx({"mercator": 2.0, "kd": 3.0 * factors[3]})
+    assert trainer.terms.full_weights == {"mercator": 2.0, "kd": 3.0}
+    trainer.train()
+    for line, factor in zip(loss_lines(trainer), factors, strict=True):
+        assert line["kd_weighted"] == pytest.approx(3.0 * factor * line.get("kd_loss", 0.0))
+        assert ("kd_loss" in line) == (factor > 0)
+        assert line["mercator_weighted"] == pytest.approx(2.0 * line["mercator_loss"])
+        assert line["mercator_weighted"] + line["kd_weighted"] == pytest.approx(line["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "stage"])
+def test_a_run_goes_over_from_states_to_logits(tmp_path, tokenizer, schedule):
+    asked = {"mercator_weight": 1.0, "kd_weight": 1.0, "alignment_schedule": schedule, "kd_schedule": schedule}
+    trainer = make_trainer(tmp_path, tokenizer, **asked)
+    for progress in (0.0, 0.2, 0.49, 0.5, 0.7, 1.0):
+        weights = trainer.terms.weights(progress)
+        assert weights["mercator"] + weights["kd"] == pytest.approx(1)
+        assert weights["lm"] == 1.0
+    assert [trainer.terms.weights(progress)["kd"] for progress in (0.0, 1.0)] == pytest.approx([0, 1])
+
+
+def test_a_line_over_both_stages_adds_up_to_its_loss(tmp_path, tokenizer):
+    """3 of its 5 steps are without the divergence, whose raw value is a mean over the others."""
+    asked = {"mercator_weight": 1.0, "kd_weight": 2.0, "alignment_schedule": "stage", "kd_schedule": "stage"}
+    batches = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_tokens_per_batch": 0}
+    changes = {"lm_tokens": "all", "kd_tokens": "all", "lm_weight": 0.5, "logging_steps": 5, "max_steps": 5, "count": 8}
+    trainer = make_trainer(tmp_path, tokenizer, **asked, **batches, **changes)
+    trainer.train()
+    (line,) = loss_lines(trainer)
+    assert line["kd_weighted"] == pytest.approx(2.0 * line["kd_loss"] * 2 / 5)
+    assert line["mercator_weighted"] < line["mercator_loss"]  # 2 of the steps are without it too
+    assert sum(line[f"{name}_weighted"] for name in ("mercator", "lm", "kd")) == pytest.approx(line["loss"], rel=1e-3)
+
+
+def test_a_stage_of_states_alone_touches_no_vocabulary(tmp_path, tokenizer):
+    asked = {"mercator_weight": 1.0, "lm_weight": 0.0, "kd_weight": 1.0}
+    trainer = make_trainer(tmp_path, tokenizer, **asked, kd_schedule="stage", alignment_schedule="stage")
+    heads, head = [], trainer.model.head
+    trainer.model.head = lambda states: heads.append(trainer.state.global_step) or head(states)
+    trainer.run_probe = lambda: None
+    trainer.probe.fixed = None
+    trainer.train()
+    assert set(heads) == {1}
+
+
+def test_the_teacher_does_not_read_for_a_divergence_that_is_held_back(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, mercator_weight=0.0, lm_weight=1.0, kd_weight=1.0, kd_schedule="stage", max_steps=4
+    )
+    reads, features = [], trainer.teacher.features
+    trainer.teacher.features = lambda inputs: reads.append(trainer.state.global_step) or features(inputs)
+    trainer.train()
+    assert set(reads) == {2, 3}
+    assert [line["kd_weighted"] > 0 for line in loss_lines(trainer)] == [False, False, True, True]
+
+
+def test_an_evaluation_has_full_weights_and_the_probe_those_of_its_moment(tmp_path, tokenizer, capsys):
+    asked = {"kd_weight": 2.0, "kd_schedule": "linear", "alignment_schedule": "linear"}
+    scheduled = make_trainer(tmp_path, tokenizer, **asked, eval_strategy="steps", eval_steps=1, max_steps=2)
+    plain = make_trainer(tmp_path, tokenizer, kd_weight=2.0)
+    before = [trainer.evaluate() for trainer in (scheduled, plain)]
+    for name in ("eval_loss", "eval_kd_loss", "eval_kd_weighted"):
+        assert before[0][name] == before[1][name]
+    assert before[0]["eval_kd_gradient_share"] == 0.0 < before[1]["eval_kd_gradient_share"]
+    scheduled.train()
+    lines = [line for line in scheduled.state.log_history if "eval_kd_weighted" in line]
+    assert all(line["eval_kd_weighted"] == pytest.approx(2.0 * line["eval_kd_loss"]) for line in lines)
+    assert [line["eval_mercator_gradient_share"] > 0 for line in lines[-2:]] == [True, False]
+    assert "The term kd gives less than" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schedule", ["linear", "stage"])
+def test_a_resumed_run_goes_on_in_the_schedule_bit_for_bit(tmp_path, tokenizer, schedule):
+    changes = {
+        "kd_weight": 1.0, "kd_schedule": schedule, "alignment_schedule": schedule, "max_steps": 4,
+        "save_strategy": "steps", "save_steps": 1, "logging_steps": 2,
+    }  # fmt: skip
+    straight = make_trainer(tmp_path, tokenizer, **changes)
+    straight.train()
+    for step in (1, 2, 3):
+        again = make_trainer(tmp_path, tokenizer, **changes)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert loss_lines(again) == loss_lines(straight)
+        there = straight.student.state_dict()
+        assert all(torch.equal(tensor, there[name]) for name, tensor in again.student.state_dict().items())
 
 
 @pytest.mark.parametrize(

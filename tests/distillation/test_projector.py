@@ -98,6 +98,54 @@ def test_a_projector_of_other_widths_is_refused(tmp_path):
         restore_projectors(make(), tmp_path / "p.pth")
 
 
+def bridges(rank, count=2):
+    return nn.ModuleList(build_projector(ProjectorConfig(6, 4, anchor="pca", rank=rank)) for _ in range(count))
+
+
+def test_a_bridge_comes_back_with_its_rank(tmp_path):
+    saved = bridges(3)
+    for tensor in saved.state_dict().values():
+        nn.init.normal_(tensor)
+    save_projectors(saved, tmp_path / "p.pth")
+    export_projectors(saved, tmp_path / "folder")
+    teacher, student = torch.randn(5, 6), torch.randn(5, 4)
+    for loaded in (load_projectors(tmp_path / "p.pth"), load_projectors(tmp_path / "folder")):
+        for ours, theirs in zip(saved, loaded, strict=True):
+            assert ours.config == theirs.config
+            assert torch.equal(ours(teacher), theirs(teacher))
+            assert torch.equal(ours.student(student), theirs.student(student))
+    assert [projector.rank for projector in load_projectors(tmp_path / "p.pth")] == [3, 3]
+
+
+def test_an_open_rank_is_that_of_the_file_and_another_one_is_refused(tmp_path):
+    saved = bridges(3)
+    nn.init.normal_(saved[1].student.weight)
+    save_projectors(saved, tmp_path / "p.pth")
+    for own in (bridges("auto"), bridges("auto").to(torch.float64)):
+        restore_projectors(own, tmp_path / "p.pth")
+        restore_projectors(own, tmp_path / "p.pth")
+        assert [bridge.config.rank for bridge in own] == [3, 3]
+        assert torch.equal(own[1].student.weight, saved[1].student.weight.to(own[1].student.weight))
+    for other in (bridges(2), bridges("auto", count=1), nn.ModuleList([build_projector(ProjectorConfig(6, 4))] * 2)):
+        with pytest.raises(BadRequest, match="does not fit this run"):
+            restore_projectors(other, tmp_path / "p.pth")
+
+
+@pytest.mark.parametrize(("rank", "anchor"), [(0, "pca"), (5, "pca"), ("8", "pca"), (True, "pca"), (3, "none")])
+def test_a_bridge_that_cannot_be_is_refused(rank, anchor):
+    with pytest.raises(ValueError, match=r"bridge is .*; write a whole number from 1 to 4|the anchor is none"):
+        ProjectorConfig(6, 4, anchor=anchor, rank=rank)
+
+
+def test_a_file_from_before_bridges_is_read(tmp_path):
+    save_projectors(make(), tmp_path / "p.pth")
+    content = torch.load(tmp_path / "p.pth", weights_only=True)
+    for config in content["config"]:
+        del config["rank"]
+    torch.save(content, tmp_path / "old.pth")
+    restore_projectors(make(), tmp_path / "old.pth")
+
+
 def test_a_projector_of_another_use_is_refused(tmp_path):
     use = {"direction": "teacher_to_student", "pairs": [[2, 4]]}
     save_projectors(make(), tmp_path / "p.pth", use)

@@ -72,6 +72,56 @@ def test_the_pca_anchor_has_nothing_to_train():
     assert set(projector.state_dict()) == {"weight", "bias"}
 
 
+def test_a_bridge_brings_both_sides_together_and_the_student_alone_learns():
+    config = ProjectorConfig(8, 6, anchor="pca", rank=3)
+    target = HiddenStateTarget([(1, 2)], config, 1.0, 0.01)
+    (bridge,) = target.bridges
+    generator = torch.Generator().manual_seed(0)
+    for buffer in target.buffers():
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    student = torch.randn(1, 3, 6, generator=generator, requires_grad=True)
+    teacher = torch.randn(1, 3, 8, generator=generator)
+    (pair,) = target({1: student}, {2: teacher})
+    naive = []
+    for states, side in ((student, bridge.student), (teacher, bridge.teacher)):
+        rows = (states - states.mean(-1, keepdim=True)) / (states.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        naive.append(rows @ side.weight.T + side.bias)
+    torch.testing.assert_close(pair.student, naive[0])
+    torch.testing.assert_close(pair.target, naive[1])
+    (found,) = target.align([pair], MASK, {"mercator", "mse"})
+    cosine = torch.cosine_similarity(*naive, dim=-1)
+    lengths = (naive[0].norm(dim=-1).log() - naive[1].norm(dim=-1).log()).square()
+    expected = (1 - cosine + 0.01 * lengths + (naive[0] - naive[1]).square().mean(-1))[MASK].sum()
+    total = (found.terms["mercator"] + found.terms["mse"])[MASK].sum()
+    torch.testing.assert_close(total, expected)
+    ours, theirs = (torch.autograd.grad(value, student)[0] for value in (total, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert not any(tensor.requires_grad for tensor in (pair.target, *target.buffers()))
+    assert not list(target.parameters())
+    assert (target.widths, target.most_dimensions(0)) == ("8 -> 3 <- 6", 3)
+
+
+@pytest.mark.parametrize("direction", ["student_to_teacher", "none"])
+def test_a_bridge_in_another_direction_is_refused(direction):
+    with pytest.raises(ValueError, match="A bridge is given the sizes of direction='teacher_to_student'"):
+        HiddenStateTarget([(1, 2)], ProjectorConfig(8, 6, anchor="pca", rank=3), direction=direction)
+
+
+@pytest.mark.parametrize("rank", [17, 32])
+def test_a_bridge_wider_than_either_side_is_refused(rank):
+    asked = arguments(projector_anchor="pca", projector_init="least_squares", projector_rank=rank)
+    said = rf"projector_rank is {rank}, but the teacher's states are 32 wide and the student's 16; write 16 at most"
+    with pytest.raises(BadRequest, match=said):
+        build_target(asked, tiny_llama(16, 2), tiny_llama(32, 4))
+
+
+def test_a_bridge_is_made_as_the_arguments_ask():
+    for rank, widths in ((16, "32 -> 16 <- 16"), ("auto", "32 -> auto <- 16")):
+        asked = arguments(projector_anchor="pca", projector_init="least_squares", projector_rank=rank)
+        target = build_target(asked, tiny_llama(16, 2), tiny_llama(32, 4))
+        assert (target.widths, target.most_dimensions(0)) == (widths, 16)
+
+
 def arguments(**changes):
     defaults = {"projector_direction": "teacher_to_student", "projector_init": "random"}
     return KavaTrainingArguments(output_dir="unused", use_cpu=True, **{**defaults, **changes})

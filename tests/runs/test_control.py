@@ -8,10 +8,12 @@ import pytest
 import torch
 from helpers.places import ROOT
 from helpers.programs import SHORT, summary_of, words
+from helpers.trainers import make_trainer
 from transformers import TrainerCallback
 
 import run_kava
 from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.distillation.loss_terms import LossTerms
 from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.runs import pipeline
 from kava_trainer.runs.control import control_arguments
@@ -45,6 +47,16 @@ def steps(monkeypatch):
 def run(folder, *more, **changes):
     options = {**SHORT, "max_steps": 4, "save_steps": 2, "output_dir": folder, "run_control": True, **changes}
     return run_kava.main([RECIPE, *words(options), *more])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "stage"])
+def test_a_control_has_its_next_token_loss_whatever_the_schedules_are(tmp_path, tokenizer, schedule):
+    asked = {"kd_weight": 2.0, "kd_schedule": schedule, "alignment_schedule": schedule}
+    trainer = make_trainer(tmp_path, tokenizer, **asked)
+    terms = LossTerms(control_arguments(trainer.args), trainer.target, None, 512)
+    assert [terms.weights(progress) for progress in (0.0, 0.3, 0.5, 1.0)] == [{"lm": 1.0}] * 4
+    assert terms.full_weights == {"lm": 1.0}
+    assert trainer.terms.full_weights == {"mercator": 1.0, "lm": 1.0, "kd": 2.0}
 
 
 def test_the_control_differs_in_its_loss_alone(tmp_path, steps, capsys):

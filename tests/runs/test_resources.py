@@ -178,6 +178,31 @@ def test_the_estimate_of_a_micro_batch_is_what_a_real_one_takes(tmp_path, tokeni
     assert estimate == pytest.approx(live.peak, rel=0.05)
 
 
+@pytest.mark.parametrize(("rank", "numbers"), [
+    ("null", 64 * (128 + 1)), ("8", 8 * (128 + 64 + 2)), ("64", 64 * (128 + 64 + 2)), ("auto", 64 * (128 + 64 + 2)),
+])  # fmt: skip
+def test_a_frozen_projector_takes_memory_and_trains_nothing(rank, numbers):
+    asked = ["--projector_direction", "teacher_to_student", "--projector_anchor", "pca", "--projector_rank", rank]
+    arguments = parse_arguments([QUICKSTART, *asked, "--projector_init", "least_squares"])
+    estimate = estimate_memory(arguments)
+    assert estimate["projector"] == 2 * 4 * numbers  # two pairs of layers in float32
+    assert estimate["gradients"] == estimate["student"]
+    assert checkpoint_bytes(estimate, arguments.training) == 3 * estimate["student"] + estimate["projector"]
+
+
+@pytest.mark.parametrize("rank", ["65", "1000000"])
+def test_a_bridge_of_too_many_dimensions_is_refused_by_the_configs_alone(rank):
+    asked = ["--projector_direction", "teacher_to_student", "--projector_anchor", "pca", "--projector_rank", rank]
+    with pytest.raises(BadRequest, match=f"projector_rank is {rank}, but the teacher's states are 128 wide and the st"):
+        estimate_memory(parse_arguments([QUICKSTART, *asked, "--projector_init", "least_squares"]))
+
+
+def test_the_schedules_hold_nothing_back_in_the_estimate():
+    plain = estimate_memory(parse_arguments([QUICKSTART, "--kd_weight", "1"]))
+    staged = ["--kd_schedule", "stage", "--alignment_schedule", "stage"]
+    assert estimate_memory(parse_arguments([QUICKSTART, "--kd_weight", "1", *staged])) == plain
+
+
 def test_a_cache_leaves_no_teacher_but_the_head():
     plain = estimate_memory(parse_arguments([QUICKSTART, "--kd_weight", "1"]))
     cached = estimate_memory(parse_arguments([QUICKSTART, "--kd_weight", "1", "--teacher_cache_dir", "cache"]))

@@ -6,6 +6,7 @@ import json
 import pytest
 from helpers.programs import words
 
+from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.runs import setup
 from kava_trainer.utils.console import Console
@@ -57,3 +58,18 @@ def test_a_template_that_is_not_used_is_told(log, changes):
     told = "Warning: assistant_turns has no effect on data that is no chat."
     assert told in log(rows, None, assistant_turns="all", **changes)
     assert told not in log([talk()] * 20, assistant_turns="all", **changes)
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({}, ""),
+    ({"alignment_schedule": "linear"}, " (alignment: linear to 0)"),
+    ({"kd_schedule": "linear"}, ""),
+    ({"kd_schedule": "cosine", "kd_weight": 1.0}, " (kd: cosine from 0)"),
+    (
+        {"alignment_schedule": "stage", "kd_schedule": "stage", "kd_weight": 1.0},
+        " (alignment: the first half, kd: the second half)",
+    ),
+])  # fmt: skip
+def test_what_becomes_of_the_weights_is_told(tmp_path, changes, told):
+    training = KavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes)
+    assert setup._describe_schedules(training) == told

@@ -47,6 +47,16 @@ def test_each_stage_is_what_it_reads_times_what_that_takes(changes, part, second
     assert estimate(replace(PLAN, **changes), RATES).get(part) == (None if seconds is None else pytest.approx(seconds))
 
 
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, 100 * (1 + 0.1)),
+    ({"without_divergence": 50}, 100 * (1 + 0.1) - 50 * 0.25),
+    ({"without_divergence": 100, "cached": 0}, 100 * (0.8 + 0.1) - 100 * 0.25),
+])  # fmt: skip
+def test_steps_that_hold_the_divergence_back_take_less(changes, expected):
+    rates = replace(RATES, divergence=2.5e-4)
+    assert estimate(replace(PLAN, **changes), rates)["steps"] == pytest.approx(expected)
+
+
 def test_answers_take_time_too():
     rates = replace(RATES, teacher_token=0.5, student_token=0.25)
     parts = estimate(replace(PLAN, batches=2, answer=40, longest=80, control=True), rates)
@@ -111,6 +121,20 @@ def test_a_plan_is_that_of_the_arguments(run):
 def test_steps_and_evaluations_are_counted_as_trainer_does(run, changes, steps, evaluations):
     plan = plan_of(run(**changes))
     assert (plan.steps, plan.evaluations) == (steps, evaluations)
+
+
+@pytest.mark.parametrize(("schedule", "steps", "done", "without"), [
+    ("stage", 5, 0, 3), ("stage", 4, 0, 2), ("stage", 1, 0, 1), ("stage", 5, 2, 1), ("stage", 5, 4, 0),
+    ("linear", 5, 0, 0), ("constant", 5, 0, 0),
+])  # fmt: skip
+def test_a_plan_knows_the_steps_without_the_divergence(run, tmp_path, schedule, steps, done, without):
+    there = run(kd_weight=1.0, kd_schedule=schedule, max_steps=steps)
+    if done:
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": done}))
+        there.checkpoint = tmp_path
+    weights = [there.trainer.terms.weights(step / steps)["kd"] for step in range(done, steps)]
+    assert plan_of(there).without_divergence == without
+    assert schedule != "stage" or weights.count(0.0) == without
 
 
 def test_the_projectors_are_fitted_to_no_more_than_there_is(run):

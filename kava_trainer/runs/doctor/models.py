@@ -290,6 +290,7 @@ def check_trainer(
     held_out = examples is None or examples.held_out > 0
     training.push_to_hub, training.report_to = False, []  # both have a check of their own
     training.layer_mapping, training.layer_weights = "last", None
+    training.projector_rank = None if training.projector_rank is None else 1
     highest = max(tokenizer.get_vocab().values())
     config = LlamaConfig(
         vocab_size=highest + 1, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2

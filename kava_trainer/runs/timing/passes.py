@@ -58,6 +58,8 @@ class Rates:
     """The student forward and backward with the next-token loss alone, as in a control."""
     optimizer: float
     """One step of the optimizer, in seconds."""
+    divergence: float = 0.0
+    """What a step saves in which the divergence is held back, beside the teacher's states."""
     ranks: float = 0.0
     """The effective ranks of one probe, in seconds."""
     teacher_token: float = 0.0
@@ -120,7 +122,7 @@ class Stopwatch:
             return self._rates()
 
     def _rates(self) -> Rates:
-        weights, control = self._terms.weights(0.0), self._run.training.run_control
+        weights, control = self._terms.full_weights, self._run.training.run_control
         one = self._row(1)
         self._pass(one, weights)  # the first pass of all takes longer
         taken = _seconds(self._device, lambda: self._pass(one, weights))
@@ -138,6 +140,11 @@ class Stopwatch:
             terms = each(batch, lambda: self._forward(batch, weights))
             teacher_read = each(batch, lambda: _read(teacher, batch))
             student_read = each(batch, lambda: _read(student, batch))
+        divergence = 0.0
+        if "kd" in weights and self._run.training.kd_schedule == "stage":
+            others = {name: weight for name, weight in weights.items() if name != "kd"}
+            teacher_too = 0.0 if self._run.training.aligns else states  # its states are counted for every step
+            divergence = max(step - each(row, lambda: self._pass(row, others)) - teacher_too, 0.0)
         plain = each(row, lambda: self._pass(row, {"lm": 1.0})) if control else 0.0
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         copy = _seconds(self._device, lambda: [parameter.detach().clone() for parameter in trained])
@@ -149,6 +156,7 @@ class Stopwatch:
             student_read=student_read,
             plain_step=plain,
             optimizer=PASSES_OF_OPTIMIZER * copy,
+            divergence=divergence,
             ranks=self._ranks(),
             teacher_token=self._token(teacher),
             student_token=self._token(student),

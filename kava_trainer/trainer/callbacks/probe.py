@@ -42,7 +42,8 @@ class ProbeCallback(TrainerCallback):
         self.last: ProbeResult | None = None
         self._probed_at, self._whole_before = -1, False
         fading = set(SCHEDULED_TERMS) if self._args.alignment_schedule != "constant" else set()
-        self._shares = ShareWatch({"anchor", *fading})
+        rising = {"kd"} if self._args.kd_schedule != "constant" else set()
+        self._shares = ShareWatch({"anchor", *fading, *rising})
 
     def choose(self, held_out: Any, collator: Callable[[list[Any]], dict[str, Any]], terms: LossTerms) -> None:
         """Fix the examples: the first ones that are held out, of several sets the first one's.

@@ -33,15 +33,37 @@ def make(tmp_path, tokenizer):
     {"kd_weight": 0.5},
     {"run_control": True},
     {"projector_direction": "student_to_teacher"},
+    {"kd_weight": 0.5, "kd_schedule": "linear", "alignment_schedule": "linear"},
 ])  # fmt: skip
 def test_every_pass_takes_time(make, changes):
     run = make(**changes)
     rates = Stopwatch(run).rates()
     taken = asdict(rates)
     asked = {"plain_step"} if changes.get("run_control") else set()
-    nothing = {"plain_step", "teacher_token", "student_token"} - asked
+    nothing = {"plain_step", "divergence", "teacher_token", "student_token"} - asked
     assert all((taken[name] == 0) == (name in nothing) for name in taken)
     assert rates.step < 1  # of one token
+
+
+@pytest.mark.parametrize("aligned", [1.0, 0.0])
+def test_what_a_stage_saves_is_the_step_without_the_divergence(make, monkeypatch, aligned):
+    """Each term of a pass takes a second, and so does the teacher; a stage without alignment needs it only for that."""
+    run = make(mercator_weight=aligned, kd_weight=0.5, kd_schedule="stage")
+    watch = Stopwatch(run)
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(passes, "time", clock)
+
+    def forward(row, weights):
+        clock.now += len(weights) + (len(weights.keys() - {"lm"}) > 0)
+        return next(run.trainer.model.parameters()).sum()
+
+    def states(row):
+        clock.now += 1.0
+
+    monkeypatch.setattr(watch, "_forward", forward)
+    monkeypatch.setattr(run.trainer.terms, "teacher_states", states)
+    rates = watch.rates()
+    assert rates.divergence == pytest.approx(rates.teacher)  # one second a pass, whichever else is saved
 
 
 def test_answers_are_timed_where_some_are_written(make):
