@@ -63,10 +63,10 @@ class DistillationCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, `next_index`, and where
-            states are read `teacher_states` [B, T, d_t] by layer. Of examples that have `origins` also these [B, T]. Examples of which none has labels, which can be
-            predicted on and not learned, give `input_ids` and `attention_mask` alone. Where nothing is learned an
-            example of no tokens has a row too, so that predictions are those of the examples one by one; then `counted`
-            [B, T] says which tokens are real.
+            states are read `teacher_states` [B, T, d_t] by layer; also the `origins` [B, T] of examples that have them.
+            Examples of which none has labels, which can be predicted on and not learned, give `input_ids` and
+            `attention_mask` alone. Where nothing is learned an example of no tokens has a row too, so that predictions
+            are those of the examples one by one; then `counted` [B, T] says which tokens are real.
         """
         if not self._needs_labels and not any("labels" in example for example in examples):
             return self._unlabelled(examples)
@@ -153,13 +153,14 @@ class CompletingCollator:
 
 
 def separated(batch: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """The examples of a batch that was made for training, each again with `input_ids` and `labels` [T].
+    """The examples of a batch that was made for training, each again with `input_ids` and `labels` [T] on the host.
 
     Raises:
         ValueError: if the batch holds teacher states, which are not taken apart.
     """
     if "teacher_states" in batch:
         raise ValueError("A teacher whose states were cached knows none of answers that are yet to be sampled.")
+    batch = {name: own.cpu() if isinstance(own, torch.Tensor) else own for name, own in batch.items()}
     if "lengths" in batch:
         tokens = batch["input_ids"].split(batch["lengths"])
         index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))

@@ -12,7 +12,7 @@ from ..config.arguments import KavaTrainingArguments
 from ..config.checks import ALIGNMENT_WEIGHTS
 from ..data.formats import ASKED, IGNORED, SAMPLED
 from ..models.teacher import TeacherSource
-from .logits_terms import LogitsTerms
+from .logits_terms import AGREEMENT, LogitsTerms
 from .losses import token_mean, token_sum
 from .model import StudentOutput
 from .targets import HiddenStateTarget
@@ -22,6 +22,7 @@ LOGITS_TERMS = ("lm", "smoothing", "kd")
 
 ANSWERS_ALONE = "answer"
 """What an evaluation adds where the next-token loss is over all tokens: the same over the answers alone."""
+
 
 class _Tokens(NamedTuple):
     """What a term on logits is a mean over."""
@@ -123,6 +124,8 @@ class LossTerms:
         on_logits = {name: named[name] for name in LOGITS_TERMS if name in named}
         if weights and not model.training:
             on_logits = {"lm": 0.0, **on_logits, **({ANSWERS_ALONE: 0.0} if self.args.lm_tokens == "all" else {})}
+        if "kd" in on_logits and "origins" in inputs:
+            on_logits[AGREEMENT] = 0.0
         aligns = self.args.aligns and (weights is None or not named.keys().isdisjoint(ALIGNMENT_TERMS))
         return model(
             input_ids=inputs["input_ids"],
@@ -160,8 +163,8 @@ class LossTerms:
 
     def _tokens_of(self, name: str, inputs: Mapping[str, Any]) -> _Tokens:
         """What a term on logits is a mean over."""
-        if name == "kd":
-            return _Tokens(self.args.kd_tokens, written=False)
+        if name in ("kd", AGREEMENT):
+            return _Tokens("answers" if name == AGREEMENT else self.args.kd_tokens, written=False)
         return _Tokens("answers" if name == ANSWERS_ALONE else self.args.lm_tokens, written="origins" in inputs)
 
     @torch.no_grad()
@@ -188,7 +191,8 @@ class LossTerms:
                 optimizer step; by default this batch's. Where the batch holds answers that the student wrote, that are
                 six: the second and third are what a divergence is a mean over, see `packing.followed_positions`; then
                 come the tokens whose states are compared, and the second and third without the student's answers.
-            means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted.
+            means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted; also
+                `rollout_agreement`, the share of the student's own tokens at which it has the teacher's at the top.
         """
         means = TokenMeans() if means is None else means
         tokens = None if num_items is None else num_items[0]
@@ -197,7 +201,10 @@ class LossTerms:
         kinds = {name: self._tokens_of(name, inputs) for name in outputs.logits_sums}
         own = {kind: _count(inputs, None, kind) for kind in {*kinds.values(), _widest(kinds)}}
         for name, total in outputs.logits_sums.items():
-            _note(means, weights, name, total, own[kinds[name]])
+            if name == AGREEMENT:
+                means.add("rollout_agreement", total, _is_sampled(inputs, inputs["answer_index"]).sum())
+            else:
+                _note(means, weights, name, total, own[kinds[name]])
         if outputs.logits_total is not None:
             count = own[_widest(kinds)] if num_items is None else _count(inputs, num_items, _widest(kinds))
             parts.append(outputs.logits_total / count.clamp(min=1))
@@ -268,7 +275,12 @@ def _written(
     """The tokens [K] that follow positions [K], `IGNORED` where the student wrote them and that is not to count."""
     if not tokens.written:
         return targets
-    return targets.masked_fill(inputs["origins"].flatten()[positions + 1] == SAMPLED, IGNORED)
+    return targets.masked_fill(_is_sampled(inputs, positions), IGNORED)
+
+
+def _is_sampled(inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
+    """Whether the token that follows each of some positions [K] is the student's own."""
+    return cast(torch.Tensor, inputs["origins"].flatten()[positions + 1] == SAMPLED)
 
 
 def _is_counted(inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
@@ -303,7 +315,10 @@ def _positions_and_targets(
     if widest.written:  # nobody asks for logits where the student wrote
         kept = _written(inputs, widest, positions, torch.zeros_like(positions)) != IGNORED
         positions, found = positions[kept], {own: targets[kept] for own, targets in found.items()}
-    return positions, {name: found[own] for name, own in kinds.items()}
+    by_term = {name: found[own] for name, own in kinds.items()}
+    if AGREEMENT in by_term:
+        by_term[AGREEMENT] = by_term[AGREEMENT].masked_fill(~_is_sampled(inputs, positions), IGNORED)
+    return positions, by_term
 
 
 def _following(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

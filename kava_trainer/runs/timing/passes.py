@@ -18,9 +18,10 @@ from ...data.packing import pack_step
 from ...data.streaming import ExampleStream
 from ...distillation.loss_terms import LossTerms
 from ...distillation.model import DistillationModel
-from ...evaluation.answers import answer_loss_sum, have_prompts, own_defaults_off
+from ...evaluation.answers import answer_loss_sum, have_prompts
 from ...evaluation.diagnostics import effective_rank
 from ...evaluation.probe import PROBE_TOKENS
+from ...models.generation.generate import own_defaults_off
 from ...models.hidden_states import run_decoder
 from ...models.layers import evaluating, hidden_size, in_mode, keeping_gradients
 from ..setup import Run
