@@ -275,6 +275,7 @@ class KavaArguments:
     def __post_init__(self) -> None:
         if self.training.max_tokens_per_batch is None:
             self.training.max_tokens_per_batch = self.training.per_device_train_batch_size * self.data.max_length
+        self.data.accepts_prompts = self.training.on_policy_fraction == 1
         self.training.stand_beside(self.model, self.data)
 
     def problems(self) -> list[Problem]:
