@@ -186,7 +186,7 @@ class Stopwatch:
     def _token(self, model: PreTrainedModel) -> float:
         """Seconds that one more token takes in all answers of a batch; 0 where none are written."""
         run = self._run
-        if not generates(run):
+        if not generates(run) and run.training.on_policy_fraction == 0:
             return 0.0
         ids = self._padded(len(self._examples))["input_ids"]
         rows = -(-run.training.per_device_eval_batch_size // len(ids))
