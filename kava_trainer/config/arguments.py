@@ -292,7 +292,9 @@ class KavaArguments:
             found.append(Problem("use_peft", "use_peft is not supported under FSDP2;", remedy))
         if tokens > LARGEST_MICRO_BATCH:
             what = f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH};"
-            remedy = f"lower per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
+            names = [f"per_device_train_batch_size ({batch})", f"max_length ({length})"]
+            names += [f"on_policy_max_new_tokens ({sampled})"] if sampled else []
+            remedy = f"lower {', '.join(names)} or max_tokens_per_batch."
             found.append(Problem(None, what, remedy))
         return found
 

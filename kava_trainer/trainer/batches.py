@@ -120,7 +120,7 @@ class StepBatches(TrainerCallback):
         if sharded:
             rows = as_many_rows(rows, largest_over_ranks(len(rows)))
         dealt = [_micro_batch(share, rows[0]) for share in spread(rows, len(found))]
-        return dealt, rows, torch.tensor([*_count_packed(found), *_count_origins(rows)])
+        return dealt, rows, torch.tensor([*_count_packed(found, rows), *_count_origins(rows)])
 
     def _note_places(self, stream: ExampleStream, batches: list[dict[str, Any]]) -> None:
         """Keep count of where in the stream this rank is, and of the rows it left out.
@@ -193,11 +193,12 @@ def _micro_batch(rows: list[dict[str, Any]], like: dict[str, Any]) -> dict[str, 
     return {"rows": rows, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _count_packed(batches: list[dict[str, Any]]) -> list[int]:
+def _count_packed(batches: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[int]:
     """The counts of `gather`, without asking the device."""
     lengths = [length for batch in batches for length in batch["lengths"]]
     answers = sum(sum(batch["answers"]) for batch in batches)
-    return [sum(lengths), answers, sum(lengths), len(lengths), sum(lengths) - len(lengths)]
+    following = sum(len(row["next_index"]) for row in rows)
+    return [sum(lengths), answers, sum(lengths), len(lengths), following]
 
 
 def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:

@@ -37,6 +37,16 @@ def test_terms_over_different_tokens_do_not_depend_on_how_the_batch_is_split(tmp
         assert split["line"][name] == pytest.approx(whole["line"][name], rel=1e-4), name
 
 
+def test_a_step_on_the_student_s_own_answers_does_not_depend_on_how_the_batch_is_split(tmp_path):
+    sizes = ((8, 1, 1), (2, 2, 2))
+    whole, split = (one_step(tmp_path, *own, weights="1.0,0.0", tokens="all", on_policy="1.0") for own in sizes)
+    for name, parameter in whole["weights"].items():
+        torch.testing.assert_close(split["weights"][name], parameter, rtol=0, atol=1e-5, msg=name)
+    names = ("loss", "cos_sim", "mercator_loss", "kd_loss", "relative_mse_loss", "rollout_length", "rollout_agreement")
+    line = {name: split["line"][name] for name in names}
+    assert line == pytest.approx({name: whole["line"][name] for name in names}, rel=1e-4)
+
+
 def test_the_step_really_moves_student_and_projector(whole_batch, tokenizer, tmp_path):
     start = dict(make_trainer(tmp_path, tokenizer).model.named_parameters())
     moved = [name for name, parameter in whole_batch["weights"].items() if (parameter - start[name]).abs().max() > 1e-4]

@@ -111,7 +111,9 @@ def test_value_and_gradient_of_every_term_are_those_of_each_example_by_itself(tm
     assert ("lm_loss" in line) == ("lm" in means)
     assert gradients.found.keys() == expected.keys()
     for name, own in expected.items():
-        torch.testing.assert_close(gradients.found[name], own, rtol=1e-3, atol=1e-6, msg=lambda told, name=name: name)
+        torch.testing.assert_close(
+            gradients.found[name], own, rtol=1e-3, atol=1e-6, msg=lambda told, name=name: f"{name}: {told}"
+        )
 
 
 def test_prompts_and_what_stands_behind_the_end_carry_no_loss(tmp_path, tokenizer):
