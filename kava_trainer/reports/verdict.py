@@ -123,10 +123,9 @@ def _alignment_failures(summary: Summary, collapse: str | None) -> list[str]:
 def _training_failures(summary: Summary, supervised: bool, broken: list[str]) -> list[str]:
     found = []
     if not supervised:
-        found.append(
-            "The student's language head was never supervised: lm_weight and kd_weight are 0, so nothing taught it "
-            "to answer."
-        )
+        alone = summary.arguments.get("on_policy_fraction") == 1
+        zero = "kd_weight is 0 and all answers were its own" if alone else "lm_weight and kd_weight are 0"
+        found.append(f"The student's language head was never supervised: {zero}, so nothing taught it to answer.")
     kinds = sorted({problem["kind"] for problem in summary.problems} & _UNSTABLE)
     if kinds:
         found.append(f"Training was not stable: {', '.join(kinds)} (see problems).")

@@ -6,6 +6,7 @@ from helpers.data import random_examples
 from helpers.models import model_of, tiny_lora_llama
 
 from kava_trainer.distillation.rollouts.sampling import Sampling, sample_answers
+from kava_trainer.models.layers import evaluating
 from kava_trainer.models.packed_attention import enable_packing
 
 NO_END = 511
@@ -85,3 +86,14 @@ def test_a_prompt_that_fills_all_positions_has_no_answer_and_one_near_that_a_sho
     prompts = [list(range(1, length + 1)) for length in (5, 18, 20, 25)]
     answers = sample_answers(prompts, model, replace(GREEDY, batch_size=1)).tokens
     assert [len(answer) for answer in answers] == [6, 2, 0, 0]
+
+
+def test_a_student_that_computes_its_activations_again_answers_as_any_other():
+    model = model_of("llama")
+    plain = sample_answers(PROMPTS, model, GREEDY).tokens
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.train()
+    with evaluating(model):
+        assert sample_answers(PROMPTS, model, GREEDY).tokens == plain
+    assert model.training

@@ -133,9 +133,14 @@ def test_prompts_and_what_stands_behind_the_end_carry_no_loss(tmp_path, tokenize
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_on_its_answers(tmp_path, tokenizer, fraction):
-    settings = {"on_policy_fraction": fraction, "lm_weight": 0.0, "projector_direction": "none", **SETTINGS}
+    settings = {"on_policy_fraction": fraction, "lm_weight": 0.0, "projector_direction": "none", "learning_rate": 0.0}
     trainer = make_trainer(
-        tmp_path, tokenizer, model=lambda width, layers, seed: tiny_llama(64, 4, seed=1), max_steps=2, **settings
+        tmp_path,
+        tokenizer,
+        model=lambda width, layers, seed: tiny_llama(64, 4, seed=1),
+        max_steps=2,
+        **settings,
+        **SETTINGS,
     )
     trainer.train()
     for line in loss_lines(trainer):
