@@ -135,6 +135,7 @@ class Throughput(TrainerCallback):
             "train_seconds": 0.0 if self._began is None else (self._ended or time.monotonic()) - self._began,
             "teacher_seconds": seconds.get("teacher", 0.0),
             "step_seconds": seconds.get("step", 0.0),
+            "generation_seconds": seconds.get("generation", 0.0),
             "tokens": tokens,
             "positions": positions,
             "examples": examples,
@@ -147,16 +148,19 @@ class Throughput(TrainerCallback):
         Returns:
             Real tokens and examples a second of all ranks, evaluations and saves included, the share of padding, and
             the seconds that this rank's teacher and student (forward and backward, with projectors and losses) took.
+            Where the student wrote answers, also what that took, and the whole training.
         """
         spent = self.spent()
         if spent["positions"] == 0:
             return {}
+        beside = {name: spent[name] for name in ("generation_seconds", "train_seconds")}
         return {
             "tokens_per_second": spent["tokens"] / spent["train_seconds"],
             "samples_per_second": spent["examples"] / spent["train_seconds"],
             "padding_fraction": 1 - spent["tokens"] / spent["positions"],
             "teacher_seconds": spent["teacher_seconds"],
             "student_seconds": spent["step_seconds"] - spent["teacher_seconds"],
+            **(beside if beside["generation_seconds"] > 0 else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
