@@ -215,7 +215,7 @@ class StudentTrainer(SavingTrainer):
             self.clock,
             self.data_collator,
             lambda: self.student,
-            self.processing_class,
+            cast(Any, self.processing_class),
             lambda: self.steps.means,
             lambda: self.accelerator.autocast(),
             rollout_fn,

@@ -41,7 +41,7 @@ class RolloutFn(Protocol):
         """
 
 
-class Entropies(LogitsProcessor):  # type: ignore[misc]
+class Entropies(LogitsProcessor):
     """Changes nothing, and keeps the entropy of the student's distribution at each token that it writes."""
 
     def __init__(self) -> None:

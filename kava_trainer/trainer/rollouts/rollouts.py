@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import release_memory
@@ -160,7 +160,8 @@ class Rollouts:
             if self._rollout_fn is None:
                 return sample_answers(prompts, student, sampling)
             given = self._rollout_fn([list(prompt) for prompt in prompts], student, sampling)
-        return Answers(checked_answers(given, len(prompts), student.get_input_embeddings().num_embeddings))
+        embeddings = cast(torch.nn.Embedding, student.get_input_embeddings())
+        return Answers(checked_answers(given, len(prompts), embeddings.num_embeddings))
 
     def judge(self, figures: dict[str, float]) -> None:
         """Warn once of each way in which the answers of a log line go wrong."""
