@@ -155,7 +155,7 @@ def train(folder, output, resume, settings, prepare=lambda trainer: None):
     weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     if trainer.is_world_process_zero():
         logged = [
-            {k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second", "_memory_bytes"))}
+            {k: v for k, v in line.items() if not k.endswith(("_runtime", "_seconds", "_per_second", "_memory_bytes"))}
             for line in trainer.state.log_history
             if "train_runtime" not in line
         ]

@@ -6,7 +6,7 @@ from helpers.caches import cached_run
 from helpers.data import random_examples
 from helpers.hashes import weight_hash
 from helpers.models import bfloat16_llama, tiny_qwen
-from helpers.outcomes import assert_same_step, one_step
+from helpers.outcomes import assert_same_step, finish, one_step
 from helpers.trainers import loss_lines, make_trainer
 from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForCausalLM
@@ -45,6 +45,20 @@ def test_a_step_on_the_student_s_own_answers_does_not_depend_on_how_the_batch_is
     names = ("loss", "cos_sim", "mercator_loss", "kd_loss", "relative_mse_loss", "rollout_length", "rollout_agreement")
     line = {name: split["line"][name] for name in names}
     assert line == pytest.approx({name: whole["line"][name] for name in names}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "every"), [(0.5, 3), *(pytest.param(*own, marks=pytest.mark.slow) for own in [(0.5, 1), (1.0, 3)])]
+)
+def test_two_ranks_go_on_with_the_student_s_own_answers_bit_by_bit(tmp_path, fraction, every):
+    settings = {
+        "kd_weight": 1.0, "on_policy_fraction": fraction, "rollouts_every": every, "on_policy_max_new_tokens": 6,
+        "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    straight = finish(tmp_path / "straight", None, settings, 2)
+    again = finish(tmp_path / "again", tmp_path / "straight" / "run" / "checkpoint-1", settings, 2)
+    for name in ("weights", "optimizer", "losses", "lines"):
+        assert again[name] == straight[name], name
 
 
 def test_the_step_really_moves_student_and_projector(whole_batch, tokenizer, tmp_path):

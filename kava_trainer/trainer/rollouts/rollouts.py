@@ -41,7 +41,7 @@ class Rollouts:
         rollout_fn: writes the answers in place of `sample_answers`.
 
     Raises:
-        ValueError: if the collator is not KAVA's, or nothing could end an answer.
+        ValueError: if the collator is not KAVA's, or reads the teacher's states, or nothing could end an answer.
     """
 
     def __init__(
@@ -58,6 +58,10 @@ class Rollouts:
     ) -> None:
         if type(collator) is not DistillationCollator:
             raise ValueError("on_policy_fraction needs DistillationCollator as data_collator; leave yours out.")
+        if collator.read_states is not None:
+            raise ValueError(
+                "on_policy_fraction needs a teacher that runs: a cache has no states of what is sampled now."
+            )
         self._args, self._incidents, self._clock, self._collator = args, incidents, clock, collator
         self._student, self._means, self._autocast, self._rollout_fn = student, means, autocast, rollout_fn
         self._end_tokens = tuple(stop_tokens(student(), tokenizer))

@@ -12,8 +12,11 @@ from helpers.models import llama_as_wide_as_the_teacher, tiny_llama, tiny_lora_l
 from helpers.trainers import loss_lines, make_trainer
 from transformers import TrainerCallback
 
+from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.distillation.losses import generalized_jsd_per_token, mercator_per_token
 from kava_trainer.trainer.rollouts import rollouts
+from kava_trainer.trainer.trainer import KavaTrainer
 from kava_trainer.utils.errors import RunFailed
 
 SETTINGS = {"kd_weight": 1.0, "on_policy_max_new_tokens": 6, "max_grad_norm": 0.0}
@@ -263,6 +266,23 @@ def test_what_a_user_s_function_gives_is_looked_at(tmp_path, tokenizer, given, t
 def test_a_function_that_would_never_be_asked_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="rollout_fn writes nothing while on_policy_fraction is 0"):
         make_trainer(tmp_path, tokenizer, rollout_fn=Writer())
+
+
+@pytest.mark.parametrize(
+    ("collator", "told"),
+    [
+        (
+            lambda tokenizer: DistillationCollator(tokenizer, read_states=dict),
+            "needs a teacher that runs: a cache",
+        ),
+        (lambda tokenizer: lambda examples: {}, "on_policy_fraction needs DistillationCollator as data_collator"),
+    ],
+)
+def test_a_collator_that_cannot_take_new_answers_is_refused(tmp_path, tokenizer, collator, told):
+    args = KavaTrainingArguments(str(tmp_path), use_cpu=True, on_policy_fraction=0.5, layer_mapping="last")
+    student, teacher = tiny_llama(32, 2), tiny_llama(64, 4, seed=1)
+    with pytest.raises(ValueError, match=told):
+        KavaTrainer(student, teacher, args=args, data_collator=collator(tokenizer), processing_class=tokenizer)
 
 
 def test_where_memory_runs_out_fewer_prompts_are_answered_at_a_time_from_then_on(tmp_path, tokenizer, monkeypatch):
