@@ -161,6 +161,24 @@ class KavaTrainingArguments(TrainingArguments):
     teacher_cache_dtype: Literal["bfloat16", "int8"] = argument(
         "bfloat16", "How they are stored; int8, with a scale for every 32 channels, takes half the space."
     )
+    on_policy_fraction: float = argument(
+        0.0,
+        "Share of each optimizer step's examples whose answer the student writes itself, sampled as it is now; the "
+        "teacher corrects it by kd_weight and the alignment, and the next-token loss leaves it out.",
+        unit="share from 0 to 1",
+    )
+    on_policy_temperature: float = argument(1.0, "Temperature that these answers are sampled with, above 0.")
+    on_policy_top_p: float = argument(
+        1.0,
+        "They are sampled from the most probable tokens that have this probability together.",
+        unit="share above 0, up to 1",
+    )
+    on_policy_max_new_tokens: int = argument(
+        256, "Longest of these answers; one that gets there has no end-of-text to learn.", unit="tokens"
+    )
+    rollouts_every: int = argument(
+        1, "One generation of such answers serves so many optimizer steps.", unit="optimizer steps"
+    )
     run_control: bool = argument(
         False, "Afterwards train a second student from the same start on the same data with the next-token loss alone."
     )
@@ -241,6 +259,11 @@ class KavaTrainingArguments(TrainingArguments):
         return self.aligns or self.kd_weight > 0
 
     @property
+    def learns_next_tokens(self) -> bool:
+        """Whether the next-token loss is a term: it has a weight, and there are answers that somebody wrote."""
+        return self.lm_weight > 0 and self.on_policy_fraction < 1
+
+    @property
     def calibrates(self) -> bool:
         """Whether the projectors start from a calibration pass."""
         return self.aligns and self.projector_direction != "none" and is_fit(self.projector_anchor, self.projector_init)
@@ -266,12 +289,14 @@ class KavaArguments:
     def __post_init__(self) -> None:
         if self.training.max_tokens_per_batch is None:
             self.training.max_tokens_per_batch = self.training.per_device_train_batch_size * self.data.max_length
+        self.data.accepts_prompts = self.training.on_policy_fraction == 1
         self.training.stand_beside(self.model, self.data)
 
     def problems(self) -> list[Problem]:
         """Every mistake that only several arguments together make."""
         batch, length = self.training.per_device_train_batch_size, self.data.max_length
-        tokens = max(batch * length, self.training.max_tokens_per_batch or 0)
+        sampled = self.training.on_policy_max_new_tokens if self.training.on_policy_fraction > 0 else 0
+        tokens = max(batch * (length + sampled), self.training.max_tokens_per_batch or 0)
         found = [*self.data.stream_problems(self.training)]
         if self.training.layer_mapping == "inherited" and self.model.student_init != "teacher_layers":
             what = "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not;"
@@ -281,7 +306,9 @@ class KavaArguments:
             found.append(Problem("use_peft", "use_peft is not supported under FSDP2;", remedy))
         if tokens > LARGEST_MICRO_BATCH:
             what = f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH};"
-            remedy = f"lower per_device_train_batch_size ({batch}), max_length ({length}) or max_tokens_per_batch."
+            names = [f"per_device_train_batch_size ({batch})", f"max_length ({length})"]
+            names += [f"on_policy_max_new_tokens ({sampled})"] if sampled else []
+            remedy = f"lower {', '.join(names)} or max_tokens_per_batch."
             found.append(Problem(None, what, remedy))
         return found
 

@@ -1,5 +1,6 @@
 """Every check of the training's own arguments that needs no model."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -9,9 +10,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from ..utils.errors import Problem, WrongArguments
-from .launcher import engine_problems
+from .launcher import engine_problems, is_fsdp_asked
 from .layer_mapping import parse_layer_mapping
 from .optimizer_names import missing_package, other_missing_packages, steps_in_backward
+from .recipes import accelerate_config
 
 if TYPE_CHECKING:  # which asks here
     from .arguments import KavaTrainingArguments
@@ -32,7 +34,7 @@ _NOT_NEGATIVE = (
 
 _AT_LEAST_ONE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "calibration_tokens",
-    "max_nonfinite_steps",
+    "max_nonfinite_steps", "on_policy_max_new_tokens", "rollouts_every",
 )  # fmt: skip
 
 _UNWANTED = {"dispatch_batches": True, "split_batches": True, "even_batches": False}
@@ -104,7 +106,8 @@ def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
     ]
     found += [*engine_problems(training.fsdp, training.deepspeed), *_optimizer_problems(training.optim)]
     found += other_missing_packages(training)
-    return [*found, *_wrong_values(training), *_projector_problems(training), *_contradictions(training)]
+    found += [*_wrong_values(training), *_projector_problems(training), *_rollout_problems(training)]
+    return [*found, *_contradictions(training)]
 
 
 def _optimizer_problems(optim: Any) -> list[Problem]:
@@ -181,6 +184,30 @@ def _rank_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     elif training.projector_init == "random":
         what = "projector_rank fits the student's side by least squares, but projector_init is random;"
         yield Problem("projector_rank", what, "write projector_init least_squares, or leave projector_rank out.")
+
+
+def _rollout_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    """What is wrong with the answers that the student writes itself."""
+    fraction = training.on_policy_fraction
+    if not 0 <= fraction <= 1:
+        yield Problem.of_value("on_policy_fraction", fraction, "write a number from 0 to 1.")
+    if not 0 < training.on_policy_temperature < math.inf:
+        remedy = "write a number above 0, such as 1.0."
+        yield Problem.of_value("on_policy_temperature", training.on_policy_temperature, remedy)
+    if not 0 < training.on_policy_top_p <= 1:
+        yield Problem.of_value("on_policy_top_p", training.on_policy_top_p, "write a number above 0, up to 1.")
+    if not fraction > 0:
+        return
+    asked = f"on_policy_fraction is {fraction:g}, but"
+    if not training.reads_teacher:
+        what = f"{asked} no term asks the teacher, and nothing else is learned from a student's own answers;"
+        yield Problem("on_policy_fraction", what, "raise kd_weight, or write on_policy_fraction 0.")
+    if training.teacher_cache_dir:
+        what = f"{asked} teacher_cache_dir holds no states of answers that are yet to be sampled;"
+        yield Problem("teacher_cache_dir", what, "leave teacher_cache_dir out.")
+    if is_fsdp_asked():
+        what = f"{asked} under FSDP2 no process has the whole student to sample with;"
+        yield Problem("on_policy_fraction", what, f"start with DDP ({accelerate_config('ddp.yaml')}).")
 
 
 def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:

@@ -19,6 +19,9 @@ NO_RETENTION = "none"
 class DataArguments:
     """Which examples."""
 
+    accepts_prompts = False
+    """Whether a row may lack an answer, because the student writes all of them; see `KavaArguments`."""
+
     dataset_name: str | None = argument(
         None, "Hub id, a folder, a jsonl, json, csv, tsv, parquet or arrow file, a pattern of them, or 'quickstart'."
     )

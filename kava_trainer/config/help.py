@@ -29,6 +29,8 @@ _PREFIXES = {
         "alignment_",
         "layer_",
         "teacher_cache_",
+        "on_policy_",
+        "rollouts_",
         "run_control",
     ),
 }

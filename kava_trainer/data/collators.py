@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
 
-from .formats import IGNORED
+from .formats import IGNORED, WRITTEN
+from .packing import followed_positions
 
 StatesReader = Callable[[Sequence[int]], dict[int, torch.Tensor]]
 """Gives the teacher's states [T, d_t] of an example by layer, from its token ids."""
@@ -62,15 +63,15 @@ class DistillationCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, `next_index`, and where
-            states are read `teacher_states` [B, T, d_t] by layer. Examples of which none has labels, which can be
-            predicted on and not learned, give `input_ids` and `attention_mask` alone. Where nothing is learned an
-            example of no tokens has a row too, so that predictions are those of the examples one by one; then `counted`
-            [B, T] says which tokens are real.
+            states are read `teacher_states` [B, T, d_t] by layer; also the `origins` [B, T] of examples that have them.
+            Examples of which none has labels, which can be predicted on and not learned, give `input_ids` and
+            `attention_mask` alone. Where nothing is learned an example of no tokens has a row too, so that predictions
+            are those of the examples one by one; then `counted` [B, T] says which tokens are real.
         """
         if not self._needs_labels and not any("labels" in example for example in examples):
             return self._unlabelled(examples)
         input_ids, labels = _tokens(examples, self._keeps_empty())
-        answers = [_answers(own) for own in labels]
+        answers, origins = [_answers(own) for own in labels], _origins(examples)
         width = max(map(len, input_ids))
         states = _states(input_ids, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
         return {
@@ -79,7 +80,13 @@ class DistillationCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
             "answer_index": torch.cat([row * width + positions for row, (positions, _) in enumerate(answers)]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
-            "next_index": torch.cat([row * width + torch.arange(len(ids) - 1) for row, ids in enumerate(input_ids)]),
+            "next_index": torch.cat(
+                [
+                    row * width + followed_positions(len(ids), origins[row] if origins else None)
+                    for row, ids in enumerate(input_ids)
+                ]
+            ),
+            **({"origins": pad_sequence(origins, batch_first=True, padding_value=WRITTEN)} if origins else {}),
             **self._counted(examples, input_ids),
             **states,
         }
@@ -117,13 +124,14 @@ class JoiningCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate examples with `input_ids` and `labels`: flat tensors, and how many entries each example has."""
         input_ids, labels = _tokens(examples)
-        answers = [_answers(own) for own in labels]
+        answers, origins = [_answers(own) for own in labels], _origins(examples)
         return {
             "input_ids": torch.cat(input_ids),
             "lengths": list(map(len, input_ids)),
             "answer_index": torch.cat([positions for positions, _ in answers]),
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
             "answers": [len(positions) for positions, _ in answers],
+            **({"origins": torch.cat(origins)} if origins else {}),
             **_states(input_ids, self.read_states, torch.cat),
         }
 
@@ -142,6 +150,29 @@ class CompletingCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The collator's batch, see `completed`."""
         return _complete(self.collator(examples))
+
+
+def separated(batch: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """The examples of a batch that was made for training, each again with `input_ids` and `labels` [T] on the host.
+
+    Raises:
+        ValueError: if the batch holds teacher states, which are not taken apart.
+    """
+    if "teacher_states" in batch:
+        raise ValueError("A teacher whose states were cached knows none of answers that are yet to be sampled.")
+    batch = {name: own.cpu() if isinstance(own, torch.Tensor) else own for name, own in batch.items()}
+    if "lengths" in batch:
+        tokens = batch["input_ids"].split(batch["lengths"])
+        index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
+        labels = [torch.full_like(own, IGNORED) for own in tokens]
+        for own, positions, answers in zip(labels, index, following, strict=True):
+            own[positions + 1] = answers
+    else:
+        real = [own.bool() for own in batch["attention_mask"]]
+        tokens, labels = (
+            [own[mask] for own, mask in zip(batch[name], real, strict=True)] for name in ("input_ids", "labels")
+        )
+    return [{"input_ids": own, "labels": labels[i]} for i, own in enumerate(tokens)]
 
 
 def completed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -256,6 +287,13 @@ def _real(example: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         return ids, labels
     real = torch.as_tensor(mask, dtype=torch.bool)
     return ids[real], labels[real]
+
+
+def _origins(examples: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """Whose each token of each example is; none where all are of the data."""
+    if "origins" not in examples[0]:
+        return []
+    return [torch.as_tensor(example["origins"], dtype=torch.int8) for example in examples]
 
 
 def _answers(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,6 +131,7 @@ def encode_dataset(
     description: str,
     name: str = "the data",
     assistant_turns: str = "last",
+    accepts_prompts: bool = False,
 ) -> Encoded:
     """Tokenise a data set, drop the examples without an answer, and count what was cut and dropped.
 
@@ -141,6 +142,7 @@ def encode_dataset(
         description: name of the progress bar.
         name: of the data set, for messages that name rows.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
+        accepts_prompts: see `Encoder`.
 
     Returns:
         Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`.
@@ -151,7 +153,7 @@ def encode_dataset(
     """
     names = find_format(dataset.column_names)
     check_types(dataset.features, name)
-    encoder = Encoder(names, tokenizer, max_length, assistant_turns, dataset.features)
+    encoder = Encoder(names, tokenizer, max_length, assistant_turns, dataset.features, accepts_prompts)
 
     def encode_numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
         return _encode_numbered(row, (name, dataset, index), encoder)
@@ -163,14 +165,14 @@ def encode_dataset(
         with_indices=True,
         remove_columns=dataset.column_names,
         features=_FEATURES,
-        new_fingerprint=_cache_key(tokens, tokenizer),
+        new_fingerprint=_cache_key(tokens + ("prompts" if accepts_prompts else ""), tokenizer),
         desc=description,
     )
     is_answered = list(encoded["answered"])
     answered = [row for row, found in enumerate(is_answered) if found]
     dropped = [row for row, found in enumerate(is_answered) if not found]
-    texts = encoded.select(dropped)["answer_text"]
-    empty = source_rows(dataset, [row for row, text in zip(dropped, texts, strict=True) if not text.strip()])
+    texts = [] if accepts_prompts else encoded.select(dropped)["answer_text"]
+    empty = source_rows(dataset, [row for row, text in zip(dropped, texts, strict=False) if not text.strip()])
     if not answered:
         raise _no_answers(name, empty, len(encoded), max_length)
     return Encoded(

@@ -13,6 +13,10 @@ from ..utils.errors import BadRequest
 IGNORED = -100
 """Label of a token that carries no language-model loss, as those of a prompt."""
 
+WRITTEN, ASKED, SAMPLED = range(3)
+"""Whose a token is, where a batch holds answers that the student wrote: of an example of the data; of the prompt of
+such an answer, where nothing is learned; or of the answer, where the next-token loss has no part."""
+
 _FORMATS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
 
 CELL_VERSION = 2

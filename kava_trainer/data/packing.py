@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import torch
 
+from .formats import ASKED
+
 
 def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
     """Make packed rows of all examples of one optimizer step.
@@ -17,7 +19,7 @@ def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]
 
     Returns:
         Rows with `input_ids` and `attention_mask` [1, T], `packed_lengths`, `answer_index`, `next_tokens`,
-        `next_index`, and `teacher_states` [1, T, d_t] by layer where the batches have them.
+        `next_index`, and `teacher_states` [1, T, d_t] by layer and `origins` [1, T] where the batches have them.
     """
     examples = [example for batch in batches for example in _examples(batch)]
     packs = plan_packs([len(example.input_ids) for example in examples], budget)
@@ -85,12 +87,24 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(packs[pack]) for pack in order]
 
 
+def followed_positions(length: int, origins: torch.Tensor | None) -> torch.Tensor:
+    """The positions of an example of so many tokens that are followed by one from which something may be learned.
+
+    Args:
+        length: its tokens.
+        origins: whose each of them is [length]; all are of the data by default.
+    """
+    positions = torch.arange(length - 1)
+    return positions if origins is None else positions[origins[1:] != ASKED]
+
+
 @dataclass(frozen=True)
 class _Example:
     input_ids: torch.Tensor
     answer_index: torch.Tensor
     next_tokens: torch.Tensor
     teacher_states: dict[int, torch.Tensor]
+    origins: torch.Tensor | None
 
 
 def _examples(batch: dict[str, Any]) -> list[_Example]:
@@ -98,8 +112,9 @@ def _examples(batch: dict[str, Any]) -> list[_Example]:
     tokens = batch["input_ids"].split(batch["lengths"])
     index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
     states = {layer: part.split(batch["lengths"]) for layer, part in batch.get("teacher_states", {}).items()}
+    origins = batch["origins"].split(batch["lengths"]) if "origins" in batch else [None] * len(tokens)
     return [
-        _Example(*parts, teacher_states={layer: own[i] for layer, own in states.items()})
+        _Example(*parts, teacher_states={layer: own[i] for layer, own in states.items()}, origins=origins[i])
         for i, parts in enumerate(zip(tokens, index, following, strict=True))
     ]
 
@@ -116,8 +131,16 @@ def _row(examples: list[_Example]) -> dict[str, Any]:
             [example.answer_index + start for example, start in zip(examples, starts, strict=True)]
         ),
         "next_tokens": torch.cat([example.next_tokens for example in examples]),
-        "next_index": torch.cat([torch.arange(own - 1) + s for own, s in zip(lengths, starts, strict=True)]),
+        "next_index": torch.cat(
+            [
+                followed_positions(len(example.input_ids), example.origins) + start
+                for example, start in zip(examples, starts, strict=True)
+            ]
+        ),
     }
+    origins = [example.origins for example in examples if example.origins is not None]
+    if origins:
+        row["origins"] = torch.cat(origins).unsqueeze(0)
     if layers := examples[0].teacher_states.keys():
         joined = {layer: torch.cat([example.teacher_states[layer] for example in examples]) for layer in layers}
         row["teacher_states"] = {layer: part.unsqueeze(0) for layer, part in joined.items()}
@@ -135,7 +158,7 @@ def _span(row: dict[str, Any], axis: int, start: int, stop: int) -> dict[str, An
         "next_tokens": row["next_tokens"][kept],
         "next_index": followed[(followed >= first) & (followed < last)] - first,
     }
-    for name in ("input_ids", "attention_mask", "labels"):
+    for name in ("input_ids", "attention_mask", "labels", "origins"):
         if name in row:
             part[name] = row[name].narrow(axis, start, stop - start)
     if "teacher_states" in row:

@@ -13,6 +13,7 @@ from ..quickstart.problems import generate_problems
 from ..utils.errors import BadRequest
 from .files import find_builder, loading
 from .formats import check_types
+from .rows.prompts import have_answers, with_answer_column
 
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
 """Where a data set has no test split, this share of the training split is held out, up to this many examples."""
@@ -21,7 +22,8 @@ HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.05, 500
 def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]:
     """Load the training split and the evaluation split.
 
-    Where the data set has no `dataset_test_split`, a fixed part of the training split is held out instead.
+    Where the data set has no `dataset_test_split`, a fixed part of the training split is held out instead; nothing is
+    where rows may lack an answer and none of those would have one.
 
     Returns:
         Training examples, evaluation examples, and the number of examples that the training split holds in all.
@@ -31,13 +33,17 @@ def load_splits(arguments: DataArguments) -> tuple[Dataset, Dataset | None, int]
     """
     with loading(cast(str, arguments.dataset_name)):
         splits = read_splits(arguments)
+        if arguments.accepts_prompts:
+            splits = {name: with_answer_column(rows) for name, rows in splits.items()}
     train = find_train_split(splits, arguments)
     if len(train) == 0:
         raise BadRequest(
             f"The split {arguments.dataset_train_split!r} of {arguments.dataset_name!r} holds no examples."
         )
     total, test = len(train), find_test_split(splits, arguments)
-    if test is None and total > 1:
+    if arguments.accepts_prompts and test is not None and not have_answers(test):
+        test = None  # there is nothing to measure an answer by
+    elif test is None and total > 1 and (not arguments.accepts_prompts or have_answers(train)):
         held_out = max(1, min(HELD_OUT_LIMIT, int(HELD_OUT_SHARE * total)))
         train, test = train.train_test_split(test_size=held_out, seed=0).values()
     return _first(train, arguments.max_train_samples), _first(test, arguments.max_eval_samples), total

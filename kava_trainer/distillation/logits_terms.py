@@ -10,6 +10,9 @@ from ..data.formats import IGNORED
 from .chunked_loss import sum_in_chunks
 from .losses import generalized_jsd_per_token, next_token_sum, smoothing_sum, token_sum
 
+AGREEMENT = "agreement"
+"""No term of a loss, but a figure that the logits of a divergence give beside it."""
+
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps last hidden states [..., d] to logits [..., vocabulary]."""
 
@@ -19,7 +22,8 @@ class LogitsTerms:
 
     Args:
         weights: of the terms to compute, `lm`, `smoothing`, `kd` and `answer`, in the total; numbers, or scalars on the
-            device.
+            device. Beside `kd` there may be `agreement`, how often both models have the same token at the top, whose
+            weight is 0.
         positions: [K] among the flattened tokens of the batch, at which logits are needed.
         targets: the tokens that follow them [K], `IGNORED` where one carries no loss; those of all terms, or by term.
         vocabulary: number of the student's logits.
@@ -64,19 +68,26 @@ class LogitsTerms:
     def _chunk(self, head: Head, states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
         """The sums [n] of the terms over some tokens, whose `targets` are [K, n]."""
         logits = head(states)
+        reference = [cast(tuple[torch.Tensor, Head], self._teacher)[1](own) for own in teacher]
         sums = zip(self._weights, targets.unbind(dim=1), strict=True)
-        return torch.stack([self._sum(name, logits, own, *teacher) for name, own in sums])
+        return torch.stack([self._sum(name, logits, own, *reference) for name, own in sums])
 
-    def _sum(self, name: str, logits: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
-        if name == "kd":
-            return token_sum(self._divergence(logits, *teacher), targets != IGNORED)
+    def _sum(self, name: str, logits: torch.Tensor, targets: torch.Tensor, *reference: torch.Tensor) -> torch.Tensor:
+        if name in ("kd", AGREEMENT):  # embeddings padded to a round number have a common first part
+            size = min(logits.shape[-1], reference[0].shape[-1])
+            both = logits[:, :size], reference[0][:, :size]
+            compare = self._divergence if name == "kd" else _agreement
+            return token_sum(compare(*both), targets != IGNORED)
         return smoothing_sum(logits, targets) if name == "smoothing" else next_token_sum(logits, targets)
 
-    def _divergence(self, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Between both models' next tokens [n]; embeddings padded to a round number have a common first part."""
-        reference = cast(tuple[torch.Tensor, Head], self._teacher)[1](states)
-        size = min(logits.shape[-1], reference.shape[-1])
-        return generalized_jsd_per_token(logits[:, :size], reference[:, :size], self._temperature, self._beta)
+    def _divergence(self, logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Between both models' next tokens [n]."""
+        return generalized_jsd_per_token(logits, reference, self._temperature, self._beta)
+
+
+def _agreement(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """1 where both models have the same token at the top [n], else 0."""
+    return (logits.argmax(dim=-1) == reference.argmax(dim=-1)).float()
 
 
 def _vector(numbers: list[float | torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from ..config.arguments import KavaTrainingArguments
 from ..config.checks import ALIGNMENT_WEIGHTS
-from ..data.formats import IGNORED
+from ..data.formats import ASKED, IGNORED, SAMPLED
 from ..models.teacher import TeacherSource
-from .logits_terms import LogitsTerms
+from .logits_terms import AGREEMENT, LogitsTerms
 from .losses import token_mean, token_sum
 from .model import StudentOutput
 from .targets import HiddenStateTarget
@@ -23,7 +23,14 @@ LOGITS_TERMS = ("lm", "smoothing", "kd")
 ANSWERS_ALONE = "answer"
 """What an evaluation adds where the next-token loss is over all tokens: the same over the answers alone."""
 
-Tokens = Literal["answers", "all"]
+
+class _Tokens(NamedTuple):
+    """What a term on logits is a mean over."""
+
+    kind: Literal["answers", "all"]
+    written: bool
+    """Whether the answers that the student wrote itself are left out, where there are any."""
+
 
 SCHEDULED_TERMS = tuple(name.removesuffix("_weight") for name in ALIGNMENT_WEIGHTS)
 """Those that pull on the student's states, whose weights `alignment_schedule` moves."""
@@ -91,13 +98,14 @@ class LossTerms:
     def full_weights(self) -> dict[str, float]:
         """The weight of each term, as the arguments have it now, where no schedule holds it back."""
         args = self.args
+        lm_weight = args.lm_weight if args.learns_next_tokens else 0.0
         weights = {
             "mercator": args.mercator_weight,
             "mse": args.mse_weight,
             "relative_mse": args.relative_mse_weight,
             "anchor": args.anchor_weight if self.target.decoders and args.aligns else 0.0,
-            "lm": args.lm_weight,
-            "smoothing": args.lm_weight * args.label_smoothing_factor,
+            "lm": lm_weight,
+            "smoothing": lm_weight * args.label_smoothing_factor,
             "kd": args.kd_weight,
         }
         return {name: weight for name, weight in weights.items() if weight > 0}
@@ -135,6 +143,8 @@ class LossTerms:
         on_logits = {name: named[name] for name in LOGITS_TERMS if named.get(name)}
         if weights and not model.training:
             on_logits = {"lm": 0.0, **on_logits, **({ANSWERS_ALONE: 0.0} if self.args.lm_tokens == "all" else {})}
+        if "kd" in on_logits and "origins" in inputs:
+            on_logits[AGREEMENT] = 0.0
         aligns = self.args.aligns and (weights is None or not named.keys().isdisjoint(ALIGNMENT_TERMS))
         return model(
             input_ids=inputs["input_ids"],
@@ -157,7 +167,7 @@ class LossTerms:
         if "kd" in weights:
             last = cast(TeacherSource, self.teacher).num_layers
             teacher = cast(dict[int, torch.Tensor], teacher_states)[last], self._teacher_head
-        kinds = {name: self._tokens_of(name) for name in weights}
+        kinds = {name: self._tokens_of(name, inputs) for name in weights}
         positions, targets = _positions_and_targets(inputs, kinds)
         scaled = {name: weight * _ratio(inputs, num_items, kinds, name) for name, weight in weights.items()}
         return LogitsTerms(
@@ -170,11 +180,11 @@ class LossTerms:
             teacher,
         )
 
-    def _tokens_of(self, name: str) -> Tokens:
+    def _tokens_of(self, name: str, inputs: Mapping[str, Any]) -> _Tokens:
         """What a term on logits is a mean over."""
-        if name == ANSWERS_ALONE:
-            return "answers"
-        return self.args.kd_tokens if name == "kd" else self.args.lm_tokens
+        if name in ("kd", AGREEMENT):
+            return _Tokens("answers" if name == AGREEMENT else self.args.kd_tokens, written=False)
+        return _Tokens("answers" if name == ANSWERS_ALONE else self.args.lm_tokens, written="origins" in inputs)
 
     @torch.no_grad()
     def _teacher_head(self, states: torch.Tensor) -> torch.Tensor:
@@ -197,19 +207,25 @@ class LossTerms:
             inputs: the batch of `collators` that gave them; `counted` [B, T] leaves tokens out.
             weights: of the terms.
             num_items: real tokens, answer tokens and tokens that follow another of their example [3] of the whole
-                optimizer step; by default this batch's.
-            means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted.
+                optimizer step; by default this batch's. Where the batch holds answers that the student wrote, that are
+                six: the second and third are what a divergence is a mean over, see `packing.followed_positions`; then
+                come the tokens whose states are compared, and the second and third without the student's answers.
+            means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted; also
+                `rollout_agreement`, the share of the student's own tokens at which it has the teacher's at the top.
         """
         means = TokenMeans() if means is None else means
         tokens = None if num_items is None else num_items[0]
         mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
-        parts = self._alignment(outputs, mask, tokens, means, weights) if outputs.pairs else []
-        kinds = {name: self._tokens_of(name) for name in outputs.logits_sums}
-        own = {kind: _count(inputs, None, kind) for kind in kinds.values()}
+        parts = self._alignment(outputs, *_compared(inputs, mask, num_items), means, weights) if outputs.pairs else []
+        kinds = {name: self._tokens_of(name, inputs) for name in outputs.logits_sums}
+        own = {kind: _count(inputs, None, kind) for kind in {*kinds.values(), _widest(kinds)}}
         for name, total in outputs.logits_sums.items():
-            _note(means, weights, name, total, own[kinds[name]])
+            if name == AGREEMENT:
+                means.add("rollout_agreement", total, _is_sampled(inputs, inputs["answer_index"]).sum())
+            else:
+                _note(means, weights, name, total, own[kinds[name]])
         for name in (name for name in LOGITS_TERMS if name in weights and name not in outputs.logits_sums):
-            count = _count(inputs, None, self._tokens_of(name))
+            count = _count(inputs, None, self._tokens_of(name, inputs))
             means.add(f"{name}_weighted", torch.zeros_like(count), count)
         if outputs.logits_total is not None:
             count = own[_widest(kinds)] if num_items is None else _count(inputs, num_items, _widest(kinds))
@@ -240,24 +256,53 @@ class LossTerms:
         return parts
 
 
-def _widest(kinds: Mapping[str, Tokens]) -> Tokens:
+def _compared(
+    inputs: Mapping[str, Any], mask: torch.Tensor, num_items: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where states are compared [B, T], of the tokens that count, and in how many places in the optimizer step.
+
+    Of an answer that the student wrote that is the answer alone.
+    """
+    if "origins" not in inputs:
+        return mask, None if num_items is None else num_items[0]
+    return mask & (inputs["origins"] != ASKED), None if num_items is None else num_items[3]
+
+
+def _widest(kinds: Mapping[str, _Tokens]) -> _Tokens:
     """The tokens that all terms' own are among."""
-    return "all" if "all" in kinds.values() else "answers"
+    kind, written = {own.kind for own in kinds.values()}, {own.written for own in kinds.values()}
+    return _Tokens("all" if "all" in kind else "answers", written == {True})
 
 
-def _count(inputs: Mapping[str, Any], num_items: torch.Tensor | None, kind: Tokens) -> torch.Tensor:
+def _count(inputs: Mapping[str, Any], num_items: torch.Tensor | None, tokens: _Tokens) -> torch.Tensor:
     """How many tokens of a kind a batch has, or with `num_items` the whole optimizer step."""
     if num_items is not None:
-        place = 1 if kind == "answers" else 2
+        place = (1 if tokens.kind == "answers" else 2) + (3 if tokens.written else 0)
         if place >= len(num_items):
             raise ValueError(
-                "num_items_in_batch holds two counts, but a term is a mean over all tokens; give a third one, of the "
-                "tokens that follow another of their example."
+                f"num_items_in_batch holds {len(num_items)} counts, but a term is a mean over others; give three, of "
+                "the real tokens, of those of answers, and of those that follow another of their example."
             )
         return num_items[place]
-    if kind == "answers":
-        return (inputs["next_tokens"] != IGNORED).sum()
-    return _is_counted(inputs, inputs["next_index"]).sum()
+    if tokens.kind == "answers":
+        targets = _written(inputs, tokens, inputs["answer_index"], inputs["next_tokens"])
+        return (targets != IGNORED).sum()
+    targets = _written(inputs, tokens, inputs["next_index"], torch.zeros_like(inputs["next_index"]))
+    return (_is_counted(inputs, inputs["next_index"]) & (targets != IGNORED)).sum()
+
+
+def _written(
+    inputs: Mapping[str, Any], tokens: _Tokens, positions: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """The tokens [K] that follow positions [K], `IGNORED` where the student wrote them and that is not to count."""
+    if not tokens.written:
+        return targets
+    return targets.masked_fill(_is_sampled(inputs, positions), IGNORED)
+
+
+def _is_sampled(inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
+    """Whether the token that follows each of some positions [K] is the student's own."""
+    return cast(torch.Tensor, inputs["origins"].flatten()[positions + 1] == SAMPLED)
 
 
 def _is_counted(inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
@@ -268,7 +313,7 @@ def _is_counted(inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Ten
 
 
 def _ratio(
-    inputs: Mapping[str, Any], num_items: torch.Tensor | None, kinds: Mapping[str, Tokens], name: str
+    inputs: Mapping[str, Any], num_items: torch.Tensor | None, kinds: Mapping[str, _Tokens], name: str
 ) -> torch.Tensor | float:
     """What turns a sum over a term's own tokens, divided by how many the widest term has, into a mean over its own."""
     own, widest = kinds[name], _widest(kinds)
@@ -278,19 +323,35 @@ def _ratio(
 
 
 def _positions_and_targets(
-    inputs: Mapping[str, Any], kinds: Mapping[str, Tokens]
+    inputs: Mapping[str, Any], kinds: Mapping[str, _Tokens]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Where logits are needed [K], and the tokens that follow there by term [K], `IGNORED` where one is not its own."""
-    if _widest(kinds) == "answers":
-        return inputs["answer_index"], dict.fromkeys(kinds, inputs["next_tokens"])
+    widest = _widest(kinds)
+    if widest.kind == "answers":
+        positions = inputs["answer_index"]
+        found = dict.fromkeys(kinds.values(), inputs["next_tokens"])
+    else:
+        positions, answers, following = _following(inputs)
+        found = {own: answers if own.kind == "answers" else following for own in kinds.values()}
+    found = {own: _written(inputs, own, positions, targets) for own, targets in found.items()}
+    if widest.written:  # nobody asks for logits where the student wrote
+        kept = _written(inputs, widest, positions, torch.zeros_like(positions)) != IGNORED
+        positions, found = positions[kept], {own: targets[kept] for own, targets in found.items()}
+    by_term = {name: found[own] for name, own in kinds.items()}
+    if AGREEMENT in by_term:
+        by_term[AGREEMENT] = by_term[AGREEMENT].masked_fill(~_is_sampled(inputs, positions), IGNORED)
+    return positions, by_term
+
+
+def _following(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All positions that another token follows [M], and what follows there: of the answers alone, and at all."""
     positions, tokens = inputs["next_index"], inputs["input_ids"].flatten().long()
     answers = torch.full_like(tokens, IGNORED)
     answers[inputs["answer_index"]] = inputs["next_tokens"]
     answers = answers[positions]
     following = tokens[(positions + 1).clamp(max=len(tokens) - 1)]
     following = torch.where(answers != IGNORED, answers, following)  # a label may be another token than the one read
-    following = following.masked_fill(~_is_counted(inputs, positions), IGNORED)
-    return positions, {name: answers if kind == "answers" else following for name, kind in kinds.items()}
+    return positions, answers, following.masked_fill(~_is_counted(inputs, positions), IGNORED)
 
 
 def _note(means: TokenMeans, weights: dict[str, float], name: str, total: torch.Tensor, count: torch.Tensor) -> None:

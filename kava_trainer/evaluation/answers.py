@@ -1,15 +1,13 @@
 """What a model is worth on held-out problems: perplexity on the answers, and exact match of the final answer."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
 from accelerate.utils import gather_object, send_to_device
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -20,6 +18,7 @@ from transformers import (
 
 from ..distillation.chunked_loss import sum_in_chunks
 from ..distillation.losses import next_token_sum
+from ..models.generation.generate import continue_prompts, stop_tokens
 from ..models.hidden_states import run_decoder
 from ..models.lm_head import vocabulary_logits, vocabulary_size
 from ..utils.progress_bar import SharedBatches, own_batches
@@ -91,7 +90,7 @@ def generate_answers(
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=_stop_tokens(model, tokenizer),
+        eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=pad,
         use_cache=True,
     )
@@ -99,18 +98,10 @@ def generate_answers(
     answers: list[tuple[int, str]] = []
     batches = own_batches(order, batch_size, "Generating answers")
     for rows in batches:
-        prompts = [torch.tensor(_prompt(dataset[row], tokenizer)) for row in rows]
-        width: Any = {"batch_first": True, "padding_side": "left"}
-        input_ids = pad_sequence(prompts, padding_value=pad, **width).to(model.device)
-        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **width).to(model.device)
-        with own_defaults_off(model):
-            output = cast(Any, model).generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                generation_config=greedy,
-                stopping_criteria=StoppingCriteriaList([_Watched(batches, input_ids.shape[1], max_new_tokens)]),
-            )
-        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+        prompts = [_prompt(dataset[row], tokenizer) for row in rows]
+        watched = StoppingCriteriaList([_Watched(batches, max(map(len, prompts)), max_new_tokens)])
+        written = continue_prompts(model, prompts, greedy, stopping_criteria=watched)
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         answers += zip(rows, texts, strict=True)
     model.train(training)
     return [text for _, text in sorted(gather_object(answers))]
@@ -125,22 +116,6 @@ class _Watched(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self._batches.note(f"token {input_ids.shape[1] - self._prompt} of {self._most}")
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills what a config leaves open from the model's own, such as a repetition penalty; not in here."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end-of-text token and whatever else the model itself stops at."""
-    own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
 
 
 def _prompt(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:

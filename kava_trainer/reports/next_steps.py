@@ -62,7 +62,8 @@ def _against_failures(summary: Summary, verdict: Verdict, supervised: bool, brok
     if verdict.collapsed:
         yield _after_a_collapse(summary, supervised)
     elif not supervised:
-        yield "Set lm_weight to 1, so that the student learns to answer."
+        term = "kd_weight" if asked.get("on_policy_fraction") == 1 else "lm_weight"
+        yield f"Set {term} to 1, so that the student learns to answer."
     if "nan" in kinds:
         precision = ", and write bf16 in place of fp16" if asked.get("fp16") else ""
         yield f"Lower {_rates(asked)}{precision}."

@@ -139,6 +139,9 @@ class Throughput:
     peak_memory_bytes: Measured = None
     teacher_seconds: Measured = None
     student_seconds: Measured = None
+    generation_seconds: Measured = None
+    train_seconds: Measured = None
+    control_train_seconds: Measured = None
     estimated_memory_bytes: Measured = None
 
 

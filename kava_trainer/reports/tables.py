@@ -55,6 +55,9 @@ _COST = {
     "estimated_memory_bytes": "Peak memory, estimated before the run",
     "teacher_seconds": "Time in the teacher",
     "student_seconds": "Time in the student",
+    "generation_seconds": "Time in which the student wrote answers",
+    "train_seconds": "Time of the training",
+    "control_train_seconds": "Time of the control's training",
 }
 
 _SHARES = {"exact_match", "padding_fraction"}

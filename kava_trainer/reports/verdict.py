@@ -123,10 +123,9 @@ def _alignment_failures(summary: Summary, collapse: str | None) -> list[str]:
 def _training_failures(summary: Summary, supervised: bool, broken: list[str]) -> list[str]:
     found = []
     if not supervised:
-        found.append(
-            "The student's language head was never supervised: lm_weight and kd_weight are 0, so nothing taught it "
-            "to answer."
-        )
+        alone = summary.arguments.get("on_policy_fraction") == 1
+        zero = "kd_weight is 0 and all answers were its own" if alone else "lm_weight and kd_weight are 0"
+        found.append(f"The student's language head was never supervised: {zero}, so nothing taught it to answer.")
     kinds = sorted({problem["kind"] for problem in summary.problems} & _UNSTABLE)
     if kinds:
         found.append(f"Training was not stable: {', '.join(kinds)} (see problems).")
@@ -183,7 +182,17 @@ def _comparison(summary: Summary) -> list[str]:
     )
     if abs(ratio - 1) < TIE:
         found += f", and a difference under {100 * TIE:.0f} % counts as none"
-    return [f"{found}{_matches(after, control)}. One pair of runs shows large differences only."]
+    seconds = _seconds_beside_the_control(summary)
+    return [f"{found}{_matches(after, control)}.{seconds} One pair of runs shows large differences only."]
+
+
+def _seconds_beside_the_control(summary: Summary) -> str:
+    """How long the training took beside the control's, as a sentence that goes on, where the student wrote answers."""
+    ours, theirs = summary.throughput.train_seconds, summary.throughput.control_train_seconds
+    if ours is None or not theirs:
+        return ""
+    shown = apart(ours, theirs, 0, fixed)
+    return f" Its steps took {ours / theirs:,.1f} times as long as the control's ({shown[0]} against {shown[1]} s)."
 
 
 def _ratio(ours: float, theirs: float) -> float:

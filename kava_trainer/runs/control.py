@@ -40,6 +40,7 @@ def control_arguments(training: KavaTrainingArguments) -> KavaTrainingArguments:
     control = copy.copy(training)
     for name in TEACHER_WEIGHTS:
         setattr(control, name, 0.0)
+    control.on_policy_fraction = 0.0
     if control.lm_weight == 0:
         control.lm_tokens = "answers"
     control.lm_weight = 1.0

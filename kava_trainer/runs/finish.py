@@ -90,7 +90,7 @@ def report_on(console: Console, output_dir: str, summary: RunSummary) -> Path | 
 def conclude(run: Run, collapse: str | None) -> None:
     """Judge the run, write the student's card, and send it to the hub if asked."""
     console, training, data, summary = run.console, run.training, run.data, run.summary
-    supervised = training.lm_weight > 0 or training.kd_weight > 0
+    supervised = training.learns_next_tokens or training.kd_weight > 0
     broken = [str(folder) for folder in list_checkpoints(training.output_dir) if broken_reason(folder)]
     examples, taught = data.evaluation and len(data.evaluation), training.reads_teacher
     summary.content.verdict = judge(summary.content, collapse, supervised, broken, examples, taught)
@@ -155,7 +155,7 @@ def write_report(trainer: KavaTrainer, folder: str | Path | None = None) -> Path
     args, content = trainer.args, summary.content
     content.checkpoints = [str(path) for path in list_checkpoints(args.output_dir)]
     broken = [path for path in content.checkpoints if broken_reason(Path(path))]
-    supervised, taught = args.lm_weight > 0 or args.kd_weight > 0, args.reads_teacher
+    supervised, taught = args.learns_next_tokens or args.kd_weight > 0, args.reads_teacher
     status = "interrupted" if was_interrupted(trainer) else "completed"
     if status == "completed":
         examples = content.held_out_examples

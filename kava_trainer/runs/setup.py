@@ -14,8 +14,9 @@ from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.data_arguments import DataArguments
 from ..data.collators import DistillationCollator
 from ..data.encoding import Encoded, encode_dataset
-from ..data.formats import find_format, prompt_kind
+from ..data.formats import IGNORED, find_format, prompt_kind
 from ..data.retention import load_retention
+from ..data.rows.prompts import have_answers
 from ..data.rows.remarks import remark_problems
 from ..data.selection import first_examples
 from ..data.splits import load_splits
@@ -112,6 +113,7 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
         return _load_stream(console, arguments, tokenizer)
     with arguments.training.main_process_first(desc="loading the data"):
         train, test, total = load_splits(asked)
+        check_prompts(arguments, train)
         console.print(f"Dataset loaded: {total} samples")
         encoded = _encode(asked, tokenizer, "training", train)
         held_out = _encode(asked, tokenizer, "held-out", test) if test else None
@@ -131,10 +133,28 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
     return Data(encoded.dataset, held_out.dataset if held_out else None, collator, kind, retention)
 
 
+def check_prompts(arguments: KavaArguments, rows: datasets.Dataset) -> None:
+    """Make sure that the student's own answers have prompts, and a control answers. Raises `BadRequest` if not."""
+    training, kind = arguments.training, prompt_kind(rows[0], find_format(rows.column_names))
+    if training.on_policy_fraction > 0 and kind == "text":
+        raise BadRequest(
+            f"on_policy_fraction is {training.on_policy_fraction:g}, but the rows are plain text, which has no prompt "
+            "that a student could answer;",
+            "write on_policy_fraction 0, or name a data set of prompts.",
+        )
+    if training.run_control and arguments.data.accepts_prompts and not have_answers(rows):
+        raise BadRequest(
+            "run_control is true, but the training rows are prompts alone, from which the next-token loss learns "
+            "nothing;",
+            "write run_control false.",
+        )
+
+
 def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
     """The stream of training examples, and the held-out ones, which are read now."""
     asked, training = arguments.data, arguments.training
     rows, held_out = open_rows(asked)
+    check_prompts(arguments, rows.first(1))
     seed = training.seed if training.data_seed is None else training.data_seed
     stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed, asked.assistant_turns)
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
@@ -180,7 +200,8 @@ def load_held_out(
 def _encode(asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset) -> Encoded:
     told, name = f"Tokenizing the {which} data", cast(str, asked.dataset_name)
     with working(f"Preparing the {which} data"):  # the bar of `datasets` shows nothing of the checks around it
-        return encode_dataset(rows, tokenizer, asked.max_length, told, name, asked.assistant_turns)
+        turns, prompts = asked.assistant_turns, asked.accepts_prompts and which == "training"
+        return encode_dataset(rows, tokenizer, asked.max_length, told, name, turns, prompts)
 
 
 def _tell_format(
@@ -317,6 +338,8 @@ def measure_teacher(
 def check_teacher(run: Run) -> None:
     """Warn of a teacher that knows no more about the answers than chance, and add it to the problems."""
     batch = first_examples(run.data.train, run.training.per_device_eval_batch_size)
+    if all(label == IGNORED for labels in batch["labels"] for label in labels):  # they are prompts alone
+        return
     loss, chance, at_chance = measure_teacher(run.models.teacher, batch, run.data.collator)
     run.console.print(f"Teacher's cross-entropy on one batch: {loss:.2f} nats (chance: {chance:.2f})")
     if at_chance:

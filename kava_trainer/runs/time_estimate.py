@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import release_memory
 from transformers import TrainerState
 
+from ..config.arguments import KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
 from ..data.selection import mean_length
 from ..data.streaming import ExampleStream
@@ -62,10 +63,12 @@ class Plan:
     """Tokens of a batch's longest answer, of a model that knows when to stop."""
     longest: float = 0.0
     """Most tokens of an answer."""
+    rollouts: float = 0.0
+    """Tokens of the longest answers of all batches that the student answers while it trains."""
 
 
 def estimate(plan: Plan, rates: Rates) -> dict[str, float]:
-    """Seconds by stage: `teacher cache`, `calibration`, `evaluations`, `probe`, `steps` and `control`.
+    """Seconds by stage: `teacher cache`, `calibration`, `evaluations`, `probe`, `steps`, `rollouts` and `control`.
 
     What the run does not have is not there.
     """
@@ -86,6 +89,7 @@ def estimate(plan: Plan, rates: Rates) -> dict[str, float]:
         "probe": beside * (plan.probe * terms + rates.ranks) + measured * plan.gradient * step,
         "steps": plan.steps * (plan.step_tokens * step + rates.optimizer)
         - plan.without_divergence * plan.step_tokens * rates.divergence,
+        "rollouts": plan.rollouts * rates.student_token,
         "control": 0.0,
     }
     if plan.control:
@@ -171,7 +175,16 @@ def plan_of(run: Run) -> Plan:
         batches=math.ceil(len(data.evaluation) / per_round) if data.evaluation is not None and generates(run) else 0,
         answer=answer,
         longest=training.generation_max_new_tokens or 2 * answer,
+        rollouts=_rollout_tokens(training, max(steps - done, 0), answer),
     )
+
+
+def _rollout_tokens(training: KavaTrainingArguments, steps: int, answer: int) -> float:
+    """What `Plan.rollouts` is for so many steps, where the longest reference answer has so many tokens, 0 for none."""
+    prompts = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.on_policy_fraction
+    batches = math.ceil(math.ceil(prompts) / training.per_device_eval_batch_size)
+    longest = min(training.on_policy_max_new_tokens, answer or training.on_policy_max_new_tokens)
+    return math.ceil(steps / training.rollouts_every) * batches * longest
 
 
 def _missing(run: Run, of_a_stream: float) -> float:

@@ -1,6 +1,6 @@
 """How an optimizer step gets its examples: packed rows where both models can read them, else padded micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from ..config.arguments import KavaTrainingArguments
 from ..data.collators import DistillationCollator, JoiningCollator, completed
-from ..data.formats import IGNORED
+from ..data.formats import ASKED, IGNORED, SAMPLED
 from ..data.packing import as_many_rows, pack_step, spread
 from ..data.streaming import ExampleStream, stream_loader
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
@@ -19,6 +19,9 @@ from ..utils.distributed import largest_over_ranks
 from ..utils.errors import RunFailed
 from ..utils.signals import spare_worker
 from .incidents import Incidents
+
+_FOLLOWED = ("answer_index", "next_index")
+"""Positions of a batch that a token of an answer follows, or any token of their example."""
 
 _BROKEN = 2**40
 """Stands for a stream that breaks off, beside the number of rows that one has left out."""
@@ -42,6 +45,8 @@ class StepBatches(TrainerCallback):
         """Whether rows are packed."""
         self.stream: ExampleStream | None = None
         """The training examples, where they are a stream."""
+        self.mix: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None
+        """Puts the student's own answers in the place of some examples of a step's micro-batches, see `Rollouts`."""
         self._refused = 0
         self._told: dict[str, Any] | None = None
 
@@ -96,22 +101,26 @@ class StepBatches(TrainerCallback):
 
         Returns:
             The micro-batches as Trainer carries them, all rows of the step, and this rank's real tokens, answer tokens,
-            positions, examples, and tokens that follow another of their example [5]. With packing each micro-batch has
-            its rows under `rows`.
+            positions, examples, and tokens that follow another of their example [5]; where the student writes answers,
+            also the three that `LossTerms.loss` wants then [8]. With packing each micro-batch has its rows under
+            `rows`.
         """
         found = list(islice(batches, count))
         if self.stream is not None:
             self._note_places(self.stream, found)
         if not found:
             return [], [], torch.zeros(5, dtype=torch.int64)
-        if not self.packs or "lengths" not in found[0]:  # or a loader or a collator of the user's own made them
-            found = [dict(completed(batch)) for batch in found]
+        is_joined = "lengths" in found[0]  # else a loader or a collator of the user's own may have made them
+        found = found if is_joined else [dict(completed(batch)) for batch in found]
+        if self.mix is not None:
+            found = self.mix(found)
+        if not self.packs or not is_joined:
             return found, found, torch.stack(_count_padded(found))
         rows = pack_step(found, self._row_budget(found, batch_size, row_limit))
         if sharded:
             rows = as_many_rows(rows, largest_over_ranks(len(rows)))
         dealt = [_micro_batch(share, rows[0]) for share in spread(rows, len(found))]
-        return dealt, rows, torch.tensor(_count_packed(found))
+        return dealt, rows, torch.tensor([*_count_packed(found, rows), *_count_origins(rows)])
 
     def _note_places(self, stream: ExampleStream, batches: list[dict[str, Any]]) -> None:
         """Keep count of where in the stream this rank is, and of the rows it left out.
@@ -184,11 +193,12 @@ def _micro_batch(rows: list[dict[str, Any]], like: dict[str, Any]) -> dict[str, 
     return {"rows": rows, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _count_packed(batches: list[dict[str, Any]]) -> list[int]:
+def _count_packed(batches: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[int]:
     """The counts of `gather`, without asking the device."""
     lengths = [length for batch in batches for length in batch["lengths"]]
     answers = sum(sum(batch["answers"]) for batch in batches)
-    return [sum(lengths), answers, sum(lengths), len(lengths), sum(lengths) - len(lengths)]
+    following = sum(len(row["next_index"]) for row in rows)
+    return [sum(lengths), answers, sum(lengths), len(lengths), following]
 
 
 def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -196,7 +206,17 @@ def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
     tokens = sum(batch["attention_mask"].sum() for batch in batches)
     answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
     sizes = [sum(own) for own in zip(*(_sizes(batch) for batch in batches), strict=True)]
-    return [tokens, answers, *torch.tensor(sizes, device=tokens.device)]
+    return [tokens, answers, *torch.tensor([*sizes, *_count_origins(batches)], device=tokens.device)]
+
+
+def _count_origins(rows: list[dict[str, Any]]) -> list[int]:
+    """Where the student wrote some answers: tokens whose states are compared, and answer and following tokens that it
+    did not write."""
+    if "origins" not in rows[0]:
+        return []
+    compared = sum(int((row["attention_mask"].bool() & (row["origins"] != ASKED)).sum()) for row in rows)
+    written = ([row["origins"].flatten()[row[name] + 1] != SAMPLED for row in rows] for name in _FOLLOWED)
+    return [compared, *(sum(int(own.sum()) for own in part) for part in written)]
 
 
 def _sizes(batch: dict[str, Any]) -> tuple[int, int, int]:

@@ -44,6 +44,10 @@ class RunState(TrainerCallback):
         self.began = False
         """Whether all that a checkpoint holds has been taken up."""
 
+    def keep(self, part: Part) -> None:
+        """From now on a checkpoint holds the state of one more part."""
+        self._parts.append(part)
+
     def save(self, folder: Path, rank: int, world_size: int) -> None:
         """Write the state of one rank into a checkpoint."""
         state = {name: value for part in self._parts for name, value in part.state_dict().items()}

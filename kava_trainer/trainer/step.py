@@ -230,8 +230,14 @@ class StepRunner(TrainerCallback):
         small = f"write optim {name}, which saves {states / 1e9:.2f} GB of optimizer states"
         return [
             "" if "8bit" in optimizer_name(self._args.optim) else small,
-            "write teacher_quantization 4bit, or name a teacher_cache_dir, which frees the teacher's memory",
+            "write teacher_quantization 4bit"
+            + (", or name a teacher_cache_dir, which frees the teacher's memory" if self._may_cache else ""),
         ]
+
+    @property
+    def _may_cache(self) -> bool:
+        """Whether the teacher's states can be had beforehand; those of answers that are yet to be sampled cannot."""
+        return self._args.on_policy_fraction == 0
 
     def out_of_memory_between_passes(self, model: nn.Module) -> RunFailed:
         """The error for memory that ran out in the optimizer's step, or before the first pass."""

@@ -13,12 +13,13 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.collators import completed
 from ..data.formats import IGNORED
 from ..distillation.loss_terms import LossTerms
+from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import HiddenStateTarget
 from ..distillation.token_means import TokenMeans
 from ..evaluation.answers import perplexity
@@ -26,9 +27,11 @@ from ..evaluation.probe import ProbeResult
 from ..utils.distributed import give_up_whole_weights
 from ..utils.memory import needs_memory
 from ..utils.signals import WATCH
-from .batches import with_spared_workers
+from .batches import StepBatches, with_spared_workers
 from .callbacks.probe import ProbeCallback, progress_of
 from .callbacks.status import StatusCallback
+from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, settled
+from .rollouts.rollouts import Rollouts
 from .saving import SavingTrainer
 
 
@@ -36,6 +39,7 @@ class StudentTrainer(SavingTrainer):
     """A `SavingTrainer` that measures its student, and gives it out."""
 
     terms: LossTerms
+    batches: StepBatches
     probe: ProbeCallback
     status: StatusCallback
 
@@ -171,6 +175,54 @@ class StudentTrainer(SavingTrainer):
             self.probe.note(probed, self.state.global_step)
             metrics.update({k: v for k, v in probed.metrics(prefix).items() if k not in metrics})
         return output
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """As Trainer's, with the optimizers of torchao as `optimizers.settled` makes them."""
+        return settled(*SavingTrainer.get_optimizer_cls_and_kwargs(args, model), args.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer that `args.optim` names, with the projectors in groups of their own learning rate.
+
+        Trainer's decay and no-decay groups are kept; each is split into student and projectors.
+
+        Raises:
+            BadRequest: if the optimizer cannot take a step on this machine.
+            ValueError: if one that was passed in leaves projectors out that are to be trained.
+        """
+        if self.optimizer is not None:
+            check_holds_projectors(self.optimizer, self.target)
+            return super().create_optimizer(model)
+        if self.optimizer_cls_and_kwargs is not None:
+            self.optimizer_cls_and_kwargs = settled(*self.optimizer_cls_and_kwargs, self.args.device)
+        optimizer = super().create_optimizer(model)
+        if isinstance(optimizer, OwnRounding):
+            optimizer.seed = lambda: self.args.seed + self.state.global_step
+        give_own_rate(optimizer, self.target, self.args.projector_learning_rate)
+        return optimizer
+
+    def make_rollouts(self, rollout_fn: RolloutFn | None) -> Rollouts | None:
+        """What lets the student write answers itself; None where it shall not. Raises as `Rollouts`."""
+        if self.args.on_policy_fraction == 0:
+            if rollout_fn is not None:
+                raise ValueError(
+                    "rollout_fn writes nothing while on_policy_fraction is 0; raise that, or leave it out."
+                )
+            return None
+        rollouts = Rollouts(
+            self.args,
+            self.incidents,
+            self.clock,
+            self.data_collator,
+            lambda: self.student,
+            cast(Any, self.processing_class),
+            lambda: self.steps.means,
+            lambda: self.accelerator.autocast(),
+            rollout_fn,
+        )
+        self.batches.mix = rollouts.mix
+        self.run_state.keep(rollouts)
+        return rollouts
 
     def hyperparameter_search(
         self,

@@ -72,6 +72,7 @@ class Throughput(TrainerCallback):
         self._earlier: dict[str, float] = {}
         self._seen_before_line = 0
         self._line_began: float | None = None
+        self._seconds_before_line: dict[str, float] = {}
         self.stopwatch = Stopwatch(self._device)
 
     @contextmanager
@@ -107,16 +108,24 @@ class Throughput(TrainerCallback):
         Returns:
             `tokens_per_second`: real tokens of all ranks since the last such line, over the time since then, with
             evaluations and saves in between; `peak_memory_bytes`: of this rank since its start, where it can be told.
+            Where the student writes answers, also `generation_seconds`, what that took this rank since the last line,
+            and `training_seconds`, what its forward and backward passes took.
         """
         now, tokens = time.monotonic(), self.tokens
-        self.stopwatch.seconds()  # so that events do not pile up
+        seconds = self.stopwatch.seconds()  # every time, so that events do not pile up
         figures: dict[str, float] = {}
         if self._line_began is not None and now > self._line_began:
             figures["tokens_per_second"] = (tokens - self._seen_before_line) / (now - self._line_began)
         if (peak := peak_memory_bytes(self._device)) is not None:
             figures["peak_memory_bytes"] = peak
-        self._seen_before_line, self._line_began = tokens, now
+        if "generation" in seconds:
+            figures["generation_seconds"] = self._since_line("generation", seconds)
+            figures["training_seconds"] = self._since_line("step", seconds)
+        self._seen_before_line, self._line_began, self._seconds_before_line = tokens, now, seconds
         return figures
+
+    def _since_line(self, name: str, seconds: dict[str, float]) -> float:
+        return seconds.get(name, 0.0) - self._seconds_before_line.get(name, 0.0)
 
     def spent(self) -> dict[str, float]:
         """Seconds and counts of the training so far, with those of the sessions that it goes on from."""
@@ -126,6 +135,7 @@ class Throughput(TrainerCallback):
             "train_seconds": 0.0 if self._began is None else (self._ended or time.monotonic()) - self._began,
             "teacher_seconds": seconds.get("teacher", 0.0),
             "step_seconds": seconds.get("step", 0.0),
+            "generation_seconds": seconds.get("generation", 0.0),
             "tokens": tokens,
             "positions": positions,
             "examples": examples,
@@ -138,16 +148,19 @@ class Throughput(TrainerCallback):
         Returns:
             Real tokens and examples a second of all ranks, evaluations and saves included, the share of padding, and
             the seconds that this rank's teacher and student (forward and backward, with projectors and losses) took.
+            Where the student wrote answers, also what that took, and the whole training.
         """
         spent = self.spent()
         if spent["positions"] == 0:
             return {}
+        beside = {name: spent[name] for name in ("generation_seconds", "train_seconds")}
         return {
             "tokens_per_second": spent["tokens"] / spent["train_seconds"],
             "samples_per_second": spent["examples"] / spent["train_seconds"],
             "padding_fraction": 1 - spent["tokens"] / spent["positions"],
             "teacher_seconds": spent["teacher_seconds"],
             "student_seconds": spent["step_seconds"] - spent["teacher_seconds"],
+            **(beside if beside["generation_seconds"] > 0 else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
@@ -19,6 +19,7 @@ from ..distillation.calibration import calibrate, calibration_examples
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
 from ..distillation.pairing import Pairing, check_given
+from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import HiddenStateTarget
 from ..distillation.teacher_cache import CachedTeacher
 from ..models.lm_head import vocabulary_size
@@ -39,7 +40,6 @@ from .callbacks.status import StatusCallback
 from .callbacks.trackers import guard_trackers
 from .checkpoint import resolve_checkpoint
 from .incidents import Incidents
-from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, settled
 from .run_state import Part, RunState
 from .step import StepRunner
 from .student_trainer import StudentTrainer
@@ -61,6 +61,8 @@ class KavaTrainer(StudentTrainer):
         model_init: in place of `student`, a function of nothing or of a trial that makes one. Every `train()` begins
             with a new student and new projectors then, as `hyperparameter_search` needs.
         inherited_layers: the teacher layer that each student layer was cut from, for `layer_mapping` inherited.
+        rollout_fn: writes the student's own answers, in place of `sample_answers`, where `on_policy_fraction` is
+            above 0.
         kwargs: as for `Trainer`: `train_dataset` and `eval_dataset` with `input_ids` and `labels`, `processing_class`,
             `data_collator` (a `DistillationCollator` by default), `callbacks`, `compute_metrics`, `optimizers` (which
             hold the target's parameters too), ...
@@ -78,6 +80,7 @@ class KavaTrainer(StudentTrainer):
         *,
         model_init: Callable[..., PreTrainedModel] | None = None,
         inherited_layers: Sequence[int] | None = None,
+        rollout_fn: RolloutFn | None = None,
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
@@ -97,6 +100,7 @@ class KavaTrainer(StudentTrainer):
             self.remove_callback(callback)
         self.trackers = guard_trackers(self.callback_handler.callbacks, self.args, self.console, self.problems)
         self._take_up(source)
+        self.rollouts = self.make_rollouts(rollout_fn)
         self._add_parts()
 
     def _make_parts(self) -> None:
@@ -225,7 +229,7 @@ class KavaTrainer(StudentTrainer):
         self.steps.begin(rows, sharded)
         counts = self.sum_over_ranks(counts.to(device))
         self.clock.count(counts)
-        return batches, counts[[0, 1, 4]]
+        return batches, counts[[0, 1, *range(4, len(counts))]]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; with packing, of each of its rows.
@@ -233,7 +237,7 @@ class KavaTrainer(StudentTrainer):
         Args:
             model: the wrapped student and projectors.
             inputs: of `get_batch_samples`.
-            num_items_in_batch: real, answer and following tokens [3] of the whole optimizer step.
+            num_items_in_batch: real, answer and following tokens [3] of the whole optimizer step; see `LossTerms.loss`.
         """
         with self.clock.stopwatch.measure("step"):
             return self.steps.run(model, inputs.get("rows", [inputs]), num_items_in_batch)
@@ -294,6 +298,8 @@ class KavaTrainer(StudentTrainer):
     def _train(self, resume_from_checkpoint: str | None, *args: Any) -> TrainOutput:
         self.steps.forget()
         self.probe.forget()
+        if self.rollouts is not None:
+            self.rollouts.forget()
         if resume_from_checkpoint and (output := self.take_up_finished(resume_from_checkpoint)):
             return output
         if self.model_init is None:  # else there will be another model
@@ -316,31 +322,6 @@ class KavaTrainer(StudentTrainer):
             with needs_memory("while the projectors were calibrated", self.incidents.smaller_evaluation):
                 self.calibrate()
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
-        """As Trainer's, with the optimizers of torchao as `optimizers.settled` makes them."""
-        return settled(*StudentTrainer.get_optimizer_cls_and_kwargs(args, model), args.device)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer that `args.optim` names, with the projectors in groups of their own learning rate.
-
-        Trainer's decay and no-decay groups are kept; each is split into student and projectors.
-
-        Raises:
-            BadRequest: if the optimizer cannot take a step on this machine.
-            ValueError: if one that was passed in leaves projectors out that are to be trained.
-        """
-        if self.optimizer is not None:
-            check_holds_projectors(self.optimizer, self.target)
-            return super().create_optimizer(model)
-        if self.optimizer_cls_and_kwargs is not None:
-            self.optimizer_cls_and_kwargs = settled(*self.optimizer_cls_and_kwargs, self.args.device)
-        optimizer = super().create_optimizer(model)
-        if isinstance(optimizer, OwnRounding):
-            optimizer.seed = lambda: self.args.seed + self.state.global_step
-        give_own_rate(optimizer, self.target, self.args.projector_learning_rate)
-        return optimizer
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the token means since the last line to a training log line; steps without a finite loss do not count.
 
@@ -353,7 +334,9 @@ class KavaTrainer(StudentTrainer):
             logs["loss"] *= steps / (steps - lost) if steps > lost else math.nan
             logs |= self.steps.means.drain(self.sum_over_ranks)
             logs |= self.clock.line()  # the line has waited for the device anyway
-            if self.args.lm_weight > 0 and steps > lost and "lm_loss" not in logs and not self.has_own_loss:
+            if self.rollouts is not None:
+                self.rollouts.judge(logs)
+            if self.args.learns_next_tokens and steps > lost and "lm_loss" not in logs and not self.has_own_loss:
                 self.incidents.tell_no_labels()
             logs["projector_learning_rate"] = self.steps.projector_rate
             logs["collapsed"] = float(self.collapse is not None)

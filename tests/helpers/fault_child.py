@@ -16,7 +16,7 @@ from helpers.hashes import state_hash
 from helpers.models import tiny_llama
 from helpers.trainers import loss_lines, make_trainer
 from kava_trainer.distillation import calibration, teacher_cache
-from kava_trainer.evaluation import answers
+from kava_trainer.models.generation import generate
 from kava_trainer.quickstart import STUDENT_FOLDER
 from kava_trainer.trainer import saving
 from kava_trainer.trainer.trainer import KavaTrainer
@@ -102,7 +102,7 @@ STAGES = {
     "calibration": (calibration, "_add_batch", 2),
     "final evaluation": (KavaTrainer, "prediction_step", 2 * 2 + 1),
     "cache": (teacher_cache, "_examples", 2),
-    "generation": (answers, "own_defaults_off", 1),
+    "generation": (generate, "own_defaults_off", 1),
     "control": (KavaTrainer, "compute_loss", 2 * STEPS + 2 * (2 + 2) + 2 + 5),
 }
 """Where a signal comes: in place of which call of which function."""
@@ -155,7 +155,7 @@ def train(folder, output, resume, settings, prepare=lambda trainer: None):
     weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     if trainer.is_world_process_zero():
         logged = [
-            {k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second", "_memory_bytes"))}
+            {k: v for k, v in line.items() if not k.endswith(("_runtime", "_seconds", "_per_second", "_memory_bytes"))}
             for line in trainer.state.log_history
             if "train_runtime" not in line
         ]

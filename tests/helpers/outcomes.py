@@ -7,10 +7,10 @@ from helpers import ddp_step, fault_child
 from helpers.processes import Run
 
 
-def one_step(folder, batch_size, accumulation, ranks, weights="1.0,1.0", tokens=""):
+def one_step(folder, batch_size, accumulation, ranks, weights="1.0,1.0", tokens="", on_policy=""):
     """What `ddp_step` writes of a step."""
     output = folder / f"{ranks}x{batch_size}x{accumulation}"
-    asked = (str(output), str(batch_size), str(accumulation), weights, "tiny_llama", tokens)
+    asked = (str(output), str(batch_size), str(accumulation), weights, "tiny_llama", tokens, on_policy)
     run = Run(ddp_step.main, folder, *asked, ranks=ranks)
     assert run.wait() == [0] * ranks, run.output()
     return torch.load(f"{output}.pt", weights_only=True)

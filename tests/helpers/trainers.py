@@ -25,7 +25,7 @@ SETTINGS = {
 """Of a training that takes a second."""
 
 
-def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):
+def make_trainer(folder, tokenizer, count=16, model=tiny_llama, rollout_fn=None, **changes):
     arguments = {
         "output_dir": str(folder),
         **SETTINGS,
@@ -50,12 +50,13 @@ def make_trainer(folder, tokenizer, count=16, model=tiny_llama, **changes):
         eval_dataset=data.select(range(7)),
         data_collator=DistillationCollator(tokenizer),
         processing_class=tokenizer,
+        rollout_fn=rollout_fn,
     )
 
 
 def loss_lines(trainer):
     """The training log lines, without what differs from run to run."""
-    measured = ("tokens_per_second", "peak_memory_bytes")
+    measured = ("tokens_per_second", "peak_memory_bytes", "generation_seconds", "training_seconds")
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return [{name: value for name, value in line.items() if name not in measured} for line in lines]
 

@@ -71,6 +71,20 @@ def test_problems_during_training_end_the_success():
     assert result.reasons[0] == "Training was not stable: nan (see problems)."
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (90.0, 40.0, "Its steps took 2.2 times as long as the control's (90 against 40 s). One pair"),
+        (90.0, None, "points higher. One pair"),
+        (None, None, "points higher. One pair"),
+    ],
+)
+def test_where_the_student_wrote_answers_the_seconds_stand_beside_the_control_s(ours, theirs, said):
+    summary = good()
+    summary.throughput.train_seconds, summary.throughput.control_train_seconds = ours, theirs
+    assert said in " ".join(judge(summary, None, True, []).control)
+
+
 def test_a_broken_control_is_said_and_takes_no_success_away():
     problem = {"step": None, "kind": CONTROL_FAILED, "action": "went on without the control"}
     result = verdict(problems=[problem], evaluation__control_sft=None)

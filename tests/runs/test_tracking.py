@@ -41,6 +41,8 @@ EVERY_TERM = {
     "relative_mse_weight": 0.1,
     "lm_tokens": "all",
     "kd_weight": 0.1,
+    "on_policy_fraction": 0.5,
+    "on_policy_max_new_tokens": 8,
     "projector_direction": "teacher_to_student",
     "projector_anchor": "reconstruction",
     "include_num_input_tokens_seen": "true",

@@ -6,7 +6,7 @@ from helpers.caches import cached_run
 from helpers.data import random_examples
 from helpers.hashes import weight_hash
 from helpers.models import bfloat16_llama, tiny_qwen
-from helpers.outcomes import assert_same_step, one_step
+from helpers.outcomes import assert_same_step, finish, one_step
 from helpers.trainers import loss_lines, make_trainer
 from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForCausalLM
@@ -35,6 +35,30 @@ def test_terms_over_different_tokens_do_not_depend_on_how_the_batch_is_split(tmp
     assert_same_step(split, whole)
     for name in ("kd_loss", "relative_mse_loss"):
         assert split["line"][name] == pytest.approx(whole["line"][name], rel=1e-4), name
+
+
+def test_a_step_on_the_student_s_own_answers_does_not_depend_on_how_the_batch_is_split(tmp_path):
+    sizes = ((8, 1, 1), (2, 2, 2))
+    whole, split = (one_step(tmp_path, *own, weights="1.0,0.0", tokens="all", on_policy="1.0") for own in sizes)
+    for name, parameter in whole["weights"].items():
+        torch.testing.assert_close(split["weights"][name], parameter, rtol=0, atol=1e-5, msg=name)
+    names = ("loss", "cos_sim", "mercator_loss", "kd_loss", "relative_mse_loss", "rollout_length", "rollout_agreement")
+    line = {name: split["line"][name] for name in names}
+    assert line == pytest.approx({name: whole["line"][name] for name in names}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "every"), [(0.5, 3), *(pytest.param(*own, marks=pytest.mark.slow) for own in [(0.5, 1), (1.0, 3)])]
+)
+def test_two_ranks_go_on_with_the_student_s_own_answers_bit_by_bit(tmp_path, fraction, every):
+    settings = {
+        "kd_weight": 1.0, "on_policy_fraction": fraction, "rollouts_every": every, "on_policy_max_new_tokens": 6,
+        "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    straight = finish(tmp_path / "straight", None, settings, 2)
+    again = finish(tmp_path / "again", tmp_path / "straight" / "run" / "checkpoint-1", settings, 2)
+    for name in ("weights", "optimizer", "losses", "lines"):
+        assert again[name] == straight[name], name
 
 
 def test_the_step_really_moves_student_and_projector(whole_batch, tokenizer, tmp_path):

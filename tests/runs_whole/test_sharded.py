@@ -236,6 +236,17 @@ def test_adapters_are_refused_where_weights_are_sharded(monkeypatch):
         parse_arguments([*words, "--dataset_name", "quickstart", "--use_peft", "true", "--use_cpu", "true"])
 
 
+def test_answers_of_the_student_are_refused_where_weights_are_sharded(monkeypatch):
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launcher, "SHARDING_DEVICES", {"cpu"})
+    options = {"teacher_model_name_or_path": "quickstart", "student_model_name_or_path": "quickstart"}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    told = r"on_policy_fraction is 0.5, but under FSDP2 no process has the whole student to sample with; start with DDP"
+    with pytest.raises(BadRequest, match=told):
+        parse_arguments([*words, "--dataset_name", "quickstart", "--on_policy_fraction", "0.5", "--use_cpu", "true"])
+
+
 def test_sharding_asked_for_on_a_cpu_ends_the_run_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)

@@ -53,6 +53,7 @@ class Encoder:
         max_length: longest example in tokens.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
         features: types of the columns, where they are known.
+        accepts_prompts: whether a row without an answer becomes an example too, of its prompt and without labels.
 
     Raises:
         BadRequest: if `assistant_turns` is neither, or the tokenizer has no end-of-text token.
@@ -65,6 +66,7 @@ class Encoder:
         max_length: int,
         assistant_turns: str = "last",
         features: Mapping[str, Any] | None = None,
+        accepts_prompts: bool = False,
     ) -> None:
         if assistant_turns not in ("last", "all"):
             raise BadRequest(f"assistant_turns is {assistant_turns!r};", "write last or all.")
@@ -73,7 +75,7 @@ class Encoder:
             raise BadRequest(what, "set its eos_token.")
         self.max_length = max_length
         self._names, self._tokenizer, self._features = names, tokenizer, features or {}
-        self._all_turns = assistant_turns == "all"
+        self._all_turns, self._accepts_prompts = assistant_turns == "all", accepts_prompts
         self._chat, self._control = ChatTemplate(tokenizer), ControlTokens(tokenizer)
         self._left_out = LeftOut(self._chat)
         self._lead = _leading_tokens(tokenizer)
@@ -93,12 +95,16 @@ class Encoder:
         row = {name: without_filler(row[name], self._features.get(name)) for name in self._names}
         prompt, answer = prompt_and_answer(row, self._names)
         if not isinstance(answer, list):
+            if self._accepts_prompts and prompt.strip() and not answer.strip():
+                return self._prompt_alone(self._tokens_of(prompt))
             return self._example(self._plain(prompt, answer), answer)
         if not self._tokenizer.chat_template:
             raise BadRequest(
                 "The data set holds chat messages, but the tokenizer has no chat template;", "add one to it."
             )
         tools = tools_of(row, self._names)
+        if self._accepts_prompts and prompt and (not answer or is_blank(answer[-1])):
+            return self._prompt_alone(self._chat_tokens(self._chat.render([*prompt, *answer[:-1]], tools, True)))
         if not self._all_turns:
             text = "".join(message.get("content") or "" for message in answer)
             found = _Text() if not answer or is_blank(answer[-1]) else self._last_turn(prompt, answer, tools, text)
@@ -127,6 +133,13 @@ class Encoder:
             "answered": any(label != IGNORED for label in labels[1:]),
             "remarks": as_text(found.notes),
         }
+
+    def _prompt_alone(self, tokens: list[int]) -> dict[str, Any]:
+        """A prompt as an example, where it leaves room for an answer. Some tokenizers end any text with end-of-text."""
+        while tokens and tokens[-1] == self._tokenizer.eos_token_id:
+            tokens = tokens[:-1]
+        fits = 0 < len(tokens) < self.max_length
+        return {**self._example(_Text(tokens, answers=[(len(tokens), "")]), ""), "answered": fits}
 
     def _plain(self, prompt: str, answer: str) -> _Text:
         if not answer.strip():

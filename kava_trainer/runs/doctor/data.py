@@ -22,6 +22,7 @@ from ...data.streaming import ExampleStream, open_stream
 from ...reports.verdict import FEW_EXAMPLES, few_examples
 from ..advice import check_evaluation, on_format
 from ..identity import data_digest
+from ..setup import check_prompts
 from .findings import Checkup
 
 SAMPLE = 1000
@@ -59,7 +60,9 @@ class Examples:
             return self.train.digest
         told = "Tokenizing the training data"
         turns = asked.assistant_turns
-        encoded = encode_dataset(self.train, tokenizer, asked.max_length, told, assistant_turns=turns)
+        encoded = encode_dataset(
+            self.train, tokenizer, asked.max_length, told, assistant_turns=turns, accepts_prompts=asked.accepts_prompts
+        )
         return data_digest(encoded.dataset)
 
 
@@ -120,8 +123,10 @@ def _open(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
     asked, training = arguments.data, arguments.training
     if not asked.streaming:
         train, held_out, _ = load_splits(asked)
+        check_prompts(arguments, train)
         return Examples(train, [], len(train), len(held_out or []), train.column_names), train, held_out
     rows, held_out = open_rows(asked)
+    check_prompts(arguments, rows.first(1))
     turns = asked.assistant_turns
     stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed, turns)
     steps = training.max_steps * training.gradient_accumulation_steps * training.world_size
@@ -136,10 +141,11 @@ def _check_sample(
     length = arguments.data.max_length
     name = cast(str, arguments.data.dataset_name)
     turns = arguments.data.assistant_turns
-    encoder = Encoder(find_format(rows.column_names), tokenizer, length, turns, rows.features)
+    prompts = arguments.data.accepts_prompts and which == "training"
+    encoder = Encoder(find_format(rows.column_names), tokenizer, length, turns, rows.features, prompts)
     sample = encode_first(rows, SAMPLE, encoder, name)
     answered = [example for example in sample if example["answered"]]
-    empty = source_rows(rows, empty_answers(sample))
+    empty = [] if prompts else source_rows(rows, empty_answers(sample))
     cut, dropped = sum(example["truncated"] for example in sample), len(sample) - len(answered)
     text = f"of {len(sample)} {which} examples {cut} are cut to {length} tokens, {dropped} dropped without an answer."
     if not answered:

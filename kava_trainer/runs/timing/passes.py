@@ -18,9 +18,10 @@ from ...data.packing import pack_step
 from ...data.streaming import ExampleStream
 from ...distillation.loss_terms import LossTerms
 from ...distillation.model import DistillationModel
-from ...evaluation.answers import answer_loss_sum, have_prompts, own_defaults_off
+from ...evaluation.answers import answer_loss_sum, have_prompts
 from ...evaluation.diagnostics import effective_rank
 from ...evaluation.probe import PROBE_TOKENS
+from ...models.generation.generate import own_defaults_off
 from ...models.hidden_states import run_decoder
 from ...models.layers import evaluating, hidden_size, in_mode, keeping_gradients
 from ..setup import Run
@@ -195,7 +196,7 @@ class Stopwatch:
     def _token(self, model: PreTrainedModel) -> float:
         """Seconds that one more token takes in all answers of a batch; 0 where none are written."""
         run = self._run
-        if not generates(run):
+        if not generates(run) and run.training.on_policy_fraction == 0:
             return 0.0
         ids = self._padded(self._sizes[1])["input_ids"]
         prompts = ids.repeat(-(-self._sizes[1] // len(ids)), 1)[: self._sizes[1]]

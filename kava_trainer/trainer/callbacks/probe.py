@@ -96,7 +96,7 @@ class ProbeCallback(TrainerCallback):
             case = Circumstances(
                 direction=args.projector_direction,
                 anchor=args.projector_anchor,
-                supervised=args.lm_weight > 0 or args.kd_weight > 0,
+                supervised=args.learns_next_tokens or args.kd_weight > 0,
                 step=step,
                 whole_before=self._whole_before,
                 cos_sim=probed.pairs[worst_pair(probed.reasons, probed.pairs)].cos_sim,

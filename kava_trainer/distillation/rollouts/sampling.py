@@ -1,0 +1,113 @@
+"""Answers sampled from a student as it is now, which leaves it and the random numbers of its training as they were."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from ...models.generation.generate import continue_prompts
+from ...models.layers import context_length
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the answers of one optimizer step are sampled."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    end_tokens: tuple[int, ...]
+    """With any of these an answer ends, and it is part of the answer."""
+    pad_token: int
+    seed: int
+    """Of this step and this process."""
+    batch_size: int
+    """Prompts at a time."""
+
+
+class RolloutFn(Protocol):
+    """What writes answers in the student's place, or with its help."""
+
+    def __call__(self, prompts: list[list[int]], student: PreTrainedModel, sampling: Sampling) -> Sequence[list[int]]:
+        """Token ids of one answer for each prompt, with the end-of-text token where it ended; [] leaves one out.
+
+        Args:
+            prompts: token ids, none empty.
+            student: as it is now, in evaluation mode.
+            sampling: what was asked for.
+        """
+
+
+class Entropies(LogitsProcessor):
+    """Changes nothing, and keeps the entropy of the student's distribution at each token that it writes."""
+
+    def __init__(self) -> None:
+        self._steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take down the entropies [B] of the logits [B, V] at temperature 1."""
+        self._steps.append(torch.special.entr(scores.float().softmax(dim=-1)).sum(dim=-1))
+        return scores
+
+    def of_each_token(self) -> torch.Tensor:
+        """In nats [B, T]."""
+        return torch.stack(self._steps, dim=1)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was sampled."""
+
+    tokens: list[list[int]]
+    """Of each prompt's answer; behind the end-of-text token there may be anything."""
+    entropies: list[torch.Tensor] | None = None
+    """In nats at each of these tokens [T]; None where they are not known."""
+
+
+def sample_answers(prompts: Sequence[Sequence[int]], student: PreTrainedModel, sampling: Sampling) -> Answers:
+    """Sample an answer to each prompt, those of like lengths together.
+
+    A prompt as long as the student can read has an answer of no tokens.
+
+    Args:
+        prompts: token ids, none empty.
+        student: in evaluation mode; adapters that are on stay on.
+        sampling: how.
+
+    Raises:
+        torch.OutOfMemoryError: if so many prompts do not fit.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    entropies = [torch.zeros(0) for _ in prompts]
+    for start in range(0, len(order), sampling.batch_size):
+        places = order[start : start + sampling.batch_size]
+        room = (context_length(student) or sys.maxsize) - len(prompts[places[-1]])
+        if room <= 0:
+            continue
+        watch = Entropies()
+        written = continue_prompts(
+            student,
+            [prompts[place] for place in places],
+            _config(sampling, min(room, sampling.max_new_tokens)),
+            logits_processor=LogitsProcessorList([watch]),
+        )
+        for place, own, uncertainty in zip(places, written.tolist(), watch.of_each_token(), strict=True):
+            tokens[place], entropies[place] = own, uncertainty
+    return Answers(tokens, entropies)
+
+
+def _config(sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(sampling.end_tokens),
+        pad_token_id=sampling.pad_token,
+        use_cache=True,
+    )

@@ -1,0 +1,1 @@
+"""Models as writers of text."""

@@ -1,0 +1,225 @@
+"""The student's own answers in the place of some examples of an optimizer step."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from accelerate.utils import release_memory
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...config.arguments import KavaTrainingArguments
+from ...data.collators import DistillationCollator, JoiningCollator, separated
+from ...distillation.rollouts.choice import choose, count_chosen, derived_seed
+from ...distillation.rollouts.examples import Example, Rollout, of_the_data, prompt_alone, prompt_of, rollout_of
+from ...distillation.rollouts.sampling import Answers, RolloutFn, Sampling, sample_answers
+from ...distillation.token_means import TokenMeans
+from ...models.generation.generate import stop_tokens
+from ...models.layers import evaluating
+from ...utils.errors import RunFailed
+from ..incidents import Incidents
+from ..throughput import Throughput
+from .figures import note_figures, warnings_of
+
+
+class Rollouts:
+    """Has the student answer some of a step's prompts, and puts what it wrote in the place of their examples.
+
+    Which ones, and all random numbers, follow from the seed, the step and the rank, so that a training that goes on
+    from a checkpoint goes the same way, and one without rollouts draws the same numbers as ever.
+
+    Args:
+        args: of the run.
+        incidents: is told of memory that ran out and of answers that go wrong.
+        clock: measures the seconds.
+        collator: of the trainer.
+        student: gives the plain student as it is now.
+        tokenizer: whose end-of-text token ends an answer, beside what the student itself stops at.
+        means: gives the sums that figures of the log are noted in.
+        autocast: makes the context that the student runs in.
+        rollout_fn: writes the answers in place of `sample_answers`.
+
+    Raises:
+        ValueError: if the collator is not KAVA's, or reads the teacher's states, or nothing could end an answer.
+    """
+
+    def __init__(
+        self,
+        args: KavaTrainingArguments,
+        incidents: Incidents,
+        clock: Throughput,
+        collator: Any,
+        student: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase | None,
+        means: Callable[[], TokenMeans],
+        autocast: Callable[[], AbstractContextManager[Any]],
+        rollout_fn: RolloutFn | None = None,
+    ) -> None:
+        if type(collator) is not DistillationCollator:
+            raise ValueError("on_policy_fraction needs DistillationCollator as data_collator; leave yours out.")
+        if collator.read_states is not None:
+            raise ValueError(
+                "on_policy_fraction needs a teacher that runs: a cache has no states of what is sampled now."
+            )
+        self._args, self._incidents, self._clock, self._collator = args, incidents, clock, collator
+        self._student, self._means, self._autocast, self._rollout_fn = student, means, autocast, rollout_fn
+        self._end_tokens = tuple(stop_tokens(student(), tokenizer))
+        if not self._end_tokens:
+            raise ValueError("Nothing could end a student's own answer; give a processing_class with an eos_token.")
+        self._batch_size: int | None = None
+        self._first_entropy: float | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a training without the answers of an earlier one."""
+        self._kept: list[Rollout] = []
+        self._step = -1
+
+    def mix(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches of an optimizer step with the student's answers in the place of some examples.
+
+        An answer that says nothing is left out; a micro-batch of nothing else keeps a prompt, of which nothing is
+        learned.
+
+        Args:
+            batches: of `JoiningCollator`, or padded.
+        """
+        parts = [[of_the_data(example) for example in separated(batch)] for batch in batches]
+        replaced = self._replaced([example for part in parts for example in part])
+        joined, start, mixed = "lengths" in batches[0], 0, []
+        for part in parts:
+            places = range(start, start := start + len(part))
+            found = [replaced.get(place, own) for place, own in zip(places, part, strict=True)]
+            kept = [own for own in found if own is not None] or [prompt_alone(prompt_of(part[0]))]
+            mixed.append(JoiningCollator()(kept) if joined else self._collator.for_training()(kept))
+        return mixed
+
+    def _replaced(self, examples: list[Example]) -> dict[int, Example | None]:
+        """What stands in the place of some of a step's examples: the student's answer; None where it says nothing."""
+        args, step = self._args, self._incidents.step
+        turn = step * args.world_size + args.process_index
+        count = count_chosen(len(examples), args.on_policy_fraction, turn)
+        seed = derived_seed(args.seed, step, args.process_index)
+        places = choose(examples_count := len(examples), count, seed)
+        if self._is_due(step):
+            # Later steps may have one more in their share than this one.
+            most = count if args.rollouts_every == 1 else math.ceil(examples_count * args.on_policy_fraction)
+            places = choose(examples_count, most, seed)
+            self._kept, self._step = self._written([prompt_of(examples[place]) for place in places], seed), step
+        found = _turned(self._kept, (step - self._step) * count)[:count]
+        answers = [None if rollout.is_empty else rollout.as_example() for rollout in found]
+        return {place: answers[i] if i < len(answers) else None for i, place in enumerate(places[:count])}
+
+    def _is_due(self, step: int) -> bool:
+        every = self._args.rollouts_every
+        return self._step < 0 or step % every == 0 or step - self._step >= every
+
+    def _written(self, prompts: list[list[int]], seed: int) -> list[Rollout]:
+        """An answer to each prompt; the figures of all are noted."""
+        with self._clock.stopwatch.measure("generation"):
+            answers = self._sampled(prompts, seed) if prompts else Answers([], None if self._rollout_fn else [])
+        pairs = zip(prompts, answers.tokens, strict=True)
+        rollouts = [rollout_of(prompt, own, self._end_tokens) for prompt, own in pairs]
+        note_figures(self._means(), rollouts, answers.entropies, self._args.device)
+        return rollouts
+
+    def _sampled(self, prompts: list[list[int]], seed: int) -> Answers:
+        """The answers, of as many prompts at a time as fit. Raises `RunFailed` if not even one does."""
+        while True:
+            sampling = self._sampling(seed)
+            try:
+                return self._sample(prompts, sampling)
+            except torch.OutOfMemoryError:
+                tried = min(sampling.batch_size, len(prompts))
+            release_memory()
+            if tried == 1:
+                raise RunFailed(
+                    f"Out of memory in step {self._incidents.step + 1} while the student answered a single prompt; "
+                    f"lower on_policy_max_new_tokens (now {sampling.max_new_tokens}). {self._incidents.advice()}"
+                )
+            self._batch_size = tried // 2
+            told = f"sampled the answers again, {self._batch_size} at a time, which stay the most"
+            where = f"Out of memory in step {self._incidents.step + 1} with answers to {tried} prompts"
+            self._incidents.console.warn(f"{where}; {told}.")
+            self._incidents.note("oom", told, self._incidents.step + 1)
+
+    def _sampling(self, seed: int) -> Sampling:
+        args = self._args
+        return Sampling(
+            args.on_policy_temperature,
+            args.on_policy_top_p,
+            args.on_policy_max_new_tokens,
+            self._end_tokens,
+            self._collator.pad_token_id,
+            seed,
+            self._batch_size or args.per_device_eval_batch_size,
+        )
+
+    def _sample(self, prompts: list[list[int]], sampling: Sampling) -> Answers:
+        student, device = self._student(), self._args.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), evaluating(student), self._autocast():
+            torch.manual_seed(sampling.seed)
+            if self._rollout_fn is None:
+                return sample_answers(prompts, student, sampling)
+            given = self._rollout_fn([list(prompt) for prompt in prompts], student, sampling)
+        embeddings = cast(torch.nn.Embedding, student.get_input_embeddings())
+        return Answers(checked_answers(given, len(prompts), embeddings.num_embeddings))
+
+    def judge(self, figures: dict[str, float]) -> None:
+        """Warn once of each way in which the answers of a log line go wrong."""
+        entropy = figures.get("rollout_entropy")
+        self._first_entropy = entropy if self._first_entropy is None else self._first_entropy
+        for kind, told in warnings_of(figures, self._first_entropy, self._args).items():
+            if all(problem["kind"] != kind for problem in self._incidents.problems):
+                self._incidents.console.warn(told)
+                self._incidents.note(kind, "went on with such answers")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The answers that later steps will use again with the step that they are of, for a checkpoint."""
+        kept = self._kept if self._args.rollouts_every > 1 else []
+        return {
+            "rollouts": {
+                "kept": [(rollout.prompt, rollout.answer, rollout.ended) for rollout in kept],
+                "step": self._step,
+                "batch_size": self._batch_size,
+                "first_entropy": self._first_entropy,
+            }
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; with another number of ranks, or from a training without such answers, anew."""
+        if (saved := state.get("rollouts")) is None:
+            return
+        self._batch_size, self._first_entropy = saved["batch_size"], saved["first_entropy"]
+        if state["same_ranks"] and saved["kept"]:
+            self._kept, self._step = [Rollout(*own) for own in saved["kept"]], saved["step"]
+
+
+def _turned(rollouts: list[Rollout], by: int) -> list[Rollout]:
+    """The same rollouts, beginning with another one."""
+    first = by % len(rollouts) if rollouts else 0
+    return [*rollouts[first:], *rollouts[:first]]
+
+
+def checked_answers(given: Sequence[Sequence[int]], count: int, vocabulary: int) -> list[list[int]]:
+    """What a user's function gave, as lists.
+
+    Args:
+        given: its answers.
+        count: of the prompts.
+        vocabulary: tokens that the student knows.
+
+    Raises:
+        ValueError: if that is not one list of the student's tokens for each prompt.
+    """
+    answers = [torch.as_tensor(answer).tolist() for answer in given]
+    if len(answers) != count:
+        raise ValueError(f"rollout_fn gave {len(answers)} answers to {count} prompts; give one for each, [] for none.")
+    for answer in answers:
+        if wrong := [token for token in answer if type(token) is not int or not 0 <= token < vocabulary]:
+            raise ValueError(
+                f"rollout_fn gave the token {wrong[0]!r}; give token ids, whole numbers from 0 to {vocabulary - 1}."
+            )
+    return answers

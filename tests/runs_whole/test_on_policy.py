@@ -1,0 +1,62 @@
+"""Whole runs in which the student writes answers itself."""
+
+import json
+
+import pytest
+from helpers.places import ROOT
+from helpers.programs import SHORT, summary_of, words
+
+import run_kava
+from kava_trainer.runs import pipeline
+
+RECIPE = str(ROOT / "training_args" / "quickstart.json")
+
+ROLLOUTS = {
+    **SHORT,
+    "on_policy_fraction": 1,
+    "on_policy_max_new_tokens": 8,
+    "kd_weight": 1,
+    "kd_beta": 1,
+    "run_control": False,
+    "evaluate_generation": False,
+}
+
+
+def run(folder, rows, **changes):
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**ROLLOUTS, "dataset_name": file, "output_dir": folder / "out", **changes}
+    return run_kava.main([RECIPE, *words(options)])
+
+
+def test_a_student_learns_from_prompts_alone(tmp_path):
+    assert run(tmp_path, [{"question": f"What is {i}+{i + 2}?"} for i in range(40)]) == 0
+    summary = summary_of(tmp_path / "out")
+    assert summary["status"] == "completed"
+    assert summary["evaluation"]["student_after"] is None
+    line = next(line for line in summary["log"] if "loss" in line) if "log" in summary else None
+    assert line is None or line["rollout_length"] > 0
+    assert (tmp_path / "out" / "final_student" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "told"),
+    [
+        (
+            [{"text": f"There are {i} apples."} for i in range(40)],
+            {"on_policy_fraction": 0.5},
+            "on_policy_fraction is 0.5, but the rows are plain text, which has no prompt that a student could answer;",
+        ),
+        (
+            [{"question": f"{i}+1?"} for i in range(40)],
+            {"run_control": True},
+            "run_control is true, but the training rows are prompts alone",
+        ),
+    ],
+)
+def test_what_has_no_prompt_or_no_answer_is_refused_before_a_model_is_loaded(
+    tmp_path, monkeypatch, capsys, rows, changes, told
+):
+    monkeypatch.setattr(pipeline, "load_pair", lambda *_: pytest.fail("models were loaded"))
+    assert run(tmp_path, rows, **changes) == 2
+    assert told in capsys.readouterr().err
