@@ -96,7 +96,10 @@ def naive(trainer, writer, examples):
         {"kd_weight": 0.0},
         {"on_policy_fraction": 1.0, "kd_beta": 1.0},
         {"on_policy_fraction": 1.0, "kd_weight": 0.0, **PADDED},
-        {"projector_direction": "none", "relative_mse_weight": 2.0, "model": llama_as_wide_as_the_teacher},
+        pytest.param(
+            {"projector_direction": "none", "relative_mse_weight": 2.0, "model": llama_as_wide_as_the_teacher},
+            id="no projector",
+        ),
     ],
     ids=str,
 )
