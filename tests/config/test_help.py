@@ -119,9 +119,9 @@ def test_one_argument_is_told_with_default_and_unit(capsys, name, line):
 
 
 def test_a_part_of_names_finds_all_of_them():
-    found = ["kd_weight", "kd_tokens", "kd_temperature", "kd_beta"]
+    found = ["kd_weight", "kd_tokens", "kd_temperature", "kd_beta", "kd_schedule"]
     assert [argument.name for argument in find_arguments(["kd_"])] == found
-    assert len(find_arguments(["kd_", "kd_beta"])) == 4
+    assert len(find_arguments(["kd_", "kd_beta"])) == 5
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(capsys):
