@@ -123,7 +123,8 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
         tell_encoding(console, "held-out", held_out, len(test), asked)
         tell_retention(console, asked, retention)
     else:
-        console.warn("There are no held-out examples, so nothing will be evaluated.")
+        answered = " that have an answer" if asked.accepts_prompts else ""
+        console.warn(f"There are no held-out examples{answered}, so nothing will be evaluated.")
     if few := few_examples(len(held_out.dataset) if held_out else None):
         console.warn(few)
     kind = _tell_format(console, arguments, tokenizer, train.column_names, train[0])

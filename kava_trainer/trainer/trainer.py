@@ -315,6 +315,7 @@ class KavaTrainer(StudentTrainer):
     def _make_ready(self) -> None:
         """What a model needs before it is trained."""
         self.follow_weights()
+        self.rollouts = self.rollouts or self.make_rollouts(None)  # somebody may have asked for them since
         from_main_process(self.weights.check_writable)
         if self.args.use_liger_kernel:  # Trainer would look at the wrapped model and find no PreTrainedModel
             apply_liger_kernel(self.student, self.args.liger_kernel_config)

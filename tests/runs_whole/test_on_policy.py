@@ -7,6 +7,7 @@ from helpers.places import ROOT
 from helpers.programs import SHORT, summary_of, words
 
 import run_kava
+from kava_trainer import cli
 from kava_trainer.runs import pipeline
 
 RECIPE = str(ROOT / "training_args" / "quickstart.json")
@@ -34,9 +35,26 @@ def test_a_student_learns_from_prompts_alone(tmp_path):
     summary = summary_of(tmp_path / "out")
     assert summary["status"] == "completed"
     assert summary["evaluation"]["student_after"] is None
-    line = next(line for line in summary["log"] if "loss" in line) if "log" in summary else None
-    assert line is None or line["rollout_length"] > 0
+    log = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert all(line["rollout_length"] > 0 for line in log if "loss" in line)
     assert (tmp_path / "out" / "final_student" / "model.safetensors").exists()
+
+
+def test_a_stream_has_prompts_for_the_student_too(tmp_path):
+    rows = [{"question": f"What is {i}+{i + 2}?", "answer": f"#### {2 * i + 2}"} for i in range(200)]
+    assert run(tmp_path, rows, on_policy_fraction=0.5, streaming=True) == 0
+    assert summary_of(tmp_path / "out")["status"] == "completed"
+
+
+def test_the_doctor_looks_at_prompts_as_a_run_does(tmp_path, capsys):
+    rows = [{"question": f"What is {i}+{i + 2}?"} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**ROLLOUTS, "dataset_name": file, "output_dir": tmp_path / "out"}
+    assert cli.main(["doctor", RECIPE, *words(options)]) == 0
+    shown = capsys.readouterr().out
+    assert "question + answer" in shown
+    assert "none of the first" not in shown
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,11 @@ def count_chosen(examples: int, fraction: float, turn: int) -> int:
     return math.floor((turn + 1) * each) - math.floor(turn * each)
 
 
+def turn_of(step: int, rank: int, ranks: int) -> int:
+    """The turn of a rank in a step: the ranks take turns, so that each has its share and all together have it too."""
+    return step * ranks + (rank + step) % ranks
+
+
 def choose(examples: int, count: int, seed: int) -> list[int]:
     """The places of `count` of some examples, drawn at random, in the order they were drawn."""
     return random.Random(seed).sample(range(examples), count)

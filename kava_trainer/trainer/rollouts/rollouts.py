@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, JoiningCollator, separated
-from ...distillation.rollouts.choice import choose, count_chosen, derived_seed
+from ...distillation.rollouts.choice import choose, count_chosen, derived_seed, turn_of
 from ...distillation.rollouts.examples import Example, Rollout, of_the_data, prompt_alone, prompt_of, rollout_of
 from ...distillation.rollouts.sampling import Answers, RolloutFn, Sampling, sample_answers
 from ...distillation.token_means import TokenMeans
@@ -98,14 +98,14 @@ class Rollouts:
     def _replaced(self, examples: list[Example]) -> dict[int, Example | None]:
         """What stands in the place of some of a step's examples: the student's answer; None where it says nothing."""
         args, step = self._args, self._incidents.step
-        turn = step * args.world_size + args.process_index
+        turn = turn_of(step, args.process_index, args.world_size)
         count = count_chosen(len(examples), args.on_policy_fraction, turn)
         seed = derived_seed(args.seed, step, args.process_index)
-        places = choose(examples_count := len(examples), count, seed)
+        places = choose(len(examples), count, seed)
         if self._is_due(step):
             # Later steps may have one more in their share than this one.
-            most = count if args.rollouts_every == 1 else math.ceil(examples_count * args.on_policy_fraction)
-            places = choose(examples_count, most, seed)
+            most = count if args.rollouts_every == 1 else math.ceil(len(examples) * args.on_policy_fraction)
+            places = choose(len(examples), most, seed)
             self._kept, self._step = self._written([prompt_of(examples[place]) for place in places], seed), step
         found = _turned(self._kept, (step - self._step) * count)[:count]
         answers = [None if rollout.is_empty else rollout.as_example() for rollout in found]

@@ -1,6 +1,6 @@
 import pytest
 
-from kava_trainer.distillation.rollouts.choice import choose, count_chosen, derived_seed
+from kava_trainer.distillation.rollouts.choice import choose, count_chosen, derived_seed, turn_of
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 1 / 3, 0.5, 0.7, 0.999])
@@ -18,6 +18,13 @@ def test_none_and_all(fraction, count):
 
 def test_half_of_one_example_is_every_other_one():
     assert [count_chosen(1, 0.5, turn) for turn in range(6)] == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_each_rank_has_its_share_and_all_together_have_it_in_each_step(ranks):
+    counts = [[count_chosen(1, 0.5, turn_of(step, rank, ranks)) for rank in range(ranks)] for step in range(60)]
+    assert {sum(step) for step in counts} <= {ranks // 2, (ranks + 1) // 2}
+    assert {sum(own) for own in zip(*counts, strict=True)} == {30}
 
 
 def test_a_choice_is_the_same_again_and_another_with_another_seed():

@@ -271,6 +271,13 @@ def test_a_function_that_would_never_be_asked_is_refused(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, rollout_fn=Writer())
 
 
+def test_a_fraction_that_is_raised_before_a_training_counts(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, **SETTINGS)
+    trainer.args.on_policy_fraction = 0.5
+    trainer.train()
+    assert all(line["rollout_length"] > 0 for line in loss_lines(trainer))
+
+
 @pytest.mark.parametrize(
     ("collator", "told"),
     [
