@@ -59,7 +59,7 @@ def test_the_figures_that_a_reader_sees_are_the_summary_s(browser, folder):
     tab = Tab(browser).open(folder / "one" / "report.html")
     summary = json.loads((folder / "one" / "run_summary.json").read_text())
     found = tab.evaluate(FIGURES)
-    assert len(found) == 44
+    assert len(found) == 47
     for place, exact, shown in found:
         value = lookup(summary, place)
         assert json.loads(exact or "null") == value, place
