@@ -11,6 +11,9 @@ from ...distillation.token_means import TokenMeans
 MOST_AT_THE_LIMIT, MOST_REPEATED, LEAST_ENTROPY = 0.5, 0.5, 0.1
 """Shares of the answers, of their tokens, and of the entropy that the first answers had; beyond them is a warning."""
 
+AGREED = 0.95
+"""Share of the answers' tokens at which the teacher would write the same; from there on it is as sure."""
+
 COLLAPSED, AT_THE_LIMIT, REPETITIVE = "rollout_entropy", "rollout_limit", "rollout_repetition"
 """Kinds of problems."""
 
@@ -57,7 +60,8 @@ def warnings_of(
     """
     found = {}
     entropy, repeated = figures.get("rollout_entropy"), figures.get("rollout_repetition", 0.0)
-    if entropy is not None and first_entropy is not None and entropy < LEAST_ENTROPY * first_entropy:
+    doubted = figures.get("rollout_agreement", 0.0) < AGREED
+    if doubted and entropy is not None and first_entropy is not None and entropy < LEAST_ENTROPY * first_entropy:
         found[COLLAPSED] = (
             f"The student's own answers have lost their variety: {entropy:.2g} nats a token, where the first ones had "
             f"{first_entropy:.2g}. Raise on_policy_temperature (now {args.on_policy_temperature:g}), or lower kd_beta "

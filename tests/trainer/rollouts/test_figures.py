@@ -53,6 +53,12 @@ def test_sound_answers_give_no_warning(args):
     assert warnings_of({}, None, args) == {}
 
 
+def test_a_student_that_is_as_sure_as_its_teacher_has_lost_nothing(args):
+    sure = {**SOUND, "rollout_entropy": 0.01}
+    assert warnings_of({**sure, "rollout_agreement": 0.99}, 0.5, args) == {}
+    assert list(warnings_of({**sure, "rollout_agreement": 0.6}, 0.5, args)) == ["rollout_entropy"]
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "told"),
     [
