@@ -216,6 +216,13 @@ def table(shape: str, rows: list[dict[str, str]]) -> str:
     return markdown(["What", "Steps", "Learning rate", "Seeds", "Answers", "Questions"], lines)
 
 
+def document(text: str, rows: list[dict[str, str]]) -> str:
+    """The document with the table of each shape between its two marks made anew."""
+    for shape in SHAPES:
+        text = fill(text, f"real {shape}", table(shape, rows))
+    return text
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -232,10 +239,7 @@ def main() -> None:
     if options.command == "run":
         run(options)
         return
-    text, rows = DOCUMENT.read_text(), read_rows(options.csv)
-    for shape in SHAPES:
-        text = fill(text, f"real {shape}", table(shape, rows))
-    DOCUMENT.write_text(text)
+    DOCUMENT.write_text(document(DOCUMENT.read_text(), read_rows(options.csv)))
 
 
 if __name__ == "__main__":

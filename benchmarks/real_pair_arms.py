@@ -44,6 +44,7 @@ _MERCATOR = {**_INHERITED, "mercator_weight": 3.0}
 
 ARMS: dict[str, dict[str, Any]] = {
     "SFT": _LEAST,
+    "SFT on all tokens": {**_LEAST, "lm_tokens": "all"},
     "KD on answers": {**_LEAST, **_NO_LM, **_KD_ANSWERS},
     "KD on all": {**_LEAST, **_NO_LM, **_KD_ALL},
     "SFT + KD on answers": {**_LEAST, **_KD_ANSWERS},

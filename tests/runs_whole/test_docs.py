@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_table
 import effectiveness
 import performance
+import real_pair
 import scaling
 
 
@@ -48,6 +49,11 @@ def test_the_tables_of_effectiveness_are_those_of_its_measurements():
     text, rows = effectiveness.DOCUMENT.read_text(), effectiveness.read_rows(effectiveness.CSV_FILE)
     assert effectiveness.document(text, rows) == text
     assert len(rows) > 40
+
+
+def test_the_tables_of_a_real_pair_are_those_of_its_measurements():
+    text = real_pair.DOCUMENT.read_text(encoding="utf-8")
+    assert real_pair.document(text, effectiveness.read_rows(real_pair.CSV_FILE)) == text
 
 
 def test_the_tables_of_performance_are_those_of_its_measurements():
