@@ -210,6 +210,26 @@ def _rollout_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield Problem("on_policy_fraction", what, f"start with DDP ({accelerate_config('ddp.yaml')}).")
 
 
+def _schedule_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    """Schedules that leave a part of the run, or the student's own answers in it, without any term."""
+    plain, or_lm = training.learns_next_tokens, "" if training.on_policy_fraction == 1 else "lm_weight or "
+    rises = training.kd_weight > 0 and training.kd_schedule != "constant"
+    held_back = training.alignment_schedule == "stage" and training.kd_weight == 0
+    own = training.on_policy_fraction > 0
+    if rises and not plain and not training.aligns:
+        what = f"kd_schedule {training.kd_schedule} begins with a divergence of weight 0, and no other term has any;"
+        yield Problem("kd_schedule", what, f"write constant, or raise {or_lm}{ALIGNMENT_WEIGHTS[0]}.")
+    elif own and rises and training.kd_schedule == "stage" and not training.aligns:
+        what = "kd_schedule stage leaves the student's own answers without a term in the first half of the run;"
+        yield Problem("kd_schedule", what, f"write constant or linear, or raise {ALIGNMENT_WEIGHTS[0]}.")
+    if training.aligns and held_back and not plain:
+        what = "alignment_schedule stage ends with the first half of the run, and no other term goes on then;"
+        yield Problem("alignment_schedule", what, f"write constant, or raise {or_lm}kd_weight.")
+    elif own and training.aligns and held_back:
+        what = "alignment_schedule stage leaves the student's own answers without a term in the second half of the run;"
+        yield Problem("alignment_schedule", what, "write constant or linear, or raise kd_weight.")
+
+
 def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
     """Values that do not go together."""
     if training.max_steps < 0 and training.num_train_epochs <= 0:
@@ -218,13 +238,7 @@ def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
     if not training.reads_teacher and training.lm_weight == 0:
         what = f"{', '.join(TEACHER_WEIGHTS)} and lm_weight are all 0: nothing would be trained."
         yield Problem(None, what)
-    rises = training.kd_weight > 0 and training.kd_schedule != "constant"
-    if rises and training.lm_weight == 0 and not training.aligns:
-        what = f"kd_schedule {training.kd_schedule} begins with a divergence of weight 0, and no other term has any;"
-        yield Problem("kd_schedule", what, f"write constant, or raise lm_weight or {ALIGNMENT_WEIGHTS[0]}.")
-    if training.aligns and training.alignment_schedule == "stage" and training.lm_weight == training.kd_weight == 0:
-        what = "alignment_schedule stage ends with the first half of the run, and no other term goes on then;"
-        yield Problem("alignment_schedule", what, "write constant, or raise lm_weight or kd_weight.")
+    yield from _schedule_problems(training)
     if training.run_control and not training.reads_teacher:
         what = "run_control is true, but the run itself has the next-token loss alone;"
         yield Problem("run_control", what, "write false.")

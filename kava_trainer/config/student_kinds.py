@@ -39,8 +39,9 @@ def defaults_for(student_init: str, given: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(BY_START.get(student_init, {}))
     weighs = not given.keys().isdisjoint(ALIGNMENT_WEIGHTS)
     if student_init == "random":
-        if weighs or given.get("student_model_name_or_path") == QUICKSTART:
-            return {}  # beside another weight of the alignment the divergence was not measured
+        divergence = float(given.get("kd_weight", 1.0)) > 0
+        if weighs or not divergence or given.get("student_model_name_or_path") == QUICKSTART:
+            return {}  # neither of the two was measured without the other
     elif not given.keys().isdisjoint(_PROJECTED) and given.get("projector_direction") != "none":
         found = {name: value for name, value in found.items() if name.startswith("kd_")}
     if weighs:

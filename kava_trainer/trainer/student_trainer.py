@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.collators import completed
@@ -24,6 +24,8 @@ from ..distillation.targets import HiddenStateTarget
 from ..distillation.token_means import TokenMeans
 from ..evaluation.answers import perplexity
 from ..evaluation.probe import ProbeResult
+from ..models.generation.generate import known_tokens
+from ..models.teacher import OnlineTeacher
 from ..utils.distributed import give_up_whole_weights
 from ..utils.memory import needs_memory
 from ..utils.signals import WATCH
@@ -209,13 +211,16 @@ class StudentTrainer(SavingTrainer):
                     "rollout_fn writes nothing while on_policy_fraction is 0; raise that, or leave it out."
                 )
             return None
+        tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
+        models = [self.student, *([teacher.model] if isinstance(teacher := self.terms.teacher, OnlineTeacher) else [])]
         rollouts = Rollouts(
             self.args,
             self.incidents,
             self.clock,
             self.data_collator,
             lambda: self.student,
-            cast(Any, self.processing_class),
+            tokenizer,
+            known_tokens(models, tokenizer),
             lambda: self.steps.means,
             lambda: self.accelerator.autocast(),
             rollout_fn,

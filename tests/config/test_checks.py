@@ -57,6 +57,23 @@ WRONG = {
         {"lm_weight": 0.0, "alignment_schedule": "stage"},
         "alignment_schedule stage ends with the first half of the run, and no other term goes on then",
     ),
+    "no term at first on its own answers": (
+        {"mercator_weight": 0.0, "on_policy_fraction": 1.0, "kd_weight": 1.0, "kd_schedule": "cosine"},
+        "kd_schedule cosine begins with a divergence of weight 0, and no other term has any; write constant, or raise "
+        "mercator_weight",
+    ),
+    "no term at last on its own answers": (
+        {"on_policy_fraction": 1.0, "alignment_schedule": "stage"},
+        "and no other term goes on then; write constant, or raise kd_weight",
+    ),
+    "own answers without a term at first": (
+        {"mercator_weight": 0.0, "on_policy_fraction": 0.5, "kd_weight": 1.0, "kd_schedule": "stage"},
+        "kd_schedule stage leaves the student's own answers without a term in the first half of the run",
+    ),
+    "own answers without a term at last": (
+        {"on_policy_fraction": 0.5, "alignment_schedule": "stage"},
+        "alignment_schedule stage leaves the student's own answers without a term in the second half of the run",
+    ),
 }
 
 
@@ -72,6 +89,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(tmp_path, changes, said):
     {**BRIDGE, "projector_rank": "auto"},
     {"lm_weight": 0.0, "kd_weight": 1.0, "alignment_schedule": "stage", "kd_schedule": "stage"},
     {"mercator_weight": 0.0, "kd_weight": 1.0, "kd_schedule": "cosine"},
+    {"on_policy_fraction": 1.0, "kd_weight": 1.0, "alignment_schedule": "stage", "kd_schedule": "stage"},
     {"mercator_weight": 0.0, "lm_weight": 0.0, "kd_weight": 1.0, "alignment_schedule": "stage"},
 ])  # fmt: skip
 def test_what_makes_sense_is_taken(tmp_path, changes):

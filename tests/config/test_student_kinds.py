@@ -82,7 +82,9 @@ def test_random_weights_learn_from_the_divergence_more_than_from_states(tmp_path
     training = parsed(tmp_path, student_config_name=str(config), mse_weight=1.0).training
     assert (training.mercator_weight, training.mse_weight, training.kd_weight) == (PLAIN.mercator_weight, 1.0, 0.0)
     training = parsed(tmp_path, student_config_name=str(config), kd_weight=0.0).training
-    assert (training.mercator_weight, training.kd_weight) == (BY_START["random"]["mercator_weight"], 0.0)
+    assert (training.mercator_weight, training.kd_weight) == (PLAIN.mercator_weight, 0.0)
+    training = parsed(tmp_path, student_config_name=str(config), kd_weight=0.5).training
+    assert (training.mercator_weight, training.kd_weight) == (BY_START["random"]["mercator_weight"], 0.5)
 
 
 def test_the_embedded_student_keeps_its_alignment(tmp_path: Any) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from ..formats import find_format, known_format
 
@@ -17,7 +17,7 @@ def with_answer_column(rows: Dataset) -> Dataset:
     columns, known = rows.column_names, known_format(rows.column_names)
     if known == ("messages",):
         open_ended = any(_is_open(messages) for messages in rows["messages"])
-        return rows.map(_split_conversation, remove_columns=["messages"]) if open_ended else rows
+        return _split(rows) if open_ended else rows
     asked = next((name for name in _ANSWER_OF if name in columns), None)
     if known is not None or asked is None:
         return rows
@@ -34,6 +34,13 @@ def _is_open(messages: Any) -> bool:
     """Whether a conversation waits for an answer."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     return isinstance(last, dict) and last.get("role") != "assistant"
+
+
+def _split(rows: Dataset) -> Dataset:
+    """Conversations as prompts and completions; both have the type of the whole, also where the first are empty."""
+    kinds = {**rows.features, "prompt": rows.features["messages"], "completion": rows.features["messages"]}
+    del kinds["messages"]
+    return rows.map(_split_conversation, remove_columns=["messages"], features=Features(kinds))
 
 
 def _split_conversation(row: dict[str, Any]) -> dict[str, Any]:

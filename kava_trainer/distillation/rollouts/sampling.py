@@ -26,6 +26,8 @@ class Sampling:
     """Of this step and this process."""
     batch_size: int
     """Prompts at a time."""
+    vocabulary: int
+    """Tokens from 0 that both models and the tokenizer know; no other is an answer."""
 
 
 class RolloutFn(Protocol):
@@ -70,7 +72,8 @@ class Answers:
 def sample_answers(prompts: Sequence[Sequence[int]], student: PreTrainedModel, sampling: Sampling) -> Answers:
     """Sample an answer to each prompt, those of like lengths together.
 
-    A prompt as long as the student can read has an answer of no tokens.
+    A prompt as long as the student can read has an answer of no tokens; one that leaves less room than an answer may
+    take is answered by itself, so that it shortens no other's.
 
     Args:
         prompts: token ids, none empty.
@@ -80,19 +83,16 @@ def sample_answers(prompts: Sequence[Sequence[int]], student: PreTrainedModel, s
     Raises:
         torch.OutOfMemoryError: if so many prompts do not fit.
     """
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     tokens: list[list[int]] = [[] for _ in prompts]
     entropies = [torch.zeros(0) for _ in prompts]
-    for start in range(0, len(order), sampling.batch_size):
-        places = order[start : start + sampling.batch_size]
-        room = (context_length(student) or sys.maxsize) - len(prompts[places[-1]])
-        if room <= 0:
-            continue
+    context = context_length(student) or sys.maxsize
+    for places in _batches([context - len(prompt) for prompt in prompts], sampling):
+        room = context - len(prompts[places[-1]])
         watch = Entropies()
         written = continue_prompts(
             student,
             [prompts[place] for place in places],
-            _config(sampling, min(room, sampling.max_new_tokens)),
+            _config(sampling, min(room, sampling.max_new_tokens), _outputs(student)),
             logits_processor=LogitsProcessorList([watch]),
         )
         for place, own, uncertainty in zip(places, written.tolist(), watch.of_each_token(), strict=True):
@@ -100,7 +100,20 @@ def sample_answers(prompts: Sequence[Sequence[int]], student: PreTrainedModel, s
     return Answers(tokens, entropies)
 
 
-def _config(sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
+def _batches(rooms: Sequence[int], sampling: Sampling) -> list[list[int]]:
+    """The places of the prompts that are answered together, by the tokens that each leaves for its answer."""
+    order = sorted((place for place, room in enumerate(rooms) if room > 0), key=lambda place: -rooms[place])
+    roomy = [place for place in order if rooms[place] >= sampling.max_new_tokens]
+    together = [roomy[start : start + sampling.batch_size] for start in range(0, len(roomy), sampling.batch_size)]
+    return together + [[place] for place in order[len(roomy) :]]
+
+
+def _outputs(student: PreTrainedModel) -> int:
+    """Tokens that a student has a logit for."""
+    return int(student.config.get_text_config(decoder=True).vocab_size)
+
+
+def _config(sampling: Sampling, max_new_tokens: int, outputs: int) -> GenerationConfig:
     return GenerationConfig(
         do_sample=True,
         temperature=sampling.temperature,
@@ -110,4 +123,5 @@ def _config(sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
         eos_token_id=list(sampling.end_tokens),
         pad_token_id=sampling.pad_token,
         use_cache=True,
+        suppress_tokens=list(range(sampling.vocabulary, outputs)) or None,
     )

@@ -45,6 +45,12 @@ def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
+def known_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """How many tokens, from 0 on, all of some models and the tokenizer know; embeddings are often longer than that."""
+    sizes = [cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0] for model in models]
+    return min(sizes if tokenizer is None else [*sizes, len(tokenizer)])
+
+
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """The tokenizer's end-of-text token and whatever else the model itself stops at."""
     own = model.generation_config.eos_token_id

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import release_memory
@@ -36,6 +36,7 @@ class Rollouts:
         collator: of the trainer.
         student: gives the plain student as it is now.
         tokenizer: whose end-of-text token ends an answer, beside what the student itself stops at.
+        vocabulary: tokens from 0 that both models and the tokenizer know.
         means: gives the sums that figures of the log are noted in.
         autocast: makes the context that the student runs in.
         rollout_fn: writes the answers in place of `sample_answers`.
@@ -52,6 +53,7 @@ class Rollouts:
         collator: Any,
         student: Callable[[], PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase | None,
+        vocabulary: int,
         means: Callable[[], TokenMeans],
         autocast: Callable[[], AbstractContextManager[Any]],
         rollout_fn: RolloutFn | None = None,
@@ -64,6 +66,7 @@ class Rollouts:
             )
         self._args, self._incidents, self._clock, self._collator = args, incidents, clock, collator
         self._student, self._means, self._autocast, self._rollout_fn = student, means, autocast, rollout_fn
+        self._vocabulary = vocabulary
         self._end_tokens = tuple(stop_tokens(student(), tokenizer))
         if not self._end_tokens:
             raise ValueError("Nothing could end a student's own answer; give a processing_class with an eos_token.")
@@ -96,7 +99,10 @@ class Rollouts:
         return mixed
 
     def _replaced(self, examples: list[Example]) -> dict[int, Example | None]:
-        """What stands in the place of some of a step's examples: the student's answer; None where it says nothing."""
+        """What stands in the place of some of a step's examples: the student's answer; None where it says nothing.
+
+        Where an earlier step, a short one, was answered less often than this one wants, examples of the data stay.
+        """
         args, step = self._args, self._incidents.step
         turn = turn_of(step, args.process_index, args.world_size)
         count = count_chosen(len(examples), args.on_policy_fraction, turn)
@@ -109,7 +115,7 @@ class Rollouts:
             self._kept, self._step = self._written([prompt_of(examples[place]) for place in places], seed), step
         found = _turned(self._kept, (step - self._step) * count)[:count]
         answers = [None if rollout.is_empty else rollout.as_example() for rollout in found]
-        return {place: answers[i] if i < len(answers) else None for i, place in enumerate(places[:count])}
+        return dict(zip(places, answers, strict=False))
 
     def _is_due(self, step: int) -> bool:
         every = self._args.rollouts_every
@@ -154,6 +160,7 @@ class Rollouts:
             self._collator.pad_token_id,
             seed,
             self._batch_size or args.per_device_eval_batch_size,
+            self._vocabulary,
         )
 
     def _sample(self, prompts: list[list[int]], sampling: Sampling) -> Answers:
@@ -164,8 +171,7 @@ class Rollouts:
             if self._rollout_fn is None:
                 return sample_answers(prompts, student, sampling)
             given = self._rollout_fn([list(prompt) for prompt in prompts], student, sampling)
-        embeddings = cast(torch.nn.Embedding, student.get_input_embeddings())
-        return Answers(checked_answers(given, len(prompts), embeddings.num_embeddings))
+        return Answers(checked_answers(given, len(prompts), sampling.vocabulary))
 
     def judge(self, figures: dict[str, float]) -> None:
         """Warn once of each way in which the answers of a log line go wrong."""
@@ -209,10 +215,10 @@ def checked_answers(given: Sequence[Sequence[int]], count: int, vocabulary: int)
     Args:
         given: its answers.
         count: of the prompts.
-        vocabulary: tokens that the student knows.
+        vocabulary: tokens that may be in them, from 0.
 
     Raises:
-        ValueError: if that is not one list of the student's tokens for each prompt.
+        ValueError: if that is not one list of such tokens for each prompt.
     """
     answers = [torch.as_tensor(answer).tolist() for answer in given]
     if len(answers) != count:

@@ -55,6 +55,12 @@ def test_a_conversation_that_waits_for_an_answer_ends_with_what_one_begins_with(
     assert turns["input_ids"] == waits["input_ids"]
 
 
+def test_many_conversations_that_wait_before_one_with_an_answer_are_read_too(tokenizer):
+    rows = with_answer_column(Dataset.from_list([{"messages": ASKED}] * 1100 + [{"messages": ANSWERED}]))
+    assert rows[0] == {"prompt": ASKED, "completion": []}
+    assert rows[1100]["completion"] == ANSWERED[-1:]
+
+
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_dropped_and_an_empty_one_too(tokenizer):
     found = encoded([{"prompt": "2+3="}, {"prompt": "2+3=" * 40}, {"prompt": " "}], tokenizer, 16)
     assert (len(found.dataset), found.dropped, found.empty) == (1, 2, [])

@@ -10,7 +10,7 @@ from kava_trainer.models.layers import evaluating
 from kava_trainer.models.packed_attention import enable_packing
 
 NO_END = 511
-GREEDY = Sampling(1.0, 1e-6, 6, (NO_END,), 0, seed=3, batch_size=3)
+GREEDY = Sampling(1.0, 1e-6, 6, (NO_END,), 0, seed=3, batch_size=3, vocabulary=512)
 """With hardly any probability to choose from the most probable token is all there is."""
 
 PROMPTS = [example["input_ids"][:-1] for example in random_examples(7)]
@@ -53,7 +53,7 @@ def test_adapters_are_on_while_a_student_answers():
 
 def test_samples_follow_the_distribution_at_the_temperature_that_was_asked_for():
     model, count = model_of("llama"), 4000
-    sampling = Sampling(2.0, 1.0, 1, (NO_END,), 0, seed=0, batch_size=count)
+    sampling = Sampling(2.0, 1.0, 1, (NO_END,), 0, seed=0, batch_size=count, vocabulary=512)
     torch.manual_seed(0)
     tokens = torch.tensor(sample_answers([PROMPTS[0]] * count, model, sampling).tokens)[:, 0]
     found = torch.bincount(tokens, minlength=512) / count
@@ -65,7 +65,7 @@ def test_samples_follow_the_distribution_at_the_temperature_that_was_asked_for()
 
 def test_top_p_leaves_the_improbable_out():
     model = model_of("llama")
-    sampling = Sampling(1.0, 0.5, 1, (NO_END,), 0, seed=0, batch_size=500)
+    sampling = Sampling(1.0, 0.5, 1, (NO_END,), 0, seed=0, batch_size=500, vocabulary=512)
     torch.manual_seed(0)
     tokens = {own for (own,) in sample_answers([PROMPTS[0]] * 500, model, sampling).tokens}
     with torch.no_grad():
@@ -81,11 +81,21 @@ def test_a_student_s_own_defaults_of_generation_play_no_part():
     assert sample_answers(PROMPTS, model, GREEDY).tokens == plain
 
 
-def test_a_prompt_that_fills_all_positions_has_no_answer_and_one_near_that_a_short_one():
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_prompt_that_fills_all_positions_has_no_answer_and_one_near_that_a_short_one(batch_size):
     model = model_of("llama", max_position_embeddings=20)
     prompts = [list(range(1, length + 1)) for length in (5, 18, 20, 25)]
-    answers = sample_answers(prompts, model, replace(GREEDY, batch_size=1)).tokens
+    answers = sample_answers(prompts, model, replace(GREEDY, batch_size=batch_size)).tokens
     assert [len(answer) for answer in answers] == [6, 2, 0, 0]
+
+
+def test_tokens_that_not_all_know_are_never_written():
+    model = model_of("llama")
+    few = replace(GREEDY, temperature=5.0, top_p=1.0, max_new_tokens=40, vocabulary=20, end_tokens=(19,))
+    torch.manual_seed(0)
+    written = {token for answer in sample_answers(PROMPTS, model, few).tokens for token in answer}
+    assert max(written) < 20
+    assert len(written) > 10
 
 
 def test_a_student_that_computes_its_activations_again_answers_as_any_other():

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.data.formats import SAMPLED
 from kava_trainer.distillation.losses import generalized_jsd_per_token, mercator_per_token
 from kava_trainer.trainer.rollouts import rollouts
 from kava_trainer.trainer.trainer import KavaTrainer
@@ -188,6 +189,23 @@ def test_one_generation_serves_several_steps_and_then_another_is_made(tmp_path, 
     trainer = make_trainer(tmp_path, tokenizer, 64, rollout_fn=write, **changes)
     trainer.train()
     assert asked == [(0, 3), (3, 3), (6, 3)]  # 2.4 of 8 examples, so three are wanted now and then
+
+
+def test_a_short_step_that_was_answered_leaves_later_ones_their_examples(tmp_path, tokenizer):
+    def write(prompts, student, sampling):
+        return [[7, 8, END]] * len(prompts)
+
+    def counted(batches):
+        found = mix(batches)
+        sizes.append([(len(batch["lengths"]), int((batch["origins"] == SAMPLED).sum()) // 3) for batch in found])
+        return found
+
+    changes = {"rollouts_every": 2, "on_policy_fraction": 1.0, "max_steps": 4, "gradient_accumulation_steps": 1}
+    changes |= {"per_device_train_batch_size": 8, "projector_direction": "student_to_teacher"}
+    trainer, sizes = make_trainer(tmp_path, tokenizer, 17, rollout_fn=write, **{**SETTINGS, **changes}), []
+    mix, trainer.batches.mix = trainer.batches.mix, counted
+    trainer.train()
+    assert sizes == [[(8, 8)], [(8, 8)], [(1, 1)], [(8, 1)]]  # 17 examples: the third step has one
 
 
 def test_without_a_fraction_nothing_of_it_plays_a_part(tmp_path, tokenizer):
