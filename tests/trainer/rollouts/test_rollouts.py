@@ -274,7 +274,7 @@ def test_a_step_of_empty_answers_alone_changes_nothing(tmp_path, tokenizer, noth
     ("given", "told"),
     [
         ([[7]], "gave 1 answers to 8 prompts; give one for each"),
-        ([[7]] * 7 + [[512]], r"gave the token 512; give token ids, whole numbers from 0 to 511\."),
+        ([[7]] * 7 + [[512]], r"gave the token 512; give token ids, whole numbers from 0 to 496\."),
         ([[7]] * 7 + [[0.5]], r"gave the token 0\.5; give token ids"),
     ],
 )
