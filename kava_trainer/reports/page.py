@@ -122,6 +122,11 @@ def _samples(summary: Summary) -> list[dict[str, Any]]:
     ]
 
 
+def _rollouts(summary: Summary) -> list[list[tuple[str, str | None]]]:
+    """Of each of the student's own answers that are shown the prompt, the first answer and the last."""
+    return [[shortened(text) for text in (own.prompt, own.first, own.last)] for own in summary.rollouts or []]
+
+
 def shortened(text: str) -> tuple[str, str | None]:
     """The beginning of a text that is long, and the whole of it; a short one whole, and None."""
     beginning = "\n".join(text.split("\n")[:MOST_LINES])[:MOST_CHARACTERS]
@@ -164,6 +169,7 @@ def report_page(record: RunRecord) -> str:
         empty=empty,
         samples=_samples(summary),
         shown_samples=SHOWN_SAMPLES,
+        rollouts=_rollouts(summary),
         fidelity=flat(summary.teacher_fidelity or {}),
         environment=flat(summary.environment),
         arguments=flat(summary.arguments),

@@ -19,6 +19,7 @@ from ..trainer.callbacks import ALWAYS_LOGGED_STEPS
 from ..utils.atomic_files import write_atomically
 from ..utils.redaction import without_secrets
 from .findings.alignment import AlignmentCourse, Measured, PairFigures, course_of
+from .findings.rollouts import RolloutPair
 
 SUMMARY_FILE = "run_summary.json"
 
@@ -174,6 +175,8 @@ class Summary:
     retention: dict[str, Any] | None = None
     """On what `retention_cross_entropy` is measured: `source`, `texts`, `tokens`, and `chance` in nats."""
     samples: list[Sample] = field(default_factory=list)
+    rollouts: list[RolloutPair] | None = None
+    """Of the student's own answers the first, beside its last ones; None where it wrote none."""
     teacher_fidelity: dict[str, Any] | None = None
     cut: dict[str, Any] | None = None
     """Which layers of the teacher the student was made of, and how important each was; None where it was not."""

@@ -6,10 +6,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.launcher import resume_command
 from ..models.teacher import OnlineTeacher
+from ..reports.findings.rollouts import RolloutPair, excerpt
 from ..reports.next_steps import IN_A_SCRIPT
 from ..reports.publish import CARD_FILE, publish, write_card
 from ..reports.run_reader import record_of
@@ -39,6 +40,25 @@ def save_student(run: Run) -> None:
     run.console.stage("Saved")
     run.console.print(f"Student: {student}{'' if written else ', as it was saved before'}")
     run.console.print(f"Projector: {projector if run.trainer.target.projectors else 'there is none'}")
+
+
+def add_rollouts(summary: RunSummary, trainer: KavaTrainer) -> None:
+    """Note the student's first own answers of a training that is over, and what it answers to the same prompts now.
+
+    There are none without a tokenizer, which makes them texts. Raises as `Rollouts.first_and_last`.
+    """
+    tokenizer = cast(PreTrainedTokenizerBase | None, trainer.processing_class)
+    if trainer.rollouts is None or tokenizer is None:
+        return
+    with working("Sampling the student's last answers"):
+        found = trainer.rollouts.first_and_last()
+    summary.content.rollouts = [
+        RolloutPair(
+            excerpt(str(tokenizer.decode(first.prompt, skip_special_tokens=True))),
+            *(excerpt(str(tokenizer.decode(own.answer))) for own in (first, last)),
+        )
+        for first, last in found
+    ] or None
 
 
 def write_summary(run: Run, status: str) -> None:
@@ -158,6 +178,7 @@ def write_report(trainer: KavaTrainer, folder: str | Path | None = None) -> Path
     supervised, taught = args.learns_next_tokens or args.kd_weight > 0, args.reads_teacher
     status = "interrupted" if was_interrupted(trainer) else "completed"
     if status == "completed":
+        add_rollouts(summary, trainer)
         examples = content.held_out_examples
         content.verdict = judge(content, trainer.collapse, supervised, broken, examples, taught)
         content.verdict.next_steps = [IN_A_SCRIPT.get(step, step) for step in content.verdict.next_steps]

@@ -29,7 +29,7 @@ from .advice import smaller_batches
 from .control import build_control, forget_control, train_control
 from .display import quieten, shows_bars, tell_alignment, tell_busy_cores, use_all_cores
 from .fill_cache import read_from_cache, write_cache
-from .finish import conclude, save_student, tell_interruption, was_interrupted, write_summary
+from .finish import add_rollouts, conclude, save_student, tell_interruption, was_interrupted, write_summary
 from .pair.models import Models
 from .setup import Run
 from .start import begin, connect, load_examples, load_pair, try_teacher
@@ -119,6 +119,7 @@ def _train_and_judge(run: Run) -> tuple[str, int]:
     if was_interrupted(run.trainer):
         return _interrupted(run, run.trainer)
     save_student(run)
+    add_rollouts(run.summary, run.trainer)
     collapse = _measure_finished(run)
     if run.training.run_control:
         run.trainer.release()

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data.collators import completed
 from ..data.formats import IGNORED
@@ -34,6 +34,7 @@ from .callbacks.probe import ProbeCallback, progress_of
 from .callbacks.status import StatusCallback
 from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, settled
 from .rollouts.rollouts import Rollouts
+from .run_state import read_progress
 from .saving import SavingTrainer
 
 
@@ -44,6 +45,7 @@ class StudentTrainer(SavingTrainer):
     batches: StepBatches
     probe: ProbeCallback
     status: StatusCallback
+    rollouts: Rollouts | None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -228,6 +230,13 @@ class StudentTrainer(SavingTrainer):
         self.batches.mix = rollouts.mix
         self.run_state.keep(rollouts)
         return rollouts
+
+    def take_up_finished(self, checkpoint: str) -> TrainOutput | None:
+        """As `SavingTrainer`, with the first answers of the student, which the report shows."""
+        output = super().take_up_finished(checkpoint)
+        if output is not None and self.rollouts is not None:
+            self.rollouts.load_state_dict(read_progress(checkpoint, self.args.process_index, self.args.world_size))
+        return output
 
     def hyperparameter_search(
         self,

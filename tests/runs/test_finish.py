@@ -210,6 +210,8 @@ def spoil(place, value):
         ("throughput.tokens_per_second", "fast"),
         ("samples", {}),
         ("samples", [{"prompt": "2 + 2"}]),
+        ("rollouts", {}),
+        ("rollouts", [{"prompt": "2 + 2", "first": "5"}]),
         ("verdict.success", "yes"),
         ("verdict.reasons", "none"),
         ("problems", ["one"]),

@@ -35,6 +35,9 @@ def test_a_student_learns_from_prompts_alone(tmp_path):
     summary = summary_of(tmp_path / "out")
     assert summary["status"] == "completed"
     assert summary["evaluation"]["student_after"] is None
+    assert len(summary["rollouts"]) == 10
+    assert all("What is" in own["prompt"] for own in summary["rollouts"])
+    assert any(own["first"] != own["last"] for own in summary["rollouts"])
     log = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert all(line["rollout_length"] > 0 for line in log if "loss" in line)
     assert (tmp_path / "out" / "final_student" / "model.safetensors").exists()

@@ -22,6 +22,9 @@ from ..incidents import Incidents
 from ..throughput import Throughput
 from .figures import note_figures, warnings_of
 
+MOST_SHOWN = 10
+"""So many of a training's first answers are kept, to be shown beside the last ones."""
+
 
 class Rollouts:
     """Has the student answer some of a step's prompts, and puts what it wrote in the place of their examples.
@@ -78,6 +81,7 @@ class Rollouts:
         """Begin a training without the answers of an earlier one."""
         self._kept: list[Rollout] = []
         self._step = -1
+        self._first: list[Rollout] | None = None
 
     def mix(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of an optimizer step with the student's answers in the place of some examples.
@@ -122,16 +126,42 @@ class Rollouts:
         return self._step < 0 or step % every == 0 or step - self._step >= every
 
     def _written(self, prompts: list[list[int]], seed: int) -> list[Rollout]:
-        """An answer to each prompt; the figures of all are noted."""
+        """An answer to each prompt; the figures of all are noted, and the first of all are kept."""
         with self._clock.stopwatch.measure("generation"):
-            answers = self._sampled(prompts, seed) if prompts else Answers([], None if self._rollout_fn else [])
-        pairs = zip(prompts, answers.tokens, strict=True)
-        rollouts = [rollout_of(prompt, own, self._end_tokens) for prompt, own in pairs]
+            step = self._incidents.step + 1
+            answers = self._sampled(prompts, seed, step) if prompts else Answers([], None if self._rollout_fn else [])
+        rollouts = self._rollouts_of(prompts, answers)
         note_figures(self._means(), rollouts, answers.entropies, self._args.device)
+        if self._first is None and rollouts:
+            self._first = rollouts[:MOST_SHOWN]
         return rollouts
 
-    def _sampled(self, prompts: list[list[int]], seed: int) -> Answers:
-        """The answers, of as many prompts at a time as fit. Raises `RunFailed` if not even one does."""
+    def _rollouts_of(self, prompts: list[list[int]], answers: Answers) -> list[Rollout]:
+        pairs = zip(prompts, answers.tokens, strict=True)
+        return [rollout_of(prompt, own, self._end_tokens) for prompt, own in pairs]
+
+    def first_and_last(self) -> list[tuple[Rollout, Rollout]]:
+        """The first answers of this rank's training, each beside what the student as it is now answers to its prompt.
+
+        There are at most `MOST_SHOWN`, all of the first generation, and none where there was none. Nothing of a
+        training is changed by it. Raises `RunFailed` if memory runs out with a single prompt.
+        """
+        if not self._first:
+            return []
+        prompts = [own.prompt for own in self._first]
+        seed = derived_seed(self._args.seed, self._incidents.step, self._args.process_index)
+        last = self._rollouts_of(prompts, self._sampled(prompts, seed, None))
+        return list(zip(self._first, last, strict=True))
+
+    def _sampled(self, prompts: list[list[int]], seed: int, step: int | None) -> Answers:
+        """The answers, of as many prompts at a time as fit. Raises `RunFailed` if not even one does.
+
+        Args:
+            prompts: token ids.
+            seed: of the sampling.
+            step: that they are for; None after the training.
+        """
+        when = "after the last step" if step is None else f"in step {step}"
         while True:
             sampling = self._sampling(seed)
             try:
@@ -141,14 +171,14 @@ class Rollouts:
             release_memory()
             if tried == 1:
                 raise RunFailed(
-                    f"Out of memory in step {self._incidents.step + 1} while the student answered a single prompt; "
+                    f"Out of memory {when} while the student answered a single prompt; "
                     f"lower on_policy_max_new_tokens (now {sampling.max_new_tokens}). {self._incidents.advice()}"
                 )
             self._batch_size = tried // 2
             told = f"sampled the answers again, {self._batch_size} at a time, which stay the most"
-            where = f"Out of memory in step {self._incidents.step + 1} with answers to {tried} prompts"
+            where = f"Out of memory {when} with answers to {tried} prompts"
             self._incidents.console.warn(f"{where}; {told}.")
-            self._incidents.note("oom", told, self._incidents.step + 1)
+            self._incidents.note("oom", told, step)
 
     def _sampling(self, seed: int) -> Sampling:
         args = self._args
@@ -183,11 +213,12 @@ class Rollouts:
                 self._incidents.note(kind, "went on with such answers")
 
     def state_dict(self) -> dict[str, Any]:
-        """The answers that later steps will use again with the step that they are of, for a checkpoint."""
+        """The first answers, and those that later steps will use again with their step, for a checkpoint."""
         kept = self._kept if self._args.rollouts_every > 1 else []
         return {
             "rollouts": {
-                "kept": [(rollout.prompt, rollout.answer, rollout.ended) for rollout in kept],
+                "kept": _plain(kept),
+                "first": None if self._first is None else _plain(self._first),
                 "step": self._step,
                 "batch_size": self._batch_size,
                 "first_entropy": self._first_entropy,
@@ -199,8 +230,14 @@ class Rollouts:
         if (saved := state.get("rollouts")) is None:
             return
         self._batch_size, self._first_entropy = saved["batch_size"], saved["first_entropy"]
+        first = saved.get("first", [])  # an older checkpoint has lost them, and those to come are not the first
+        self._first = None if first is None else [Rollout(*own) for own in first]
         if state["same_ranks"] and saved["kept"]:
             self._kept, self._step = [Rollout(*own) for own in saved["kept"]], saved["step"]
+
+
+def _plain(rollouts: list[Rollout]) -> list[tuple[list[int], list[int], bool]]:
+    return [(rollout.prompt, rollout.answer, rollout.ended) for rollout in rollouts]
 
 
 def _turned(rollouts: list[Rollout], by: int) -> list[Rollout]:
