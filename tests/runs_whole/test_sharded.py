@@ -17,6 +17,7 @@ from helpers.models import bfloat16_llama, llama_as_wide_as_the_teacher, tiny_ll
 from helpers.outcomes import assert_same_step
 from helpers.places import ROOT
 from helpers.processes import Run
+from helpers.programs import words
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -226,25 +227,26 @@ def test_the_config_that_comes_along_shards_on_cuda_alone(monkeypatch, device):
     assert device != "cpu" or "plain data parallelism" in str(problem)
 
 
-def test_adapters_are_refused_where_weights_are_sharded(monkeypatch):
-    for name, value in LAUNCHED.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("use_peft", "true", "use_peft is not supported under FSDP2"),
+        (
+            "on_policy_fraction",
+            "0.5",
+            "on_policy_fraction is 0.5, but under FSDP2 no process has the whole student to sample with; "
+            "start with DDP",
+        ),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_where_they_are_sharded(monkeypatch, name, value, told):
+    for variable, setting in LAUNCHED.items():
+        monkeypatch.setenv(variable, setting)
     monkeypatch.setattr(launcher, "SHARDING_DEVICES", {"cpu"})
     options = {"teacher_model_name_or_path": "quickstart", "student_model_name_or_path": "quickstart"}
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    with pytest.raises(BadRequest, match="use_peft is not supported under FSDP2"):
-        parse_arguments([*words, "--dataset_name", "quickstart", "--use_peft", "true", "--use_cpu", "true"])
-
-
-def test_answers_of_the_student_are_refused_where_weights_are_sharded(monkeypatch):
-    for name, value in LAUNCHED.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launcher, "SHARDING_DEVICES", {"cpu"})
-    options = {"teacher_model_name_or_path": "quickstart", "student_model_name_or_path": "quickstart"}
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    told = r"on_policy_fraction is 0.5, but under FSDP2 no process has the whole student to sample with; start with DDP"
+    options |= {"dataset_name": "quickstart", name: value, "use_cpu": "true"}
     with pytest.raises(BadRequest, match=told):
-        parse_arguments([*words, "--dataset_name", "quickstart", "--on_policy_fraction", "0.5", "--use_cpu", "true"])
+        parse_arguments(words(options))
 
 
 def test_sharding_asked_for_on_a_cpu_ends_the_run_before_anything_is_loaded(tmp_path, monkeypatch, capsys):

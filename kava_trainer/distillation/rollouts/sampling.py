@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ...models.generation.generate import continue_prompts
 from ...models.layers import context_length
+from ...models.lm_head import vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Entropies(LogitsProcessor):
         return scores
 
     def of_each_token(self) -> torch.Tensor:
-        """In nats [B, T]."""
-        return torch.stack(self._steps, dim=1)
+        """In nats [B, T], on the host, where they are counted."""
+        return torch.stack(self._steps, dim=1).cpu()
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def sample_answers(prompts: Sequence[Sequence[int]], student: PreTrainedModel, s
         written = continue_prompts(
             student,
             [prompts[place] for place in places],
-            _config(sampling, min(room, sampling.max_new_tokens), _outputs(student)),
+            _config(sampling, min(room, sampling.max_new_tokens), vocabulary_size(student)),
             logits_processor=LogitsProcessorList([watch]),
         )
         for place, own, uncertainty in zip(places, written.tolist(), watch.of_each_token(), strict=True):
@@ -106,11 +107,6 @@ def _batches(rooms: Sequence[int], sampling: Sampling) -> list[list[int]]:
     roomy = [place for place in order if rooms[place] >= sampling.max_new_tokens]
     together = [roomy[start : start + sampling.batch_size] for start in range(0, len(roomy), sampling.batch_size)]
     return together + [[place] for place in order[len(roomy) :]]
-
-
-def _outputs(student: PreTrainedModel) -> int:
-    """Tokens that a student has a logit for."""
-    return int(student.config.get_text_config(decoder=True).vocab_size)
 
 
 def _config(sampling: Sampling, max_new_tokens: int, outputs: int) -> GenerationConfig:
