@@ -18,12 +18,15 @@ TRAINED = "trained_before"
 
 RATES = (3e-4, 6e-4, 1e-3)
 
+_KEPT = (0, 1, 2, 8, 9, 10, 11, 15, 19, 20, 23, 24, 27, 28, 29)
+"""Of the student of 15 layers."""
+
 SHAPES: dict[str, dict[str, Any]] = {
     "24 of 30": {
         "student_layers": "[0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 27, 28, 29]"
     },
     "20 of 30": {"student_layers": "[0, 1, 2, 8, 9, 10, 11, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 27, 28, 29]"},
-    "15 of 30": {"student_layers": "[0, 1, 2, 8, 9, 10, 11, 15, 19, 20, 23, 24, 27, 28, 29]"},
+    "15 of 30": {"student_layers": str(list(_KEPT))},
     "half width, random": {"student_config_name": HALF_WIDTH},
     "15 layers, trained before": {"student_model_name_or_path": TRAINED},
     "1024 of 1536 neurons": {"student_init": "teacher_layers", "student_intermediate_size": 1024},
@@ -41,6 +44,11 @@ _PROJECTED = {
     "projector_init": "least_squares",
 }  # fmt: skip
 _MERCATOR = {**_INHERITED, "mercator_weight": 3.0}
+_SAME_LAYERS = {
+    **_RELATIVE, "layer_mapping": str([[place, layer + 1] for place, layer in enumerate(_KEPT, start=1)]),
+}  # fmt: skip
+"""What `inherited` is for a student that was cut before."""
+_ROLLOUTS = {"on_policy_fraction": 0.5, "on_policy_max_new_tokens": 128, "per_device_eval_batch_size": 8}
 
 ARMS: dict[str, dict[str, Any]] = {
     "SFT": _LEAST,
@@ -66,6 +74,11 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "SFT + KD on answers + projected last layer (weight 0.3)": {
         **_LEAST, **_KD_ANSWERS, **_PROJECTED, "mercator_weight": 0.3,
+    },
+    "SFT + KD on answers + same layers (relative)": {**_LEAST, **_KD_ANSWERS, **_SAME_LAYERS},
+    "half on-policy: SFT + KD on answers": {**_LEAST, **_KD_ANSWERS, **_ROLLOUTS},
+    "half on-policy: SFT + KD on answers + same layers (relative)": {
+        **_LEAST, **_KD_ANSWERS, **_SAME_LAYERS, **_ROLLOUTS,
     },
 }  # fmt: skip
 """`hidden` aligns each layer with the teacher layer that it was cut from, the last one after the final norm."""
