@@ -35,6 +35,8 @@ def _enter(function, log, rank, ranks, port, arguments):
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }  # fmt: skip
+    # Else data workers would be started as this process was, by a server that has imported nothing yet.
+    multiprocessing.set_start_method(None, force=True)
     import torch
 
     torch.set_num_threads(1)
