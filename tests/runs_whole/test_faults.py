@@ -64,7 +64,7 @@ def assert_nothing_broken(output):
     assert json.loads((output / "run_summary.json").read_text())["status"] == "completed"
 
 
-@pytest.mark.parametrize("least_kills", [15, pytest.param(60, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("least_kills", [8, pytest.param(60, marks=pytest.mark.exhaustive)])
 def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped(
     data, uninterrupted, tmp_path, least_kills
 ):
