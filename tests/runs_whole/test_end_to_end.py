@@ -163,7 +163,7 @@ def test_the_seed_recipe_names_its_files_as_ever(tmp_path, monkeypatch):
 def test_the_quickstart_runs_with_a_quantised_teacher_and_tells_what_that_costs(tmp_path, quantization, capsys):
     pytest.importorskip("bitsandbytes")
     recipe = str(ROOT / "training_args" / "quickstart.json")
-    options = {**SHORT, "teacher_quantization": quantization, "output_dir": tmp_path}
+    options = {**SHORT, "teacher_quantization": quantization, "output_dir": tmp_path, "run_control": "false"}
     assert run_kava.main([recipe, *words(options)]) == 0
     summary = summary_of(tmp_path)
     assert summary["evaluation"]["teacher"]["perplexity"] < 2
@@ -274,6 +274,7 @@ def test_a_broken_or_stale_cache_ends_the_run_before_training(tmp_path, capsys):
 def test_resuming_goes_on_and_starting_over_with_true_starts_afresh(tmp_path, capsys):
     recipe = str(ROOT / "training_args" / "quickstart.json")
     options = {**SHORT, "output_dir": tmp_path, "save_steps": 2, "resume_from_checkpoint": "true"}
+    options["run_control"] = "false"
     assert run_kava.main([recipe, *words(options)]) == 0
     assert "No checkpoint to resume from yet" in capsys.readouterr().out
     first = summary_of(tmp_path)
@@ -320,7 +321,7 @@ def test_a_real_teacher_on_the_real_gsm8k(tmp_path, capsys):
         "student_config_name": tmp_path / "config",
         "dataset_name": data,
         "output_dir": tmp_path / "out",
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
         "max_steps": 200,

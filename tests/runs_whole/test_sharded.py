@@ -59,7 +59,8 @@ finish = partial(outcomes.finish, function=sharded_run.train)
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(4, {}, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
         pytest.param(2, {"model": bfloat16_llama, "max_tokens_per_batch": 0}, marks=pytest.mark.slow),
-        pytest.param(4, {"optim": "adamw_torch_8bit"}, marks=pytest.mark.slow),
+        pytest.param(2, {"optim": "adamw_torch_8bit"}, marks=pytest.mark.slow),
+        pytest.param(4, {"optim": "adamw_torch_8bit"}, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     ],
 )
 def test_a_resumed_sharded_run_has_the_same_losses_and_weights(tmp_path, ranks, changes):
