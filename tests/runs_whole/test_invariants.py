@@ -158,7 +158,7 @@ def named(changes):
 
 
 @pytest.mark.parametrize("changes", RESUMED, ids=named)
-@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_a_resumed_run_ends_bit_equal_to_one_never_stopped(tmp_path, tokenizer, changes, stop):
     if changes.get("optim") == "adamw_torch_8bit":
         pytest.importorskip("torchao")
@@ -206,7 +206,8 @@ def levered_run(folder, tokenizer, cache=None, **levers):
 
 
 @pytest.mark.parametrize(
-    "levers", [pytest.param(name, marks=[] if name == "all" else pytest.mark.slow) for name in LEVERS]
+    "levers",
+    [pytest.param(name, marks=[] if name == "all" else [pytest.mark.slow, pytest.mark.exhaustive]) for name in LEVERS],
 )
 def test_no_optimisation_changes_the_losses_of_50_steps(tmp_path, tokenizer, plain_run, levers):
     changes = LEVERS[levers]

@@ -30,7 +30,10 @@ from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.trainer.checkpoint import broken_reason, list_checkpoints
 from kava_trainer.utils.errors import BadRequest
 
-SLOW_SPLITS = [pytest.param(*split, marks=pytest.mark.slow) for split in ((2, 1, 4), (1, 4, 2), (1, 2, 4))]
+SLOW_SPLITS = [
+    *(pytest.param(*split, marks=pytest.mark.slow) for split in ((2, 1, 4), (1, 4, 2))),
+    pytest.param(1, 2, 4, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+]
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "ranks"), [(4, 1, 2), *SLOW_SPLITS])
