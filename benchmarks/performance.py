@@ -21,6 +21,10 @@ PARTS = {
     "forward": "forward: teacher, student, projectors, losses", "backward": "backward", "optimizer": "optimizer",
     "outside": "everything else",
 }  # fmt: skip
+WRITING = {
+    "one at a time": "transformers' `generate`, one prompt at a time", "8 together": "**KAVA**, 8 prompts at a time",
+    "all together": "**KAVA**, all 32 at a time", "continuous": "transformers' continuous batching",
+}  # fmt: skip
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -47,6 +51,31 @@ def loop_table(name: str) -> str:
     return markdown(["Part", "seconds", "share"], rows)
 
 
+def writing_table(name: str) -> str:
+    """What writing the student's answers takes in each way: all of one length, and as they end."""
+    parts = {part: {row["way"]: row for row in read(name) if row["part"] == part} for part in ("full", "ending")}
+    lines = []
+    for way, label in WRITING.items():
+        figures = [
+            [row["tokens"], f"{float(row['tokens_per_second']):,.0f}", f"{float(row['ratio']):.1f}"]
+            for row in (parts["full"][way], parts["ending"][way])
+        ]
+        lines.append([label, *figures[0], *figures[1]])
+    columns = ["tokens", "tokens/s", "x one at a time"]
+    return markdown(["Way", *columns, *(f"{column}, as they end" for column in columns)], lines)
+
+
+def own_answers_table(name: str) -> str:
+    """What a step costs in which the student answers some of the prompts itself."""
+    lines = []
+    for row in (row for row in read(name) if row["part"] == "step"):
+        fraction, every = row["way"].split(", every ")
+        figures = [f"{1000 * float(row['seconds']):.0f}", f"{float(row['ratio']):.2f}"]
+        lines.append([fraction, every, *figures, f"{100 * float(row['generation_share']):.0f} %"])
+    columns = ["`rollouts_every`", "ms a step", "x a step without", "share of the generation"]
+    return markdown(["`on_policy_fraction`", *columns], lines)
+
+
 def streaming_table(name: str) -> str:
     """What a stream takes while examples go by, or what the index of a teacher cache takes."""
     names = {
@@ -68,6 +97,9 @@ def document(text: str) -> str:
     for kind, table in (("step", step_table), ("loop", loop_table), ("streaming", streaming_table)):
         for path in sorted(RESULTS.glob(f"{kind}-*.csv")):
             text = fill(text, path.stem, table(path.stem))
+    for path in sorted(RESULTS.glob("rollouts-*.csv")):
+        text = fill(text, f"{path.stem}-writing", writing_table(path.stem))
+        text = fill(text, f"{path.stem}-step", own_answers_table(path.stem))
     return text
 
 

@@ -1,6 +1,9 @@
 """What one distillation step costs, done the usual ways and KAVA's, interleaved in one process.
 
     python benchmarks/step.py --size quickstart|middle|real [--ways a,b,c,d,e,f,g] [--terms hidden|all] --out FILE.csv
+    python benchmarks/step.py --terms on_policy --out FILE.csv
+
+The second measures what the student's own answers cost: `benchmarks/step_rollouts.py`.
 
 Every way does the forward and backward passes of the same examples with the same terms in the same precision; the
 optimizer, equal for all, is left out. The ways:
@@ -42,6 +45,7 @@ from datasets import Dataset  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: E402
 
+from benchmarks import step_rollouts  # noqa: E402
 from benchmarks.step_sizes import SIZES, Size, texts_of  # noqa: E402
 from kava_trainer.config.arguments import KavaTrainingArguments  # noqa: E402
 from kava_trainer.data.collators import DistillationCollator, JoiningCollator  # noqa: E402
@@ -320,27 +324,36 @@ def rows_of(bench: Bench, arguments: argparse.Namespace, ways: list[str]) -> lis
     ]
 
 
+def write_rows(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Write the CSV file, and print what was found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    for row in rows:
+        print({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if k in columns[:10]})
+
+
 def main() -> None:
     """Measure and write the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--size", choices=SIZES, default="quickstart")
     parser.add_argument("--ways", default="a,b,c,d,e,f,g")
-    parser.add_argument("--terms", choices=TERMS, default="hidden")
+    parser.add_argument("--terms", choices=[*TERMS, "on_policy"], default="hidden")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.terms == "on_policy":
+        if arguments.size != "quickstart" or arguments.ways != parser.get_default("ways"):
+            parser.error("--terms on_policy is measured at --size quickstart, in ways of its own")
+        bench = step_rollouts.RolloutBench()
+        return write_rows(arguments.out, step_rollouts.COLUMNS, step_rollouts.rows_of(bench, arguments.repeats))
     ways = arguments.ways.split(",")
     if unknown := set(ways) - set("abcdefg"):
         parser.error(f"--ways knows a to g, not {', '.join(sorted(unknown))}")
     bench = Bench(SIZES[arguments.size], arguments.terms, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = rows_of(bench, arguments, ways)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    for row in rows:
-        print({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if k in COLUMNS[:10]})
+    return write_rows(arguments.out, COLUMNS, rows_of(bench, arguments, ways))
 
 
 if __name__ == "__main__":

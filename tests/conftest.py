@@ -53,6 +53,14 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(STUDENT_FOLDER)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _unflushed():
+    """What is written need not reach the disk: a process that is killed loses nothing by it, and no power goes away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _short_runs(request, monkeypatch):
     """Runs in this process leave out their report, play no step through for its memory and time none: seconds each.

@@ -1,5 +1,6 @@
 """One training done by `transformers.Trainer` and one by `KavaTrainer` on the same student, data and arguments."""
 
+import functools
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,12 @@ def _rows(count: int, seed: int) -> list[dict[str, list[int]]]:
 
 
 TRAINED, HELD_OUT = _rows(16, 0), _rows(5, 1)
+
+
+@functools.cache
+def as_dataset(name: str) -> Dataset:
+    """`TRAINED` or `HELD_OUT`, made once."""
+    return Dataset.from_list({"TRAINED": TRAINED, "HELD_OUT": HELD_OUT}[name])
 
 
 def tiny_student() -> LlamaForCausalLM:
@@ -93,7 +100,7 @@ def make(kind: type[Trainer], folder: Path, tokenizer: Any, changes: dict[str, A
     `changes` are training arguments, and under `given` parameters of the trainer, under `ours` arguments that
     `KavaTrainer` alone takes, and under `student` what makes another one.
     """
-    given = {"train_dataset": Dataset.from_list(TRAINED), "eval_dataset": Dataset.from_list(HELD_OUT)}
+    given = {"train_dataset": as_dataset("TRAINED"), "eval_dataset": as_dataset("HELD_OUT")}
     given |= {"processing_class": tokenizer, **changes.get("given", dict)()}
     given["callbacks"] = [events, *given.get("callbacks", ())]
     own = {name: value for name, value in changes.items() if name not in ("given", "resume", "ours", "student")}

@@ -30,11 +30,14 @@ def _enter(function, log, rank, ranks, port, arguments):
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.fsync = lambda descriptor: None  # no test takes the power away
     if ranks > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }  # fmt: skip
+    # Else data workers would be started as this process was, by a server that has imported nothing yet.
+    multiprocessing.set_start_method(None, force=True)
     import torch
 
     torch.set_num_threads(1)

@@ -51,7 +51,7 @@ def test_the_shipped_files_are_small_and_of_the_scripts_shapes():
     assert student.num_parameters() * 4 <= teacher.num_parameters()
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_the_teacher_answers_95_percent_of_held_out_problems(count):
     tokenizer = AutoTokenizer.from_pretrained(TEACHER_FOLDER)
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER_FOLDER)

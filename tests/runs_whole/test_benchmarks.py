@@ -13,6 +13,8 @@ import bf16_updates
 import matrix
 import step
 
+from benchmarks import step_rollouts
+
 
 @pytest.mark.parametrize("terms", ["hidden", "all"])
 def test_every_way_of_a_step_has_the_same_gradients(terms):
@@ -44,6 +46,39 @@ def test_the_step_benchmark_writes_a_row_for_each_way(tmp_path, monkeypatch):
     assert tuple(rows[0]) == step.COLUMNS
     assert all(float(row["seconds"]) > 0 and int(row["peak_memory_bytes"]) > 0 for row in rows)
     assert float(rows[0]["ratio_to_usual"]) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_students_own_answers_compares_like_with_like(tmp_path, monkeypatch):
+    out = tmp_path / "own.csv"
+    monkeypatch.setattr(sys, "argv", ["step.py", "--terms", "on_policy", "--repeats", "1", "--out", str(out)])
+    monkeypatch.setattr(step_rollouts, "NEW_TOKENS", 6)
+    monkeypatch.setattr(step_rollouts, "LESSONS", 2)
+    step.main()
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == step_rollouts.COLUMNS
+    writing = ["one at a time", "8 together", "all together", "continuous"]
+    assert [row["way"] for row in rows if row["part"] == "ending"] == writing
+    full = {row["way"]: row for row in rows if row["part"] == "full"}
+    assert {way: int(row["tokens"]) for way, row in full.items()} == dict.fromkeys(writing, 32 * 6)
+    assert float(full["all together"]["ratio"]) == pytest.approx(
+        float(full["one at a time"]["seconds"]) / float(full["all together"]["seconds"]), rel=1e-3
+    )
+    alone, half, half_in_three, *_ = steps = [row for row in rows if row["part"] == "step"]
+    assert [row["way"] for row in steps] == ["0, every 1", "0.5, every 1", "0.5, every 3", "1, every 1", "1, every 3"]
+    assert (float(alone["tokens"]), float(alone["generation_share"]), float(alone["ratio"])) == (0, 0, 1)
+    assert 0 < float(half_in_three["generation_share"]) < float(half["generation_share"]) < 1
+    assert 0 < float(half["tokens"]) <= 16 * 6 < float(steps[3]["tokens"]) <= 32 * 6
+
+
+@pytest.mark.parametrize("options", [["--size", "middle"], ["--ways", "a,d"]])
+def test_the_students_own_answers_have_ways_and_a_size_of_their_own(tmp_path, monkeypatch, capsys, options):
+    asked = ["step.py", "--terms", "on_policy", *options, "--out", str(tmp_path / "own.csv")]
+    monkeypatch.setattr(sys, "argv", asked)
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "--terms on_policy is measured at --size quickstart, in ways of its own" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -113,9 +113,8 @@ def test_the_commands_for_several_processes_run(desk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe", [pytest.param("seed_mercator_only", marks=pytest.mark.exhaustive), "gsm8k_qwen2.5_8gb"]
-)
+@pytest.mark.exhaustive  # the walks run the same commands with fewer steps
+@pytest.mark.parametrize("recipe", ["seed_mercator_only", "gsm8k_qwen2.5_8gb"])
 def test_the_recipes_run_whole_as_they_stand_without_torchao(desk, capsys, recipe):
     (command,) = commands_with(f"training_args/{recipe}.json")
     assert run_kava.main(command[command.index("run_kava.py") + 1 :]) == 0

@@ -62,6 +62,12 @@ def test_the_tables_of_performance_are_those_of_its_measurements():
     assert "step-real-hidden" in text
 
 
+def test_the_students_own_answers_are_written_much_faster_than_one_at_a_time():
+    rows = {(row["part"], row["way"]): float(row["ratio"]) for row in performance.read("rollouts-quickstart")}
+    for part in ("full", "ending"):
+        assert rows[part, "all together"] > max(4, rows[part, "continuous"])
+
+
 def test_the_tables_of_scaling_are_those_of_its_runs_and_of_its_arithmetic():
     text = scaling.DOCUMENT.read_text(encoding="utf-8")
     assert scaling.document(text) == text

@@ -163,7 +163,7 @@ def test_the_seed_recipe_names_its_files_as_ever(tmp_path, monkeypatch):
 def test_the_quickstart_runs_with_a_quantised_teacher_and_tells_what_that_costs(tmp_path, quantization, capsys):
     pytest.importorskip("bitsandbytes")
     recipe = str(ROOT / "training_args" / "quickstart.json")
-    options = {**SHORT, "teacher_quantization": quantization, "output_dir": tmp_path}
+    options = {**SHORT, "teacher_quantization": quantization, "output_dir": tmp_path, "run_control": "false"}
     assert run_kava.main([recipe, *words(options)]) == 0
     summary = summary_of(tmp_path)
     assert summary["evaluation"]["teacher"]["perplexity"] < 2
@@ -274,6 +274,7 @@ def test_a_broken_or_stale_cache_ends_the_run_before_training(tmp_path, capsys):
 def test_resuming_goes_on_and_starting_over_with_true_starts_afresh(tmp_path, capsys):
     recipe = str(ROOT / "training_args" / "quickstart.json")
     options = {**SHORT, "output_dir": tmp_path, "save_steps": 2, "resume_from_checkpoint": "true"}
+    options["run_control"] = "false"
     assert run_kava.main([recipe, *words(options)]) == 0
     assert "No checkpoint to resume from yet" in capsys.readouterr().out
     first = summary_of(tmp_path)
@@ -292,22 +293,24 @@ def test_resuming_goes_on_and_starting_over_with_true_starts_afresh(tmp_path, ca
 
 
 @pytest.mark.slow
-def test_the_seed_recipe_ends_collapsed_and_says_so(tmp_path):
+def test_the_seed_recipe_ends_collapsed_and_says_so(tmp_path, capsys):
     recipe = str(ROOT / "training_args" / "seed_mercator_only.json")
-    result = launch(recipe, *words({**QUICKSTART, "output_dir": "out", "final_dir": "out"}), cwd=tmp_path, timeout=1800)
-    assert result.returncode == 0, result.stderr
-    summary = summary_of(tmp_path / "out")
+    options = {**QUICKSTART, "output_dir": tmp_path, "final_dir": tmp_path, "generation_max_new_tokens": 32}
+    options |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 300}
+    options |= {"max_train_samples": 2400, "max_eval_samples": 50, "per_device_eval_batch_size": 50}
+    assert run_kava.main([recipe, *words(options)]) == 0
+    shown, summary = capsys.readouterr().out, summary_of(tmp_path)
     assert summary["final"]["cos_sim"] > 0.95
     assert summary["verdict"]["collapsed"] is True
     assert summary["verdict"]["success"] is False
     assert "agrees with the target of another token" in summary["verdict"]["reasons"][0]
     assert any("never supervised" in reason for reason in summary["verdict"]["reasons"])
-    assert re.search(r"^Alignment: CosSim 0\.9\d{3} Collapsed", result.stdout, re.M)
-    assert "Nothing holds the projector" in result.stdout
+    assert re.search(r"^Alignment: CosSim 0\.9\d{3} Collapsed", shown, re.M)
+    assert "Nothing holds the projector" in shown
 
 
 @pytest.mark.slow
-def test_a_real_teacher_on_the_real_gsm8k(tmp_path):
+def test_a_real_teacher_on_the_real_gsm8k(tmp_path, capsys):
     teacher, data = shared_path("models", "stories260k"), shared_path("data", "gsm8k", "train.jsonl")
     config = AutoModelForCausalLM.from_pretrained(teacher).config
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 32, 86, 2
@@ -318,7 +321,7 @@ def test_a_real_teacher_on_the_real_gsm8k(tmp_path):
         "student_config_name": tmp_path / "config",
         "dataset_name": data,
         "output_dir": tmp_path / "out",
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
         "max_steps": 200,
@@ -327,9 +330,8 @@ def test_a_real_teacher_on_the_real_gsm8k(tmp_path):
         "generation_max_new_tokens": 32,
         "use_cpu": True,
     }
-    result = launch(*words(options), timeout=1200)
-    assert result.returncode == 0, result.stderr
-    assert "Dataset loaded: 7473 samples" in result.stdout
+    assert run_kava.main(words(options)) == 0
+    assert "Dataset loaded: 7473 samples" in capsys.readouterr().out
     summary = summary_of(tmp_path / "out")
     assert summary["cos_sim_at"]["200"] > summary["cos_sim_at"]["50"]
     assert summary["evaluation"]["student_after"]["perplexity"] < summary["evaluation"]["student_before"]["perplexity"]
@@ -339,12 +341,24 @@ def test_a_real_teacher_on_the_real_gsm8k(tmp_path):
     assert student.generate(**prompt, max_new_tokens=8).shape[1] > prompt["input_ids"].shape[1]
 
 
+def cut_to(config, layers):
+    config.layer_types, config.num_hidden_layers = config.layer_types[:layers], layers
+    config.max_window_layers = layers
+    return config
+
+
 @pytest.mark.slow
-def test_two_steps_at_the_real_shapes(tmp_path):
+@pytest.mark.parametrize(
+    ("teacher_layers", "student_layers", "most_bytes"),
+    [(3, 2, 12 * 2**30), pytest.param(28, 24, 24 * 2**30, marks=pytest.mark.exhaustive)],
+)
+def test_two_steps_at_the_real_shapes(tmp_path, teacher_layers, student_layers, most_bytes):
+    """Real widths and vocabulary; in every run of CI with few of the layers, which are all alike."""
     models, data = shared_path("models"), shared_path("data", "gsm8k", "train.jsonl")
     teacher = tmp_path / "teacher"
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(models / "qwen2.5-1.5b-instruct")
+    config = cut_to(AutoConfig.from_pretrained(models / "qwen2.5-1.5b-instruct"), teacher_layers)
+    cut_to(AutoConfig.from_pretrained(models / "qwen2.5-0.5b"), student_layers).save_pretrained(tmp_path / "student")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(teacher)
     del model
@@ -355,14 +369,16 @@ def test_two_steps_at_the_real_shapes(tmp_path):
     options = {
         "teacher_model_name_or_path": teacher,
         "teacher_dtype": dtype,
-        "student_config_name": models / "qwen2.5-0.5b",
+        "student_config_name": tmp_path / "student",
         "student_dtype": dtype,
         "dataset_name": tmp_path / "some.jsonl",
         "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_steps": 2,
         "max_eval_samples": 2,
         "calibration_tokens": 1024,
+        "retention_dataset_name": "none",
         "save_strategy": "no",
         "use_cpu": True,
     }
@@ -372,4 +388,4 @@ def test_two_steps_at_the_real_shapes(tmp_path):
         assert line in result.stdout
     summary = summary_of(tmp_path / "out")
     assert math.isfinite(summary["final"]["loss"])
-    assert summary["throughput"]["peak_memory_bytes"] < 24 * 2**30
+    assert summary["throughput"]["peak_memory_bytes"] < most_bytes

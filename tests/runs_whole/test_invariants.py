@@ -1,10 +1,13 @@
 """Properties of whole runs: how a batch is split does not matter, padding does not, nor does an interruption."""
 
+import itertools
+
 import pytest
 import torch
 from helpers.caches import cached_run
 from helpers.data import random_examples
 from helpers.hashes import weight_hash
+from helpers.matrices import matrix
 from helpers.models import bfloat16_llama, tiny_qwen
 from helpers.outcomes import assert_same_step, finish, one_step
 from helpers.trainers import loss_lines, make_trainer
@@ -37,9 +40,11 @@ def test_terms_over_different_tokens_do_not_depend_on_how_the_batch_is_split(tmp
         assert split["line"][name] == pytest.approx(whole["line"][name], rel=1e-4), name
 
 
-def test_a_step_on_the_student_s_own_answers_does_not_depend_on_how_the_batch_is_split(tmp_path):
-    sizes = ((8, 1, 1), (2, 2, 2))
-    whole, split = (one_step(tmp_path, *own, weights="1.0,0.0", tokens="all", on_policy="1.0") for own in sizes)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((4, 1, 2), marks=pytest.mark.slow)])
+def test_a_step_on_the_student_s_own_answers_does_not_depend_on_how_the_batch_is_split(tmp_path, sizes):
+    asked = {"weights": "1.0,0.0", "tokens": "all", "on_policy": "1.0"}
+    whole, split = (one_step(tmp_path, *own, **asked) for own in ((8, 1, 1), sizes))
+    assert (whole["world_size"], split["world_size"]) == (1, 2)
     for name, parameter in whole["weights"].items():
         torch.testing.assert_close(split["weights"][name], parameter, rtol=0, atol=1e-5, msg=name)
     names = ("loss", "cos_sim", "mercator_loss", "kd_loss", "relative_mse_loss", "rollout_length", "rollout_agreement")
@@ -47,15 +52,28 @@ def test_a_step_on_the_student_s_own_answers_does_not_depend_on_how_the_batch_is
     assert line == pytest.approx({name: whole["line"][name] for name in names}, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fraction", "every"), [(0.5, 3), *(pytest.param(*own, marks=pytest.mark.slow) for own in [(0.5, 1), (1.0, 3)])]
+OWN_ANSWERS = matrix(
+    list(itertools.product((0.5, 1.0), (1, 3), (40, 0))),
+    lambda fraction, every, padded: padded != (fraction + every) % 2,
 )
-def test_two_ranks_go_on_with_the_student_s_own_answers_bit_by_bit(tmp_path, fraction, every):
+"""Settings of the student's own answers under two ranks; those of one are in test_rollouts."""
+
+
+@pytest.mark.parametrize(
+    ("fraction", "every", "most_tokens"),
+    [
+        pytest.param(*own.values, marks=[] if own.values == (0.5, 3, 40) else [pytest.mark.slow, *own.marks])
+        for own in OWN_ANSWERS
+    ],
+)
+def test_two_ranks_go_on_with_the_student_s_own_answers_bit_by_bit(tmp_path, fraction, every, most_tokens):
     settings = {
         "kd_weight": 1.0, "on_policy_fraction": fraction, "rollouts_every": every, "on_policy_max_new_tokens": 6,
         "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1,
+        "max_tokens_per_batch": most_tokens,
     }  # fmt: skip
     straight = finish(tmp_path / "straight", None, settings, 2)
+    assert (straight["world_size"], straight["packs"]) == (2, most_tokens > 0)
     again = finish(tmp_path / "again", tmp_path / "straight" / "run" / "checkpoint-1", settings, 2)
     for name in ("weights", "optimizer", "losses", "lines"):
         assert again[name] == straight[name], name
@@ -140,7 +158,7 @@ def named(changes):
 
 
 @pytest.mark.parametrize("changes", RESUMED, ids=named)
-@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_a_resumed_run_ends_bit_equal_to_one_never_stopped(tmp_path, tokenizer, changes, stop):
     if changes.get("optim") == "adamw_torch_8bit":
         pytest.importorskip("torchao")
@@ -188,7 +206,8 @@ def levered_run(folder, tokenizer, cache=None, **levers):
 
 
 @pytest.mark.parametrize(
-    "levers", [pytest.param(name, marks=[] if name == "all" else pytest.mark.slow) for name in LEVERS]
+    "levers",
+    [pytest.param(name, marks=[] if name == "all" else [pytest.mark.slow, pytest.mark.exhaustive]) for name in LEVERS],
 )
 def test_no_optimisation_changes_the_losses_of_50_steps(tmp_path, tokenizer, plain_run, levers):
     changes = LEVERS[levers]

@@ -30,7 +30,10 @@ from kava_trainer.distillation.projector_files import load_projectors
 from kava_trainer.trainer.checkpoint import broken_reason, list_checkpoints
 from kava_trainer.utils.errors import BadRequest
 
-SLOW_SPLITS = [pytest.param(*split, marks=pytest.mark.slow) for split in ((2, 1, 4), (1, 4, 2), (1, 2, 4))]
+SLOW_SPLITS = [
+    *(pytest.param(*split, marks=pytest.mark.slow) for split in ((2, 1, 4), (1, 4, 2))),
+    pytest.param(1, 2, 4, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+]
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "ranks"), [(4, 1, 2), *SLOW_SPLITS])
@@ -59,7 +62,8 @@ finish = partial(outcomes.finish, function=sharded_run.train)
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(4, {}, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
         pytest.param(2, {"model": bfloat16_llama, "max_tokens_per_batch": 0}, marks=pytest.mark.slow),
-        pytest.param(4, {"optim": "adamw_torch_8bit"}, marks=pytest.mark.slow),
+        pytest.param(2, {"optim": "adamw_torch_8bit"}, marks=pytest.mark.slow),
+        pytest.param(4, {"optim": "adamw_torch_8bit"}, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     ],
 )
 def test_a_resumed_sharded_run_has_the_same_losses_and_weights(tmp_path, ranks, changes):
@@ -87,35 +91,52 @@ def test_a_sharded_run_needs_no_projector(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sharded_run_goes_from_states_to_logits(tmp_path):
+    """In the first half the projectors learn and the head does not, then the other way round; each half is resumed."""
+    settings = SETTINGS | {"projector_dropout": 0.0, "max_steps": 4, "lm_weight": 0.0, "kd_weight": 1.0}
+    settings |= {"alignment_schedule": "stage", "kd_schedule": "stage", "logging_steps": 1, "model": tiny_llama}
+    straight = finish(tmp_path / "straight", None, settings, 2)
+    assert [line.get("kd_loss") is None for line in straight["lines"] if "loss" in line] == [True, True, False, False]
+    for stop in (1, 3):
+        resumed = finish(tmp_path / f"again{stop}", tmp_path / "straight" / "run" / f"checkpoint-{stop}", settings, 2)
+        for name in ("weights", "optimizer", "losses", "lines"):
+            assert resumed[name] == straight[name], (stop, name)
+    alone = outcomes.finish(tmp_path / "alone", None, settings | {"gradient_accumulation_steps": 4}, 1)
+    assert straight["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("function", "before", "after"),
+    ("function", "changes"),
     [
-        (sharded_run.train, (2, 2), (4, 1)),
-        (sharded_run.train, (4, 1), (2, 2)),
-        (fault_child.train, (1, 4), (2, 2)),
-        (fault_child.train, (4, 1), (1, 4)),
+        (sharded_run.train, [((2, 2), (4, 1)), ((4, 1), (2, 2))]),
+        (fault_child.train, [((1, 4), (2, 2)), ((4, 1), (1, 4))]),
     ],
 )
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, function, before, after):
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, function, changes):
     """The same examples in the same steps, so without dropout the same weights, up to rounding."""
     settings = SETTINGS | {"projector_dropout": 0.0, "max_tokens_per_batch": 40, "model": tiny_llama, "count": 24}
 
-    def split(ranks, accumulation):
-        return {**settings, "gradient_accumulation_steps": accumulation}, ranks
+    def trained(name, split, checkpoint=None):
+        ranks, accumulation = split
+        changed = {**settings, "gradient_accumulation_steps": accumulation}
+        return finish(tmp_path / name, checkpoint, changed, ranks, function=function)
 
-    straight = finish(tmp_path / "straight", None, *split(*after), function=function)
-    finish(tmp_path / "before", None, *split(*before), function=function)
-    checkpoint = tmp_path / "before" / "run" / "checkpoint-3"
-    resumed = finish(tmp_path / "after", checkpoint, *split(*after), function=function)
-    assert resumed["world_size"] == after[0] != before[0]
-    assert resumed["losses"][-1] == pytest.approx(straight["losses"][-1], rel=1e-4)
-    assert resumed["optimizer"] == pytest.approx(straight["optimizer"], rel=1e-2, abs=1e-6)
-    kept, other = (
-        load_file(tmp_path / name / "run" / "checkpoint-6" / "model.safetensors") for name in ("straight", "after")
-    )
-    assert kept.keys() == other.keys()
-    for name, tensor in kept.items():
-        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    splits = sorted({split for pair in changes for split in pair})
+    straight = {split: trained("{}x{}".format(*split), split) for split in splits}
+    for before, after in changes:
+        checkpoint = tmp_path / "{}x{}".format(*before) / "run" / "checkpoint-3"
+        resumed = trained(f"after{before[0]}", after, checkpoint)
+        assert resumed["world_size"] == after[0] != before[0]
+        assert resumed["losses"][-1] == pytest.approx(straight[after]["losses"][-1], rel=1e-4)
+        assert resumed["optimizer"] == pytest.approx(straight[after]["optimizer"], rel=1e-2, abs=1e-6)
+        kept, other = (
+            load_file(tmp_path / name / "run" / "checkpoint-6" / "model.safetensors")
+            for name in ("{}x{}".format(*after), f"after{before[0]}")
+        )
+        assert kept.keys() == other.keys()
+        for name, tensor in kept.items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_two_processes_fill_one_cache_from_a_stream_and_read_the_same_from_it(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.exhaustive), 2])
 def test_a_signal_leaves_a_checkpoint_that_the_printed_command_goes_on_from(tmp_path, data, workers):
     changes = {"streaming": True, "shuffle_buffer": 8, "max_eval_samples": 3, "dataloader_num_workers": workers}
     straight = Run(fault_child.run, tmp_path / "straight", tmp_path / "straight", data, changes)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from helpers.matrices import matrix
 from helpers.parity import HELD_OUT, TRAINED, outcome, tiny_mixture
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -101,6 +102,17 @@ def alone():
     return [{name: value} for name, values in VALUES.items() for value in values]
 
 
+def crossed(case_of, chosen, *values):
+    """The cases of a matrix, each with whether every run of CI does it; `chosen` is as in `matrix`."""
+    cells = matrix(list(itertools.product(*values)), chosen)
+    return [(case_of(*cell.values), not cell.marks) for cell in cells]
+
+
+def always(cases):
+    """Cases of which none repeats another."""
+    return [(case, True) for case in cases]
+
+
 def schedules():
     """What sets the learning rates and takes the steps."""
     found = [{"lr_scheduler_type": kind, "warmup_steps": steps} for kind in SCHEDULERS for steps in (0, 1, 2)]
@@ -108,41 +120,52 @@ def schedules():
               ("cosine_with_restarts", {"num_cycles": 2}), ("polynomial", {"power": 2.0, "lr_end": 1e-4}),
               ("cosine_warmup_with_min_lr", {"min_lr": 1e-4})]  # fmt: skip
     found += [{"lr_scheduler_type": kind, "lr_scheduler_kwargs": more, "warmup_steps": 1} for kind, more in kwargs]
-    found += [{"optim": name, "weight_decay": decay, "max_grad_norm": norm}
-              for name, decay, norm in itertools.product(OPTIMIZERS, (0.0, 0.1), (0.0, 1.0))]  # fmt: skip
-    return [*found, {"optim": "adafactor", "optim_args": "clip_threshold=0.5"}]
+    optimizers = crossed(
+        lambda name, decay, norm: {"optim": name, "weight_decay": decay, "max_grad_norm": norm},
+        lambda name, decay, norm: decay == (name + norm) % 2,
+        OPTIMIZERS, (0.0, 0.1), (0.0, 1.0),
+    )  # fmt: skip
+    return [*always(found), *optimizers, *always([{"optim": "adafactor", "optim_args": "clip_threshold=0.5"}])]
 
 
 def batches():
     """How many examples make a step, and an epoch."""
-    sizes = itertools.product((1, 2, 3, 5), (1, 2, 3, 4), (False, True))
-    return [
-        {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "dataloader_drop_last": drop,
-         "max_steps": -1, "num_train_epochs": 1}
-        for size, steps, drop in sizes
-    ]  # fmt: skip
+    return crossed(
+        lambda size, steps, drop: {
+            "per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "dataloader_drop_last": drop,
+            "max_steps": -1, "num_train_epochs": 1,
+        },
+        lambda size, steps, drop: drop == (size + steps) % 2,
+        (1, 2, 3, 5), (1, 2, 3, 4), (False, True),
+    )  # fmt: skip
 
 
 def intervals():
     """When is logged, saved and evaluated."""
     kinds = ("no", "steps", "epoch")
+    strategies = crossed(
+        lambda log, save, evaluate: {
+            **BY_EPOCH, "logging_strategy": log, "save_strategy": save, "eval_strategy": evaluate, "save_steps": 3,
+            "eval_steps": 2, "logging_steps": 2,
+        },
+        lambda log, save, evaluate: evaluate == (log + save) % 3,
+        kinds, kinds, kinds,
+    )  # fmt: skip
     found = [
-        {**BY_EPOCH, "logging_strategy": log, "save_strategy": save, "eval_strategy": evaluate, "save_steps": 3,
-         "eval_steps": 2, "logging_steps": 2}
-        for log, save, evaluate in itertools.product(kinds, kinds, kinds)
-    ]  # fmt: skip
-    for best in ({}, {"greater_is_better": True}, {"metric_for_best_model": "eval_loss"}, {"save_total_limit": 1}):
-        found.append({**EVERY, "load_best_model_at_end": True, **best})
+        {**EVERY, "load_best_model_at_end": True, **best}
+        for best in ({}, {"greater_is_better": True}, {"metric_for_best_model": "eval_loss"}, {"save_total_limit": 1})
+    ]
     found += [{**EVERY, "save_total_limit": limit, "max_steps": 4} for limit in (1, 2, 3)]
     found += [{**EVERY, "save_only_model": True}, {**EVERY, "eval_on_start": True}, {**EVERY, "eval_delay": 2}]
     found += [
         {"save_strategy": "best", "metric_for_best_model": "eval_loss", "eval_strategy": "steps", "eval_steps": 1}
     ]
-    return [*found, {**BY_EPOCH, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}]
+    found += [{**BY_EPOCH, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}]
+    return [*strategies, *always(found)]
 
 
 def resumed():
-    """Trained, and once more from a checkpoint in the middle or in another epoch."""
+    """Trained, and once more from a checkpoint in the middle or in another epoch; of these two CI does one a change."""
     found = [{**EVERY, "max_steps": 4, "resume": step} for step in (1, 2, 3)]
     found += [{**EVERY, **BY_EPOCH, "resume": step} for step in (1, 4, 5)]
     changes = [
@@ -154,11 +177,16 @@ def resumed():
         {"gradient_checkpointing": True}, {"weight_decay": 0.1}, {"dataloader_num_workers": 1},
         {"label_smoothing_factor": 0.2}, {"eval_on_start": True},
     ]  # fmt: skip
-    found += [{**EVERY, **BY_EPOCH, "resume": step, **change} for change in changes for step in (3, 5)]
     drawn = [{"train_sampling_strategy": "group_by_length"}, {"neftune_noise_alpha": 5.0},
              {"accelerator_config": {"use_seedable_sampler": False}}]  # fmt: skip
     save = {"save_strategy": "steps", "save_steps": 1}
-    return [*found, *({**save, **BY_EPOCH, "resume": step, **change} for change in drawn for step in (3, 5))]
+    changed = [{**EVERY, **BY_EPOCH, **change} for change in changes]
+    changed += [{**save, **BY_EPOCH, **change} for change in drawn]
+    return always(found) + [
+        ({**change, "resume": step}, number % 2 == place)
+        for number, change in enumerate(changed)
+        for place, step in enumerate((3, 5))
+    ]
 
 
 NOT_TRIED = {
@@ -225,15 +253,19 @@ MIXTURES = [
 """Mixtures of experts, with the auxiliary loss of their routers."""
 
 MANY = [*schedules(), *batches(), *intervals(), *resumed()]
-CASES = [*alone(), *MANY, *settings_of_the_trainer(), *MIXTURES]
+"""Cases that combine fields, each with whether every run of CI does it."""
+
+CASES = [*alone(), *(case for case, _ in MANY), *settings_of_the_trainer(), *MIXTURES]
 
 
 def marked():
-    """The cases with their names; of those that combine fields every fourth is tried by default, the rest is slow."""
-    slow = [case for number, case in enumerate(MANY) if number % 4]
+    """The cases with their names; of those that combine fields and that CI does every third is tried by default."""
+    slow = [case for number, case in enumerate(case for case, is_chosen in MANY if is_chosen) if number % 3]
+    repeats = [case for case, is_chosen in MANY if not is_chosen]
     for case in CASES:
         name = "-".join(f"{key}={value}" for key, value in case.items())[:90]
-        yield pytest.param(case, id=name, marks=[pytest.mark.slow] if case in slow else [])
+        marks = [pytest.mark.slow] if case in slow or case in repeats else []
+        yield pytest.param(case, id=name, marks=[*marks, *([pytest.mark.exhaustive] if case in repeats else [])])
 
 
 PACKED = [
@@ -324,7 +356,7 @@ def both(tmp_path, tokenizer, case):
     return [outcome(kind, tmp_path / kind.__name__, tokenizer, case) for kind in (Trainer, KavaTrainer)]
 
 
-@pytest.mark.parametrize("case", marked())
+@pytest.mark.parametrize("case", list(marked()))
 def test_training_is_that_of_trainer(tmp_path, tokenizer, case):
     theirs, ours = both(tmp_path, tokenizer, case)
     assert theirs.weights

@@ -1,5 +1,6 @@
 """The student's own answers in a training: what is learned of them, and that nothing else changes."""
 
+import itertools
 import os
 import signal
 
@@ -8,6 +9,7 @@ import torch
 from datasets import Dataset
 from helpers.data import random_examples
 from helpers.hashes import weight_hash
+from helpers.matrices import matrix
 from helpers.models import llama_as_wide_as_the_teacher, tiny_llama, tiny_lora_llama
 from helpers.trainers import loss_lines, make_trainer
 from transformers import TrainerCallback
@@ -156,22 +158,31 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_on_its_answers(tmp_p
         assert line["rollout_agreement"] == 1
 
 
-@pytest.mark.parametrize("packing", [{}, PADDED], ids=["packed", "padded"])
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("fraction", [0.5, 1.0])
-def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, tokenizer, fraction, every, packing):
+RESUMED = matrix(
+    list(itertools.product((0.5, 1.0), (1, 3), (None, 0))),
+    lambda fraction, every, padded: padded == (fraction + every) % 2,
+)
+"""With two ranks: test_invariants."""
+
+
+@pytest.mark.parametrize(
+    ("fraction", "every", "most_tokens"),
+    [pytest.param(*own.values, marks=[pytest.mark.slow, *own.marks] if own.marks else []) for own in RESUMED],
+)
+def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, tokenizer, fraction, every, most_tokens):
     settings = {
         **SETTINGS,
         "on_policy_fraction": fraction,
         "rollouts_every": every,
+        "max_tokens_per_batch": most_tokens,
         "max_steps": 5,
         "logging_steps": 2,
         "save_strategy": "steps",
         "save_steps": 1,
-        **packing,
     }
     straight = make_trainer(tmp_path, tokenizer, **settings)
     straight.train()
+    assert straight.batches.packs == (most_tokens is None)
     resumed = make_trainer(tmp_path, tokenizer, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert weight_hash(resumed.model) == weight_hash(straight.model)
