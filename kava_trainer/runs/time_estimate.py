@@ -181,6 +181,8 @@ def plan_of(run: Run) -> Plan:
 
 def _rollout_tokens(training: KavaTrainingArguments, steps: int, answer: int) -> float:
     """What `Plan.rollouts` is for so many steps, where the longest reference answer has so many tokens, 0 for none."""
+    if not training.samples:
+        return 0.0
     prompts = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.on_policy_fraction
     batches = math.ceil(math.ceil(prompts) / training.per_device_eval_batch_size)
     longest = min(training.on_policy_max_new_tokens, answer or training.on_policy_max_new_tokens)

@@ -207,11 +207,10 @@ class StudentTrainer(SavingTrainer):
 
     def make_rollouts(self, rollout_fn: RolloutFn | None) -> Rollouts | None:
         """What lets the student write answers itself; None where it shall not. Raises as `Rollouts`."""
-        if self.args.on_policy_fraction == 0:
+        if not self.args.samples:
             if rollout_fn is not None:
-                raise ValueError(
-                    "rollout_fn writes nothing while on_policy_fraction is 0; raise that, or leave it out."
-                )
+                unasked = "on_policy_fraction is 0" if self.args.rollouts_from is None else "rollouts_from has answers"
+                raise ValueError(f"rollout_fn writes nothing while {unasked}; change that, or leave it out.")
             return None
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
         models = [self.student, *([teacher.model] if isinstance(teacher := self.terms.teacher, OnlineTeacher) else [])]

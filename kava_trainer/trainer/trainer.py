@@ -181,7 +181,7 @@ class KavaTrainer(StudentTrainer):
             ValueError: if the data collator is not KAVA's, which alone puts the states into the batches, or the
                 student writes answers itself, of which a cache has no states.
         """
-        if self.args.on_policy_fraction > 0:
+        if self.args.samples:
             raise ValueError("A cached teacher has no states of the student's own answers; set on_policy_fraction 0.")
         if not isinstance(self.data_collator, DistillationCollator):
             raise ValueError("A cached teacher needs DistillationCollator as data_collator: it reads the states.")

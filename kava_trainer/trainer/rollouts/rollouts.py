@@ -6,14 +6,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import release_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, JoiningCollator, separated
 from ...distillation.rollouts.choice import choose, count_chosen, derived_seed, turn_of
 from ...distillation.rollouts.examples import Example, Rollout, of_the_data, prompt_alone, prompt_of, rollout_of
-from ...distillation.rollouts.sampling import Answers, RolloutFn, Sampling, sample_answers
+from ...distillation.rollouts.sampling import Answers, RolloutFn, Sampling, sample_answers, sample_what_fits
 from ...distillation.token_means import TokenMeans
 from ...models.generation.generate import stop_tokens
 from ...models.layers import evaluating
@@ -162,36 +161,27 @@ class Rollouts:
             step: that they are for; None after the training.
         """
         when = "after the last step" if step is None else f"in step {step}"
-        while True:
-            sampling = self._sampling(seed)
-            try:
-                return self._sample(prompts, sampling)
-            except torch.OutOfMemoryError:
-                tried = min(sampling.batch_size, len(prompts))
-            release_memory()
-            if tried == 1:
-                raise RunFailed(
-                    f"Out of memory {when} while the student answered a single prompt; "
-                    f"lower on_policy_max_new_tokens (now {sampling.max_new_tokens}). {self._incidents.advice()}"
-                )
-            self._batch_size = tried // 2
-            told = f"sampled the answers again, {self._batch_size} at a time, which stay the most"
-            where = f"Out of memory {when} with answers to {tried} prompts"
-            self._incidents.console.warn(f"{where}; {told}.")
+
+        def sample(size: int) -> Answers:
+            return self._sample(prompts, self._sampling(seed, size))
+
+        def tell(tried: int, left: int) -> None:
+            self._batch_size = left
+            told = f"sampled the answers again, {left} at a time, which stay the most"
+            self._incidents.console.warn(f"Out of memory {when} with answers to {tried} prompts; {told}.")
             self._incidents.note("oom", told, step)
 
-    def _sampling(self, seed: int) -> Sampling:
-        args = self._args
-        return Sampling(
-            args.on_policy_temperature,
-            args.on_policy_top_p,
-            args.on_policy_max_new_tokens,
-            self._end_tokens,
-            self._collator.pad_token_id,
-            seed,
-            self._batch_size or args.per_device_eval_batch_size,
-            self._vocabulary,
-        )
+        size = self._batch_size or self._args.per_device_eval_batch_size
+        if (answers := sample_what_fits(sample, size, len(prompts), tell)) is None:
+            raise RunFailed(
+                f"Out of memory {when} while the student answered a single prompt; lower on_policy_max_new_tokens "
+                f"(now {self._args.on_policy_max_new_tokens}). {self._incidents.advice()}"
+            )
+        return answers
+
+    def _sampling(self, seed: int, batch_size: int) -> Sampling:
+        pad_token = self._collator.pad_token_id
+        return Sampling.asked(self._args, self._end_tokens, pad_token, seed, batch_size, self._vocabulary)
 
     def _sample(self, prompts: list[list[int]], sampling: Sampling) -> Answers:
         student, device = self._student(), self._args.device
