@@ -25,7 +25,7 @@ def write_answers(argv: list[str]) -> int:
     """
     if len(argv) < 2 or any(word.startswith("-") for word in argv[:2]):
         raise BadRequest("The file to write is missing;", "write rollouts ARGS.json OUT.jsonl.")
-    asked, path, given = Path(argv[0]), Path(argv[1]), [*argv[2:], *_NOT_ASKED]
+    asked, path, given = Path(argv[0]), Path(argv[1]).expanduser(), [*argv[2:], *_NOT_ASKED]
     arguments, finished = None if asked.is_dir() else parse_arguments([argv[0], *given]), None
     from ..measure import read_finished_run  # which takes seconds, that no mistake in the arguments need wait for
     from .sample import sample_rollouts, sampling_of

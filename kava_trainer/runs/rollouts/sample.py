@@ -22,7 +22,7 @@ from ...distillation.rollouts.sampling import Answers, Sampling, sample_answers,
 from ...models.generation.generate import known_tokens, stop_tokens
 from ...models.layers import evaluating
 from ...models.loading import check_reads, on_device
-from ...models.student import load_student
+from ...models.student import load_student, mend_generation_config
 from ...utils.console import Console
 from ...utils.errors import BadRequest, RunFailed, reason_of
 from ...utils.files import check_new_file
@@ -115,6 +115,7 @@ def _load_student(
             student = load_student(model, None, training.device)
         check_reads(student, "student", tokenizer, arguments.data.max_length)
         console.print(f"Student: {model.student_name}, {student.num_parameters() / 1e6:.2f} M parameters")
+    mend_generation_config(student)  # which says what ends an answer, also where a model has none
     if finished is not None and finished.adapter is not None:
         put_adapter_on(finished.adapter, student)
     return on_device(student, training.device)
