@@ -210,9 +210,15 @@ def push(options: argparse.Namespace) -> int:
         BadRequest: if there is no finished run, or the name cannot be that of a repository.
         RunFailed: if the hub did not take it; what is on disk is as it was.
     """
-    from .reports.publish import push_run
+    from .reports.run_reader import completed_summary, find_student
 
-    return push_run(options.output_dir, options.repo, options.private or None, options.revision)
+    summary = completed_summary(options.output_dir)
+    student = find_student(options.output_dir, summary)
+    from .reports.publish import push_run
+    from .utils.hub import Place
+
+    place = Place(options.repo, private=options.private or None, revision=options.revision)
+    return push_run(options.output_dir, student, summary, place)
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:

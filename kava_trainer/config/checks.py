@@ -207,7 +207,7 @@ def _rollout_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield Problem("on_policy_fraction", what, "raise kd_weight, or write on_policy_fraction 0.")
     if not training.samples:
         return
-    if training.teacher_cache_dir:
+    if training.teacher_cache_dir and fraction == 1:
         what = f"{asked} teacher_cache_dir holds no states of answers that are yet to be sampled;"
         remedy = "leave teacher_cache_dir out, or name a file of answers that are sampled already in rollouts_from."
         yield Problem("teacher_cache_dir", what, remedy)

@@ -24,7 +24,6 @@ from ..utils.signals import WATCH
 from .card_snippets import PROJECTOR_FOLDER
 from .model_card import is_untouched, render_model_card
 from .recipe import RECIPE_FILE, recipe_text
-from .run_reader import completed_summary, find_student
 from .summary import REPORT_PAGE, REPORT_PICTURE, SUMMARY_FILE, Summary, write_text
 
 CARD_FILE = "README.md"
@@ -167,25 +166,23 @@ def publish(
     return None
 
 
-def push_run(output_dir: str, repo: str, private: bool | None, revision: str | None) -> int:
+def push_run(output_dir: str, student: Path, summary: Summary, place: Place) -> int:
     """Send the student of a run that was completed to the hub, and tell of it.
 
     Args:
         output_dir: of the run.
-        repo: the repository's name.
-        private: whether one that is made is.
-        revision: the branch, the main one by default.
+        student: the folder of the finished student.
+        summary: of the run.
+        place: where it is sent.
 
     Returns:
         0 when it was sent, 130, 143 or 138 when Ctrl-C, SIGTERM or SIGUSR1 ended it.
 
     Raises:
-        BadRequest: if there is no finished run, or as `make_repository`.
+        BadRequest: as `make_repository`.
         RunFailed: if the hub did not take it; what is on disk is as it was.
     """
-    summary = completed_summary(output_dir)
-    student = find_student(output_dir, summary)
-    place, console = Place(repo, private=private, revision=revision), Console()
+    console = Console()
     try:
         with WATCH:
             repository = make_repository(place, student, output_dir)

@@ -254,10 +254,6 @@ CUT = {"student_model_name_or_path": None}
             "name a file of answers that are sampled already in rollouts_from.",
         ),
         (
-            {"on_policy_fraction": 0.2, "teacher_cache_dir": "cache"},
-            "on_policy_fraction is 0.2, but teacher_cache_dir holds no states of answers",
-        ),
-        (
             {"on_policy_fraction": 0.5, "on_policy_max_new_tokens": 2**24},
             "on_policy_max_new_tokens (16777216) or max_tokens_per_batch.",
         ),

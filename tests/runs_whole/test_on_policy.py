@@ -242,3 +242,15 @@ def test_the_student_of_a_finished_run_answers_as_that_sampled(tmp_path, capsys)
     asked |= {"on_policy_temperature": 0.01, "student_model_name_or_path": tmp_path / "out" / "final_student"}
     assert cli.main(["rollouts", RECIPE, str(own[1]), *words(asked)]) == 0
     assert own[0].read_text() == own[1].read_text()
+
+
+def test_a_cache_serves_the_data_of_a_run_that_samples(tmp_path, capsys):
+    rows = [{"question": f"What is {i}+{i + 2}?", "answer": f"#### {2 * i + 2}"} for i in range(40)]
+    changes = {"on_policy_fraction": 0.5, "teacher_cache_dir": tmp_path / "cache", "run_control": True}
+    assert run(tmp_path, rows, **changes, max_eval_samples=2) == 0
+    shown = capsys.readouterr().out
+    assert "40 of 40 examples are to be written" in shown
+    assert "it reads the answers alone." in shown
+    summary = summary_of(tmp_path / "out")
+    assert summary["evaluation"]["control_sft"]["cross_entropy"] > 0
+    assert len(summary["rollouts"]) == 10

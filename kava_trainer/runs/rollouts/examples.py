@@ -1,7 +1,6 @@
 """Whether rows suit a student's own answers, and such answers from a file as examples of a run."""
 
 from collections.abc import Mapping
-from typing import cast
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +76,7 @@ def check_rollouts_fit(examples: Dataset, models: Mapping[str, PreTrainedModel])
     """
     longest = max(map(len, examples["input_ids"]))
     for role, model in models.items():
-        limit = cast(int, context_length(model) or longest)
+        limit = context_length(model) or longest
         if longest > limit:
             raise BadRequest(
                 f"rollouts_from holds an example of {longest} tokens, but the {role} reads {limit} at most;",
