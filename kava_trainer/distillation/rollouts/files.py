@@ -91,9 +91,10 @@ def read_rollouts(
     """
     digest, known = tokenizer_digest(tokenizer), max(tokenizer.get_vocab().values()) + 1
     try:
-        with Path(path).expanduser().open(encoding="utf-8") as file:
-            lines = (_rollout_of(number, line, digest, known, longest) for number, line in enumerate(file, start=1))
-            found = list(islice((rollout for rollout in lines if rollout is not None), most))
+        with Path(path).expanduser().open(encoding="utf-8-sig") as file:
+            lines = ((number, _rollout_of(number, line, digest, known)) for number, line in enumerate(file, start=1))
+            told = ((number, rollout) for number, rollout in lines if rollout is not None and not rollout.is_empty)
+            found = list(islice(told, most))
     except UnicodeDecodeError as error:
         raise BadRequest(f"The rollouts {path} cannot be read: they are not UTF-8 text;", _REMEDY) from error
     except OSError as error:
@@ -102,11 +103,19 @@ def read_rollouts(
         raise BadRequest(f"The rollouts {path} cannot be used: {error};", _REMEDY) from error
     if not found:
         raise BadRequest(f"The rollouts {path} hold no answer that says anything;", _REMEDY)
-    return found
+    for number, rollout in found:
+        length = len(rollout.prompt) + len(rollout.answer)
+        if longest is not None and length > longest:
+            raise BadRequest(
+                f"The rollouts {path} cannot be used: line {number} holds {length} tokens, more than the {longest} of "
+                "max_length and on_policy_max_new_tokens together;",
+                "raise one of them.",
+            )
+    return [rollout for _, rollout in found]
 
 
-def _rollout_of(number: int, line: str, digest: str, known: int, longest: int | None) -> Rollout | None:
-    """The rollout of a numbered line; None where it says nothing. Raises `ValueError` with what is wrong."""
+def _rollout_of(number: int, line: str, digest: str, known: int) -> Rollout | None:
+    """The rollout of a numbered line; None where it is blank. Raises `ValueError` with what is wrong."""
     if not line.strip():
         return None
     try:
@@ -123,13 +132,7 @@ def _rollout_of(number: int, line: str, digest: str, known: int, longest: int | 
             raise ValueError(f"{name} of line {number} is no list of this tokenizer's token ids")
     if not row["prompt_ids"]:
         raise ValueError(f"line {number} has no prompt")
-    rollout, length = Rollout(row["prompt_ids"], row["answer_ids"], row["ended"]), len(row["prompt_ids"])
-    if longest is not None and length + len(rollout.answer) > longest:
-        raise ValueError(
-            f"line {number} holds {length + len(rollout.answer)} tokens, more than max_length and "
-            f"on_policy_max_new_tokens together ({longest})"
-        )
-    return None if rollout.is_empty else rollout
+    return Rollout(row["prompt_ids"], row["answer_ids"], row["ended"])
 
 
 def as_dataset(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> Dataset:
