@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .distillation.projector import ProjectorConfig as ProjectorConfig
     from .distillation.projector_files import export_projectors as export_projectors
     from .distillation.projector_files import load_projectors as load_projectors
+    from .distillation.rollouts.files import rollout_examples as rollout_examples
     from .distillation.targets import HiddenStateTarget as HiddenStateTarget
     from .distillation.targets import build_target as build_target
     from .evaluation.final_answer_match import metric_path as metric_path
@@ -41,6 +42,7 @@ _HOMES = {
     "distillation.losses": ["generalized_jsd_loss", "mercator_loss"],
     "distillation.projector": ["ElasticBottleneck", "ProjectorConfig"],
     "distillation.projector_files": ["export_projectors", "load_projectors"],
+    "distillation.rollouts.files": ["rollout_examples"],
     "distillation.targets": ["HiddenStateTarget", "build_target"],
     "models.teacher": ["OnlineTeacher"],
     "runs.pair.library": ["cut_student"],

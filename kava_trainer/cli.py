@@ -16,13 +16,14 @@ from typing import NoReturn
 from . import __version__
 from .utils.before_imports import let_threads_sleep
 from .utils.console import outlive_readers, tell_loading
-from .utils.errors import BadRequest, Interrupted, Problem, RunFailed, exit_code
+from .utils.errors import BadRequest, Interrupted, RunFailed, exit_code
 from .utils.redaction import without_secrets
 
 NOTHING_TO_SAVE = "Interrupted before the first step, so there was nothing to save. Start again with the same command."
 
 _ARGUMENTS = "ARGS.json [--name value ...]"
 _FIGURES = "(ARGS.json | OUTPUT_DIR) [--output FILE.json] [--name value ...]"
+_ROLLOUTS = "(ARGS.json | OUTPUT_DIR) OUT.jsonl [--name value ...]"
 _ALL_ARGUMENTS = "The arguments are those of a run: see python -m kava_trainer train --help."
 
 
@@ -97,6 +98,23 @@ def cache(argv: list[str]) -> int:
     return 0
 
 
+def rollouts(argv: list[str]) -> int:
+    """Let the student answer the prompts of the training data, and write its answers to a file for rollouts_from.
+
+    With the folder of a finished run in place of the JSON file: its finished student, its data. Rows need no answers.
+
+    Args:
+        argv: a JSON file of arguments or the folder of a finished run, the file to write, then `--name value` pairs.
+
+    Raises:
+        BadRequest, RunFailed: as `command.write_answers`.
+    """
+    tell_loading()
+    from .runs.rollouts.command import write_answers
+
+    return write_answers(argv)
+
+
 def evaluate(argv: list[str]) -> int:
     """Measure teacher and student on the held-out examples, without training.
 
@@ -148,22 +166,12 @@ def report(options: argparse.Namespace) -> int:
     Raises:
         BadRequest: naming every folder that no report can be made of, before anything is written.
     """
-    from .reports.run_reader import RunRecord, read_run
-    from .utils.files import check_output_file
+    from .reports.run_reader import read_runs
 
-    folders = [Path(folder) for folder in options.folders]
-    records: list[RunRecord] = []
-    problems: list[Problem] = []
-    twice = sorted({str(folder) for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1})
-    if twice:
-        problems.append(Problem(None, f"{', '.join(twice)} is named more than once;", "name each run once."))
-    for folder in dict.fromkeys(folders):
-        try:
-            records.append(read_run(folder))
-        except BadRequest as error:
-            problems += error.problems
-    if len(folders) > 1:
+    records, problems = read_runs([Path(folder) for folder in options.folders])
+    if len(options.folders) > 1:
         from .reports.comparison import is_comparison, write_comparison
+        from .utils.files import check_output_file
 
         try:
             check_output_file(Path(options.output), is_comparison)
@@ -206,27 +214,11 @@ def push(options: argparse.Namespace) -> int:
 
     summary = completed_summary(options.output_dir)
     student = find_student(options.output_dir, summary)
-    from .reports.publish import make_repository, publish
-    from .utils.console import Console
-    from .utils.hub import Place, push_command
-    from .utils.signals import WATCH
+    from .reports.publish import push_run
+    from .utils.hub import Place
 
     place = Place(options.repo, private=options.private or None, revision=options.revision)
-    console = Console()
-    try:
-        with WATCH:
-            repository = make_repository(place, student, options.output_dir)
-            place = repository.place
-            if repository.was_there:
-                console.print(f"{place.repo_id} is there already: files of the same names are replaced in it.")
-            problem = publish(console, options.output_dir, student, summary, place)
-    except Interrupted as interruption:
-        print(f"Interrupted. Push again with: {push_command(options.output_dir, place)}", file=sys.stderr)
-        return exit_code(interruption.number)
-    if problem is not None:
-        raise RunFailed(problem)
-    console.print(f"Pushed to {place.repo_id}{' (private)' if place.private else ''}: {repository.url}")
-    return 0
+    return push_run(options.output_dir, student, summary, place)
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:
@@ -277,6 +269,7 @@ COMMANDS = {
     "train": _Command(train, "distil a student, as run_kava.py does"),
     "cache": _Command(cache, "fill the teacher cache that a later run reads, and stop", usage=_ARGUMENTS),
     "evaluate": _Command(evaluate, "measure teacher and student on the held-out examples", usage=_FIGURES),
+    "rollouts": _Command(rollouts, "write a student's own answers to a file, for rollouts_from", usage=_ROLLOUTS),
     "report": _Command(report, "build the report of runs anew, and compare several", _add_report),
     "push": _Command(push, "send a finished run to the hub", _add_push),
     "explain": _Command(explain, "say of every argument what it does, its default and its unit", _add_explain),

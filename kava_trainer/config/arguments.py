@@ -179,6 +179,12 @@ class KavaTrainingArguments(TrainingArguments):
     rollouts_every: int = argument(
         1, "One generation of such answers serves so many optimizer steps.", unit="optimizer steps"
     )
+    rollouts_from: str | None = argument(
+        None,
+        "File of answers that a student wrote before (python -m kava_trainer rollouts), which stand in the place of "
+        "those that are sampled now. They are all that is trained on, unless on_policy_fraction, 1 by default then, "
+        "is lower: that share of the examples.",
+    )
     run_control: bool = argument(
         False, "Afterwards train a second student from the same start on the same data with the next-token loss alone."
     )
@@ -259,6 +265,11 @@ class KavaTrainingArguments(TrainingArguments):
         return self.aligns or self.kd_weight > 0
 
     @property
+    def samples(self) -> bool:
+        """Whether the student writes answers itself while it is trained."""
+        return self.on_policy_fraction > 0 and self.rollouts_from is None
+
+    @property
     def learns_next_tokens(self) -> bool:
         """Whether the next-token loss is a term: it has a weight, and there are answers that somebody wrote."""
         return self.lm_weight > 0 and self.on_policy_fraction < 1
@@ -298,6 +309,9 @@ class KavaArguments:
         sampled = self.training.on_policy_max_new_tokens if self.training.on_policy_fraction > 0 else 0
         tokens = max(batch * (length + sampled), self.training.max_tokens_per_batch or 0)
         found = [*self.data.stream_problems(self.training)]
+        if self.training.rollouts_from is not None and self.data.streaming:
+            what = "rollouts_from is a file that is read before the training, but streaming is true;"
+            found.append(Problem("streaming", what, "write streaming false, or leave rollouts_from out."))
         if self.training.layer_mapping == "inherited" and self.model.student_init != "teacher_layers":
             what = "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not;"
             found.append(Problem("layer_mapping", what, "write student_init teacher_layers, or layer_mapping all."))

@@ -196,15 +196,21 @@ def _rollout_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield Problem.of_value("on_policy_temperature", training.on_policy_temperature, remedy)
     if not 0 < training.on_policy_top_p <= 1:
         yield Problem.of_value("on_policy_top_p", training.on_policy_top_p, "write a number above 0, up to 1.")
+    if training.rollouts_from is not None and fraction == 0:
+        what = f"on_policy_fraction is 0, so nothing of rollouts_from {training.rollouts_from} would be read;"
+        yield Problem("on_policy_fraction", what, "write the share that it shall have, 1 for all.")
     if not fraction > 0:
         return
     asked = f"on_policy_fraction is {fraction:g}, but"
     if not training.reads_teacher:
         what = f"{asked} no term asks the teacher, and nothing else is learned from a student's own answers;"
         yield Problem("on_policy_fraction", what, "raise kd_weight, or write on_policy_fraction 0.")
-    if training.teacher_cache_dir:
+    if not training.samples:
+        return
+    if training.teacher_cache_dir and fraction == 1:
         what = f"{asked} teacher_cache_dir holds no states of answers that are yet to be sampled;"
-        yield Problem("teacher_cache_dir", what, "leave teacher_cache_dir out.")
+        remedy = "leave teacher_cache_dir out, or name a file of answers that are sampled already in rollouts_from."
+        yield Problem("teacher_cache_dir", what, remedy)
     if is_fsdp_asked():
         what = f"{asked} under FSDP2 no process has the whole student to sample with;"
         yield Problem("on_policy_fraction", what, f"start with DDP ({accelerate_config('ddp.yaml')}).")

@@ -266,6 +266,11 @@ def _names_given(values: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(values).union(*(pair for pair in pairs if pair & values.keys()))
 
 
+def _beside_rollouts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside a file of rollouts where nobody has written it: nothing but the file is trained on."""
+    return {"on_policy_fraction": 1.0} if values.get("rollouts_from") else {}
+
+
 def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) -> KavaArguments:
     """Read a JSON file of arguments and command-line overrides.
 
@@ -296,7 +301,7 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
     model, data = (_construct(group, values, found) for group in (ModelArguments, DataArguments))
     found += [problem for part in (model, data) for problem in part.problems() if problem.argument not in wrong]
     by_kind = defaults_for(getattr(model, "student_init", ""), values)
-    training = _construct(KavaTrainingArguments, {**by_kind, **values}, found)
+    training = _construct(KavaTrainingArguments, {**by_kind, **_beside_rollouts(values), **values}, found)
     if not found:
         arguments = KavaArguments(model, data, training, _names_given(values), by_kind)
         if not (found := arguments.problems()):

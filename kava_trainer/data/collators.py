@@ -52,8 +52,8 @@ class DistillationCollator:
         collator._needs_labels = True
         return collator
 
-    def reading(self, read_states: StatesReader) -> "DistillationCollator":
-        """The same collator, reading the teacher's states."""
+    def reading(self, read_states: StatesReader | None) -> "DistillationCollator":
+        """The same collator, reading the teacher's states, or no longer."""
         collator = copy.copy(self)
         collator.read_states = read_states
         return collator
@@ -73,7 +73,7 @@ class DistillationCollator:
         input_ids, labels = _tokens(examples, self._keeps_empty())
         answers, origins = [_answers(own) for own in labels], _origins(examples)
         width = max(map(len, input_ids))
-        states = _states(input_ids, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
+        states = _states(examples, input_ids, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
@@ -132,7 +132,7 @@ class JoiningCollator:
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
             "answers": [len(positions) for positions, _ in answers],
             **({"origins": torch.cat(origins)} if origins else {}),
-            **_states(input_ids, self.read_states, torch.cat),
+            **_states(examples, input_ids, self.read_states, torch.cat),
         }
 
 
@@ -152,14 +152,11 @@ class CompletingCollator:
         return _complete(self.collator(examples))
 
 
-def separated(batch: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+def separated(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The examples of a batch that was made for training, each again with `input_ids` and `labels` [T] on the host.
 
-    Raises:
-        ValueError: if the batch holds teacher states, which are not taken apart.
+    Where the batch holds teacher states each also has its own: `teacher_states` [T, d_t] by layer, where they were.
     """
-    if "teacher_states" in batch:
-        raise ValueError("A teacher whose states were cached knows none of answers that are yet to be sampled.")
     batch = {name: own.cpu() if isinstance(own, torch.Tensor) else own for name, own in batch.items()}
     if "lengths" in batch:
         tokens = batch["input_ids"].split(batch["lengths"])
@@ -172,7 +169,20 @@ def separated(batch: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
         tokens, labels = (
             [own[mask] for own, mask in zip(batch[name], real, strict=True)] for name in ("input_ids", "labels")
         )
-    return [{"input_ids": own, "labels": labels[i]} for i, own in enumerate(tokens)]
+    states = _separated_states(batch)
+    return [{"input_ids": own, "labels": labels[i], **states(i)} for i, own in enumerate(tokens)]
+
+
+def _separated_states(batch: Mapping[str, Any]) -> Callable[[int], dict[str, dict[int, torch.Tensor]]]:
+    """What gives the teacher states of each example of a batch; nothing where it holds none."""
+    if "teacher_states" not in batch:
+        return lambda i: {}
+    lengths = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(dim=1).tolist()
+    parts = {
+        layer: own.split(lengths) if "lengths" in batch else [row[:n] for row, n in zip(own, lengths, strict=True)]
+        for layer, own in batch["teacher_states"].items()
+    }
+    return lambda i: {"teacher_states": {layer: own[i] for layer, own in parts.items()}}
 
 
 def completed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -304,9 +314,16 @@ def _answers(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _states(
-    input_ids: list[torch.Tensor], read: StatesReader | None, join: Callable[[list[torch.Tensor]], torch.Tensor]
+    examples: list[dict[str, Any]],
+    input_ids: list[torch.Tensor],
+    read: StatesReader | None,
+    join: Callable[[list[torch.Tensor]], torch.Tensor],
 ) -> dict[str, dict[int, torch.Tensor]]:
-    if read is None:
+    """The teacher's states of a batch by layer: those that its examples bring along, else those that are read."""
+    if "teacher_states" in examples[0]:
+        states = [example["teacher_states"] for example in examples]
+    elif read is not None:
+        states = [read(ids.tolist()) for ids in input_ids]
+    else:
         return {}
-    states = [read(ids.tolist()) for ids in input_ids]
     return {"teacher_states": {layer: join([own[layer] for own in states]) for layer in states[0]}}

@@ -39,7 +39,7 @@ _D = TypeVar("_D", Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised examples, and what tokenising cost: how many were cut and how many had no answer (left)."""
+    """Tokenised examples, and what tokenising cost: how many were cut and how many were dropped."""
 
     dataset: Dataset
     truncated: int
@@ -174,7 +174,7 @@ def encode_dataset(
     texts = [] if accepts_prompts else encoded.select(dropped)["answer_text"]
     empty = source_rows(dataset, [row for row, text in zip(dropped, texts, strict=False) if not text.strip()])
     if not answered:
-        raise _no_answers(name, empty, len(encoded), max_length)
+        raise no_prompts(max_length) if accepts_prompts else _no_answers(name, empty, len(encoded), max_length)
     return Encoded(
         dataset=encoded.select(answered).remove_columns(["truncated", "answered", "remarks"]),
         truncated=sum(encoded["truncated"]),
@@ -189,6 +189,8 @@ def encode_first(dataset: Dataset, count: int, encoder: Encoder, name: str = "th
     rows = range(min(count, len(dataset)))
     encoded = [_encode_numbered(dataset[row], (name, dataset, row), encoder) for row in rows]
     if len(encoded) == len(dataset) and not any(example["answered"] for example in encoded):
+        if encoder.accepts_prompts:
+            raise no_prompts(encoder.max_length)
         raise _no_answers(name, source_rows(dataset, empty_answers(encoded)), len(encoded), encoder.max_length)
     return encoded
 
@@ -253,6 +255,12 @@ def unusable(where: str, error: ValueError) -> BadRequest:
 def no_answers(max_length: int) -> BadRequest:
     """The refusal of a data set of which no answer is left within so many tokens."""
     what = f"No example has an answer within max_length {max_length};"
+    return BadRequest(what, "raise max_length or look at the data's columns.")
+
+
+def no_prompts(max_length: int) -> BadRequest:
+    """The refusal of a data set of which no prompt leaves room for an answer within so many tokens."""
+    what = f"No example has a prompt that leaves room for an answer within max_length {max_length};"
     return BadRequest(what, "raise max_length or look at the data's columns.")
 
 

@@ -88,6 +88,7 @@ class DistillationModel(nn.Module):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        origins: torch.Tensor | None = None,
         packed_lengths: Sequence[int] | None = None,
         teacher_states: dict[int, torch.Tensor] | None = None,
         logits_terms: LogitsTerms | None = None,
@@ -100,6 +101,7 @@ class DistillationModel(nn.Module):
             input_ids: tokens [B, T].
             attention_mask: 1 at real tokens [B, T].
             labels: of the student alone; the losses of the distillation are computed elsewhere.
+            origins: whose each token is [B, T], see `data.formats`, for these losses; Trainer drops what is not named.
             packed_lengths: tokens of each example of a packed row [1, T].
             teacher_states: the teacher's states [B, T, d_t] by layer; without them nothing is projected.
             logits_terms: computed here, inside the wrapper of data parallelism, because they use the head's weights.

@@ -48,6 +48,7 @@ def check_given(
         raise ValueError("The arguments stand in another's place; write KavaTrainer(student, teacher, args=...).")
     for name in ("train_dataset", "eval_dataset") if options.get("data_collator") is None else ():
         check_rows(name, options.get(name))  # a collator may tokenise texts itself
+    check_rollouts(args, options.get("train_dataset"))
     if not isinstance(args, KavaTrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}; write KavaTrainingArguments, which takes the same.")
     if options.get("compute_loss_func") is not None:
@@ -58,6 +59,16 @@ def check_given(
         raise ValueError("Give a student, or model_init, a function that makes one.")
     if student is not None and model_init is not None:
         raise ValueError("Give either a student or model_init, not both.")
+
+
+def check_rollouts(args: Any, dataset: Any) -> None:
+    """Raise `ValueError` where `rollouts_from` asks for rollouts and a data set holds none: only runs read the file."""
+    columns = getattr(dataset, "column_names", None)
+    if getattr(args, "rollouts_from", None) and columns is not None and "origins" not in columns:
+        raise ValueError(
+            "rollouts_from is read by python -m kava_trainer train; here leave it out, and give what "
+            "kava_trainer.rollout_examples(file, tokenizer) reads as train_dataset."
+        )
 
 
 def check_student(student: PreTrainedModel) -> None:

@@ -142,7 +142,7 @@ def quantized_by(config: PreTrainedConfig) -> str | None:
 
 def load_student(
     arguments: ModelArguments,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     device: torch.device | str = "cpu",
     cut: Cut | None = None,
 ) -> PreTrainedModel:
@@ -153,7 +153,7 @@ def load_student(
 
     Args:
         arguments: which student, its start (`student_init`), data type and adapters.
-        teacher: gives its weights where the student is cut out of it and they are whole.
+        teacher: gives its weights where the student is cut out of it and they are whole; None for any other student.
         device: where quantised weights are put; any others are on the CPU.
         cut: what is kept of the teacher, see `choose_cut`; needed where text decides on it, unless the teacher is one
             without storage.
@@ -167,7 +167,7 @@ def load_student(
     else:
         student = build_causal_lm(config, arguments.student_dtype, arguments)
     if arguments.is_cut:
-        _fill(student, arguments, teacher, cut)
+        _fill(student, arguments, cast(PreTrainedModel, teacher), cut)
     if student.dtype == torch.float16:
         student = student.float()
     if arguments.use_peft:

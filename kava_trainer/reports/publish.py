@@ -17,9 +17,10 @@ from huggingface_hub.utils import are_progress_bars_disabled, get_session, hf_ra
 from ..distillation.projector_files import export_projector_file
 from ..trainer.final_student import FINAL_PROJECTOR
 from ..utils.console import Console, size_text
-from ..utils.errors import BadRequest, RunFailed
+from ..utils.errors import BadRequest, Interrupted, RunFailed, exit_code
 from ..utils.hub import ANSWER_SECONDS, Place, check_private, hub_reason, in_time, make_branch, push_command, show_bars
 from ..utils.redaction import without_secrets
+from ..utils.signals import WATCH
 from .card_snippets import PROJECTOR_FOLDER
 from .model_card import is_untouched, render_model_card
 from .recipe import RECIPE_FILE, recipe_text
@@ -163,6 +164,39 @@ def publish(
     except Exception as error:  # the network fails in many ways; all of them are told, none may harm the run
         return not_sent(place, student, output_dir, error)
     return None
+
+
+def push_run(output_dir: str, student: Path, summary: Summary, place: Place) -> int:
+    """Send the student of a run that was completed to the hub, and tell of it.
+
+    Args:
+        output_dir: of the run.
+        student: the folder of the finished student.
+        summary: of the run.
+        place: where it is sent.
+
+    Returns:
+        0 when it was sent, 130, 143 or 138 when Ctrl-C, SIGTERM or SIGUSR1 ended it.
+
+    Raises:
+        BadRequest: as `make_repository`.
+        RunFailed: if the hub did not take it; what is on disk is as it was.
+    """
+    console = Console()
+    try:
+        with WATCH:
+            repository = make_repository(place, student, output_dir)
+            place = repository.place
+            if repository.was_there:
+                console.print(f"{place.repo_id} is there already: files of the same names are replaced in it.")
+            problem = publish(console, output_dir, student, summary, place)
+    except Interrupted as interruption:
+        print(f"Interrupted. Push again with: {push_command(output_dir, place)}", file=sys.stderr)
+        return exit_code(interruption.number)
+    if problem is not None:
+        raise RunFailed(problem)
+    console.print(f"Pushed to {place.repo_id}{' (private)' if place.private else ''}: {repository.url}")
+    return 0
 
 
 def not_sent(place: Place, student: Path, output_dir: str | Path, error: Exception) -> str:

@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..trainer.checkpoint import TRAINER_STATE_FILE, find_newest_checkpoint, list_checkpoints, read_manifest
 from ..trainer.final_student import FINAL_PROJECTOR, FINAL_STUDENT, difference, has_student
-from ..utils.errors import BadRequest, reason_of
+from ..utils.errors import BadRequest, Problem, reason_of
 from ..utils.files import is_utf8
 from .summary import HISTORY_FILE, SCHEMA_VERSION, SUMMARY_FILE, Evaluations, RunSummary, Sample, Summary, finite
 
@@ -49,6 +49,21 @@ class RunRecord:
 def record_of(output_dir: str | Path, summary: RunSummary) -> RunRecord:
     """The record of a run that has just written its summary."""
     return RunRecord(Path(output_dir), summary.as_written(), json.loads(summary.history_to_json()))
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[Problem]]:
+    """The output folders of runs, and what is wrong with those that cannot be read or are named twice."""
+    records: list[RunRecord] = []
+    problems: list[Problem] = []
+    twice = sorted({str(folder) for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1})
+    if twice:
+        problems.append(Problem(None, f"{', '.join(twice)} is named more than once;", "name each run once."))
+    for folder in dict.fromkeys(folders):
+        try:
+            records.append(read_run(folder))
+        except BadRequest as error:
+            problems += error.problems
+    return records, problems
 
 
 def read_run(folder: str | Path) -> RunRecord:

@@ -235,7 +235,7 @@ def _memory_remedies(arguments: KavaArguments) -> Iterator[str]:
         yield "set gradient_checkpointing"
     if model.teacher_quantization != "4bit" and not is_slow_at_half_precision(training.device):
         yield "choose teacher_quantization 4bit"
-    if training.teacher_cache_dir is None and training.on_policy_fraction == 0:
+    if training.teacher_cache_dir is None and not training.samples:
         yield "name a teacher_cache_dir"
     if not any(bits in optimizer_name(training.optim) for bits in ("8bit", "4bit")):
         ready = missing_package(TORCHAO_OPTIMIZERS[0]) is None

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from collections.abc import Sized
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..trainer.checkpoint import find_newest_checkpoint, list_checkpoints, read_
 from ..trainer.trainer import KavaTrainer
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import working
+from .advice import planned_steps
 from .setup import Run, make_trainer
 from .tracking import keep_apart
 
@@ -40,7 +42,7 @@ def control_arguments(training: KavaTrainingArguments) -> KavaTrainingArguments:
     control = copy.copy(training)
     for name in TEACHER_WEIGHTS:
         setattr(control, name, 0.0)
-    control.on_policy_fraction = 0.0
+    control.on_policy_fraction, control.rollouts_from = 0.0, None
     if control.lm_weight == 0:
         control.lm_tokens = "answers"
     control.lm_weight = 1.0
@@ -90,12 +92,15 @@ def build_control(run: Run) -> KavaTrainer:
     elif model.is_cut and not getattr(teacher, "is_quantized", False):  # whose weights are read from files anyway
         teacher = load_teacher(model, torch.device("cpu"))
     release_memory()
-    training = control_arguments(run.training)
+    training, data = control_arguments(run.training), run.data
+    if data.of_the_data is not None:  # of which there may be others than the run has examples
+        training.max_steps = planned_steps(run.training, len(cast(Sized, data.train)), run.training.world_size)
+        data = replace(data, train=data.of_the_data, of_the_data=None)
     set_seed(training.seed)
     with working("Loading the student once more"):
         student = load_student(model, teacher, training.device, models.cut)
     with working("Trying out the student"):
-        trainer = make_trainer(training, replace(models, student=student), run.data)
+        trainer = make_trainer(training, replace(models, student=student), data)
     if TENSORBOARD_FOLDER in os.environ:
         keep_apart(trainer.trackers, CONTROL_FOLDER)
     return trainer

@@ -67,12 +67,19 @@ def tell_encoding(console: Console, which: str, encoded: Encoded, total: int, as
     """Say what became of rows that were tokenised, and warn of what is left out."""
     console.print(
         f"{len(encoded.dataset)} {which} examples of {total}: {encoded.truncated} cut to {asked.max_length} tokens, "
-        f"{encoded.dropped} dropped because no answer was left"
+        f"{encoded.dropped} dropped because {_why_dropped(asked, which)}"
     )
     if encoded.empty:
         console.warn(empty_problem(cast(str, asked.dataset_name), which, encoded.empty))
     for problem in remark_problems(encoded.remarks, cast(str, asked.dataset_name), which, total):
         console.warn(str(problem))
+
+
+def _why_dropped(asked: DataArguments, which: str) -> str:
+    """Why `training` or `held-out` rows are no examples, as words that go on."""
+    if asked.accepts_prompts and which == "training":
+        return "their prompt is empty or leaves no room for an answer"
+    return "no answer was left"
 
 
 def tell_retention(console: Console, asked: DataArguments, retention: datasets.Dataset | None) -> None:

@@ -86,9 +86,15 @@ def _fill(run: Run, cache: TeacherCache) -> None:
 
 
 def read_from_cache(run: Run, cache: TeacherCache) -> None:
-    """Let the trainer read the teacher's states from a cache that is filled, and free the teacher's weights."""
+    """Let the trainer read the teacher's states from a cache that is filled, and free the teacher's weights.
+
+    It keeps them where the student writes answers, which it has to read.
+    """
     teacher = run.models.teacher
     run.trainer.read_cache(CachedTeacher(teacher, cache.read))
+    if run.training.samples:
+        run.console.print("The teacher's states on the data come from there from now on; it reads the answers alone.")
+        return
     release_weights(teacher, keep_head=run.training.kd_weight > 0)
     release_memory()
     run.console.print("The teacher's states come from there from now on; its weights are freed.")

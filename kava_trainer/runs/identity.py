@@ -43,7 +43,7 @@ _HARMLESS = {
     "max_length", "max_nonfinite_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "teacher_model_name_or_path", "student_model_name_or_path", "student_config_name", "teacher_revision",
     "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "shuffle_buffer",
-    "merge_adapter", "assistant_turns",
+    "merge_adapter", "assistant_turns", "rollouts_from",
 }  # fmt: skip
 """Where things go and what is told, and names whose content is compared instead."""
 
@@ -59,11 +59,13 @@ _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_d
 
 
 def data_digest(dataset: Dataset | ExampleStream) -> str:
-    """A hash of the tokens and labels of all examples in their order; of a stream what is known without reading it."""
+    """A hash of the tokens and labels of all examples in their order, and of whose tokens they are where students wrote
+    some; of a stream what is known without reading it."""
     if isinstance(dataset, ExampleStream):
         return dataset.digest
     digest = hashlib.sha256()
-    tables = dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=4096)
+    columns = [name for name in ("input_ids", "labels", "origins") if name in dataset.column_names]
+    tables = dataset.select_columns(columns).with_format("arrow").iter(batch_size=4096)
     with progress_bar(len(dataset), "Hashing the training data", "example") as bar:
         for table in tables:
             for column in table.columns:

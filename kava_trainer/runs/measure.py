@@ -67,7 +67,7 @@ def fill_cache(arguments: KavaArguments) -> None:
         run.data = load_data(run.console, arguments, tokenizer)
         run.console.stage("Models")
         with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
-            run.models = load_models(run.console, arguments, tokenizer, run.data.train)
+            run.models = load_models(run.console, arguments, tokenizer, run.data.written)
             run.trainer = build_trainer(run)
         cache = open_cache(run)
         if cache is None:
@@ -125,7 +125,7 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
         with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
             models = load_models(console, arguments, tokenizer, train)
         if finished is not None and finished.adapter is not None:
-            _put_on(finished.adapter, models.student)
+            put_adapter_on(finished.adapter, models.student)
         console.stage("Evaluation")
         measured = measure(console, arguments, models, held_out, ("teacher", "student"), retention)
         evaluation = {name: one.figures for name, one in measured}
@@ -147,11 +147,12 @@ def _examples(
     if arguments.model.is_cut:
         data = load_data(console, arguments, tokenizer)
         if data.evaluation is not None:
-            return data.train, data.evaluation, data.retention
+            return data.written, data.evaluation, data.retention
     return None, *load_held_out(console, arguments, tokenizer)
 
 
-def _put_on(adapter: Path, student: Any) -> None:
+def put_adapter_on(adapter: Path, student: Any) -> None:
+    """Load a saved adapter into a student. Raises `BadRequest` if that cannot be done."""
     try:
         load_adapter(adapter, student)
     except Exception as error:  # broken files raise many kinds

@@ -230,7 +230,7 @@ def _run_control(run: Run, resume: bool) -> KavaTrainer | None:
     try:
         control = build_control(run)
         train_control(control, resume)
-        if arguments.training.on_policy_fraction > 0:  # for equal steps are not equally long
+        if arguments.training.samples:  # for equal steps are not equally long
             summary.content.throughput.control_train_seconds = control.clock.spent()["train_seconds"]
         if not was_interrupted(control):
             _evaluate(run, replace(run.models, student=control.whole_student()), ("control_sft",))

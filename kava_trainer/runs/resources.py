@@ -279,7 +279,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
         }
         return {
-            "teacher": kept if cached else model_bytes(teacher, model.teacher_quantization),
+            "teacher": kept if cached and not training.samples else model_bytes(teacher, model.teacher_quantization),
             **_over_ranks(parts, training.world_size, lambda: _gathered_bytes(student, parts["projector"])),
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),

@@ -16,7 +16,6 @@ from ..data.collators import DistillationCollator
 from ..data.encoding import Encoded, encode_dataset
 from ..data.formats import IGNORED, find_format, prompt_kind
 from ..data.retention import load_retention
-from ..data.rows.prompts import have_answers
 from ..data.rows.remarks import remark_problems
 from ..data.selection import first_examples
 from ..data.splits import load_splits
@@ -49,6 +48,7 @@ from .advice import (
 from .display import tell_encoding, tell_retention
 from .pair.models import Models
 from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
+from .rollouts.examples import check_prompts, check_rollouts_fit, describe_rollouts, load_rollouts, with_rollouts
 from .tracking import RunTracking
 
 
@@ -63,6 +63,13 @@ class Data:
     """See `formats.prompt_kind`."""
     retention: datasets.Dataset | None = None
     """See `retention.load_retention`."""
+    of_the_data: datasets.Dataset | None = None
+    """The training examples of the data set alone, where `train` holds rollouts from a file too."""
+
+    @property
+    def written(self) -> datasets.Dataset | ExampleStream:
+        """The training examples of the data set alone."""
+        return self.train if self.of_the_data is None else self.of_the_data
 
 
 @dataclass
@@ -112,13 +119,17 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
     if asked.streaming:
         return _load_stream(console, arguments, tokenizer)
     with arguments.training.main_process_first(desc="loading the data"):
+        rollouts = load_rollouts(arguments, tokenizer)
         train, test, total = load_splits(asked)
         check_prompts(arguments, train)
         console.print(f"Dataset loaded: {total} samples")
-        encoded = _encode(asked, tokenizer, "training", train)
-        held_out = _encode(asked, tokenizer, "held-out", test) if test else None
+        encoded = encode_rows(asked, tokenizer, "training", train)
+        examples = encoded.dataset if rollouts is None else with_rollouts(arguments, encoded.dataset, rollouts)
+        held_out = encode_rows(asked, tokenizer, "held-out", test) if test else None
         retention = load_retention(asked, test, tokenizer)
     tell_encoding(console, "training", encoded, len(train), asked)
+    if rollouts is not None:
+        console.print(describe_rollouts(arguments, rollouts, len(examples)))
     if test and held_out:
         tell_encoding(console, "held-out", held_out, len(test), asked)
         tell_retention(console, asked, retention)
@@ -128,27 +139,10 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
     if few := few_examples(len(held_out.dataset) if held_out else None):
         console.warn(few)
     kind = _tell_format(console, arguments, tokenizer, train.column_names, train[0])
-    batches = math.ceil(len(encoded.dataset) / arguments.training.per_device_train_batch_size)
+    batches = math.ceil(len(examples) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
-    collator = DistillationCollator(tokenizer)
-    return Data(encoded.dataset, held_out.dataset if held_out else None, collator, kind, retention)
-
-
-def check_prompts(arguments: KavaArguments, rows: datasets.Dataset) -> None:
-    """Make sure that the student's own answers have prompts, and a control answers. Raises `BadRequest` if not."""
-    training, kind = arguments.training, prompt_kind(rows[0], find_format(rows.column_names))
-    if training.on_policy_fraction > 0 and kind == "text":
-        raise BadRequest(
-            f"on_policy_fraction is {training.on_policy_fraction:g}, but the rows are plain text, which has no prompt "
-            "that a student could answer;",
-            "write on_policy_fraction 0, or name a data set of prompts.",
-        )
-    if training.run_control and arguments.data.accepts_prompts and not have_answers(rows):
-        raise BadRequest(
-            "run_control is true, but the training rows are prompts alone, from which the next-token loss learns "
-            "nothing;",
-            "write run_control false.",
-        )
+    evaluation, written = held_out.dataset if held_out else None, None if rollouts is None else encoded.dataset
+    return Data(examples, evaluation, DistillationCollator(tokenizer), kind, retention, written)
 
 
 def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -160,7 +154,7 @@ def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrain
     stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed, asked.assistant_turns)
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
-    encoded = _encode(asked, tokenizer, "held-out", held_out)
+    encoded = encode_rows(asked, tokenizer, "held-out", held_out)
     tell_encoding(console, "held-out", encoded, len(held_out), asked)
     retention = load_retention(asked, held_out, tokenizer)
     tell_retention(console, asked, retention)
@@ -189,7 +183,7 @@ def load_held_out(
                 f"The data set {asked.dataset_name!r} has no held-out examples to measure on;",
                 "name a dataset_test_split, or a data set of more than one example.",
             )
-        held_out = _encode(asked, tokenizer, "held-out", test)
+        held_out = encode_rows(asked, tokenizer, "held-out", test)
         retention = load_retention(asked, test, tokenizer)
     tell_encoding(console, "held-out", held_out, len(test), asked)
     tell_retention(console, asked, retention)
@@ -198,7 +192,10 @@ def load_held_out(
     return held_out.dataset, retention
 
 
-def _encode(asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset) -> Encoded:
+def encode_rows(
+    asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset
+) -> Encoded:
+    """The `training` or `held-out` rows, tokenised. Raises `BadRequest` as `encode_dataset`."""
     told, name = f"Tokenizing the {which} data", cast(str, asked.dataset_name)
     with working(f"Preparing the {which} data"):  # the bar of `datasets` shows nothing of the checks around it
         turns, prompts = asked.assistant_turns, asked.accepts_prompts and which == "training"
@@ -278,6 +275,8 @@ def build_trainer(run: Run) -> KavaTrainer:
     console, training, models, data = run.console, run.training, run.models, run.data
     check_processes(training)
     check_evaluation(training, data.evaluation is not None)
+    if data.of_the_data is not None:
+        check_rollouts_fit(cast(datasets.Dataset, data.train), {"teacher": models.teacher, "student": models.student})
     with working("Trying out the models"):
         trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
@@ -338,7 +337,7 @@ def measure_teacher(
 
 def check_teacher(run: Run) -> None:
     """Warn of a teacher that knows no more about the answers than chance, and add it to the problems."""
-    batch = first_examples(run.data.train, run.training.per_device_eval_batch_size)
+    batch = first_examples(run.data.written, run.training.per_device_eval_batch_size)
     if all(label == IGNORED for labels in batch["labels"] for label in labels):  # they are prompts alone
         return
     loss, chance, at_chance = measure_teacher(run.models.teacher, batch, run.data.collator)

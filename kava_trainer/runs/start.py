@@ -170,7 +170,7 @@ def load_pair(run: Run) -> None:
     fidelity.read_unquantised()
     with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
         earlier = earlier_cut(run.checkpoint, arguments)
-        run.models = models = load_models(console, arguments, tokenizer, data.train, earlier)
+        run.models = models = load_models(console, arguments, tokenizer, data.written, earlier)
         if models.cut is not None:
             run.identity[CUT], summary.content.cut = models.cut.to_dict(), described(models.cut)
         summary.content.prompt_kind = data.prompt_kind

@@ -49,6 +49,8 @@ class Plan:
     """Tokens that the projectors are fitted to."""
     cached: float | None = None
     """Tokens that a teacher cache lacks; None where there is no cache."""
+    sampled: float = 0.0
+    """Share of the examples that the student answers itself, of whose states there is no cache."""
     probe: float = 0.0
     """Tokens of the probe; 0 where nothing is aligned."""
     gradient: float = 0.0
@@ -73,8 +75,9 @@ def estimate(plan: Plan, rates: Rates) -> dict[str, float]:
     What the run does not have is not there.
     """
     teacher = 0.0 if plan.cached is None else rates.teacher  # what a step saves that reads it from the cache
+    saved = teacher * (1 - plan.sampled)
     terms, again = rates.terms - teacher, (rates.terms - rates.teacher) if plan.checkpointing else 0.0
-    step, plain = rates.step - teacher + again, rates.plain_step + again
+    step, plain = rates.step - saved + again, rates.plain_step + again
     beside = (plan.evaluations + plan.saves + 2) if plan.probe else 0  # at the start and at the end too
     measured = beside if not plan.gradients_at_the_start_alone else min(beside, 1)
     written = [rates.student_token * plan.batches * length for length in (plan.longest, plan.answer, plan.answer)]
@@ -165,6 +168,7 @@ def plan_of(run: Run) -> Plan:
         saves=len(saved - evaluated),
         calibration=min(training.calibration_tokens, examples * length or math.inf) / ranks if calibrates else 0.0,
         cached=_missing(run, steps * step_tokens * ranks) / ranks if run.cache is not None else None,
+        sampled=training.on_policy_fraction if training.samples else 0.0,
         probe=min(PROBE_TOKENS, held_out) if probes else 0.0,
         gradient=terms * min(gradient_examples * length, PROBE_TOKENS, held_out) if probes else 0.0,
         gradients_at_the_start_alone=sparing,
@@ -181,6 +185,8 @@ def plan_of(run: Run) -> Plan:
 
 def _rollout_tokens(training: KavaTrainingArguments, steps: int, answer: int) -> float:
     """What `Plan.rollouts` is for so many steps, where the longest reference answer has so many tokens, 0 for none."""
+    if not training.samples:
+        return 0.0
     prompts = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.on_policy_fraction
     batches = math.ceil(math.ceil(prompts) / training.per_device_eval_batch_size)
     longest = min(training.on_policy_max_new_tokens, answer or training.on_policy_max_new_tokens)

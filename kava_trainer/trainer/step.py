@@ -237,7 +237,7 @@ class StepRunner(TrainerCallback):
     @property
     def _may_cache(self) -> bool:
         """Whether the teacher's states can be had beforehand; those of answers that are yet to be sampled cannot."""
-        return self._args.on_policy_fraction == 0
+        return not self._args.samples
 
     def out_of_memory_between_passes(self, model: nn.Module) -> RunFailed:
         """The error for memory that ran out in the optimizer's step, or before the first pass."""

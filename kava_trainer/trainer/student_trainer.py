@@ -46,6 +46,8 @@ class StudentTrainer(SavingTrainer):
     probe: ProbeCallback
     status: StatusCallback
     rollouts: Rollouts | None
+    beside_cache: OnlineTeacher | None = None
+    """Reads the answers that the student writes, of which a cache has no states."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -60,6 +62,11 @@ class StudentTrainer(SavingTrainer):
     def target(self) -> HiddenStateTarget:
         """What is aligned, with its projectors."""
         return self.model.target
+
+    @property
+    def running_teacher(self) -> OnlineTeacher | None:
+        """The teacher that runs beside the student, also where a cache has its states on the examples of the data."""
+        return teacher if isinstance(teacher := self.terms.teacher, OnlineTeacher) else self.beside_cache
 
     @property
     def has_own_loss(self) -> bool:
@@ -207,20 +214,20 @@ class StudentTrainer(SavingTrainer):
 
     def make_rollouts(self, rollout_fn: RolloutFn | None) -> Rollouts | None:
         """What lets the student write answers itself; None where it shall not. Raises as `Rollouts`."""
-        if self.args.on_policy_fraction == 0:
+        if not self.args.samples:
             if rollout_fn is not None:
-                raise ValueError(
-                    "rollout_fn writes nothing while on_policy_fraction is 0; raise that, or leave it out."
-                )
+                unasked = "on_policy_fraction is 0" if self.args.rollouts_from is None else "rollouts_from has answers"
+                raise ValueError(f"rollout_fn writes nothing while {unasked}; change that, or leave it out.")
             return None
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        models = [self.student, *([teacher.model] if isinstance(teacher := self.terms.teacher, OnlineTeacher) else [])]
+        models = [self.student, *([] if self.running_teacher is None else [self.running_teacher.model])]
         rollouts = Rollouts(
             self.args,
             self.incidents,
             self.clock,
             self.data_collator,
             lambda: self.student,
+            lambda: self.running_teacher,
             tokenizer,
             known_tokens(models, tokenizer),
             lambda: self.steps.means,

@@ -16,12 +16,12 @@ from ..config.arguments import KavaTrainingArguments
 from ..data.collators import DistillationCollator, choose_collator, completed
 from ..data.streaming import ExampleStream
 from ..distillation.calibration import calibrate, calibration_examples
-from ..distillation.loss_terms import LossTerms
+from ..distillation.loss_terms import LossTerms, needed_teacher_layers
 from ..distillation.model import DistillationModel
 from ..distillation.pairing import Pairing, check_given
 from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import HiddenStateTarget
-from ..distillation.teacher_cache import CachedTeacher
+from ..distillation.teacher_cache import CachedTeacher, is_released
 from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
 from ..models.student import mend_generation_config
@@ -179,10 +179,16 @@ class KavaTrainer(StudentTrainer):
 
         Raises:
             ValueError: if the data collator is not KAVA's, which alone puts the states into the batches, or the
-                student writes answers itself, of which a cache has no states.
+                student writes answers itself, and they are all that is learned, or the teacher cannot read them.
         """
-        if self.args.on_policy_fraction > 0:
-            raise ValueError("A cached teacher has no states of the student's own answers; set on_policy_fraction 0.")
+        if self.args.samples:
+            if self.args.on_policy_fraction == 1 or is_released(teacher.model):
+                raise ValueError(
+                    "A cached teacher has no states of the student's own answers; leave the teacher its weights, and "
+                    "set on_policy_fraction below 1."
+                )
+            layers = needed_teacher_layers(self.args, self.target, teacher.num_layers)
+            self.beside_cache = self.running_teacher or OnlineTeacher(teacher.model, layers)
         if not isinstance(self.data_collator, DistillationCollator):
             raise ValueError("A cached teacher needs DistillationCollator as data_collator: it reads the states.")
         self.terms.teacher = teacher

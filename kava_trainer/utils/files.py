@@ -92,6 +92,15 @@ def check_output_file(path: Path, is_own: Callable[[str], bool]) -> None:
     )
 
 
+def check_new_file(path: Path) -> None:
+    """Make sure, before any work is done, that a new file can be made there. Raises `BadRequest` if not."""
+    if path.is_symlink() or path.exists():
+        raise BadRequest(f"{path} is there already, and is not replaced;", "name another file, or delete it.")
+    if not path.absolute().parent.is_dir():
+        raise BadRequest(f"{path} cannot be written;", "name a file in a folder that exists.")
+    _try_to_write(path.absolute().parent, f"{path} cannot be written")
+
+
 def _text_of(path: Path) -> str:
     """The text of a file; nothing that is not UTF-8 is any command's own."""
     try:

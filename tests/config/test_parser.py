@@ -91,6 +91,21 @@ def test_what_has_two_names_is_given_by_either(tmp_path, name):
     assert not any("kwargs" in one for one in given)
 
 
+@pytest.mark.parametrize(
+    ("given", "fraction", "samples"),
+    [
+        ({"rollouts_from": "own.jsonl"}, 1.0, False),
+        ({"rollouts_from": "own.jsonl", "on_policy_fraction": 0.25, "teacher_cache_dir": "cache"}, 0.25, False),
+        ({"rollouts_from": None}, 0.0, False),
+        ({"on_policy_fraction": 0.25}, 0.25, True),
+    ],
+)
+def test_a_file_of_answers_is_all_that_is_trained_on_unless_a_share_is_written(tmp_path, given, fraction, samples):
+    arguments = parse_arguments([write(tmp_path, **given)])
+    assert (arguments.training.on_policy_fraction, arguments.training.samples) == (fraction, samples)
+    assert arguments.data.accepts_prompts == (fraction == 1)
+
+
 def test_arguments_that_code_makes_are_not_given(tmp_path):
     parsed = parse_arguments([write(tmp_path)])
     assert KavaArguments(parsed.model, parsed.data, parsed.training).given == frozenset()
@@ -235,15 +250,21 @@ CUT = {"student_model_name_or_path": None}
         ),
         (
             {"on_policy_fraction": 1, "teacher_cache_dir": "cache"},
-            "teacher_cache_dir holds no states of answers that are yet to be sampled; leave teacher_cache_dir out.",
-        ),
-        (
-            {"on_policy_fraction": 0.2, "teacher_cache_dir": "cache"},
-            "on_policy_fraction is 0.2, but teacher_cache_dir holds no states of answers",
+            "teacher_cache_dir holds no states of answers that are yet to be sampled; leave teacher_cache_dir out, or "
+            "name a file of answers that are sampled already in rollouts_from.",
         ),
         (
             {"on_policy_fraction": 0.5, "on_policy_max_new_tokens": 2**24},
             "on_policy_max_new_tokens (16777216) or max_tokens_per_batch.",
+        ),
+        (
+            {"rollouts_from": "own.jsonl", "on_policy_fraction": 0},
+            "on_policy_fraction is 0, so nothing of rollouts_from own.jsonl would be read; write the share that it",
+        ),
+        ({"rollouts_from": "own.jsonl", "mercator_weight": 0}, "on_policy_fraction is 1, but no term asks the teacher"),
+        (
+            {"rollouts_from": "own.jsonl", "streaming": True, "max_steps": 3},
+            "rollouts_from is a file that is read before the training, but streaming is true; write streaming false",
         ),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
         ({"output_dir": "out-\udcff"}, r'output_dir is "out-\udcff", which is not UTF-8 text'),

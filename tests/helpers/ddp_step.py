@@ -1,10 +1,14 @@
 """One optimizer step for `outcomes.one_step`, in one process or one of several ranks; rank 0 writes the weights."""
 
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from helpers import models
+from helpers.data import random_examples
 from helpers.trainers import loss_lines, make_trainer
+from kava_trainer.distillation.rollouts.examples import Rollout
+from kava_trainer.distillation.rollouts.files import as_dataset, mixed
 from kava_trainer.quickstart import STUDENT_FOLDER
 from kava_trainer.utils.distributed import whole
 
@@ -12,6 +16,15 @@ from kava_trainer.utils.distributed import whole
 def made_up_answers(prompts, student, sampling):
     """The same answer to the same prompt, on whatever rank."""
     return [[1 + sum(prompt) * (i + 3) % 500 for i in range(1 + sum(prompt) % 5)] + [0] for prompt in prompts]
+
+
+def with_answers_from_a_file(count, tokenizer):
+    """The usual examples, of which every other one holds a student's answer."""
+    rows = random_examples(count)
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    answers = made_up_answers(prompts, None, None)
+    own = as_dataset([Rollout(*pair, ended=True) for pair in zip(prompts, answers, strict=True)], tokenizer)
+    return mixed(Dataset.from_list([{**row, "answer_text": ""} for row in rows]), own, 0.5, 0).select(range(count))
 
 
 def main(
@@ -24,9 +37,14 @@ def main(
     on_policy: str = "",
 ) -> None:
     mercator_weight, lm_weight = map(float, weighting.split(","))
+    tokenizer, given = AutoTokenizer.from_pretrained(STUDENT_FOLDER), {}
+    if on_policy == "file":
+        given = {"train": with_answers_from_a_file(8, tokenizer), "rollouts_from": "own", "on_policy_fraction": 0.5}
+    elif on_policy:
+        given = {"on_policy_fraction": float(on_policy), "rollout_fn": made_up_answers}
     trainer = make_trainer(
         output,
-        AutoTokenizer.from_pretrained(STUDENT_FOLDER),
+        tokenizer,
         count=8,
         model=getattr(models, student),
         max_steps=1,
@@ -40,7 +58,7 @@ def main(
         lr_scheduler_type="constant",
         mercator_weight=mercator_weight,
         lm_weight=lm_weight,
-        **({"on_policy_fraction": float(on_policy), "rollout_fn": made_up_answers} if on_policy else {}),
+        **given,
         **({"kd_weight": 0.5, "kd_tokens": tokens, "relative_mse_weight": 0.5} if tokens else {}),
     )
     trainer.train()

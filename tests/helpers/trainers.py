@@ -25,7 +25,7 @@ SETTINGS = {
 """Of a training that takes a second."""
 
 
-def make_trainer(folder, tokenizer, count=16, model=tiny_llama, rollout_fn=None, **changes):
+def make_trainer(folder, tokenizer, count=16, model=tiny_llama, rollout_fn=None, train=None, **changes):
     arguments = {
         "output_dir": str(folder),
         **SETTINGS,
@@ -46,7 +46,7 @@ def make_trainer(folder, tokenizer, count=16, model=tiny_llama, rollout_fn=None,
         OnlineTeacher(teacher, needed_teacher_layers(args, target, TEACHER_LAYERS)),
         target,
         args,
-        train_dataset=data,
+        train_dataset=data if train is None else train,
         eval_dataset=data.select(range(7)),
         data_collator=DistillationCollator(tokenizer),
         processing_class=tokenizer,

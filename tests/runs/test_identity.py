@@ -112,3 +112,18 @@ def test_the_digest_knows_tokens_labels_order_and_where_examples_end():
     joined = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3], "labels": [3]}]
     apart = [{"input_ids": [1], "labels": [1]}, {"input_ids": [2, 3], "labels": [2, 3]}]
     assert data_digest(Dataset.from_list(joined)) != data_digest(Dataset.from_list(apart))
+
+
+def test_the_digest_knows_whose_tokens_they_are_where_a_student_wrote_some():
+    written, sampled = ([{**row, "origins": [own] * len(row["input_ids"])} for row in rows(3, 4)] for own in (0, 2))
+    digests = {data_digest(Dataset.from_list(own)) for own in (rows(3, 4), written, sampled)}
+    assert len(digests) == 3
+
+
+def test_the_name_of_a_file_of_answers_is_no_matter_but_their_share_is(tmp_path):
+    there = identity(tmp_path, rollouts_from="own.jsonl", on_policy_fraction=0.5)
+    moved = identity(tmp_path, rollouts_from="moved/own.jsonl", on_policy_fraction=0.5)
+    assert compare(there, moved).harmless == ["rollouts_from was own.jsonl, is moved/own.jsonl"]
+    assert compare(there, moved).training == compare(there, moved).incompatible == []
+    other = identity(tmp_path, "other", rollouts_from="own.jsonl", on_policy_fraction=0.5)
+    assert compare(there, other).incompatible == ["data differs"]

@@ -56,6 +56,7 @@ def runner(words: list[str]):
         "python run_kava.py": lambda rest: run_kava.main([*rest, *FEWER]),
         "python -m kava_trainer train": lambda rest: cli.main(["train", *rest, *FEWER]),
         "python -m kava_trainer cache": lambda rest: cli.main(["cache", *rest, *FEWER]),
+        "python -m kava_trainer rollouts": lambda rest: cli.main(["rollouts", *rest, *FEWER]),
         "python -m kava_trainer": cli.main,
         PROCESSES: lambda rest: 0 if parse_arguments(rest[rest.index("run_kava.py") + 1 :]) else 1,
     }

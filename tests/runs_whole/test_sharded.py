@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers import fault_child, outcomes, sharded_run
 from helpers.data import random_examples, write_problems
 from helpers.models import bfloat16_llama, llama_as_wide_as_the_teacher, tiny_llama
-from helpers.outcomes import assert_same_step
+from helpers.outcomes import assert_same_step, one_step
 from helpers.places import ROOT
 from helpers.processes import Run
 from helpers.programs import words
@@ -44,6 +44,15 @@ def test_a_sharded_step_is_that_of_one_process(tmp_path, whole_batch, batch_size
     split = torch.load(f"{output}.pt", weights_only=True)
     assert (split["world_size"], split["wrapper"]) == (ranks, "FSDPDistillationModel")
     assert_same_step(split, whole_batch)
+
+
+@pytest.mark.slow
+def test_a_sharded_step_on_answers_of_a_file_is_that_of_one_process(tmp_path):
+    whole = one_step(tmp_path, 8, 1, 1, tokens="all", on_policy="file")
+    asked = (str(tmp_path / "step"), "4", "1", "1.0,1.0", "tiny_llama", "all", "file")
+    run = Run(sharded_run.step, tmp_path, *asked, ranks=2)
+    assert run.wait() == [0, 0], run.output()
+    assert_same_step(torch.load(tmp_path / "step.pt", weights_only=True), whole)
 
 
 SETTINGS = {

@@ -75,7 +75,7 @@ class Encoder:
             raise BadRequest(what, "set its eos_token.")
         self.max_length = max_length
         self._names, self._tokenizer, self._features = names, tokenizer, features or {}
-        self._all_turns, self._accepts_prompts = assistant_turns == "all", accepts_prompts
+        self._all_turns, self.accepts_prompts = assistant_turns == "all", accepts_prompts
         self._chat, self._control = ChatTemplate(tokenizer), ControlTokens(tokenizer)
         self._left_out = LeftOut(self._chat)
         self._lead = _leading_tokens(tokenizer)
@@ -95,7 +95,7 @@ class Encoder:
         row = {name: without_filler(row[name], self._features.get(name)) for name in self._names}
         prompt, answer = prompt_and_answer(row, self._names)
         if not isinstance(answer, list):
-            if self._accepts_prompts and prompt.strip() and not answer.strip():
+            if self.accepts_prompts and prompt.strip() and not answer.strip():
                 return self._prompt_alone(self._tokens_of(prompt))
             return self._example(self._plain(prompt, answer), answer)
         if not self._tokenizer.chat_template:
@@ -103,7 +103,7 @@ class Encoder:
                 "The data set holds chat messages, but the tokenizer has no chat template;", "add one to it."
             )
         tools = tools_of(row, self._names)
-        if self._accepts_prompts and prompt and (not answer or is_blank(answer[-1])):
+        if self.accepts_prompts and prompt and (not answer or is_blank(answer[-1])):
             return self._prompt_alone(self._chat_tokens(self._chat.render([*prompt, *answer[:-1]], tools, True)))
         if not self._all_turns:
             text = "".join(message.get("content") or "" for message in answer)

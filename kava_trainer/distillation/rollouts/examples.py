@@ -8,8 +8,8 @@ import torch
 
 from ...data.formats import ASKED, IGNORED, SAMPLED, WRITTEN
 
-Example = dict[str, torch.Tensor]
-"""`input_ids`, `labels` and `origins` [T] for the collators."""
+Example = dict[str, Any]
+"""`input_ids`, `labels` and `origins` [T] for the collators, and `teacher_states` [T, d_t] by layer if it has any."""
 
 REPEATED_TOKENS = 4
 """So many tokens in a row that stood in an answer before count as repeated."""
@@ -63,6 +63,15 @@ def prompt_of(example: Mapping[str, Any]) -> list[int]:
 def of_the_data(example: Example) -> Example:
     """An example of the data, which says that it is one."""
     return {**example, "origins": torch.full_like(example["input_ids"], WRITTEN)}
+
+
+def without_answer(example: Example) -> Example:
+    """The prompt of an example, of which nothing is learned, with the teacher's states on it."""
+    alone = prompt_alone(prompt_of(example))
+    if "teacher_states" in example:
+        length = len(alone["input_ids"])
+        alone["teacher_states"] = {layer: own[:length] for layer, own in example["teacher_states"].items()}
+    return alone
 
 
 def prompt_alone(prompt: Sequence[int]) -> Example:

@@ -1,13 +1,15 @@
 """Answers sampled from a student as it is now, which leaves it and the random numbers of its training as they were."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from accelerate.utils import release_memory
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from ...config.arguments import KavaTrainingArguments
 from ...models.generation.generate import continue_prompts
 from ...models.layers import context_length
 from ...models.lm_head import vocabulary_size
@@ -29,6 +31,28 @@ class Sampling:
     """Prompts at a time."""
     vocabulary: int
     """Tokens from 0 that both models and the tokenizer know; no other is an answer."""
+
+    @classmethod
+    def asked(
+        cls,
+        args: KavaTrainingArguments,
+        end_tokens: Sequence[int],
+        pad_token: int,
+        seed: int,
+        batch_size: int,
+        vocabulary: int,
+    ) -> "Sampling":
+        """As the arguments of a run ask."""
+        return cls(
+            args.on_policy_temperature,
+            args.on_policy_top_p,
+            args.on_policy_max_new_tokens,
+            tuple(end_tokens),
+            pad_token,
+            seed,
+            batch_size,
+            vocabulary,
+        )
 
 
 class RolloutFn(Protocol):
@@ -99,6 +123,29 @@ def sample_answers(prompts: Sequence[Sequence[int]], student: PreTrainedModel, s
         for place, own, uncertainty in zip(places, written.tolist(), watch.of_each_token(), strict=True):
             tokens[place], entropies[place] = own, uncertainty
     return Answers(tokens, entropies)
+
+
+def sample_what_fits(
+    sample: Callable[[int], Answers], batch_size: int, prompts: int, tell: Callable[[int, int], None]
+) -> Answers | None:
+    """Sample with half as many prompts at a time as before until they fit into the memory; None if not even one does.
+
+    Args:
+        sample: does it with so many at a time.
+        batch_size: that it begins with.
+        prompts: how many there are in all.
+        tell: takes how many were tried and how many are tried next.
+    """
+    while True:
+        try:
+            return sample(batch_size)
+        except torch.OutOfMemoryError:
+            tried = min(batch_size, prompts)
+        release_memory()
+        if tried == 1:
+            return None
+        batch_size = tried // 2
+        tell(tried, batch_size)
 
 
 def _batches(rooms: Sequence[int], sampling: Sampling) -> list[list[int]]:

@@ -19,10 +19,11 @@ from ...data.rows.remarks import remark_problems
 from ...data.splits import HELD_OUT_SHARE, has_test_split, load_splits
 from ...data.stream_sources import open_rows
 from ...data.streaming import ExampleStream, open_stream
+from ...distillation.rollouts.files import mixed_counts
 from ...reports.verdict import FEW_EXAMPLES, few_examples
 from ..advice import check_evaluation, on_format
 from ..identity import data_digest
-from ..setup import check_prompts
+from ..rollouts.examples import check_prompts, describe_rollouts, load_rollouts, with_rollouts
 from .findings import Checkup
 
 SAMPLE = 1000
@@ -48,22 +49,27 @@ class Examples:
     held_out: int
     columns: list[str]
     """All of them, also those that are not read."""
+    rollouts: Dataset | None = None
+    """What is trained on of a file of rollouts."""
+    written: int = 0
+    """Training examples of the data, each counted once."""
 
     def tokens(self) -> int:
-        """About how many tokens all training examples hold, by the mean of the sample."""
+        """About how many tokens all training examples hold, each counted once, by the mean of the sample."""
         lengths = [len(example["input_ids"]) for example in self.sample]
-        return round(self.count * sum(lengths) / len(lengths)) if lengths else 0
+        written = round(self.written * sum(lengths) / len(lengths)) if lengths else 0
+        return written + (0 if self.rollouts is None else sum(map(len, self.rollouts["input_ids"])))
 
-    def digest(self, tokenizer: PreTrainedTokenizerBase, asked: DataArguments) -> str:
+    def digest(self, tokenizer: PreTrainedTokenizerBase, arguments: KavaArguments) -> str:
         """What tells the examples of the run from others; all of them are tokenised for it, as the run does."""
         if isinstance(self.train, ExampleStream):
             return self.train.digest
-        told = "Tokenizing the training data"
+        told, asked = "Tokenizing the training data", arguments.data
         turns = asked.assistant_turns
         encoded = encode_dataset(
             self.train, tokenizer, asked.max_length, told, assistant_turns=turns, accepts_prompts=asked.accepts_prompts
-        )
-        return data_digest(encoded.dataset)
+        ).dataset
+        return data_digest(encoded if self.rollouts is None else with_rollouts(arguments, encoded, self.rollouts))
 
 
 def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -82,7 +88,14 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
     answered = _check_sample(checkup, train, "training", arguments, tokenizer)
     if not streamed:
         examples.count = round(examples.count * len(answered) / min(len(train), SAMPLE))
-    if answered:
+    examples.written = examples.count
+    if (rollouts := load_rollouts(arguments, tokenizer)) is not None:
+        counts = mixed_counts(examples.count, len(rollouts), arguments.training.on_policy_fraction)
+        examples.rollouts, examples.count = rollouts, sum(counts)
+        examples.written = examples.written if counts[0] else 0
+        checkup.ok(describe_rollouts(arguments, rollouts, sum(counts)))
+        _show(checkup, rollouts[0], tokenizer)
+    if answered and examples.written:
         _show(checkup, answered[0], tokenizer)
     if held_out:
         _check_sample(checkup, held_out, "held-out", arguments, tokenizer)
@@ -147,9 +160,11 @@ def _check_sample(
     answered = [example for example in sample if example["answered"]]
     empty = [] if prompts else source_rows(rows, empty_answers(sample))
     cut, dropped = sum(example["truncated"] for example in sample), len(sample) - len(answered)
-    text = f"of {len(sample)} {which} examples {cut} are cut to {length} tokens, {dropped} dropped without an answer."
+    lacking = "without room for an answer" if prompts else "without an answer"
+    text = f"of {len(sample)} {which} examples {cut} are cut to {length} tokens, {dropped} dropped {lacking}."
     if not answered:
-        checkup.warn(f"none of the first {len(sample)} {which} examples has an answer.", "Look at the data's columns.")
+        found = "a prompt that leaves room for an answer" if prompts else "an answer"
+        checkup.warn(f"none of the first {len(sample)} {which} examples has {found}.", "Look at the data's columns.")
     elif cut > MANY * len(sample):
         checkup.warn(text, "Raise max_length (and lower per_device_train_batch_size), if whole answers matter.")
     elif dropped - len(empty) > MANY * len(sample):

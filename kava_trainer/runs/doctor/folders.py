@@ -117,7 +117,7 @@ def check_output(
         checkup.warn(f"{folder} would be skipped: {reason}.", f"Delete {folder}.")
     checkpoints, checkpoint = list_checkpoints(output), resumption.checkpoint
     if checkpoints or checkpoint:
-        digest = examples.digest(tokenizer, arguments.data)
+        digest = examples.digest(tokenizer, arguments)
         identity = run_identity(arguments, digest) | {"world_size": expected_processes(training)}
         if checkpoint is not None:
             found = check_resumable(checkpoint, identity)

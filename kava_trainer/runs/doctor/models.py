@@ -290,6 +290,8 @@ def check_trainer(
     held_out = examples is None or examples.held_out > 0
     training.push_to_hub, training.report_to = False, []  # both have a check of their own
     training.layer_mapping, training.layer_weights = "last", None
+    if training.rollouts_from is not None:  # which has a check with the data
+        training.rollouts_from, training.on_policy_fraction = None, 0.0
     training.projector_rank = None if training.projector_rank is None else 1
     highest = max(tokenizer.get_vocab().values())
     config = LlamaConfig(

@@ -196,7 +196,7 @@ class Stopwatch:
     def _token(self, model: PreTrainedModel) -> float:
         """Seconds that one more token takes in all answers of a batch; 0 where none are written."""
         run = self._run
-        if not generates(run) and run.training.on_policy_fraction == 0:
+        if not generates(run) and not run.training.samples:
             return 0.0
         ids = self._padded(self._sizes[1])["input_ids"]
         prompts = ids.repeat(-(-self._sizes[1] // len(ids)), 1)[: self._sizes[1]]

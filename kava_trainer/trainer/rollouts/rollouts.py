@@ -3,20 +3,21 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import release_memory
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, JoiningCollator, separated
 from ...distillation.rollouts.choice import choose, count_chosen, derived_seed, turn_of
-from ...distillation.rollouts.examples import Example, Rollout, of_the_data, prompt_alone, prompt_of, rollout_of
-from ...distillation.rollouts.sampling import Answers, RolloutFn, Sampling, sample_answers
+from ...distillation.rollouts.examples import Example, Rollout, of_the_data, prompt_of, rollout_of, without_answer
+from ...distillation.rollouts.sampling import Answers, RolloutFn, Sampling, sample_answers, sample_what_fits
 from ...distillation.token_means import TokenMeans
 from ...models.generation.generate import stop_tokens
 from ...models.layers import evaluating
+from ...models.teacher import OnlineTeacher
 from ...utils.errors import RunFailed
 from ..incidents import Incidents
 from ..throughput import Throughput
@@ -38,6 +39,7 @@ class Rollouts:
         clock: measures the seconds.
         collator: of the trainer.
         student: gives the plain student as it is now.
+        teacher: gives the teacher that runs; it is asked where a cache has the states on the examples of the data.
         tokenizer: whose end-of-text token ends an answer, beside what the student itself stops at.
         vocabulary: tokens from 0 that both models and the tokenizer know.
         means: gives the sums that figures of the log are noted in.
@@ -45,7 +47,8 @@ class Rollouts:
         rollout_fn: writes the answers in place of `sample_answers`.
 
     Raises:
-        ValueError: if the collator is not KAVA's, or reads the teacher's states, or nothing could end an answer.
+        ValueError: if the collator is not KAVA's, or reads states beside a teacher that does not run, or nothing could
+            end an answer.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Rollouts:
         clock: Throughput,
         collator: Any,
         student: Callable[[], PreTrainedModel],
+        teacher: Callable[[], OnlineTeacher | None],
         tokenizer: PreTrainedTokenizerBase | None,
         vocabulary: int,
         means: Callable[[], TokenMeans],
@@ -63,11 +67,12 @@ class Rollouts:
     ) -> None:
         if type(collator) is not DistillationCollator:
             raise ValueError("on_policy_fraction needs DistillationCollator as data_collator; leave yours out.")
-        if collator.read_states is not None:
+        if collator.read_states is not None and teacher() is None:
             raise ValueError(
                 "on_policy_fraction needs a teacher that runs: a cache has no states of what is sampled now."
             )
-        self._args, self._incidents, self._clock, self._collator = args, incidents, clock, collator
+        self._args, self._incidents, self._clock, self._collator = args, incidents, clock, collator.reading(None)
+        self._teacher = teacher
         self._student, self._means, self._autocast, self._rollout_fn = student, means, autocast, rollout_fn
         self._vocabulary = vocabulary
         self._end_tokens = tuple(stop_tokens(student(), tokenizer))
@@ -98,7 +103,7 @@ class Rollouts:
         for part in parts:
             places = range(start, start := start + len(part))
             found = [replaced.get(place, own) for place, own in zip(places, part, strict=True)]
-            kept = [own for own in found if own is not None] or [prompt_alone(prompt_of(part[0]))]
+            kept = [own for own in found if own is not None] or [without_answer(part[0])]
             mixed.append(JoiningCollator()(kept) if joined else self._collator.for_training()(kept))
         return mixed
 
@@ -119,7 +124,27 @@ class Rollouts:
             self._kept, self._step = self._written([prompt_of(examples[place]) for place in places], seed), step
         found = _turned(self._kept, (step - self._step) * count)[:count]
         answers = [None if rollout.is_empty else rollout.as_example() for rollout in found]
+        if "teacher_states" in examples[0]:
+            self._add_states([own for own in answers if own is not None], examples[0]["teacher_states"])
         return dict(zip(places, answers, strict=False))
+
+    @torch.no_grad()
+    def _add_states(self, examples: list[Example], like: dict[int, torch.Tensor]) -> None:
+        """Give examples the teacher's states, as those of the data bring them along: of these types, in that place.
+
+        Args:
+            examples: some answers.
+            like: states of the data by layer.
+        """
+        size = self._batch_size or self._args.per_device_eval_batch_size
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            batch = send_to_device(self._collator(part), self._args.device)
+            with self._clock.stopwatch.measure("teacher"), self._autocast():
+                states = cast(OnlineTeacher, self._teacher()).features(batch)
+            for row, example in enumerate(part):
+                length = len(example["input_ids"])
+                example["teacher_states"] = {layer: states[layer][row, :length].to(own) for layer, own in like.items()}
 
     def _is_due(self, step: int) -> bool:
         every = self._args.rollouts_every
@@ -162,36 +187,27 @@ class Rollouts:
             step: that they are for; None after the training.
         """
         when = "after the last step" if step is None else f"in step {step}"
-        while True:
-            sampling = self._sampling(seed)
-            try:
-                return self._sample(prompts, sampling)
-            except torch.OutOfMemoryError:
-                tried = min(sampling.batch_size, len(prompts))
-            release_memory()
-            if tried == 1:
-                raise RunFailed(
-                    f"Out of memory {when} while the student answered a single prompt; "
-                    f"lower on_policy_max_new_tokens (now {sampling.max_new_tokens}). {self._incidents.advice()}"
-                )
-            self._batch_size = tried // 2
-            told = f"sampled the answers again, {self._batch_size} at a time, which stay the most"
-            where = f"Out of memory {when} with answers to {tried} prompts"
-            self._incidents.console.warn(f"{where}; {told}.")
+
+        def sample(size: int) -> Answers:
+            return self._sample(prompts, self._sampling(seed, size))
+
+        def tell(tried: int, left: int) -> None:
+            self._batch_size = left
+            told = f"sampled the answers again, {left} at a time, which stay the most"
+            self._incidents.console.warn(f"Out of memory {when} with answers to {tried} prompts; {told}.")
             self._incidents.note("oom", told, step)
 
-    def _sampling(self, seed: int) -> Sampling:
-        args = self._args
-        return Sampling(
-            args.on_policy_temperature,
-            args.on_policy_top_p,
-            args.on_policy_max_new_tokens,
-            self._end_tokens,
-            self._collator.pad_token_id,
-            seed,
-            self._batch_size or args.per_device_eval_batch_size,
-            self._vocabulary,
-        )
+        size = self._batch_size or self._args.per_device_eval_batch_size
+        if (answers := sample_what_fits(sample, size, len(prompts), tell)) is None:
+            raise RunFailed(
+                f"Out of memory {when} while the student answered a single prompt; lower on_policy_max_new_tokens "
+                f"(now {self._args.on_policy_max_new_tokens}). {self._incidents.advice()}"
+            )
+        return answers
+
+    def _sampling(self, seed: int, batch_size: int) -> Sampling:
+        pad_token = self._collator.pad_token_id
+        return Sampling.asked(self._args, self._end_tokens, pad_token, seed, batch_size, self._vocabulary)
 
     def _sample(self, prompts: list[list[int]], sampling: Sampling) -> Answers:
         student, device = self._student(), self._args.device

@@ -18,6 +18,7 @@ from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.data.collators import DistillationCollator
 from kava_trainer.data.formats import SAMPLED
 from kava_trainer.distillation.losses import generalized_jsd_per_token, mercator_per_token
+from kava_trainer.distillation.targets import build_target
 from kava_trainer.trainer.rollouts import rollouts
 from kava_trainer.trainer.trainer import KavaTrainer
 from kava_trainer.utils.errors import RunFailed
@@ -318,10 +319,14 @@ def test_a_fraction_that_is_raised_before_a_training_counts(tmp_path, tokenizer)
     ],
 )
 def test_a_collator_that_cannot_take_new_answers_is_refused(tmp_path, tokenizer, collator, told):
+    class Elsewhere:
+        num_layers, hidden_size = 4, 64
+
     args = KavaTrainingArguments(str(tmp_path), use_cpu=True, on_policy_fraction=0.5, layer_mapping="last")
     student, teacher = tiny_llama(32, 2), tiny_llama(64, 4, seed=1)
+    given = {"args": args, "data_collator": collator(tokenizer), "processing_class": tokenizer}
     with pytest.raises(ValueError, match=told):
-        KavaTrainer(student, teacher, args=args, data_collator=collator(tokenizer), processing_class=tokenizer)
+        KavaTrainer(student, Elsewhere(), build_target(args, student, teacher), **given)
 
 
 def test_where_memory_runs_out_fewer_prompts_are_answered_at_a_time_from_then_on(tmp_path, tokenizer, monkeypatch):
