@@ -41,7 +41,7 @@ def test_terms_over_different_tokens_do_not_depend_on_how_the_batch_is_split(tmp
 
 
 @pytest.mark.parametrize(
-    "answers, sizes",
+    ("answers", "sizes"),
     [("1.0", (2, 2, 2)), ("file", (2, 2, 2)), pytest.param("1.0", (4, 1, 2), marks=pytest.mark.slow)],
 )
 def test_a_step_on_the_student_s_own_answers_does_not_depend_on_how_the_batch_is_split(tmp_path, answers, sizes):
