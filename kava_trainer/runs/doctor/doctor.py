@@ -32,6 +32,7 @@ from .models import (
     check_tokenizers,
     check_trainer,
 )
+from .on_policy import check_own_answers
 
 T = TypeVar("T")
 
@@ -79,6 +80,8 @@ def _examine(checkup: Checkup, arguments: KavaArguments) -> None:
     teacher = check("Teacher", check_teacher_model)
     student = check("Student", check_student_model, teacher)
     examples = check("Data", check_data, tokenizer)
+    if examples is not None:
+        check("Own answers", check_own_answers, examples)
     if arguments.model.teacher_model_name_or_path == QUICKSTART and teacher is not None and examples is not None:
         check("Teacher", check_embedded_teacher, tokenizer, examples)
     pair = check("Alignment", check_fit, teacher, student, tokenizer)
