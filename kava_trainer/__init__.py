@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from .distillation.projector import ProjectorConfig as ProjectorConfig
     from .distillation.projector_files import export_projectors as export_projectors
     from .distillation.projector_files import load_projectors as load_projectors
+    from .distillation.targets import AttentionTarget as AttentionTarget
     from .distillation.targets import HiddenStateTarget as HiddenStateTarget
+    from .distillation.targets import KeyValueTarget as KeyValueTarget
+    from .distillation.targets import RelationsTarget as RelationsTarget
     from .distillation.targets import build_target as build_target
     from .evaluation.final_answer_match import metric_path as metric_path
     from .models.hidden_states import HiddenStateCapture as HiddenStateCapture
@@ -41,7 +44,13 @@ _HOMES = {
     "distillation.losses": ["generalized_jsd_loss", "mercator_loss"],
     "distillation.projector": ["ElasticBottleneck", "ProjectorConfig"],
     "distillation.projector_files": ["export_projectors", "load_projectors"],
-    "distillation.targets": ["HiddenStateTarget", "build_target"],
+    "distillation.targets": [
+        "AttentionTarget",
+        "HiddenStateTarget",
+        "KeyValueTarget",
+        "RelationsTarget",
+        "build_target",
+    ],
     "models.teacher": ["OnlineTeacher"],
     "runs.pair.library": ["cut_student"],
     "runs.finish": ["write_report"],

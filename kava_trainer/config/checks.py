@@ -21,15 +21,32 @@ if TYPE_CHECKING:  # which asks here
 LARGEST_MLP_RATIO = 1024
 """Beyond it no device has the memory, and working out how much is missing would take all of this machine's."""
 
-ALIGNMENT_WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
-"""Of the terms that compare hidden states."""
+VECTOR_WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
+"""Of the terms that compare vectors of both models, one space."""
+
+WEIGHTS_OF_TARGETS = {
+    "hidden": VECTOR_WEIGHTS,
+    "kv": VECTOR_WEIGHTS,
+    "attention": ("attention_weight",),
+    "relations": ("relations_weight",),
+}
+"""By `alignment_target` the weights of the terms that it has."""
+
+ALIGNMENT_WEIGHTS = tuple(dict.fromkeys(name for names in WEIGHTS_OF_TARGETS.values() for name in names))
+"""Of the terms that compare what both models have inside."""
 
 TEACHER_WEIGHTS = (*ALIGNMENT_WEIGHTS, "kd_weight")
 """Of the terms that need a teacher."""
 
+PROJECTED_TARGETS = ("hidden", "kv")
+"""Values of `alignment_target` that have projectors."""
+
+ATTENTION_TARGETS = ("kv", "attention")
+"""Those that read what goes into attention."""
+
 _NOT_NEGATIVE = (
-    "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "relative_mse_weight", "lm_weight", "kd_weight",
-    "anchor_weight", "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
+    "mercator_alpha", "mercator_beta", *TEACHER_WEIGHTS, "lm_weight", "anchor_weight", "projector_learning_rate",
+    "learning_rate", "seed", "max_tokens_per_batch",
 )  # fmt: skip
 
 _AT_LEAST_ONE = (
@@ -63,9 +80,25 @@ def settle_rank(rank: int | str | None) -> int | str | None:
     return int(rank) if isinstance(rank, str) and rank.isdecimal() else rank
 
 
+def alignment_weights(asked: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the weights that count for what is aligned, of arguments by name."""
+    return WEIGHTS_OF_TARGETS.get(asked.get("alignment_target") or "hidden", VECTOR_WEIGHTS)
+
+
+def is_aligned(asked: Mapping[str, Any]) -> bool:
+    """Whether any term compares what both models have inside, of arguments by name."""
+    return any((asked.get(name) or 0) > 0 for name in alignment_weights(asked))
+
+
+def is_projected(asked: Mapping[str, Any]) -> bool:
+    """Whether what is aligned has projectors, of arguments by name."""
+    projects = (asked.get("alignment_target") or "hidden") in PROJECTED_TARGETS
+    return projects and asked.get("projector_direction") != "none" and is_aligned(asked)
+
+
 def heaviest_alignment(weights: Mapping[str, Any]) -> str:
-    """The name of the heaviest weight of those that compare hidden states, the Mercator loss's where all are 0."""
-    return max(ALIGNMENT_WEIGHTS, key=lambda name: weights.get(name) or 0.0)
+    """The name of the heaviest weight of those that count for what is aligned, the first one where all are 0."""
+    return max(alignment_weights(weights), key=lambda name: weights.get(name) or 0.0)
 
 
 def settle_numbers(training: "KavaTrainingArguments") -> None:
@@ -107,6 +140,7 @@ def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
     found += [*engine_problems(training.fsdp, training.deepspeed), *_optimizer_problems(training.optim)]
     found += other_missing_packages(training)
     found += [*_wrong_values(training), *_projector_problems(training), *_rollout_problems(training)]
+    found += [*_target_problems(training), *_attention_problems(training), *_sharing_problems(training)]
     return [*found, *_contradictions(training)]
 
 
@@ -171,6 +205,72 @@ def _projector_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield from error.problems
 
 
+def _target_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    """What does not go with `alignment_target`."""
+    target = training.alignment_target
+    if target not in WEIGHTS_OF_TARGETS:
+        yield Problem.of_value("alignment_target", target, f"write one of {', '.join(WEIGHTS_OF_TARGETS)}.")
+        return
+    others = set(VECTOR_WEIGHTS) - set(WEIGHTS_OF_TARGETS[target]) - {"mercator_weight"}  # whose default is above 0
+    for name in sorted(name for name in others if getattr(training, name) > 0):
+        yield weight_of_other_target(name, target)
+    if target not in PROJECTED_TARGETS and training.projector_anchor != "none":
+        what = (
+            f"projector_anchor {training.projector_anchor} holds a projector, and alignment_target {target} has none;"
+        )
+        yield Problem("projector_anchor", what, "write none.")
+
+
+def _attention_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    """What does not go with a target that reads what goes into attention, or with the shape of one."""
+    target, shape = training.alignment_target, training.kv_shape
+    if target != "kv" and shape != "flat":
+        what = f"kv_shape {shape} is for alignment_target kv, but that is {target};"
+        yield Problem("kv_shape", what, "write alignment_target kv, or leave kv_shape out.")
+    if target not in ATTENTION_TARGETS:
+        return
+    told = f"alignment_target {target} reads what goes into attention, which"
+    if target == "kv" and shape == "flat" and training.layer_weights is not None:
+        what = "kv_shape flat lays all layers end to end, so layer_weights has nothing to weigh;"
+        yield Problem("layer_weights", what, "leave it out, or write kv_shape headwise.")
+    if training.projector_rank is not None:
+        what = f"projector_rank is for hidden states, but alignment_target is {target};"
+        yield Problem("projector_rank", what, "leave it out.")
+    if training.teacher_cache_dir:
+        what = f"{told} teacher_cache_dir does not hold;"
+        yield Problem("teacher_cache_dir", what, "leave it out, or write alignment_target hidden or relations.")
+    if training.torch_compile:
+        what = f"{told} torch_compile would leave out;"
+        yield Problem("torch_compile", what, "write torch_compile false.")
+    if (training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        what = f"{told} has no gradient where use_reentrant is true;"
+        yield Problem("gradient_checkpointing_kwargs", what, "write use_reentrant false.")
+    if is_fsdp_asked():
+        what = f"{told} is not supported under FSDP2;"
+        yield Problem("alignment_target", what, f"start with DDP ({accelerate_config('ddp.yaml')}).")
+
+
+def weight_of_other_target(name: str, target: str) -> Problem:
+    """What to write for a weight that has no effect on what is aligned."""
+    own = " and ".join(WEIGHTS_OF_TARGETS[target])
+    what = f"{name} is above 0, but alignment_target {target} has no such term;"
+    return Problem(name, what, f"write {name} 0, and set {own}.")
+
+
+def _sharing_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
+    """Projectors that cannot be shared, or that there is one of in any case."""
+    target, direction = training.alignment_target, training.projector_direction
+    if training.projector_sharing == "none":
+        return
+    why = f"alignment_target {target} has no projector" if target not in PROJECTED_TARGETS else ""
+    why = why or (f"projector_direction {direction} has none" if direction == "none" else "")
+    why = why or ("a bridge (projector_rank) is fitted to one pair of layers" if training.projector_rank else "")
+    why = why or ("kv_shape flat has one in any case" if (target, training.kv_shape) == ("kv", "flat") else "")
+    if why:
+        what = f"projector_sharing {training.projector_sharing} lets all pairs of layers share a projector, but {why};"
+        yield Problem("projector_sharing", what, "write none.")
+
+
 def _rank_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     rank, anchor, direction = training.projector_rank, training.projector_anchor, training.projector_direction
     if rank != AUTO and (type(rank) is not int or rank < 1):
@@ -215,13 +315,13 @@ def _schedule_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     plain, or_lm = training.learns_next_tokens, "" if training.on_policy_fraction == 1 else "lm_weight or "
     rises = training.kd_weight > 0 and training.kd_schedule != "constant"
     held_back = training.alignment_schedule == "stage" and training.kd_weight == 0
-    own = training.on_policy_fraction > 0
+    own, aligning = training.on_policy_fraction > 0, alignment_weights(vars(training))[0]
     if rises and not plain and not training.aligns:
         what = f"kd_schedule {training.kd_schedule} begins with a divergence of weight 0, and no other term has any;"
-        yield Problem("kd_schedule", what, f"write constant, or raise {or_lm}{ALIGNMENT_WEIGHTS[0]}.")
+        yield Problem("kd_schedule", what, f"write constant, or raise {or_lm}{aligning}.")
     elif own and rises and training.kd_schedule == "stage" and not training.aligns:
         what = "kd_schedule stage leaves the student's own answers without a term in the first half of the run;"
-        yield Problem("kd_schedule", what, f"write constant or linear, or raise {ALIGNMENT_WEIGHTS[0]}.")
+        yield Problem("kd_schedule", what, f"write constant or linear, or raise {aligning}.")
     if training.aligns and held_back and not plain:
         what = "alignment_schedule stage ends with the first half of the run, and no other term goes on then;"
         yield Problem("alignment_schedule", what, f"write constant, or raise {or_lm}kd_weight.")
@@ -236,7 +336,8 @@ def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
         remedy = "write a number above 0, or set max_steps."
         yield Problem.of_value("num_train_epochs", training.num_train_epochs, remedy)
     if not training.reads_teacher and training.lm_weight == 0:
-        what = f"{', '.join(TEACHER_WEIGHTS)} and lm_weight are all 0: nothing would be trained."
+        names = ", ".join([*alignment_weights(vars(training)), "kd_weight"])
+        what = f"{names} and lm_weight are all 0: nothing would be trained."
         yield Problem(None, what)
     yield from _schedule_problems(training)
     if training.run_control and not training.reads_teacher:

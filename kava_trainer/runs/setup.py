@@ -314,9 +314,11 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
     anchor = "" if training.projector_anchor == "none" else f", anchor {training.projector_anchor}"
     direction = "frozen bridge" if target.bridges else training.projector_direction.replace("_", " ")
     kind = f"{target.widths} ({direction}{anchor})"
+    if target.name != "hidden":
+        console.print(f"Alignment target: {target.name}")
     console.print(f"Projector: {kind if target.projectors else f'none, both sides are {target.widths}'}")
-    console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
-    if training.mercator_weight > 0:
+    console.print(f"Aligned layers (student, teacher): {target.told_layers}")
+    if trainer.terms.full_weights.get("mercator"):
         console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
     if problem := loose_projector(training):
         console.warn(str(problem))

@@ -20,7 +20,7 @@ from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
 from ..distillation.pairing import Pairing, check_given
 from ..distillation.rollouts.sampling import RolloutFn
-from ..distillation.targets import HiddenStateTarget
+from ..distillation.targets import AlignmentTarget
 from ..distillation.teacher_cache import CachedTeacher
 from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
@@ -75,7 +75,7 @@ class KavaTrainer(StudentTrainer):
         self,
         student: PreTrainedModel | None = None,
         teacher: PreTrainedModel | TeacherSource | None = None,
-        target: HiddenStateTarget | None = None,
+        target: AlignmentTarget | None = None,
         args: KavaTrainingArguments | None = None,
         *,
         model_init: Callable[..., PreTrainedModel] | None = None,
