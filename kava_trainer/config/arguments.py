@@ -109,7 +109,8 @@ class KavaTrainingArguments(TrainingArguments):
     layer_mapping: str = argument(
         "last",
         "Layers to align: last, uniform:k, all, inherited (each with the teacher layer that the student was cut from), "
-        "or pairs such as [[12, 14], [24, 28]].",
+        "cka (each with the teacher layer whose states are most like its own, in order), or pairs such as "
+        "[[12, 14], [24, 28]].",
     )
     layer_weights: list[float] | None = argument(
         None, "Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."

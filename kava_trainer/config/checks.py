@@ -242,12 +242,21 @@ def _attention_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     if training.torch_compile:
         what = f"{told} torch_compile would leave out;"
         yield Problem("torch_compile", what, "write torch_compile false.")
-    if (training.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if _is_reentrant(training):
         what = f"{told} has no gradient where use_reentrant is true;"
         yield Problem("gradient_checkpointing_kwargs", what, "write use_reentrant false.")
     if is_fsdp_asked():
         what = f"{told} is not supported under FSDP2;"
         yield Problem("alignment_target", what, f"start with DDP ({accelerate_config('ddp.yaml')}).")
+
+
+def _is_reentrant(training: "KavaTrainingArguments") -> bool:
+    """Whether gradient checkpointing was asked to leave the graph out; a command line gives its options as text."""
+    names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+    for given in filter(None, (getattr(training, name, None) for name in names)):
+        if '"use_reentrant":true' in given.replace(" ", "") if isinstance(given, str) else given.get("use_reentrant"):
+            return True
+    return False
 
 
 def weight_of_other_target(name: str, target: str) -> Problem:

@@ -176,6 +176,8 @@ class Pairing:
         target: see `pair_up`.
         again: whether there will be more than one student, each of which needs projectors of its own.
         inherited: see `pair_up`.
+        choose: gives what `inherited` is of a student and a teacher where `layer_mapping` cka is to choose, and nobody
+            has chosen yet.
     """
 
     def __init__(
@@ -185,9 +187,10 @@ class Pairing:
         target: AlignmentTarget | None,
         again: bool,
         inherited: Sequence[int] | None = None,
+        choose: Callable[[PreTrainedModel, PreTrainedModel], list[int]] | None = None,
     ) -> None:
         self._args, self._teacher, self._again = args, unwrapped(teacher, "teacher"), again
-        self._inherited = inherited
+        self._inherited, self._choose = inherited, choose
         self._target = deepcopy(target) if again else target
 
     def pair(self, student: PreTrainedModel) -> tuple[DistillationModel, TeacherSource | None]:
@@ -200,9 +203,10 @@ class Pairing:
         check_student(student)
         train_text_alone(student)
         target = deepcopy(self._target) if self._again else self._target
+        inherited = self._chosen(student) if target is None else None
         with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them
             torch.manual_seed(self._args.seed)
-            source, target = pair_up(self._args, student, self._teacher, target, self._inherited)
+            source, target = pair_up(self._args, student, self._teacher, target, inherited)
         _try_out(self._args, student, source, target)
         self._tried = self._read_parts()
         self._trained = [parameter for parameter in target.parameters() if parameter.requires_grad]
@@ -210,6 +214,14 @@ class Pairing:
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
         return DistillationModel(student, target), source
+
+    def _chosen(self, student: PreTrainedModel) -> Sequence[int] | None:
+        """What `inherited` is for a target that is made."""
+        wanted = self._args.layer_mapping == "cka" and self._args.aligns and self._inherited is None
+        if not wanted or self._choose is None or not isinstance(self._teacher, PreTrainedModel):
+            return self._inherited
+        check_apart(student, self._teacher)
+        return self._choose(student, self._teacher)
 
     def source_now(self, model: DistillationModel, source: TeacherSource | None) -> TeacherSource | None:
         """The source that the weights ask for as they are now: the one that there is, or one of other layers.

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
 from ..distillation.targets.base import Comparison
+from ..models.attention.capture import Feature
 from ..models.layers import keeping_gradients
 from ..utils.distributed import give_up_whole_weights, whole
 from ..utils.progress_bar import STEPS, Progress, progress_bar, told
@@ -153,7 +154,7 @@ class AlignmentProbe:
         for batch in self._batches:
             batch = send_to_device(batch, model.student.device)
             mask = batch.get("counted", batch["attention_mask"]).bool()
-            states = cast(dict[int, torch.Tensor], terms.teacher_states(batch))
+            states = cast(dict[Feature, torch.Tensor], terms.teacher_states(batch))
             output = terms.student_outputs(model, batch, states, None)
             for index, (sample, pair) in enumerate(zip(samples, output.pairs, strict=True)):
                 sample.add(model.target.sides(index, pair, output.hidden_states, states, mask))

@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..utils.errors import BadRequest
-from .attention.capture import Feature, FeatureCapture, layer_of
+from .attention.capture import Feature, FeatureCapture, hidden_layers, layer_of
 from .hidden_states import run_decoder
 from .layers import number_of_layers, state_width, truncated
 from .lm_head import vocabulary_logits
@@ -102,7 +102,7 @@ class OnlineTeacher:
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[Feature]) -> None:
         self.model = freeze(model)
-        self.hidden_size = state_width(model, [layer for layer in layers if isinstance(layer, int)][-1:])
+        self.hidden_size = state_width(model, hidden_layers(layers)[-1:])
         self.num_layers = number_of_layers(model)
         self.layers = list(layers)
         self._depth = max(map(layer_of, layers), default=0)

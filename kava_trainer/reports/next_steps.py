@@ -95,7 +95,8 @@ def _after_a_collapse(summary: Summary, supervised: bool) -> str:
 
 def _rates(asked: dict[str, Any]) -> str:
     """The learning rates that there are."""
-    return "learning_rate and projector_learning_rate" if is_projected(asked) else "learning_rate"
+    known = {"mercator_weight": 1.0, **asked}  # a record that does not tell is of a run that aligns
+    return "learning_rate and projector_learning_rate" if is_projected(known) else "learning_rate"
 
 
 def _towards_alignment(summary: Summary) -> str:

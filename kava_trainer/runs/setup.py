@@ -47,6 +47,7 @@ from .advice import (
     precision_problems,
 )
 from .display import tell_encoding, tell_retention
+from .pair.layers import with_chosen_layers
 from .pair.models import Models
 from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .tracking import RunTracking
@@ -278,6 +279,7 @@ def build_trainer(run: Run) -> KavaTrainer:
     console, training, models, data = run.console, run.training, run.models, run.data
     check_processes(training)
     check_evaluation(training, data.evaluation is not None)
+    models = run.models = with_chosen_layers(training, models, data.train, data.collator, run.checkpoint)
     with working("Trying out the models"):
         trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}

@@ -113,8 +113,7 @@ def _divergence(
     # A student with a narrower window gives no probability to what lies beyond, which no training could change.
     seen = own > NOWHERE / 2
     divergence = (due.exp() * torch.where(seen, due - own, 0.0)).sum(dim=-1).mean(dim=0)
-    rows = (side.detach().exp() for side in (own, due))
-    return divergence, _correlations(*rows, start).mean(dim=0)
+    return divergence, _correlations(own.detach().exp(), due.detach().exp(), start).mean(dim=0)
 
 
 def _correlations(own: torch.Tensor, due: torch.Tensor, start: int) -> torch.Tensor:

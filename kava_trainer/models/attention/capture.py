@@ -42,6 +42,11 @@ def layer_of(feature: Feature) -> int:
     return feature if isinstance(feature, int) else feature.layer
 
 
+def hidden_layers(features: Sequence[Feature]) -> list[int]:
+    """The layers whose hidden states are among some features."""
+    return [feature for feature in features if isinstance(feature, int)]
+
+
 def in_order(features: set[Feature]) -> list[Feature]:
     """Features by their layers, each layer's state first."""
     return sorted(features, key=lambda own: (layer_of(own), "" if isinstance(own, int) else own.part))
@@ -93,7 +98,7 @@ class FeatureCapture:
     """
 
     def __init__(self, model: PreTrainedModel, features: Sequence[Feature]) -> None:
-        self._hidden = HiddenStateCapture(model, [feature for feature in features if isinstance(feature, int)])
+        self._hidden = HiddenStateCapture(model, hidden_layers(features))
         self._parts = {feature for feature in features if isinstance(feature, AttentionPart)}
         self._states: dict[Any, torch.Tensor] | None = None
         self._recorders: list[tuple[nn.Module, Any]] = []
@@ -128,7 +133,7 @@ class FeatureCapture:
             self._states[AttentionPart(layer, part)] = given[part]().transpose(1, 2)
 
     def __enter__(self) -> dict[Any, torch.Tensor]:
-        self._states = self._hidden.__enter__()  # type: ignore[assignment]
+        self._states = self._hidden.__enter__()
         return self._states
 
     def __exit__(self, *error: object) -> None:
@@ -150,7 +155,7 @@ def check_features(model: PreTrainedModel, features: Sequence[Feature], role: st
     """
     parts = [feature for feature in features if isinstance(feature, AttentionPart)]
     if not parts:
-        check_states(model, [feature for feature in features if isinstance(feature, int)], role)
+        check_states(model, hidden_layers(features), role)
         return
     if not can_run(model):
         return

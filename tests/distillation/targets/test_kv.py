@@ -126,6 +126,7 @@ def test_without_a_projector_heads_of_unlike_widths_are_refused(tmp_path):
         ({"teacher_cache_dir": "cache"}, "teacher_cache_dir"),
         ({"torch_compile": True}, "torch_compile"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "gradient_checkpointing_kwargs"),
+        ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "gradient_checkpointing_kwargs"),
         ({"alignment_target": "hidden", "kv_shape": "headwise"}, "kv_shape"),
         (
             {"projector_rank": 4, "projector_anchor": "pca", "projector_direction": "teacher_to_student"},
