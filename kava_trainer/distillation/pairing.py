@@ -124,7 +124,7 @@ def pair_up(
         ValueError: if there is neither a target nor a model to make it for, or the target is of another kind than
             `args` ask for.
     """
-    if target is not None and target.name != args.alignment_target:
+    if target is not None and args.aligns and target.name != args.alignment_target:
         raise ValueError(
             f"The target is a {type(target).__name__}, but alignment_target is {args.alignment_target}; write "
             f"alignment_target={target.name!r}."
