@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from .distillation.projector_files import export_projectors as export_projectors
     from .distillation.projector_files import load_projectors as load_projectors
     from .distillation.rollouts.files import rollout_examples as rollout_examples
+    from .distillation.targets import AttentionTarget as AttentionTarget
     from .distillation.targets import HiddenStateTarget as HiddenStateTarget
+    from .distillation.targets import KeyValueTarget as KeyValueTarget
+    from .distillation.targets import RelationsTarget as RelationsTarget
     from .distillation.targets import build_target as build_target
     from .evaluation.final_answer_match import metric_path as metric_path
     from .models.hidden_states import HiddenStateCapture as HiddenStateCapture
@@ -43,7 +46,13 @@ _HOMES = {
     "distillation.projector": ["ElasticBottleneck", "ProjectorConfig"],
     "distillation.projector_files": ["export_projectors", "load_projectors"],
     "distillation.rollouts.files": ["rollout_examples"],
-    "distillation.targets": ["HiddenStateTarget", "build_target"],
+    "distillation.targets": [
+        "AttentionTarget",
+        "HiddenStateTarget",
+        "KeyValueTarget",
+        "RelationsTarget",
+        "build_target",
+    ],
     "models.teacher": ["OnlineTeacher"],
     "runs.pair.library": ["cut_student"],
     "runs.finish": ["write_report"],

@@ -14,10 +14,13 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
+from .alignment.target_checks import weight_of_other_target
 from .checks import (
-    ALIGNMENT_WEIGHTS,
     accelerator_problems,
+    alignment_weights,
+    is_aligned,
     is_fit,
+    is_projected,
     precision_problem,
     settle_numbers,
     settle_rank,
@@ -74,21 +77,40 @@ class KavaTrainingArguments(TrainingArguments):
     relative_mse_weight: float = argument(
         0.0, "Weight of the squared difference of the aligned states as a share of the target's squared length."
     )
+    attention_weight: float = argument(
+        1.0, "Weight of the divergence from the teacher's attention, where alignment_target is attention."
+    )
+    relations_weight: float = argument(
+        3.0, "Weight of the squared difference of the similarities, where alignment_target is relations."
+    )
     anchor_weight: float = argument(1.0, "Weight of the reconstruction error where projector_anchor is reconstruction.")
     alignment_schedule: Literal["constant", "linear", "cosine", "stage"] = argument(
         "constant",
-        "What becomes of mercator_weight, mse_weight and relative_mse_weight over the run: they stay, fall towards 0 "
-        "at its end, or hold in its first half alone (stage).",
+        "What becomes of the weights of what is aligned (mercator_weight, mse_weight, relative_mse_weight, "
+        "attention_weight, relations_weight) over the run: they stay, fall towards 0 at its end, or hold in its first "
+        "half alone (stage).",
     )
     kd_schedule: Literal["constant", "linear", "cosine", "stage"] = argument(
         "constant",
         "What becomes of kd_weight over the run: it stays, rises from 0 to its full value at the end, or holds in the "
         "second half alone (stage). Beside the same alignment_schedule a run goes from states to logits.",
     )
+    alignment_target: Literal["hidden", "kv", "attention", "relations"] = argument(
+        "hidden",
+        "What is aligned in the mapped layers: the hidden states or the keys and values that a cache would hold (kv), "
+        "through projectors; or, without any, to which tokens of its example each token attends (attention), or how "
+        "alike these are to each other (relations).",
+    )
+    kv_shape: Literal["flat", "headwise"] = argument(
+        "flat",
+        "With alignment_target kv the heads of all mapped layers, with layer_mapping all of all layers, end to end "
+        "through one projector for keys and one for values; or head by head in each pair of layers (headwise).",
+    )
     layer_mapping: str = argument(
         "last",
         "Layers to align: last, uniform:k, all, inherited (each with the teacher layer that the student was cut from), "
-        "or pairs such as [[12, 14], [24, 28]].",
+        "cka (each with the teacher layer whose states are most like its own, in order), or pairs such as "
+        "[[12, 14], [24, 28]].",
     )
     layer_weights: list[float] | None = argument(
         None, "Weight of each aligned pair, such as [1, 3]; equal by default. Their proportions count."
@@ -97,6 +119,9 @@ class KavaTrainingArguments(TrainingArguments):
         "student_to_teacher",
         "Project the teacher's states into the student's space, or the student's into the teacher's, where the "
         "teacher's own states are a target that cannot move; or none, where both are equally wide.",
+    )
+    projector_sharing: Literal["none", "all"] = argument(
+        "none", "Give each pair of layers a projector of its own, or all of them one that they share."
     )
     projector_anchor: Literal["none", "pca", "reconstruction"] = argument(
         "none",
@@ -256,8 +281,13 @@ class KavaTrainingArguments(TrainingArguments):
 
     @property
     def aligns(self) -> bool:
-        """Whether any term compares hidden states."""
-        return any(getattr(self, name) > 0 for name in ALIGNMENT_WEIGHTS)
+        """Whether any term compares what both models have inside."""
+        return is_aligned(vars(self))
+
+    @property
+    def projects(self) -> bool:
+        """Whether something is aligned through projectors."""
+        return is_projected(vars(self))
 
     @property
     def reads_teacher(self) -> bool:
@@ -277,7 +307,7 @@ class KavaTrainingArguments(TrainingArguments):
     @property
     def calibrates(self) -> bool:
         """Whether the projectors start from a calibration pass."""
-        return self.aligns and self.projector_direction != "none" and is_fit(self.projector_anchor, self.projector_init)
+        return self.projects and is_fit(self.projector_anchor, self.projector_init)
 
     def problems(self) -> list[Problem]:
         """Every mistake in the distillation's own arguments."""
@@ -315,6 +345,9 @@ class KavaArguments:
         if self.training.layer_mapping == "inherited" and self.model.student_init != "teacher_layers":
             what = "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not;"
             found.append(Problem("layer_mapping", what, "write student_init teacher_layers, or layer_mapping all."))
+        target = self.training.alignment_target
+        if "mercator_weight" not in alignment_weights(vars(self.training)) and self.training.mercator_weight > 0:
+            found += [weight_of_other_target(name, target) for name in {"mercator_weight"} & self.given]
         if self.model.use_peft and is_fsdp_asked():
             remedy = f"start with DDP ({accelerate_config('ddp.yaml')})."
             found.append(Problem("use_peft", "use_peft is not supported under FSDP2;", remedy))

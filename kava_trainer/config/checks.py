@@ -10,6 +10,15 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from ..utils.errors import Problem, WrongArguments
+from .alignment.target_checks import (
+    ALIGNMENT_WEIGHTS,
+    PROJECTED_TARGETS,
+    VECTOR_WEIGHTS,
+    WEIGHTS_OF_TARGETS,
+    attention_problems,
+    sharing_problems,
+    target_problems,
+)
 from .launcher import engine_problems, is_fsdp_asked
 from .layer_mapping import parse_layer_mapping
 from .optimizer_names import missing_package, other_missing_packages, steps_in_backward
@@ -21,15 +30,12 @@ if TYPE_CHECKING:  # which asks here
 LARGEST_MLP_RATIO = 1024
 """Beyond it no device has the memory, and working out how much is missing would take all of this machine's."""
 
-ALIGNMENT_WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
-"""Of the terms that compare hidden states."""
-
 TEACHER_WEIGHTS = (*ALIGNMENT_WEIGHTS, "kd_weight")
 """Of the terms that need a teacher."""
 
 _NOT_NEGATIVE = (
-    "mercator_alpha", "mercator_beta", "mercator_weight", "mse_weight", "relative_mse_weight", "lm_weight", "kd_weight",
-    "anchor_weight", "projector_learning_rate", "learning_rate", "seed", "max_tokens_per_batch",
+    "mercator_alpha", "mercator_beta", *TEACHER_WEIGHTS, "lm_weight", "anchor_weight", "projector_learning_rate",
+    "learning_rate", "seed", "max_tokens_per_batch",
 )  # fmt: skip
 
 _AT_LEAST_ONE = (
@@ -63,9 +69,25 @@ def settle_rank(rank: int | str | None) -> int | str | None:
     return int(rank) if isinstance(rank, str) and rank.isdecimal() else rank
 
 
+def alignment_weights(asked: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the weights that count for what is aligned, of arguments by name."""
+    return WEIGHTS_OF_TARGETS.get(asked.get("alignment_target") or "hidden", VECTOR_WEIGHTS)
+
+
+def is_aligned(asked: Mapping[str, Any]) -> bool:
+    """Whether any term compares what both models have inside, of arguments by name."""
+    return any((asked.get(name) or 0) > 0 for name in alignment_weights(asked))
+
+
+def is_projected(asked: Mapping[str, Any]) -> bool:
+    """Whether what is aligned has projectors, of arguments by name."""
+    projects = (asked.get("alignment_target") or "hidden") in PROJECTED_TARGETS
+    return projects and asked.get("projector_direction") != "none" and is_aligned(asked)
+
+
 def heaviest_alignment(weights: Mapping[str, Any]) -> str:
-    """The name of the heaviest weight of those that compare hidden states, the Mercator loss's where all are 0."""
-    return max(ALIGNMENT_WEIGHTS, key=lambda name: weights.get(name) or 0.0)
+    """The name of the heaviest weight of those that count for what is aligned, the first one where all are 0."""
+    return max(alignment_weights(weights), key=lambda name: weights.get(name) or 0.0)
 
 
 def settle_numbers(training: "KavaTrainingArguments") -> None:
@@ -107,6 +129,7 @@ def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
     found += [*engine_problems(training.fsdp, training.deepspeed), *_optimizer_problems(training.optim)]
     found += other_missing_packages(training)
     found += [*_wrong_values(training), *_projector_problems(training), *_rollout_problems(training)]
+    found += [*target_problems(training), *attention_problems(training), *sharing_problems(training)]
     return [*found, *_contradictions(training)]
 
 
@@ -221,13 +244,13 @@ def _schedule_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     plain, or_lm = training.learns_next_tokens, "" if training.on_policy_fraction == 1 else "lm_weight or "
     rises = training.kd_weight > 0 and training.kd_schedule != "constant"
     held_back = training.alignment_schedule == "stage" and training.kd_weight == 0
-    own = training.on_policy_fraction > 0
+    own, aligning = training.on_policy_fraction > 0, alignment_weights(vars(training))[0]
     if rises and not plain and not training.aligns:
         what = f"kd_schedule {training.kd_schedule} begins with a divergence of weight 0, and no other term has any;"
-        yield Problem("kd_schedule", what, f"write constant, or raise {or_lm}{ALIGNMENT_WEIGHTS[0]}.")
+        yield Problem("kd_schedule", what, f"write constant, or raise {or_lm}{aligning}.")
     elif own and rises and training.kd_schedule == "stage" and not training.aligns:
         what = "kd_schedule stage leaves the student's own answers without a term in the first half of the run;"
-        yield Problem("kd_schedule", what, f"write constant or linear, or raise {ALIGNMENT_WEIGHTS[0]}.")
+        yield Problem("kd_schedule", what, f"write constant or linear, or raise {aligning}.")
     if training.aligns and held_back and not plain:
         what = "alignment_schedule stage ends with the first half of the run, and no other term goes on then;"
         yield Problem("alignment_schedule", what, f"write constant, or raise {or_lm}kd_weight.")
@@ -242,7 +265,8 @@ def _contradictions(training: "KavaTrainingArguments") -> Iterator[Problem]:
         remedy = "write a number above 0, or set max_steps."
         yield Problem.of_value("num_train_epochs", training.num_train_epochs, remedy)
     if not training.reads_teacher and training.lm_weight == 0:
-        what = f"{', '.join(TEACHER_WEIGHTS)} and lm_weight are all 0: nothing would be trained."
+        names = ", ".join([*alignment_weights(vars(training)), "kd_weight"])
+        what = f"{names} and lm_weight are all 0: nothing would be trained."
         yield Problem(None, what)
     yield from _schedule_problems(training)
     if training.run_control and not training.reads_teacher:

@@ -6,18 +6,18 @@ from typing import Literal
 
 from ..utils.errors import BadRequest, Problem, WrongArguments
 
-LayerMapping = Literal["last", "all", "inherited"] | int | list[tuple[int, int]]
+LayerMapping = Literal["last", "all", "inherited", "cka"] | int | list[tuple[int, int]]
 """A parsed `layer_mapping`: a whole number k stands for `uniform:k`, a list holds (student, teacher) pairs."""
 
-_NAMED: dict[str, LayerMapping] = {"last": "last", "all": "all", "inherited": "inherited"}
+_NAMED: dict[str, LayerMapping] = {"last": "last", "all": "all", "inherited": "inherited", "cka": "cka"}
 
 
 def parse_layer_mapping(text: str) -> LayerMapping:
     """Read `layer_mapping` without knowing the models.
 
     Args:
-        text: `last`, `all`, `inherited`, `uniform:k`, or a JSON list of [student layer, teacher layer] pairs, counted
-            from 1.
+        text: `last`, `all`, `inherited`, `cka`, `uniform:k`, or a JSON list of [student layer, teacher layer] pairs,
+            counted from 1.
 
     Raises:
         WrongArguments: if the text is none of these. Layer 0, the embeddings, is never accepted.
@@ -34,7 +34,7 @@ def parse_layer_mapping(text: str) -> LayerMapping:
     except (json.JSONDecodeError, TypeError):
         pass
     remedy = (
-        "write last, all, inherited, uniform:2 (any number of pairs), or pairs of a student and a teacher layer "
+        "write last, all, inherited, cka, uniform:2 (any number of pairs), or pairs of a student and a teacher layer "
         "counted from 1, such as [[12, 14], [24, 28]]."
     )
     raise WrongArguments.of(Problem.of_value("layer_mapping", repr(text), remedy))
@@ -57,7 +57,8 @@ def resolve_layer_pairs(
         student_layers: number of blocks of the student.
         teacher_layers: number of blocks of the teacher.
         inherited: for a student that was cut out of its teacher, the teacher layer that each student layer, from the
-            first on, was cut from.
+            first on, was cut from. With `cka` the one that was chosen for each; where none was yet, as without storage,
+            the layers are those of `all`.
 
     Returns:
         Pairs of layer indices in the module's convention, 1 up to the depth of each model.
@@ -69,7 +70,9 @@ def resolve_layer_pairs(
     parsed = parse_layer_mapping(mapping)
     if parsed == "last":
         return [(student_layers, teacher_layers)]
-    if parsed == "all":
+    if parsed == "cka" and inherited is not None and len(inherited) == student_layers:
+        return list(enumerate(inherited, start=1))
+    if parsed == "all" or parsed == "cka":
         return [(k, max(1, round(k * teacher_layers / student_layers))) for k in range(1, student_layers + 1)]
     if parsed == "inherited":
         return _inherited_pairs(inherited, student_layers, teacher_layers)

@@ -14,6 +14,8 @@ _PROJECTED = ("projector_direction", "projector_anchor", "projector_init")
 """Whoever writes one of these for a cut student wants a projector, for which the others were not measured, or says that
 there is none."""
 
+_OF_ANY_TARGET = ("layer_mapping", "kd_weight", "kd_tokens")
+
 BY_START: dict[str, dict[str, Any]] = {
     "teacher_layers": {
         "mercator_weight": 0.0,
@@ -38,6 +40,10 @@ def defaults_for(student_init: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(BY_START.get(student_init, {}))
     weighs = not given.keys().isdisjoint(ALIGNMENT_WEIGHTS)
+    if given.get("alignment_target", "hidden") != "hidden":  # nothing was measured with another
+        found = (
+            {name: value for name, value in found.items() if name in _OF_ANY_TARGET} if student_init != "random" else {}
+        )
     if student_init == "random":
         divergence = float(given.get("kd_weight", 1.0)) > 0
         if weighs or not divergence or given.get("student_model_name_or_path") == QUICKSTART:

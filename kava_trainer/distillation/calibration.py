@@ -19,7 +19,7 @@ from .bridge.agreement import Agreement, held_back_tokens, hold_back, measure_ag
 from .bridge.fit import BridgeFit, decide_rank, tell_agreement
 from .model import DistillationModel
 from .projector import ElasticBottleneck, LowRankBridge, PrincipalProjection, normalise
-from .targets import HiddenStateTarget
+from .targets import AlignmentTarget
 
 RIDGE = 1e-3
 """Ridge penalty as a share of the mean variance of the inputs."""
@@ -126,7 +126,7 @@ def _ridge_weight(inputs: torch.Tensor, cross: torch.Tensor, penalty: float) -> 
     return torch.linalg.solve(inputs + damping * unit, cross).T
 
 
-def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenStateTarget) -> list[dict[str, Any]]:
+def calibration_examples(dataset: Any, tokens: int, seed: int, target: AlignmentTarget) -> list[dict[str, Any]]:
     """The training examples that the projectors start from.
 
     Args:
@@ -143,13 +143,13 @@ def calibration_examples(dataset: Any, tokens: int, seed: int, target: HiddenSta
     return examples
 
 
-def inputs_of_fit(target: HiddenStateTarget) -> int:
+def inputs_of_fit(target: AlignmentTarget) -> int:
     """Inputs of the largest fit that the projectors of a target start from; 0 where it has none."""
     bridged = [max(bridge.config.input_size, bridge.config.output_size) for bridge in target.bridges]
     return max(bridged or [_fitted(projector).weight.shape[1] for projector in target.projectors], default=0)
 
 
-def check_enough_tokens(target: HiddenStateTarget, tokens: int) -> None:
+def check_enough_tokens(target: AlignmentTarget, tokens: int) -> None:
     """Make sure that there are more tokens than inputs of any fit, if there is any. Raises `BadRequest` if not."""
     size = inputs_of_fit(target)
     tokens -= held_back_tokens(tokens) if target.bridges else 0
@@ -199,7 +199,7 @@ def calibrate(
     model.eval()
     device = model.student.device
     # In float64, which a Mac's GPU lacks; and for many pairs the sums would fill a small GPU.
-    where = "cpu" if device.type == "mps" or len(model.target.pairs) > MOST_PAIRS_ON_DEVICE else device
+    where = "cpu" if device.type == "mps" or len(model.target.projectors) > MOST_PAIRS_ON_DEVICE else device
 
     def total(sums: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(sums.to(device)).to(where)
@@ -246,16 +246,15 @@ def _states(
     mask = batch.get("counted", batch["attention_mask"]).bool()
     teacher_states = teacher.features(batch)
     output = model(batch["input_ids"], batch["attention_mask"], distils=True)
-    for student, layer in model.target.pairs:
-        yield output.hidden_states[student][mask], teacher_states[layer][mask]
+    yield from model.target.fitted_sides(output.hidden_states, teacher_states, mask)
 
 
 def _add_batch(
     moments: list[Moments], model: DistillationModel, teacher: TeacherSource, batch: dict[str, torch.Tensor]
 ) -> None:
     target = model.target
-    for sums, projector, sides in zip(moments, target.projectors, _states(model, teacher, batch), strict=True):
-        _add(sums, projector, target.direction, *sides)
+    for owner, sides in zip(target.owners, _states(model, teacher, batch), strict=True):
+        _add(moments[owner], target.projectors[owner], target.direction, *sides)
 
 
 def _add(sums: Moments, projector: nn.Module, direction: str, student: torch.Tensor, teacher: torch.Tensor) -> None:
@@ -288,7 +287,7 @@ def _coordinates(
 
 
 def _set_bridges(
-    target: HiddenStateTarget, fits: list[BridgeFit], found: list[Agreement], tell: Callable[[str], None]
+    target: AlignmentTarget, fits: list[BridgeFit], found: list[Agreement], tell: Callable[[str], None]
 ) -> None:
     """Show how the sides of each bridge agree, and give it its rank and maps. Raises `BadRequest` as `decide_rank`."""
     measured = list(zip(target.bridges, target.pairs, found, strict=True))

@@ -11,11 +11,12 @@ from torch import nn
 from ..config.arguments import KavaTrainingArguments
 from ..config.checks import ALIGNMENT_WEIGHTS
 from ..data.formats import ASKED, IGNORED, SAMPLED
+from ..models.attention.capture import Feature, in_order
 from ..models.teacher import TeacherSource
 from .logits_terms import AGREEMENT, LogitsTerms
 from .losses import token_mean, token_sum
 from .model import StudentOutput
-from .targets import HiddenStateTarget
+from .targets import AlignmentTarget
 from .token_means import TokenMeans
 
 LOGITS_TERMS = ("lm", "smoothing", "kd")
@@ -55,10 +56,10 @@ def schedule_factor(schedule: str, progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1.0
 
 
-def needed_teacher_layers(args: KavaTrainingArguments, target: HiddenStateTarget, num_layers: int) -> list[int]:
-    """The layers that the weighted terms read, of a teacher with `num_layers` blocks; empty where none reads it."""
-    aligned = target.teacher_layers if args.aligns else []
-    return sorted({*aligned, *([num_layers] if args.kd_weight > 0 else [])})
+def needed_teacher_layers(args: KavaTrainingArguments, target: AlignmentTarget, num_layers: int) -> list[Feature]:
+    """What the weighted terms read of a teacher with `num_layers` blocks; empty where none reads it."""
+    aligned = target.teacher_features if args.aligns else []
+    return in_order({*aligned, *([num_layers] if args.kd_weight > 0 else [])})
 
 
 class LossTerms:
@@ -75,7 +76,7 @@ class LossTerms:
     def __init__(
         self,
         args: KavaTrainingArguments,
-        target: HiddenStateTarget,
+        target: AlignmentTarget,
         teacher: TeacherSource | None,
         vocabulary: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -100,9 +101,7 @@ class LossTerms:
         args = self.args
         lm_weight = args.lm_weight if args.learns_next_tokens else 0.0
         weights = {
-            "mercator": args.mercator_weight,
-            "mse": args.mse_weight,
-            "relative_mse": args.relative_mse_weight,
+            **{name: getattr(args, f"{name}_weight") for name in self.target.terms},
             "anchor": args.anchor_weight if self.target.decoders and args.aligns else 0.0,
             "lm": lm_weight,
             "smoothing": lm_weight * args.label_smoothing_factor,
@@ -112,7 +111,7 @@ class LossTerms:
 
     def teacher_states(
         self, inputs: Mapping[str, Any], weights: Mapping[str, float] | None = None
-    ) -> dict[int, torch.Tensor] | None:
+    ) -> dict[Feature, torch.Tensor] | None:
         """The teacher's states on a batch; None where no term reads them, by its weight now where `weights` has it."""
         if self.teacher is None or not self.args.reads_teacher:
             return None
@@ -125,7 +124,7 @@ class LossTerms:
         self,
         model: nn.Module,
         inputs: Mapping[str, Any],
-        teacher_states: dict[int, torch.Tensor] | None,
+        teacher_states: dict[Feature, torch.Tensor] | None,
         weights: dict[str, float] | None,
         num_items: torch.Tensor | None = None,
     ) -> StudentOutput:
@@ -158,7 +157,7 @@ class LossTerms:
     def _logits_terms(
         self,
         inputs: Mapping[str, Any],
-        teacher_states: dict[int, torch.Tensor] | None,
+        teacher_states: dict[Feature, torch.Tensor] | None,
         weights: dict[str, float],
         num_items: torch.Tensor | None,
     ) -> LogitsTerms:
@@ -166,7 +165,7 @@ class LossTerms:
         args, teacher = self.args, None
         if "kd" in weights:
             last = cast(TeacherSource, self.teacher).num_layers
-            teacher = cast(dict[int, torch.Tensor], teacher_states)[last], self._teacher_head
+            teacher = cast(dict[Feature, torch.Tensor], teacher_states)[last], self._teacher_head
         kinds = {name: self._tokens_of(name, inputs) for name in weights}
         positions, targets = _positions_and_targets(inputs, kinds)
         scaled = {name: weight * _ratio(inputs, num_items, kinds, name) for name, weight in weights.items()}
@@ -214,9 +213,8 @@ class LossTerms:
                 `rollout_agreement`, the share of the student's own tokens at which it has the teacher's at the top.
         """
         means = TokenMeans() if means is None else means
-        tokens = None if num_items is None else num_items[0]
         mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
-        parts = self._alignment(outputs, *_compared(inputs, mask, num_items), means, weights) if outputs.pairs else []
+        parts = self._alignment(outputs, inputs, mask, num_items, means, weights) if outputs.pairs else []
         kinds = {name: self._tokens_of(name, inputs) for name in outputs.logits_sums}
         own = {kind: _count(inputs, None, kind) for kind in {*kinds.values(), _widest(kinds)}}
         for name, total in outputs.logits_sums.items():
@@ -234,19 +232,21 @@ class LossTerms:
             weighted, loss = outputs.router
             means.add("router_loss", loss * mask.sum(), mask.sum())
             means.add("router_weighted", weighted.detach() * mask.sum(), mask.sum())
-            parts.append(token_mean(weighted * mask, mask, tokens))
+            parts.append(token_mean(weighted * mask, mask, None if num_items is None else num_items[0]))
         return torch.stack(parts).sum()
 
     def _alignment(
         self,
         outputs: StudentOutput,
+        inputs: Mapping[str, Any],
         mask: torch.Tensor,
-        tokens: torch.Tensor | None,
+        num_items: torch.Tensor | None,
         means: TokenMeans,
         weights: dict[str, float],
     ) -> list[torch.Tensor]:
         """The weighted terms that compare states."""
-        pairs = self.target.align(outputs.pairs, mask, weights)
+        mask, tokens = _compared(inputs, mask, num_items)
+        pairs = self.target.align(outputs.pairs, mask, weights, inputs.get("packed_lengths"))
         means.add("cos_sim", token_sum(self.target.mean([pair.cosine for pair in pairs]), mask), mask.sum())
         parts = []
         for name in (name for name in ALIGNMENT_TERMS if name in weights):

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.hidden_states import HiddenStateCapture, decoder_output, first_tensor
+from ..models.attention.capture import Feature, FeatureCapture
+from ..models.hidden_states import decoder_output, first_tensor
 from ..models.lm_head import vocabulary_logits
 from ..models.routers import router_losses
 from ..utils.distributed import is_sharded
 from .logits_terms import LogitsTerms
-from .targets import AlignedStates, HiddenStateTarget
+from .targets import AlignedStates, AlignmentTarget
 
 
 @dataclass
@@ -27,8 +28,8 @@ class StudentOutput:
 
     last_hidden_state: torch.Tensor
     """[B, T, d_s]."""
-    hidden_states: dict[int, torch.Tensor]
-    """[B, T, d_s] by student layer."""
+    hidden_states: dict[Feature, torch.Tensor]
+    """What was captured: a state [B, T, d_s] by its layer, a part of attention [B, T, heads, d]."""
     pairs: list[AlignedStates]
     """Both sides of each pair of layers in one space; empty without teacher states."""
     logits_total: torch.Tensor | None = None
@@ -57,13 +58,13 @@ class DistillationModel(nn.Module):
     accepts_loss_kwargs = True
     """Tells Trainer that the loss is already normalised over the whole optimizer step."""
 
-    def __init__(self, student: PreTrainedModel, target: HiddenStateTarget) -> None:
+    def __init__(self, student: PreTrainedModel, target: AlignmentTarget) -> None:
         super().__init__()
         self.student = student
         self.target = target
         # Trainer turns it off, and adds it to a config that has none but in its part for text.
         self.student_uses_cache: bool | None = getattr(student.config, "use_cache", None)
-        self._capture = HiddenStateCapture(student, target.student_layers)
+        self._capture = FeatureCapture(student, target.student_features)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -90,7 +91,7 @@ class DistillationModel(nn.Module):
         labels: torch.Tensor | None = None,
         origins: torch.Tensor | None = None,
         packed_lengths: Sequence[int] | None = None,
-        teacher_states: dict[int, torch.Tensor] | None = None,
+        teacher_states: dict[Feature, torch.Tensor] | None = None,
         logits_terms: LogitsTerms | None = None,
         distils: bool = False,
         **others: Any,
@@ -103,7 +104,7 @@ class DistillationModel(nn.Module):
             labels: of the student alone; the losses of the distillation are computed elsewhere.
             origins: whose each token is [B, T], see `data.formats`, for these losses; Trainer drops what is not named.
             packed_lengths: tokens of each example of a packed row [1, T].
-            teacher_states: the teacher's states [B, T, d_t] by layer; without them nothing is projected.
+            teacher_states: what was captured of the teacher; without it nothing is projected.
             logits_terms: computed here, inside the wrapper of data parallelism, because they use the head's weights.
             distils: else the student answers alone, as it does for anybody's code that calls `trainer.model(**batch)`.
             others: for the student alone.

@@ -9,18 +9,18 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..config.arguments import KavaTrainingArguments
-from ..config.checks import TEACHER_WEIGHTS
+from ..config.checks import alignment_weights
 from ..config.launcher import is_fsdp_asked
 from ..data.collators import check_rows
+from ..models.attention.capture import check_features
 from ..models.layers import number_of_layers, train_text_alone
 from ..models.lm_head import check_head
 from ..models.loading import on_device
 from ..models.lora import has_adapter, unwrapped
 from ..models.teacher import OnlineTeacher, TeacherSource
-from ..models.trial import check_states
 from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
-from .targets import HiddenStateTarget, build_target, no_target
+from .targets import AlignmentTarget, build_target, no_target
 
 _OWN_NAMES = {"model": "student", "teacher_model": "teacher", "ref_model": "teacher", "tokenizer": "processing_class"}
 """Parameters as other trainers call them, and as they are called here."""
@@ -114,9 +114,9 @@ def pair_up(
     args: KavaTrainingArguments,
     student: PreTrainedModel,
     teacher: PreTrainedModel | TeacherSource | None,
-    target: HiddenStateTarget | None,
+    target: AlignmentTarget | None,
     inherited: Sequence[int] | None = None,
-) -> tuple[TeacherSource | None, HiddenStateTarget]:
+) -> tuple[TeacherSource | None, AlignmentTarget]:
     """What a `KavaTrainer` takes the teacher's states from, and what it aligns.
 
     Args:
@@ -132,15 +132,21 @@ def pair_up(
 
     Raises:
         BadRequest: if the models do not have the layers that the arguments name.
-        ValueError: if there is neither a target nor a model to make it for.
+        ValueError: if there is neither a target nor a model to make it for, or the target is of another kind than
+            `args` ask for.
     """
+    if target is not None and args.aligns and target.name != args.alignment_target:
+        raise ValueError(
+            f"The target is a {type(target).__name__}, but alignment_target is {args.alignment_target}; write "
+            f"alignment_target={target.name!r}."
+        )
     teacher = unwrapped(teacher, "teacher")
     if isinstance(teacher, (str, nn.Module)):
         check_causal("teacher", teacher)
     if teacher is None and not args.reads_teacher:
         return None, no_target(student) if target is None else target
     if teacher is None:
-        names = f"{', '.join(TEACHER_WEIGHTS[:-1])} or {TEACHER_WEIGHTS[-1]}"
+        names = f"{', '.join(alignment_weights(vars(args)))} or kd_weight"
         raise ValueError(f"{names} is above 0; give a teacher, or set all of them to 0.")
     if not isinstance(teacher, PreTrainedModel):
         if target is None:
@@ -159,15 +165,15 @@ def pair_up(
 
 
 def _try_out(
-    args: KavaTrainingArguments, student: PreTrainedModel, source: TeacherSource | None, target: HiddenStateTarget
+    args: KavaTrainingArguments, student: PreTrainedModel, source: TeacherSource | None, target: AlignmentTarget
 ) -> None:
     """Make sure that what the terms read of the models is what these have. Raises `BadRequest` if it is not."""
     if args.aligns:
-        check_states(student, target.student_layers, "student")
+        check_features(student, target.student_features, "student")
     if args.lm_weight > 0 or args.kd_weight > 0:
         check_head(student, "student")
     if isinstance(source, OnlineTeacher):
-        check_states(source.model, source.layers, "teacher")
+        check_features(source.model, source.layers, "teacher")
         if args.kd_weight > 0:
             check_head(source.model, "teacher")
 
@@ -181,18 +187,21 @@ class Pairing:
         target: see `pair_up`.
         again: whether there will be more than one student, each of which needs projectors of its own.
         inherited: see `pair_up`.
+        choose: gives what `inherited` is of a student and a teacher where `layer_mapping` cka is to choose, and nobody
+            has chosen yet.
     """
 
     def __init__(
         self,
         args: KavaTrainingArguments,
         teacher: PreTrainedModel | TeacherSource | None,
-        target: HiddenStateTarget | None,
+        target: AlignmentTarget | None,
         again: bool,
         inherited: Sequence[int] | None = None,
+        choose: Callable[[PreTrainedModel, PreTrainedModel], list[int]] | None = None,
     ) -> None:
         self._args, self._teacher, self._again = args, unwrapped(teacher, "teacher"), again
-        self._inherited = inherited
+        self._inherited, self._choose = inherited, choose
         self._target = deepcopy(target) if again else target
 
     def pair(self, student: PreTrainedModel) -> tuple[DistillationModel, TeacherSource | None]:
@@ -205,9 +214,10 @@ class Pairing:
         check_student(student)
         train_text_alone(student)
         target = deepcopy(self._target) if self._again else self._target
+        inherited = self._chosen(student) if target is None else None
         with torch.random.fork_rng([]):  # new projectors depend on the seed alone, and nothing else on them
             torch.manual_seed(self._args.seed)
-            source, target = pair_up(self._args, student, self._teacher, target, self._inherited)
+            source, target = pair_up(self._args, student, self._teacher, target, inherited)
         _try_out(self._args, student, source, target)
         self._tried = self._read_parts()
         self._trained = [parameter for parameter in target.parameters() if parameter.requires_grad]
@@ -215,6 +225,14 @@ class Pairing:
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
         return DistillationModel(student, target), source
+
+    def _chosen(self, student: PreTrainedModel) -> Sequence[int] | None:
+        """What `inherited` is for a target that is made."""
+        wanted = self._args.layer_mapping == "cka" and self._args.aligns and self._inherited is None
+        if not wanted or self._choose is None or not isinstance(self._teacher, PreTrainedModel):
+            return self._inherited
+        check_apart(student, self._teacher)
+        return self._choose(student, self._teacher)
 
     def source_now(self, model: DistillationModel, source: TeacherSource | None) -> TeacherSource | None:
         """The source that the weights ask for as they are now: the one that there is, or one of other layers.

@@ -117,6 +117,11 @@ def load_projectors(path: str | Path) -> nn.ModuleList:
     return _read(path)[0]
 
 
+def kept_use(path: str | Path) -> dict[str, Any]:
+    """What the projectors of a file map, as it was given when they were saved. Raises as `load_projectors`."""
+    return cast(dict[str, Any], _read(path)[1]["use"])
+
+
 def restore_projectors(
     projectors: nn.ModuleList,
     path: str | Path,

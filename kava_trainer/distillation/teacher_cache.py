@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..config.model_arguments import ModelArguments
 from ..data.packing import pack_step
 from ..models.adapters import find_adapter
+from ..models.attention.capture import Feature
 from ..models.layers import find_decoder, number_of_layers, state_width
 from ..models.lm_head import vocabulary_logits
 from ..models.loading import model_folder
@@ -236,7 +237,7 @@ class TeacherCache:
                     break
                 with autocast():
                     states = teacher.features(send_to_device(row, model.device))
-                for ids, own in _examples(row, states):
+                for ids, own in _examples(row, cast(dict[int, torch.Tensor], states)):
                     writer.add(ids, own)
                     bar.update(len(ids))
         writer.flush()
@@ -294,7 +295,7 @@ class CachedTeacher:
         self.num_layers = number_of_layers(model)
         self.hidden_size = state_width(model, [self.num_layers])
 
-    def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+    def features(self, inputs: Mapping[str, Any]) -> dict[Feature, torch.Tensor]:
         """The states [B, T, d_t] by layer that the data collator put into a batch."""
         return inputs["teacher_states"]
 

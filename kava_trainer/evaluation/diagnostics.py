@@ -6,7 +6,9 @@ All functions take states [N, d] of N unmasked tokens and compute in float32.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,12 +107,48 @@ def diagnose(compared: torch.Tensor, target: torch.Tensor, student: torch.Tensor
         student: raw, unprojected student states [N, d_s] of the same tokens.
         teacher: raw, unprojected teacher states [N, d_t] of the same tokens.
     """
-    cos_sim, shuffled = mean_cosine(compared, target), shuffled_cosine(compared, target)
+    return diagnose_groups(measure_agreement(compared, target), student, target, teacher)
+
+
+class Agreement(NamedTuple):
+    """How well two sides agree: token by token, without what all tokens have in common, and with another's target."""
+
+    own: float
+    centred: float
+    shuffled: float
+
+
+@torch.no_grad()
+def measure_agreement(compared: torch.Tensor, target: torch.Tensor) -> Agreement:
+    """The cosines of a group of tokens, any of whose targets [n, d] can stand for another's."""
+    return Agreement(mean_cosine(compared, target), centred_cosine(compared, target), shuffled_cosine(compared, target))
+
+
+def mean_agreement(groups: Sequence[tuple[Agreement, int]]) -> Agreement:
+    """The mean over groups that have so many tokens each."""
+    if len(groups) == 1:
+        return groups[0][0]
+    total = sum(count for _, count in groups)
+    return Agreement(*(sum(own[i] * count for own, count in groups) / max(total, 1) for i in range(3)))
+
+
+@torch.no_grad()
+def diagnose_groups(
+    agreement: Agreement, student: torch.Tensor, target: torch.Tensor, teacher: torch.Tensor
+) -> Diagnostics:
+    """All diagnostics of one comparison, whose agreement was measured group by group.
+
+    Args:
+        agreement: of `mean_agreement`.
+        student: as for `diagnose`.
+        target: as for `diagnose`.
+        teacher: as for `diagnose`.
+    """
     return Diagnostics(
-        cos_sim=cos_sim,
-        centred_cos_sim=centred_cosine(compared, target),
-        shuffled_cos_sim=shuffled,
-        margin=cos_sim - shuffled,
+        cos_sim=agreement.own,
+        centred_cos_sim=agreement.centred,
+        shuffled_cos_sim=agreement.shuffled,
+        margin=agreement.own - agreement.shuffled,
         cka=linear_cka(student, teacher),
         student_effective_rank=effective_rank(student),
         target_effective_rank=effective_rank(target),

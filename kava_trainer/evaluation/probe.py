@@ -10,10 +10,13 @@ from accelerate.utils import send_to_device
 
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
+from ..distillation.targets.base import Comparison
+from ..models.attention.capture import Feature
 from ..models.layers import keeping_gradients
 from ..utils.distributed import give_up_whole_weights, whole
 from ..utils.progress_bar import STEPS, Progress, progress_bar, told
-from .diagnostics import Diagnostics, collapse_reason, diagnose
+from .diagnostics import Diagnostics, collapse_reason
+from .sample import Sample
 
 PROBE_TOKENS = 2048
 """The probe takes as many held-out examples as give this many tokens, or all of them."""
@@ -36,8 +39,8 @@ class ProbeResult:
     """Why the worst of the collapsed pairs counts as collapsed, and how many do; None if none does."""
     gradient_shares: dict[str, float] = field(default_factory=dict)
     """Norm of each weighted term's gradient in the student, as a share of the sum of these norms."""
-    layers: list[tuple[int, int]] = field(default_factory=list)
-    """Of each pair, the student's first."""
+    layers: list[Comparison] = field(default_factory=list)
+    """Of each pair, the student's first; and which part of them is compared, where there are several."""
     reasons: list[str | None] = field(default_factory=list)
     """Why each pair counts as collapsed; None where it does not."""
 
@@ -47,15 +50,16 @@ class ProbeResult:
         return {name: sum(share * row[name] for share, row in zip(self.shares, rows, strict=True)) for name in rows[0]}
 
     def by_pair(self) -> list[dict[str, Any]]:
-        """The figures of each pair with its `student_layer`, its `teacher_layer`, and whether it `collapsed`.
+        """The figures of each pair with its `student_layer`, its `teacher_layer`, and whether it `collapsed`; with
+        the `part` where several are compared.
 
         None of a result of an older checkpoint, which does not tell the layers.
         """
         if not self.layers:
             return []
         return [
-            {"student_layer": student, "teacher_layer": teacher, **pair.to_dict(), "collapsed": reason is not None}
-            for (student, teacher), pair, reason in zip(self.layers, self.pairs, self.reasons, strict=True)
+            {**_names(layers), **pair.to_dict(), "collapsed": reason is not None}
+            for layers, pair, reason in zip(self.layers, self.pairs, self.reasons, strict=True)
         ]
 
     def metrics(self, prefix: str) -> dict[str, float]:
@@ -131,7 +135,7 @@ class AlignmentProbe:
         """
         batches, training = self._gradient_batches[:gradient_batches], model.training
         weights = terms.weights(progress) if batches else {}
-        passes = len(self._batches) + len(model.target.pairs) + sum(map(bool, weights.values())) * len(batches)
+        passes = len(self._batches) + len(model.target.shares) + sum(map(bool, weights.values())) * len(batches)
         line = f"Measuring the alignment on {self._tokens} held-out tokens"
         with told(line, once=True), progress_bar(passes, "Measuring the alignment", "pass", form=STEPS) as bar:
             pairs = self._diagnose(model.eval(), terms, bar)
@@ -140,26 +144,24 @@ class AlignmentProbe:
             shares = self._gradient_shares(model.train(), terms, weights, batches, bar)
         model.train(training)
         reasons = [collapse_reason(pair, model.target.most_dimensions(i)) for i, pair in enumerate(pairs)]
-        layers = [*model.target.pairs]
+        layers = model.target.comparisons
         collapse = describe_collapse(reasons, pairs, layers)
         return ProbeResult(pairs, model.target.shares, collapse, shares, layers, reasons)
 
     @torch.no_grad()
     def _diagnose(self, model: DistillationModel, terms: LossTerms, bar: Progress) -> list[Diagnostics]:
-        rows: list[list[list[torch.Tensor]]] = [[[], [], [], []] for _ in model.target.pairs]
+        samples = [Sample(model.target.within_examples) for _ in model.target.shares]
         for batch in self._batches:
             batch = send_to_device(batch, model.student.device)
             mask = batch.get("counted", batch["attention_mask"]).bool()
-            states = cast(dict[int, torch.Tensor], terms.teacher_states(batch))
+            states = cast(dict[Feature, torch.Tensor], terms.teacher_states(batch))
             output = terms.student_outputs(model, batch, states, None)
-            for row, (student, teacher), pair in zip(rows, model.target.pairs, output.pairs, strict=True):
-                compared = (pair.student, pair.target, output.hidden_states[student], states[teacher])
-                for kept, tensor in zip(row, compared, strict=True):
-                    kept.append(tensor[mask].float())
+            for index, (sample, pair) in enumerate(zip(samples, output.pairs, strict=True)):
+                sample.add(model.target.sides(index, pair, output.hidden_states, states, mask))
             bar.update()
         found = []
-        for row in rows:
-            found.append(diagnose(*(torch.cat(kept) for kept in row)))
+        for sample in samples:
+            found.append(sample.diagnose())
             bar.update()
         return found
 
@@ -211,8 +213,13 @@ def _backward(
         bar.update()
 
 
+def _names(layers: Comparison) -> dict[str, Any]:
+    student, teacher, *part = layers
+    return {"student_layer": student, "teacher_layer": teacher, **({"part": part[0]} if part else {})}
+
+
 def describe_collapse(
-    reasons: Sequence[str | None], pairs: Sequence[Diagnostics], layers: Sequence[tuple[int, int]]
+    reasons: Sequence[str | None], pairs: Sequence[Diagnostics], layers: Sequence[Comparison]
 ) -> str | None:
     """Why an alignment counts as collapsed: of several pairs how many do, and the worst of them; None if none does."""
     if not any(reasons):
@@ -221,10 +228,11 @@ def describe_collapse(
     reason = cast(str, reasons[worst])
     if len(pairs) == 1:
         return reason
-    student, teacher = layers[worst]
+    student, teacher, *part = layers[worst]
     count = sum(own is not None for own in reasons)
     which = "layers" if count == 1 else "the worst are layers"
-    return f"{count} of {len(pairs)} pairs of layers collapsed, {which} {student} -> {teacher}: {reason}"
+    where = " ".join([f"{student} -> {teacher}", *part])
+    return f"{count} of {len(pairs)} pairs of layers collapsed, {which} {where}: {reason}"
 
 
 def worst_pair(reasons: Sequence[str | None], pairs: Sequence[Diagnostics]) -> int:

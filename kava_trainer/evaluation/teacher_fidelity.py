@@ -89,7 +89,7 @@ def read_examples(
     total, count = 0.0, 0
     for example in with_progress(examples, description, "example"):
         batch = send_to_device(collator([example]), model.device)
-        states = teacher.features(batch)
+        states = cast(dict[int, torch.Tensor], teacher.features(batch))
         total += answer_loss_sum(model, states[depth], batch)
         count += len(batch["next_tokens"])
         for layer, parts in kept.items():

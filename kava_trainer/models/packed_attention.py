@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..utils.errors import reason_of
+from .attention.recorders import is_recorded, recorders_of
 from .layers import context_length, evaluating, find_decoder, made_up_tokens, number_of_layers, truncated
 
 PACKED_SDPA = "kava_packed_sdpa"
@@ -63,6 +64,8 @@ def packed_attention(
     Returns:
         [1, T, heads, d], and None in place of attention weights.
     """
+    for record in recorders_of(module):
+        record(query, key, value, {**kwargs, "attention_mask": attention_mask})
     if packed_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     split = (states.split(list(packed_lengths), dim=2) for states in (query, key, value))
@@ -95,8 +98,8 @@ def enable_packing(model: PreTrainedModel) -> None:
 
 
 def disable_packing(model: PreTrainedModel) -> None:
-    """Undo `enable_packing`."""
-    if model.config._attn_implementation == PACKED_SDPA:
+    """Undo `enable_packing`, unless somebody records the model's attention."""
+    if model.config._attn_implementation == PACKED_SDPA and not is_recorded(model):
         model.set_attn_implementation("sdpa")
 
 

@@ -1,6 +1,6 @@
 """The frozen teacher: loading, quantising, and the one interface through which its states are had."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -8,7 +8,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
 from ..utils.errors import BadRequest
-from .hidden_states import HiddenStateCapture, run_decoder
+from .attention.capture import Feature, FeatureCapture, hidden_layers, layer_of
+from .hidden_states import run_decoder
 from .layers import number_of_layers, state_width, truncated
 from .lm_head import vocabulary_logits
 from .loading import load_causal_lm, on_device
@@ -24,8 +25,8 @@ class TeacherSource(Protocol):
     num_layers: int
     """Number of blocks, which is the index of the last state."""
 
-    def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
-        """Detached states [B, T, d_t] of the layers that were asked for at construction, by layer index."""
+    def features(self, inputs: Mapping[str, Any]) -> dict[Feature, torch.Tensor]:
+        """What was asked for at construction, detached; a state [B, T, d_t] by its layer index."""
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_t]."""
@@ -96,24 +97,24 @@ class OnlineTeacher:
 
     Args:
         model: the teacher; it is frozen here.
-        layers: the layers whose states are wanted, in the convention of `hidden_states`.
+        layers: the layers whose states are wanted, in the convention of `hidden_states`, or parts of their attention.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[Feature]) -> None:
         self.model = freeze(model)
-        self.hidden_size = state_width(model, layers[-1:])
+        self.hidden_size = state_width(model, hidden_layers(layers)[-1:])
         self.num_layers = number_of_layers(model)
-        self.layers = layers
-        self._depth = max(layers, default=0)
-        self._capture = HiddenStateCapture(model, layers)
+        self.layers = list(layers)
+        self._depth = max(map(layer_of, layers), default=0)
+        self._capture = FeatureCapture(model, layers)
 
     def close(self) -> None:
         """Take the hooks off the model, which stays frozen."""
         self._capture.remove()
 
     @torch.no_grad()
-    def features(self, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
-        """Run the teacher on a batch of `collators` and return the wanted states [B, T, d_t] by layer index."""
+    def features(self, inputs: Mapping[str, Any]) -> dict[Feature, torch.Tensor]:
+        """Run the teacher on a batch of `collators` and return what is wanted, a state [B, T, d_t] by layer index."""
         with truncated(self.model, self._depth), self._capture as states:
             run_decoder(self.model, inputs["input_ids"], inputs["attention_mask"], inputs.get("packed_lengths"))
         # A device_map may have put its blocks on several devices.

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config.checks import ALIGNMENT_WEIGHTS
+from ..config.checks import is_aligned
 from ..config.model_arguments import QUICKSTART
 from ..data.files import is_file_name
 from ..utils.redaction import without_secrets
@@ -179,7 +179,7 @@ def render_model_card(
         name=name,
         summary=summary,
         arguments=arguments,
-        aligns=any(arguments.get(name, 0) > 0 for name in ALIGNMENT_WEIGHTS),
+        aligns=is_aligned(arguments),
         picture=REPORT_PICTURE if picture else None,
         teacher=_named(arguments["teacher_model_name_or_path"], "teacher_model_name_or_path", summary),
         dataset=_named(arguments["dataset_name"], "dataset_name", summary, "datasets/"),

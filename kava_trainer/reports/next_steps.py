@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..config.checks import heaviest_alignment
+from ..config.checks import heaviest_alignment, is_projected
 from ..evaluation.diagnostics import STATUSES, Circumstances, collapse_remedy, is_early, too_early
 from .findings.alignment import below_start, worst_first
 from .findings.language import Language
@@ -82,7 +82,7 @@ def _after_a_collapse(summary: Summary, supervised: bool) -> str:
     collapsed = worst_first(pair for pair in final.pairs or [] if pair.collapsed)
     return collapse_remedy(
         Circumstances(
-            direction=asked.get("projector_direction"),
+            direction=asked.get("projector_direction") if is_projected(asked) else "none",
             anchor=asked.get("projector_anchor"),
             supervised=supervised,
             step=summary.global_step,
@@ -95,9 +95,8 @@ def _after_a_collapse(summary: Summary, supervised: bool) -> str:
 
 def _rates(asked: dict[str, Any]) -> str:
     """The learning rates that there are."""
-    weights = [asked.get("mercator_weight"), asked.get("mse_weight"), asked.get("relative_mse_weight", 0)]
-    projects = asked.get("projector_direction") != "none" and any(weight != 0 for weight in weights)
-    return "learning_rate and projector_learning_rate" if projects else "learning_rate"
+    known = {"mercator_weight": 1.0, **asked}  # a record that does not tell is of a run that aligns
+    return "learning_rate and projector_learning_rate" if is_projected(known) else "learning_rate"
 
 
 def _towards_alignment(summary: Summary) -> str:

@@ -23,8 +23,8 @@ _NO_ARGUMENTS = {"data", "teacher", "student", "sharded", "world_size", "dataset
 """What `identity.run_identity` adds to the arguments."""
 
 _READ = {
-    "output_dir", "final_dir", "mercator_weight", "mse_weight", "relative_mse_weight", "projector_direction",
-    "projector_anchor", "generation_max_new_tokens",
+    "output_dir", "final_dir", "alignment_target", "mercator_weight", "mse_weight", "relative_mse_weight",
+    "attention_weight", "relations_weight", "projector_direction", "projector_anchor", "generation_max_new_tokens",
 }  # fmt: skip
 """Arguments of the training that something is made of, not only shown; of those of models and data all are."""
 

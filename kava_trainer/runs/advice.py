@@ -263,7 +263,7 @@ def check_evaluation(training: KavaTrainingArguments, held_out: bool) -> None:
 def loose_projector(training: KavaTrainingArguments) -> Problem | None:
     """What to write where nothing holds the projector of the teacher's states; None where something does."""
     if (
-        not training.aligns
+        not training.projects
         or training.projector_direction != "teacher_to_student"
         or training.projector_anchor != "none"
     ):

@@ -140,13 +140,14 @@ def show_pairs(console: Console, pairs: Sequence[PairFigures]) -> None:
     """A line for each pair of layers where there are several, in their order."""
     if len(pairs) < 2:
         return
-    console.print("Layers      CosSim   margin      CKA   rank of student, targets, teacher")
     shown = worst_first(pairs)[:MOST_PAIRS]
+    width = max(9, *(len(pair.layers) + 1 for pair in shown))
+    console.print(f"{'Layers':<{width}}   CosSim   margin      CKA   rank of student, targets, teacher")
     for pair in (pair for pair in pairs if pair in shown):
         ranks = (pair.student_effective_rank, pair.target_effective_rank, pair.teacher_effective_rank)
         figures = "".join(f"{_figure(value, 4):>9}" for value in (pair.cos_sim, pair.margin, pair.cka))
         status = f"   {status_text(COLLAPSED, console.emoji)}" if pair.collapsed else ""
-        console.print(f"{pair.layers:<9}{figures}   {', '.join(_figure(rank, 1) for rank in ranks)}{status}")
+        console.print(f"{pair.layers:<{width}}{figures}   {', '.join(_figure(rank, 1) for rank in ranks)}{status}")
     if others := len(pairs) - len(shown):
         console.print(f"The margins of the other {others} are higher; the report has them all.")
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..config.arguments import KavaTrainingArguments
 from ..data.streaming import ExampleStream
 from ..distillation.teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
+from ..models.attention.capture import hidden_layers
 from ..models.layers import state_width
 from ..models.teacher import OnlineTeacher
 from ..trainer.trainer import KavaTrainer
@@ -34,7 +35,7 @@ def open_cache(run: Run) -> TeacherCache | None:
     if training.teacher_cache_dir is None or trainer.teacher is None:
         return None
     identity = teacher_identity(run.arguments.model, run.models.teacher, trainer.accelerator.mixed_precision)
-    layers = cast(OnlineTeacher, trainer.teacher).layers
+    layers = hidden_layers(cast(OnlineTeacher, trainer.teacher).layers)
     state_width(run.models.teacher, layers)
     return TeacherCache(training.teacher_cache_dir, identity, layers, training.teacher_cache_dtype)
 

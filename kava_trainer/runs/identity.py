@@ -24,10 +24,10 @@ from ..utils.progress_bar import progress_bar
 
 _SAME = {
     "sharded", "data", "teacher", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
-    "student_init", "layer_mapping", "projector_direction", "projector_anchor", "projector_mlp_ratio", "projector_rank",
-    "use_peft", "student_quantization", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-    "lora_modules_to_save", "dataloader_drop_last", "train_sampling_strategy", "seed", "data_seed", "optim",
-    "optim_args", "bf16", "fp16", "streaming", *CUT_ARGUMENTS,
+    "student_init", "alignment_target", "kv_shape", "projector_sharing", "layer_mapping", "projector_direction",
+    "projector_anchor", "projector_mlp_ratio", "projector_rank", "use_peft", "student_quantization", "lora_r",
+    "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "dataloader_drop_last",
+    "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16", "streaming", *CUT_ARGUMENTS,
 }  # fmt: skip
 """A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
 
@@ -52,7 +52,10 @@ _HARMLESS_PREFIXES = (
     "retention_",
 )  # fmt: skip
 
-_BEFORE = {"relative_mse_weight": 0.0, "kd_tokens": "answers", "lm_tokens": "answers"}
+_BEFORE = {
+    "relative_mse_weight": 0.0, "kd_tokens": "answers", "lm_tokens": "answers", "alignment_target": "hidden",
+    "projector_sharing": "none",
+}  # fmt: skip
 """What a run did that was written before these arguments were there; by the kind of student they may be others now."""
 
 _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_dir")

@@ -32,6 +32,7 @@ from ..distillation.loss_terms import LossTerms, needed_teacher_layers
 from ..distillation.model import DistillationModel
 from ..distillation.targets import build_target
 from ..distillation.teacher_cache import CachedTeacher
+from ..models.attention.capture import hidden_layers
 from ..models.layers import find_blocks, number_of_layers, state_width, train_text_alone
 from ..models.lm_head import vocabulary_size
 from ..models.loading import build_causal_lm, load_config
@@ -266,7 +267,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
         distilled = DistillationModel(student, target).train()
         head = teacher.get_output_embeddings().weight
-        cached_layers = layers if cached else []
+        cached_layers = hidden_layers(layers) if cached else []
         batch = _micro_batch(arguments, state_width(teacher, cached_layers), cached_layers)
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         kept = weight_bytes([head]) if training.kd_weight > 0 else 0

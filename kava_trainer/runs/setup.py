@@ -46,6 +46,7 @@ from .advice import (
     precision_problems,
 )
 from .display import tell_encoding, tell_retention
+from .pair.layers import with_chosen_layers
 from .pair.models import Models
 from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .rollouts.examples import check_prompts, check_rollouts_fit, describe_rollouts, load_rollouts, with_rollouts
@@ -277,6 +278,7 @@ def build_trainer(run: Run) -> KavaTrainer:
     check_evaluation(training, data.evaluation is not None)
     if data.of_the_data is not None:
         check_rollouts_fit(cast(datasets.Dataset, data.train), {"teacher": models.teacher, "student": models.student})
+    models = run.models = with_chosen_layers(training, models, data.train, data.collator, run.checkpoint)
     with working("Trying out the models"):
         trainer = make_trainer(training, models, data)
     trained = {parameter.dtype for parameter in models.student.parameters() if parameter.requires_grad}
@@ -313,9 +315,11 @@ def _tell_alignment(console: Console, training: KavaTrainingArguments, trainer: 
     anchor = "" if training.projector_anchor == "none" else f", anchor {training.projector_anchor}"
     direction = "frozen bridge" if target.bridges else training.projector_direction.replace("_", " ")
     kind = f"{target.widths} ({direction}{anchor})"
+    if target.name != "hidden":
+        console.print(f"Alignment target: {target.name}")
     console.print(f"Projector: {kind if target.projectors else f'none, both sides are {target.widths}'}")
-    console.print(f"Aligned layers (student, teacher): {', '.join(map(str, trainer.target.pairs))}")
-    if training.mercator_weight > 0:
+    console.print(f"Aligned layers (student, teacher): {target.told_layers}")
+    if trainer.terms.full_weights.get("mercator"):
         console.print(f"Loss: Mercator (alpha={training.mercator_alpha}, beta={training.mercator_beta})")
     if problem := loose_projector(training):
         console.warn(str(problem))

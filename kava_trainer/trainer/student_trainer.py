@@ -20,7 +20,7 @@ from ..data.collators import completed
 from ..data.formats import IGNORED
 from ..distillation.loss_terms import LossTerms
 from ..distillation.rollouts.sampling import RolloutFn
-from ..distillation.targets import HiddenStateTarget
+from ..distillation.targets import AlignmentTarget
 from ..distillation.token_means import TokenMeans
 from ..evaluation.answers import perplexity
 from ..evaluation.probe import ProbeResult
@@ -59,7 +59,7 @@ class StudentTrainer(SavingTrainer):
         return self.model.student
 
     @property
-    def target(self) -> HiddenStateTarget:
+    def target(self) -> AlignmentTarget:
         """What is aligned, with its projectors."""
         return self.model.target
 

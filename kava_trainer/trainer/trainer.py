@@ -20,7 +20,8 @@ from ..distillation.loss_terms import LossTerms, needed_teacher_layers
 from ..distillation.model import DistillationModel
 from ..distillation.pairing import Pairing, check_given
 from ..distillation.rollouts.sampling import RolloutFn
-from ..distillation.targets import HiddenStateTarget
+from ..distillation.targets import AlignmentTarget
+from ..distillation.targets.mapping import LayerChooser
 from ..distillation.teacher_cache import CachedTeacher, is_released
 from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
@@ -60,7 +61,8 @@ class KavaTrainer(StudentTrainer):
         args: `KavaTrainingArguments`; their defaults by default.
         model_init: in place of `student`, a function of nothing or of a trial that makes one. Every `train()` begins
             with a new student and new projectors then, as `hyperparameter_search` needs.
-        inherited_layers: the teacher layer that each student layer was cut from, for `layer_mapping` inherited.
+        inherited_layers: the teacher layer that each student layer was cut from, for `layer_mapping` inherited; for cka
+            the one that an earlier run chose, by default chosen on training examples.
         rollout_fn: writes the student's own answers, in place of `sample_answers`, where `on_policy_fraction` is
             above 0.
         kwargs: as for `Trainer`: `train_dataset` and `eval_dataset` with `input_ids` and `labels`, `processing_class`,
@@ -75,7 +77,7 @@ class KavaTrainer(StudentTrainer):
         self,
         student: PreTrainedModel | None = None,
         teacher: PreTrainedModel | TeacherSource | None = None,
-        target: HiddenStateTarget | None = None,
+        target: AlignmentTarget | None = None,
         args: KavaTrainingArguments | None = None,
         *,
         model_init: Callable[..., PreTrainedModel] | None = None,
@@ -89,9 +91,10 @@ class KavaTrainer(StudentTrainer):
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)
             student = cast(PreTrainedModel, super().call_model_init())
-        self._pairing = Pairing(args, teacher, target, again=model_init is not None, inherited=inherited_layers)
-        model, source = self._pairing.pair(student)
         kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
+        choose = LayerChooser(args, kwargs.get("train_dataset"), kwargs["data_collator"])
+        self._pairing = Pairing(args, teacher, target, model_init is not None, inherited_layers, choose)
+        model, source = self._pairing.pair(student)
         super().__init__(model=model, args=args, **kwargs)
         self.model_init = cast(Any, model_init)
         self._make_parts()

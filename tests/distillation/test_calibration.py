@@ -95,6 +95,23 @@ def test_the_least_squares_start_agrees_better_and_changes_the_last_layer_alone(
     assert changed == {f"target.projectors.{i}.down.{part}" for i in range(2) for part in ("weight", "bias")}
 
 
+def test_a_shared_projector_is_fitted_to_the_tokens_of_all_pairs(tmp_path, tokenizer):
+    settings = {"layer_mapping": "uniform:2", "projector_sharing": "all", "projector_init": "least_squares"}
+    trainer = make_trainer(tmp_path, tokenizer, projector_dropout=0.0, calibration_tokens=10**6, **settings)
+    trainer.calibrate()
+    (projector,), sides = trainer.target.projectors, []
+    trainer.model.eval()
+    with torch.no_grad():
+        for example in trainer.train_dataset:
+            ids = {"input_ids": torch.tensor([example["input_ids"]]), "output_hidden_states": True}
+            student, teacher = (m(**ids).hidden_states for m in (trainer.student, trainer.teacher.model))
+            sides += [(projector.hidden(teacher[of][0]), student[own][0]) for own, of in trainer.target.pairs]
+        x, y = (torch.cat(parts) for parts in zip(*sides, strict=True))
+        weight, bias = filled(1, x, y).ridge()
+    torch.testing.assert_close(projector.down.weight.double(), weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(projector.down.bias.double(), bias, rtol=1e-3, atol=1e-4)
+
+
 def test_the_pca_targets_are_the_teachers_principal_subspace_and_never_move(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, count=60, projector_anchor="pca", max_steps=3)
     trainer.calibrate()

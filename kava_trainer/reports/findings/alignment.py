@@ -26,6 +26,8 @@ class PairFigures:
 
     student_layer: int
     teacher_layer: int
+    part: str | None = None
+    """What of the layers is compared, where there are several parts."""
     cos_sim: Measured = None
     centred_cos_sim: Measured = None
     shuffled_cos_sim: Measured = None
@@ -39,7 +41,7 @@ class PairFigures:
     @property
     def layers(self) -> str:
         """Its layers, the student's first."""
-        return f"{self.student_layer} -> {self.teacher_layer}"
+        return f"{self.student_layer} -> {self.teacher_layer}{f' {self.part}' if self.part else ''}"
 
 
 @strict

@@ -15,6 +15,7 @@ from ...distillation.loss_terms import needed_teacher_layers
 from ...distillation.projector_files import restore_projectors
 from ...distillation.state_shards import bytes_per_token
 from ...distillation.teacher_cache import MANIFEST, TeacherCache, teacher_identity
+from ...models.attention.capture import hidden_layers
 from ...models.layers import number_of_layers, state_width
 from ...trainer.checkpoint import PROJECTOR_FILE, list_checkpoints, resolve_checkpoint
 from ...trainer.trainer import KavaTrainer
@@ -75,7 +76,7 @@ def check_cache(
 ) -> None:
     """Whether the teacher cache is this teacher's and whole, and its disk holds what is missing, as far as known."""
     training, folder = arguments.training, Path(cast(str, arguments.training.teacher_cache_dir))
-    layers = needed_teacher_layers(training, pair.target, number_of_layers(pair.teacher))
+    layers = hidden_layers(needed_teacher_layers(training, pair.target, number_of_layers(pair.teacher)))
     if not layers:
         checkup.ok("no loss term reads the teacher, so nothing is cached.")
         return
@@ -126,7 +127,7 @@ def check_output(
                     f"The run differs from {checkpoint}: {'; '.join(found.training)}.",
                     "Write what the checkpoint was written with, if the run is to be the same one.",
                 )
-            if not is_fsdp_asked() and training.layer_mapping != "inherited":  # the layers are not known before the cut
+            if not is_fsdp_asked() and training.layer_mapping not in ("inherited", "cka"):  # which the run will know
                 restore_projectors(
                     pair.target.projectors, checkpoint / PROJECTOR_FILE, pair.target.use, pair.target.decoders
                 )

@@ -25,7 +25,8 @@ from ...config.arguments import KavaArguments
 from ...config.optimizer_names import optimizer_name
 from ...data.collators import DistillationCollator
 from ...distillation.calibration import check_enough_tokens
-from ...distillation.targets import HiddenStateTarget, build_target
+from ...distillation.targets import AlignmentTarget, build_target
+from ...models.attention.capture import layer_of
 from ...models.layers import find_blocks, hidden_size, number_of_layers
 from ...models.loading import (
     build_causal_lm,
@@ -64,7 +65,7 @@ class Pair:
 
     teacher: PreTrainedModel
     student: PreTrainedModel
-    target: HiddenStateTarget
+    target: AlignmentTarget
 
 
 def check_tokenizers(checkup: Checkup, arguments: KavaArguments) -> PreTrainedTokenizerBase:
@@ -258,13 +259,12 @@ def check_fit(
         check_reads(model, role, tokenizer, arguments.data.max_length)
     inherited = foreseen_layers(arguments.model)
     target = build_target(training, student, teacher, inherited)
-    for model, layers in ((student, target.student_layers), (teacher, target.teacher_layers)):
-        if min(layers) < number_of_layers(model):
+    for model, features in ((student, target.student_features), (teacher, target.teacher_features)):
+        if min(map(layer_of, features)) < number_of_layers(model):
             find_blocks(model)
-    pairs = ", ".join(map(str, target.pairs))
     if training.aligns:
         projected = f"projector {target.widths}" if target.projectors else f"{target.widths}, no projector"
-        checkup.ok(f"layers {pairs} (student, teacher), {projected}.")
+        checkup.ok(f"layers {target.told_layers} (student, teacher), {projected}.")
     else:
         checkup.ok("no hidden states are aligned.")
     if problem := loose_projector(training):

@@ -31,10 +31,14 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     cut: Cut | None = None
     """What the student was made of, where it was cut out of the teacher."""
+    chosen_layers: list[int] | None = None
+    """The teacher's layer for each of the student's, where `layer_mapping` cka chose them."""
 
     @property
     def inherited_layers(self) -> list[int] | None:
-        """See `Cut.inherited_layers`; None for a student that was not cut out of the teacher."""
+        """`chosen_layers`, else see `Cut.inherited_layers`; None for a student that was not cut out of the teacher."""
+        if self.chosen_layers is not None:
+            return self.chosen_layers
         return None if self.cut is None else self.cut.inherited_layers
 
 

@@ -94,7 +94,7 @@ class ProbeCallback(TrainerCallback):
         if probed.collapse is not None and self.collapse is None:
             args = self._args
             case = Circumstances(
-                direction=args.projector_direction,
+                direction=args.projector_direction if args.projects else "none",
                 anchor=args.projector_anchor,
                 supervised=args.learns_next_tokens or args.kd_weight > 0,
                 step=step,
@@ -146,7 +146,7 @@ class ProbeCallback(TrainerCallback):
             pairs, shares, collapse = state["collapse"]
             layers, reasons = state.get("probed_pairs") or ([], [])  # one of before does not tell
             found = [Diagnostics(**pair) for pair in pairs]
-            self.last = ProbeResult(found, shares, collapse, layers=[(own, of) for own, of in layers], reasons=reasons)
+            self.last = ProbeResult(found, shares, collapse, layers=[tuple(own) for own in layers], reasons=reasons)
         self._shares.restore(state["shares"])
         self._probed_at = state["probed_at"]
         self._whole_before = state.get("whole_before", False)

@@ -5,7 +5,7 @@ from helpers.models import tiny_llama
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.distillation.projector import PrincipalProjection, ProjectorConfig, build_projector, normalise
 from kava_trainer.distillation.targets import HiddenStateTarget, build_target
-from kava_trainer.utils.errors import BadRequest
+from kava_trainer.utils.errors import BadRequest, WrongArguments
 
 MASK = torch.tensor([[True, True, False]])
 
@@ -193,3 +193,38 @@ def test_states_of_two_widths_need_a_projector(mapping):
 def test_inherited_layers_are_one_for_each_layer_of_the_student(inherited, told):
     with pytest.raises(BadRequest, match=told):
         build_target(arguments(layer_mapping="inherited"), tiny_llama(16, 2), tiny_llama(16, 4), inherited)
+
+
+@pytest.mark.parametrize("anchor", ["none", "reconstruction"])
+def test_pairs_share_one_projector(anchor):
+    student, teacher = inputs()
+    config = ProjectorConfig(8, 6, dropout=0.0, anchor=anchor)
+    target = HiddenStateTarget([(1, 1), (2, 4)], config, sharing="all")
+    assert len(target.projectors) == 1
+    assert len(target.decoders) == (1 if anchor == "reconstruction" else 0)
+    for pair, layer in zip(target(student, teacher), (1, 4), strict=True):
+        assert torch.equal(pair.target, target.projectors[0](teacher[layer]))
+    assert target.use == {"direction": "teacher_to_student", "pairs": [[1, 1], [2, 4]], "sharing": "all"}
+    own = HiddenStateTarget([(1, 1)], config)
+    assert own.use == {"direction": "teacher_to_student", "pairs": [[1, 1]]}
+
+
+def test_a_bridge_is_not_shared():
+    config = ProjectorConfig(8, 6, anchor="pca", rank=3)
+    with pytest.raises(ValueError, match="cannot be shared"):
+        HiddenStateTarget([(1, 1), (2, 4)], config, sharing="all")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alignment_target": "relations"},
+        {"projector_direction": "none"},
+        {"projector_rank": 4, "projector_anchor": "pca", "projector_direction": "teacher_to_student"},
+        {"alignment_target": "kv"},
+    ],
+)
+def test_what_cannot_be_shared_is_refused(tmp_path, changes):
+    with pytest.raises(WrongArguments) as caught:
+        KavaTrainingArguments(str(tmp_path), use_cpu=True, projector_sharing="all", **changes)
+    assert [problem.argument for problem in caught.value.problems] == ["projector_sharing"]

@@ -1,0 +1,1 @@
+"""What is aligned, by the arguments alone."""

@@ -1,0 +1,1 @@
+"""What attention reads and keeps: queries, keys and values of chosen layers, as they go into it."""

@@ -1,0 +1,109 @@
+"""Every target but the hidden states, whose runs are everywhere else: a training learns it, goes on bit-equal from a
+checkpoint, is called collapsed where it is, and leaves a plain student."""
+
+import pytest
+import torch
+from helpers.caches import cached_run
+from helpers.hashes import weight_hash
+from helpers.library import arguments, make
+from helpers.trainers import loss_lines
+from transformers import AutoModelForCausalLM
+
+from kava_trainer import HiddenStateTarget, KavaTrainer, ProjectorConfig
+from kava_trainer.config.parser import parse_arguments
+from kava_trainer.utils.errors import BadRequest
+
+TARGETS = {
+    "hidden shared": {"projector_sharing": "all", "layer_mapping": "uniform:2", "projector_init": "least_squares"},
+    "relations": {"alignment_target": "relations", "layer_mapping": "uniform:2"},
+    "attention": {"alignment_target": "attention", "layer_mapping": "uniform:2", "attention_weight": 3000.0},
+    "kv flat": {"alignment_target": "kv", "layer_mapping": "all", "projector_direction": "teacher_to_student"},
+    "kv headwise": {"alignment_target": "kv", "kv_shape": "headwise", "layer_mapping": "uniform:2"},
+}
+
+each = pytest.mark.parametrize("settings", TARGETS.values(), ids=TARGETS)
+
+
+def term_of(trainer):
+    return trainer.target.terms[0]
+
+
+@each
+@pytest.mark.parametrize("packed", [True, False])
+def test_training_lowers_its_loss_and_resumes_bit_equal(tmp_path, tokenizer, settings, packed):
+    steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "learning_rate": 3e-3}
+    steps |= {"lr_scheduler_type": "cosine", "max_tokens_per_batch": 60 if packed else 0, "lm_weight": 0.5}
+    straight, resumed = (make(tmp_path / n, tokenizer, **settings, **steps) for n in ("straight", "resumed"))
+    term = term_of(straight)
+    before = straight.evaluate()
+    straight.train()
+    after = straight.evaluate()
+    assert straight.batches.packs == packed
+    assert after[f"eval_{term}_loss"] < 0.95 * before[f"eval_{term}_loss"]
+    assert after["eval_cos_sim"] > before["eval_cos_sim"]
+    resumed.train(str(tmp_path / "straight" / "checkpoint-4"))
+    assert weight_hash(resumed.model) == weight_hash(straight.model)
+    assert loss_lines(resumed) == loss_lines(straight)
+    straight.save_finals(tmp_path / "final_student", tmp_path / "final_projector.pth")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final_student", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.arange(1, 9).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, straight.student.eval()(ids).logits)
+
+
+@each
+def test_packed_and_padded_rows_have_one_loss(tmp_path, tokenizer, settings):
+    trainers = [make(tmp_path, tokenizer, **settings, max_tokens_per_batch=tokens) for tokens in (60, 0)]
+    for trainer in trainers:
+        trainer.train()
+    packed, padded = ([line[f"{term_of(t)}_loss"] for line in loss_lines(t)] for t in trainers)
+    assert packed == pytest.approx(padded, rel=1e-4)
+
+
+@each
+def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, settings):
+    hashes = []
+    for way in (False, True):
+        trainer = make(tmp_path, tokenizer, **settings, gradient_checkpointing=way)
+        trainer.train()
+        hashes.append(torch.cat([weight.flatten() for weight in trainer.student.parameters()]))
+    torch.testing.assert_close(*hashes, rtol=1e-5, atol=1e-7)
+
+
+@each
+def test_a_planted_collapse_is_called(tmp_path, tokenizer, settings):
+    trainer = make(tmp_path, tokenizer, **settings, eval_strategy="steps", eval_steps=1, learning_rate=0.0)
+    with torch.no_grad():
+        trainer.student.get_input_embeddings().weight.fill_(1.0)
+        for projector in trainer.target.projectors:
+            projector.down.weight.zero_()
+    trainer.train()
+    assert "another token" in trainer.collapse
+    assert trainer.pair_figures()[0]["collapsed"]
+
+
+def test_relations_read_the_teacher_cache(tmp_path, tokenizer):
+    settings = TARGETS["relations"] | {"mercator_weight": 0.0}
+    online, cached = (cached_run(tmp_path / str(kind), tokenizer, kind, **settings) for kind in (None, "bfloat16"))
+    for beside, read in zip(loss_lines(online), loss_lines(cached), strict=True):
+        assert read["relations_loss"] == pytest.approx(beside["relations_loss"], rel=0.02)
+        assert read["cos_sim"] == pytest.approx(beside["cos_sim"], abs=0.01)
+
+
+def test_a_target_of_another_kind_than_the_arguments_name_is_refused(tmp_path, tokenizer):
+    whole = make(tmp_path, tokenizer)
+    target = HiddenStateTarget([(2, 4)], ProjectorConfig(64, 32))
+    args = arguments(tmp_path, alignment_target="relations")
+    with pytest.raises(ValueError, match="alignment_target='hidden'"):
+        KavaTrainer(whole.student, whole.teacher.model, target, args)
+
+
+def test_a_weight_that_somebody_wrote_for_another_target_is_refused(tmp_path):
+    given = ["--alignment_target", "relations", "--teacher_model_name_or_path", "quickstart"]
+    given += ["--student_model_name_or_path", "quickstart", "--dataset_name", "quickstart", "--use_cpu", "true"]
+    with pytest.raises(BadRequest, match="mercator_weight is above 0, but alignment_target relations"):
+        parse_arguments([*given, "--mercator_weight", "3"])
+    assert parse_arguments([*given, "--mercator_weight", "0"]).training.aligns
+    assert parse_arguments(given).training.aligns
