@@ -10,12 +10,14 @@ from torch import nn
 
 from ..config.arguments import KavaTrainingArguments
 from ..config.checks import ALIGNMENT_WEIGHTS
-from ..data.formats import ASKED, IGNORED, SAMPLED
+from ..data.formats import IGNORED, SAMPLED
+from ..data.token_alignment.ranges import RANGES
 from ..models.teacher import TeacherSource
 from .logits_terms import AGREEMENT, LogitsTerms
 from .losses import token_mean, token_sum
 from .model import StudentOutput
 from .targets import HiddenStateTarget
+from .token_alignment.states import compared_items, is_compared, read_states
 from .token_means import TokenMeans
 
 LOGITS_TERMS = ("lm", "smoothing", "kd")
@@ -119,7 +121,7 @@ class LossTerms:
         if not self.args.aligns and weights is not None and not weights.get("kd"):
             return None
         with self.autocast():
-            return self.teacher.features(inputs)
+            return read_states(self.teacher, inputs)
 
     def student_outputs(
         self,
@@ -165,6 +167,8 @@ class LossTerms:
         """What computes the terms on logits that have weights inside the model's forward pass."""
         args, teacher = self.args, None
         if "kd" in weights:
+            if RANGES in inputs:
+                raise ValueError("kd compares the same tokens, and the teacher's are others; set kd_weight 0.")
             last = cast(TeacherSource, self.teacher).num_layers
             teacher = cast(dict[int, torch.Tensor], teacher_states)[last], self._teacher_head
         kinds = {name: self._tokens_of(name, inputs) for name in weights}
@@ -209,14 +213,16 @@ class LossTerms:
             num_items: real tokens, answer tokens and tokens that follow another of their example [3] of the whole
                 optimizer step; by default this batch's. Where the batch holds answers that the student wrote, that are
                 six: the second and third are what a divergence is a mean over, see `packing.followed_positions`; then
-                come the tokens whose states are compared, and the second and third without the student's answers.
+                come the tokens whose states are compared, and the second and third without the student's answers. Where
+                the teacher reads other tokens that are four: the last are those whose states are compared.
             means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted; also
                 `rollout_agreement`, the share of the student's own tokens at which it has the teacher's at the top.
         """
         means = TokenMeans() if means is None else means
         tokens = None if num_items is None else num_items[0]
         mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
-        parts = self._alignment(outputs, *_compared(inputs, mask, num_items), means, weights) if outputs.pairs else []
+        compared = is_compared(inputs, mask), compared_items(inputs, num_items)
+        parts = self._alignment(outputs, *compared, means, weights) if outputs.pairs else []
         kinds = {name: self._tokens_of(name, inputs) for name in outputs.logits_sums}
         own = {kind: _count(inputs, None, kind) for kind in {*kinds.values(), _widest(kinds)}}
         for name, total in outputs.logits_sums.items():
@@ -254,18 +260,6 @@ class LossTerms:
             _note(means, weights, name, token_sum(per_token, mask), mask.sum())
             parts.append(weights[name] * token_mean(per_token, mask, tokens))
         return parts
-
-
-def _compared(
-    inputs: Mapping[str, Any], mask: torch.Tensor, num_items: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Where states are compared [B, T], of the tokens that count, and in how many places in the optimizer step.
-
-    Of an answer that the student wrote that is the answer alone.
-    """
-    if "origins" not in inputs:
-        return mask, None if num_items is None else num_items[0]
-    return mask & (inputs["origins"] != ASKED), None if num_items is None else num_items[3]
 
 
 def _widest(kinds: Mapping[str, _Tokens]) -> _Tokens:

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..config.arguments import KavaTrainingArguments
 from ..config.checks import TEACHER_WEIGHTS
 from ..config.launcher import is_fsdp_asked
-from ..data.collators import check_rows
+from ..data.collators import DistillationCollator, check_rows
+from ..data.token_alignment.ranges import RANGES
 from ..models.layers import number_of_layers, train_text_alone
 from ..models.lm_head import check_head
 from ..models.loading import on_device
@@ -48,6 +49,7 @@ def check_given(
         raise ValueError("The arguments stand in another's place; write KavaTrainer(student, teacher, args=...).")
     for name in ("train_dataset", "eval_dataset") if options.get("data_collator") is None else ():
         check_rows(name, options.get(name))  # a collator may tokenise texts itself
+    check_keeps_ranges(options.get("data_collator"), options)
     if not isinstance(args, KavaTrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}; write KavaTrainingArguments, which takes the same.")
     if options.get("compute_loss_func") is not None:
@@ -58,6 +60,18 @@ def check_given(
         raise ValueError("Give a student, or model_init, a function that makes one.")
     if student is not None and model_init is not None:
         raise ValueError("Give either a student or model_init, not both.")
+
+
+def check_keeps_ranges(collator: Any, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for a collator of the user's own that would lose what the teacher reads of the examples."""
+    if collator is None or isinstance(collator, DistillationCollator):
+        return
+    for name in ("train_dataset", "eval_dataset"):
+        if RANGES in (getattr(options.get(name), "column_names", None) or ()):
+            raise ValueError(
+                f"{name} holds {RANGES}, because the teacher reads other tokens, which DistillationCollator alone "
+                "passes on; leave data_collator out."
+            )
 
 
 def check_student(student: PreTrainedModel) -> None:

@@ -14,14 +14,16 @@ from ...data.encoding import encode_dataset, encode_first, remarks_on
 from ...data.formats import IGNORED, find_format
 from ...data.retention import describe_retention, load_retention
 from ...data.row_locations import empty_answers, empty_problem, source_rows
-from ...data.rows.encoder import Encoder
 from ...data.rows.remarks import remark_problems
 from ...data.splits import HELD_OUT_SHARE, has_test_split, load_splits
 from ...data.stream_sources import open_rows
 from ...data.streaming import ExampleStream, open_stream
+from ...data.token_alignment.pair_encoder import COUNTS, TeacherReading, make_encoder
+from ...data.token_alignment.ranges import add_counts
 from ...reports.verdict import FEW_EXAMPLES, few_examples
 from ..advice import check_evaluation, on_format
 from ..identity import data_digest
+from ..pair.tokenizers import alignment_shares, describe_shares, few_aligned, teacher_reading
 from ..setup import check_prompts
 from .findings import Checkup
 
@@ -48,6 +50,8 @@ class Examples:
     held_out: int
     columns: list[str]
     """All of them, also those that are not read."""
+    teacher: TeacherReading | None = None
+    """How the teacher reads them, where its tokens are others."""
 
     def tokens(self) -> int:
         """About how many tokens all training examples hold, by the mean of the sample."""
@@ -61,14 +65,21 @@ class Examples:
         told = "Tokenizing the training data"
         turns = asked.assistant_turns
         encoded = encode_dataset(
-            self.train, tokenizer, asked.max_length, told, assistant_turns=turns, accepts_prompts=asked.accepts_prompts
+            self.train,
+            tokenizer,
+            asked.max_length,
+            told,
+            assistant_turns=turns,
+            accepts_prompts=asked.accepts_prompts,
+            teacher=self.teacher,
         )
         return data_digest(encoded.dataset)
 
 
 def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Examples:
     """Load the data, tokenise the first rows of both splits, and show one of them."""
-    examples, train, held_out = _open(arguments, tokenizer)
+    teacher = teacher_reading(arguments, tokenizer)
+    examples, train, held_out = _open(arguments, tokenizer, teacher)
     names = find_format(train.column_names)
     columns = " + ".join(names)
     streamed = isinstance(examples.train, ExampleStream)
@@ -79,14 +90,19 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
         checkup.ok(f"{note[0].lower()}{note[1:]}")
     for problem in problems:
         checkup.warn_of(problem)
-    answered = _check_sample(checkup, train, "training", arguments, tokenizer)
+    answered = _check_sample(checkup, train, "training", arguments, tokenizer, teacher)
+    if teacher is not None and answered:
+        shares = alignment_shares(add_counts(example[COUNTS] for example in answered))
+        checkup.ok(f"{describe_shares(shares)}.")
+        if problem := few_aligned(shares):
+            checkup.warn_of(problem)
     if not streamed:
         examples.count = round(examples.count * len(answered) / min(len(train), SAMPLE))
     if answered:
         _show(checkup, answered[0], tokenizer)
     if held_out:
-        _check_sample(checkup, held_out, "held-out", arguments, tokenizer)
-    if of := describe_retention(arguments.data, load_retention(arguments.data, held_out, tokenizer)):
+        _check_sample(checkup, held_out, "held-out", arguments, tokenizer, teacher)
+    if of := describe_retention(arguments.data, load_retention(arguments.data, held_out, tokenizer, teacher)):
         checkup.ok(f"retained language is measured on {of['tokens']} tokens of {of['texts']} texts ({of['source']}).")
     check_evaluation(arguments.training, examples.held_out > 0)
     if not held_out:
@@ -118,31 +134,38 @@ def _more_held_out(asked: DataArguments, held_out: int) -> str:
     )
 
 
-def _open(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Dataset, Dataset | None]:
+def _open(
+    arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, teacher: TeacherReading | None
+) -> tuple[Examples, Dataset, Dataset | None]:
     """What is known so far, the rows to train on (of a stream the first ones), and those held out."""
     asked, training = arguments.data, arguments.training
     if not asked.streaming:
         train, held_out, _ = load_splits(asked)
         check_prompts(arguments, train)
-        return Examples(train, [], len(train), len(held_out or []), train.column_names), train, held_out
+        return Examples(train, [], len(train), len(held_out or []), train.column_names, teacher), train, held_out
     rows, held_out = open_rows(asked)
     check_prompts(arguments, rows.first(1))
     turns = asked.assistant_turns
-    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed, turns)
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed, turns, teacher)
     steps = training.max_steps * training.gradient_accumulation_steps * training.world_size
     count = stream.count_rows(steps * training.per_device_train_batch_size)
     return Examples(stream, [], count, len(held_out), rows.column_names), rows.first(SAMPLE), held_out
 
 
 def _check_sample(
-    checkup: Checkup, rows: Dataset, which: str, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase
+    checkup: Checkup,
+    rows: Dataset,
+    which: str,
+    arguments: KavaArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: TeacherReading | None,
 ) -> list[dict[str, Any]]:
     """The first rows that have an answer, tokenised; how many were cut and dropped."""
     length = arguments.data.max_length
     name = cast(str, arguments.data.dataset_name)
     turns = arguments.data.assistant_turns
     prompts = arguments.data.accepts_prompts and which == "training"
-    encoder = Encoder(find_format(rows.column_names), tokenizer, length, turns, rows.features, prompts)
+    encoder = make_encoder(find_format(rows.column_names), tokenizer, length, turns, rows.features, prompts, teacher)
     sample = encode_first(rows, SAMPLE, encoder, name)
     answered = [example for example in sample if example["answered"]]
     empty = [] if prompts else source_rows(rows, empty_answers(sample))

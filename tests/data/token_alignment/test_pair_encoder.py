@@ -119,7 +119,7 @@ def test_templates_that_differ_are_aligned_by_words_and_roles():
     texts = [student.convert_tokens_to_string([name]) for name, _ in pairs]
     role = texts.index("<|im_start|>") + 1
     assert "".join(dict.fromkeys(pairs[role][1])) in "user"
-    for (name, others), text in zip(pairs, texts, strict=True):
+    for (_, others), text in zip(pairs, texts, strict=True):
         if others and text.strip().isascii() and text.strip().isalnum():
             assert text.strip() in "".join(others).replace("▁", " ")
 
