@@ -121,7 +121,7 @@ def _examples(batch: dict[str, Any]) -> list[_Example]:
     read = batch.get(LENGTHS, batch["lengths"])
     states = {layer: part.split(read) for layer, part in batch.get("teacher_states", {}).items()}
     origins = batch["origins"].split(batch["lengths"]) if "origins" in batch else [None] * len(tokens)
-    teacher = taken_apart(batch) or [None] * len(tokens)
+    teacher: Sequence[TeacherPart | None] = taken_apart(batch) or [None] * len(tokens)
     return [
         _Example(*parts, {layer: own[i] for layer, own in states.items()}, origins[i], teacher[i])
         for i, parts in enumerate(zip(tokens, index, following, strict=True))

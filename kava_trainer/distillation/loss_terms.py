@@ -17,7 +17,8 @@ from .logits_terms import AGREEMENT, LogitsTerms
 from .losses import token_mean, token_sum
 from .model import StudentOutput
 from .targets import HiddenStateTarget
-from .token_alignment.states import compared_items, is_compared, read_states
+from .token_alignment.divergence import JoinedTerms, SharedTokens, SpanDivergence
+from .token_alignment.states import OWN_TOKENS, compared_items, is_compared, read_states
 from .token_means import TokenMeans
 
 LOGITS_TERMS = ("lm", "smoothing", "kd")
@@ -84,6 +85,8 @@ class LossTerms:
     ) -> None:
         self.args, self.target, self.teacher, self.autocast = args, target, teacher, autocast
         self._vocabulary = vocabulary
+        self.shared: SharedTokens | None = None
+        """Which tokens of teacher and student are the same, for a divergence where they have other ones."""
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term, as the arguments have it now, when the share `progress` of the training is done.
@@ -121,7 +124,7 @@ class LossTerms:
         if not self.args.aligns and weights is not None and not weights.get("kd"):
             return None
         with self.autocast():
-            return read_states(self.teacher, inputs)
+            return read_states(self.teacher, inputs, own=self.args.kd_weight > 0)
 
     def student_outputs(
         self,
@@ -163,26 +166,23 @@ class LossTerms:
         teacher_states: dict[int, torch.Tensor] | None,
         weights: dict[str, float],
         num_items: torch.Tensor | None,
-    ) -> LogitsTerms:
+    ) -> LogitsTerms | JoinedTerms:
         """What computes the terms on logits that have weights inside the model's forward pass."""
         args, teacher = self.args, None
         if "kd" in weights:
-            if RANGES in inputs:
-                raise ValueError("kd compares the same tokens, and the teacher's are others; set kd_weight 0.")
             last = cast(TeacherSource, self.teacher).num_layers
             teacher = cast(dict[int, torch.Tensor], teacher_states)[last], self._teacher_head
         kinds = {name: self._tokens_of(name, inputs) for name in weights}
-        positions, targets = _positions_and_targets(inputs, kinds)
         scaled = {name: weight * _ratio(inputs, num_items, kinds, name) for name, weight in weights.items()}
-        return LogitsTerms(
-            scaled,
-            positions,
-            targets,
-            self._vocabulary,
-            args.kd_temperature,
-            args.kd_beta,
-            teacher,
-        )
+        if teacher is not None and RANGES in inputs:
+            teacher = cast(dict[int, torch.Tensor], teacher_states)[OWN_TOKENS], teacher[1]
+            positions, own = _positions_and_targets(inputs, {"kd": kinds.pop("kd")})
+            options = teacher, self.shared, self._vocabulary, args.kd_temperature, args.kd_beta
+            spans = SpanDivergence(scaled.pop("kd"), inputs, positions, own["kd"], *options)
+            others = LogitsTerms(scaled, *_positions_and_targets(inputs, kinds), self._vocabulary) if scaled else None
+            return JoinedTerms(spans, others)
+        positions, targets = _positions_and_targets(inputs, kinds)
+        return LogitsTerms(scaled, positions, targets, self._vocabulary, args.kd_temperature, args.kd_beta, teacher)
 
     def _tokens_of(self, name: str, inputs: Mapping[str, Any]) -> _Tokens:
         """What a term on logits is a mean over."""

@@ -264,6 +264,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
             eval_dataset=data.evaluation,
             data_collator=data.collator,
             processing_class=models.tokenizer,
+            teacher_tokenizer=models.teacher_tokenizer,
         )
         trainer.create_optimizer()
     except (ValueError, ImportError, KeyError, OSError, HTTPError) as error:

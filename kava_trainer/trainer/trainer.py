@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
@@ -22,6 +22,7 @@ from ..distillation.pairing import Pairing, check_given
 from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import HiddenStateTarget
 from ..distillation.teacher_cache import CachedTeacher
+from ..distillation.token_alignment.divergence import shared_tokens
 from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
 from ..models.student import mend_generation_config
@@ -63,6 +64,7 @@ class KavaTrainer(StudentTrainer):
         inherited_layers: the teacher layer that each student layer was cut from, for `layer_mapping` inherited.
         rollout_fn: writes the student's own answers, in place of `sample_answers`, where `on_policy_fraction` is
             above 0.
+        teacher_tokenizer: of a teacher that reads other tokens than `processing_class`, for `kd_weight` above 0.
         kwargs: as for `Trainer`: `train_dataset` and `eval_dataset` with `input_ids` and `labels`, `processing_class`,
             `data_collator` (a `DistillationCollator` by default), `callbacks`, `compute_metrics`, `optimizers` (which
             hold the target's parameters too), ...
@@ -81,6 +83,7 @@ class KavaTrainer(StudentTrainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         inherited_layers: Sequence[int] | None = None,
         rollout_fn: RolloutFn | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
@@ -89,6 +92,7 @@ class KavaTrainer(StudentTrainer):
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)
             student = cast(PreTrainedModel, super().call_model_init())
+        self._shared = shared_tokens(kwargs.get("processing_class"), teacher_tokenizer)
         self._pairing = Pairing(args, teacher, target, again=model_init is not None, inherited=inherited_layers)
         model, source = self._pairing.pair(student)
         kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
@@ -132,6 +136,7 @@ class KavaTrainer(StudentTrainer):
         """Make what depends on student and teacher."""
         size = vocabulary_size(self.student)
         self.terms = LossTerms(self.args, self.target, source, size, lambda: self.accelerator.autocast())
+        self.terms.shared = self._shared
         if told := mend_generation_config(self.student):
             self.console.warn(told)
         if told := router_note(self.student):

@@ -103,10 +103,6 @@ BAD_REQUESTS = {
     "unknown columns": (lambda f: {"dataset_name": write_dataset(f, '{"x": "a"}\n' * 3)}, "has the columns x"),
     "unknown split": (lambda f: {"dataset_train_split": "dev"}, "has no split 'dev'"),
     "other tokenizer": (
-        lambda f: {"student_model_name_or_path": other_tokenizer(f), "kd_weight": 0.5},
-        "kd_weight is 0.5, but the tokenizers of teacher and student differ",
-    ),
-    "own answers of another tokenizer": (
         lambda f: {"student_model_name_or_path": other_tokenizer(f), "on_policy_fraction": 0.5},
         "on_policy_fraction is 0.5, but the tokenizers of teacher and student differ",
     ),

@@ -23,27 +23,37 @@ from kava_trainer.models.teacher import OnlineTeacher
 ROWS = [{"question": f"What is {a} + {b}?", "answer": f"{a + b} 😀 apples"} for a in range(4) for b in range(4)]
 
 
+def decided_teacher():
+    """A random one that is sure of its next tokens, so that there is something to learn of them."""
+    teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1, tie=False)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(20)
+    return teacher
+
+
 def make(folder, teacher=None, student_tokenizer=None, **changes):
     tokenizer = student_tokenizer or byte_level()
     data = encode(Dataset.from_list(ROWS), tokenizer, 64, teacher_tokenizer=sentence_pieces())
     return KavaTrainer(
         tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2),
-        teacher or tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1),
-        args=arguments(folder, **{"lm_weight": 0.5, **changes}),
+        teacher or decided_teacher(),
+        args=arguments(folder, **{"lm_weight": 0.5, "kd_weight": 0.5, **changes}),
         train_dataset=data,
         eval_dataset=data.select(range(7)),
         processing_class=tokenizer,
+        teacher_tokenizer=sentence_pieces(),
     )
 
 
 def test_training_lowers_the_loss_and_leaves_the_teacher_alone(tmp_path):
-    trainer = make(tmp_path, max_steps=12, learning_rate=1e-2, projector_learning_rate=1e-2)
+    trainer = make(tmp_path, max_steps=12, learning_rate=1e-2, projector_learning_rate=1e-2, kd_weight=3.0)
     before = weight_hash(trainer.teacher.model)
     first = trainer.evaluate()
     trainer.train()
     last = trainer.evaluate()
     assert last["eval_mercator_loss"] < 0.7 * first["eval_mercator_loss"]
     assert last["eval_lm_loss"] < first["eval_lm_loss"]
+    assert last["eval_kd_loss"] < first["eval_kd_loss"]
     assert weight_hash(trainer.teacher.model) == before
 
 
@@ -62,13 +72,13 @@ def test_padded_packed_and_smaller_batches_learn_the_same(tmp_path, reader):
         lines[name] = loss_lines(trainer)
     for name in ("packed", "small"):
         for line, expected in zip(lines[name], lines["padded"], strict=True):
-            for figure in ("loss", "mercator_loss", "cos_sim", "lm_loss"):
+            for figure in ("loss", "mercator_loss", "cos_sim", "lm_loss", "kd_loss"):
                 assert line[figure] == pytest.approx(expected[figure], rel=1e-3), (name, figure)
 
 
 def test_a_loss_is_the_mean_over_the_tokens_that_are_aligned(tmp_path):
     """Against a pass over the examples one by one."""
-    trainer = make(tmp_path, lm_weight=0.0)
+    trainer = make(tmp_path, lm_weight=0.0, kd_weight=0.0)
     total = count = 0.0
     student, teacher, target = trainer.student.eval(), trainer.teacher, trainer.target.eval()
     for example in trainer.eval_dataset:
@@ -120,11 +130,29 @@ def test_states_of_a_cache_are_learned_from_alike(tmp_path, packs):
     for line, expected in zip(*lines, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert line["cos_sim"] == pytest.approx(expected["cos_sim"], abs=1e-4)
+        assert line["kd_loss"] == pytest.approx(expected["kd_loss"], rel=1e-4)
 
 
-def test_what_other_tokens_do_not_allow_is_refused_in_a_script(tmp_path):
-    trainer = make(tmp_path, kd_weight=1.0)
-    with pytest.raises(ValueError, match="kd compares the same tokens, and the teacher's are others"):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kd_tokens": "all", "lm_tokens": "answers", "kd_beta": 0.5},
+        {"lm_weight": 0.0, "mercator_weight": 0.0, "kd_temperature": 2.0},
+        {"kd_tokens": "answers", "lm_tokens": "all", "label_smoothing_factor": 0.1},
+    ],
+)
+def test_a_divergence_over_any_tokens_beside_any_terms_falls(tmp_path, changes):
+    trainer = make(tmp_path, max_steps=8, learning_rate=1e-2, **{"kd_weight": 5.0, **changes})
+    first = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate()["eval_kd_loss"] < first["eval_kd_loss"]
+
+
+def test_a_divergence_without_the_teachers_tokenizer_is_refused(tmp_path):
+    made = make(tmp_path)
+    models = tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2), tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
+    trainer = KavaTrainer(*models, args=made.args, train_dataset=made.train_dataset)
+    with pytest.raises(ValueError, match="give KavaTrainer the tokenizers, as processing_class and teacher_tokenizer"):
         trainer.train()
 
 
@@ -180,8 +208,12 @@ def test_a_whole_run(pair, tmp_path, capsys):
     assert tokenizer.get_vocab() == byte_level(60, template=None).get_vocab()
     prompt = tokenizer("Question: 1 + 1?", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=3).shape[1] == prompt["input_ids"].shape[1] + 3
-    assert run(pair, teacher_cache_dir=cache, output_dir=tmp_path / "second", final_dir=tmp_path / "second") == 0
-    assert "0 of 72 examples are to be written" in capsys.readouterr().out
+    second = {"output_dir": tmp_path / "second", "final_dir": tmp_path / "second", "kd_weight": 0.5}
+    assert run(pair, teacher_cache_dir=cache, **second) == 0
+    out = capsys.readouterr().out
+    assert "0 of 72 examples are to be written" in out
+    assert "the defaults here" not in out
+    assert "kd 0.5" in out
 
 
 def test_a_streamed_run(pair, tmp_path, capsys):
@@ -196,7 +228,6 @@ def test_a_streamed_run(pair, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("kd_weight", 0.5, "kd_weight is 0.5, but the tokenizers of teacher and student differ"),
         ("on_policy_fraction", 0.5, "on_policy_fraction is 0.5, but the tokenizers of teacher and student differ"),
         ("student_init", "teacher_layers", "which takes the teacher's embeddings over, but the tokenizer of"),
     ],

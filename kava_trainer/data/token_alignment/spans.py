@@ -66,11 +66,17 @@ class TokenSpans:
             self._pieces[token] = self._piece(token)
         return ids, exact_spans(text, encoded["offset_mapping"], [self._pieces[token] for token in ids])
 
-    def _piece(self, token: int) -> bytes:
+    def vocabulary(self) -> dict[bytes, int]:
+        """The token that stands for some bytes; of several a piece of its own before a single byte."""
+        named = self._tokenizer.get_vocab()
+        ordered = sorted(named, key=lambda name: (_FALLBACK.fullmatch(name) is None, -named[name]))
+        return {self._piece(named[name], name): named[name] for name in ordered}
+
+    def _piece(self, token: int, name: str | None = None) -> bytes:
         """What a token stands for, as far as that can be told from itself."""
         if token in self._added:
             return self._added[token].encode()
-        piece = cast(str, self._tokenizer.convert_ids_to_tokens(token))
+        piece = cast(str, self._tokenizer.convert_ids_to_tokens(token)) if name is None else name
         if self._is_byte_level and all(sign in _BYTES for sign in piece):
             return bytes(_BYTES[sign] for sign in piece)
         if (byte := _FALLBACK.fullmatch(piece)) is not None:

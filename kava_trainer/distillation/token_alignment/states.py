@@ -10,8 +10,11 @@ from ...data.token_alignment.batching import MASK, PACKED_LENGTHS, WIDEST
 from ...data.token_alignment.ranges import RANGES, TEACHER_TOKENS
 from ...models.teacher import TeacherSource
 
+OWN_TOKENS = -1
+"""In place of a layer: the last states of a teacher at its own tokens, where these are others."""
 
-def read_states(teacher: TeacherSource, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+
+def read_states(teacher: TeacherSource, inputs: Mapping[str, Any], own: bool = False) -> dict[int, torch.Tensor]:
     """The teacher's states on a batch [B, T, d_t] by layer, at the tokens of the student.
 
     Where the teacher reads tokens of its own, a student token has the mean of the states whose text overlaps its text;
@@ -20,16 +23,18 @@ def read_states(teacher: TeacherSource, inputs: Mapping[str, Any]) -> dict[int, 
     Args:
         teacher: gives the states at its own tokens.
         inputs: a batch of `collators`.
+        own: whether the last layer's states at the teacher's own tokens [B, U, d_t] are wanted too, as `OWN_TOKENS`.
     """
     if RANGES not in inputs:
         return teacher.features(inputs)
-    own = {"input_ids": inputs[TEACHER_TOKENS], "attention_mask": inputs[MASK]}
+    read = {"input_ids": inputs[TEACHER_TOKENS], "attention_mask": inputs[MASK]}
     if PACKED_LENGTHS in inputs:
-        own["packed_lengths"] = inputs[PACKED_LENGTHS]
+        read["packed_lengths"] = inputs[PACKED_LENGTHS]
     if "teacher_states" in inputs:
-        own["teacher_states"] = inputs["teacher_states"]
-    states = teacher.features(own)
-    return {layer: pooled(state, inputs[RANGES], inputs[WIDEST]) for layer, state in states.items()}
+        read["teacher_states"] = inputs["teacher_states"]
+    states = teacher.features(read)
+    found = {layer: pooled(state, inputs[RANGES], inputs[WIDEST]) for layer, state in states.items()}
+    return found | ({OWN_TOKENS: states[teacher.num_layers]} if own else {})
 
 
 def pooled(states: torch.Tensor, ranges: torch.Tensor, widest: int) -> torch.Tensor:

@@ -94,8 +94,8 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
     if teacher is not None and answered:
         shares = alignment_shares(add_counts(example[COUNTS] for example in answered))
         checkup.ok(f"{describe_shares(shares)}.")
-        if problem := few_aligned(shares):
-            checkup.warn_of(problem)
+        if (scarce := few_aligned(shares)) is not None:
+            checkup.warn_of(scarce)
     if not streamed:
         examples.count = round(examples.count * len(answered) / min(len(train), SAMPLE))
     if answered:
