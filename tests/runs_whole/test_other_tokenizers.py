@@ -16,7 +16,7 @@ from helpers.trainers import loss_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import run_kava
-from kava_trainer import KavaTrainer, KavaTrainingArguments, encode
+from kava_trainer import KavaTrainer, KavaTrainingArguments, cli, encode
 from kava_trainer.distillation.teacher_cache import CachedTeacher
 from kava_trainer.models.teacher import OnlineTeacher
 
@@ -214,6 +214,19 @@ def test_a_whole_run(pair, tmp_path, capsys):
     assert "0 of 72 examples are to be written" in out
     assert "the defaults here" not in out
     assert "kd 0.5" in out
+
+
+def test_doctor_and_evaluate_know_both_tokenizers(pair, tmp_path, capsys):
+    assert cli.main(["doctor", *words(pair)]) == 0
+    out = capsys.readouterr().out
+    assert "others than the teacher's" in out
+    assert "% are aligned one to one" in out
+    assert not (tmp_path / "out").exists()
+    assert run(pair, run_control=False, evaluate_generation=False) == 0
+    teacher = summary_of(tmp_path / "out")["evaluation"]["teacher"]["cross_entropy"]
+    assert cli.main(["evaluate", str(tmp_path / "out"), "--output", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())["evaluation"]
+    assert figures["teacher"]["cross_entropy"] == pytest.approx(teacher)
 
 
 def test_a_streamed_run(pair, tmp_path, capsys):
