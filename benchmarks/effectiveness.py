@@ -47,7 +47,8 @@ from kava_trainer.models.packed_attention import enable_packing  # noqa: E402
 from kava_trainer.models.student import load_student  # noqa: E402
 from kava_trainer.models.teacher import OnlineTeacher, load_teacher  # noqa: E402
 from kava_trainer.runs.pair.models import Models  # noqa: E402
-from kava_trainer.runs.setup import load_data, load_tokenizers, make_trainer  # noqa: E402
+from kava_trainer.runs.pair.tokenizers import load_tokenizers  # noqa: E402
+from kava_trainer.runs.setup import load_data, make_trainer  # noqa: E402
 from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
 from kava_trainer.utils.atomic_files import write_folder_atomically  # noqa: E402
 from kava_trainer.utils.console import Console  # noqa: E402

@@ -49,7 +49,8 @@ from kava_trainer.quickstart import SPLIT_SIZES  # noqa: E402
 from kava_trainer.quickstart.problems import generate_problems  # noqa: E402
 from kava_trainer.runs.pair.choice import find_cut  # noqa: E402
 from kava_trainer.runs.pair.models import Models  # noqa: E402
-from kava_trainer.runs.setup import Data, load_data, load_tokenizers, make_trainer  # noqa: E402
+from kava_trainer.runs.pair.tokenizers import load_tokenizers  # noqa: E402
+from kava_trainer.runs.setup import Data, load_data, make_trainer  # noqa: E402
 from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
 from kava_trainer.utils.atomic_files import write_atomically, write_folder_atomically  # noqa: E402
 from kava_trainer.utils.console import Console  # noqa: E402

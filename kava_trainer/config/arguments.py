@@ -339,15 +339,14 @@ class KavaArguments:
         sampled = self.training.on_policy_max_new_tokens if self.training.on_policy_fraction > 0 else 0
         tokens = max(batch * (length + sampled), self.training.max_tokens_per_batch or 0)
         found = [*self.data.stream_problems(self.training)]
-        if self.training.rollouts_from is not None and self.data.streaming:
-            what = "rollouts_from is a file that is read before the training, but streaming is true;"
-            found.append(Problem("streaming", what, "write streaming false, or leave rollouts_from out."))
         if self.training.layer_mapping == "inherited" and self.model.student_init != "teacher_layers":
             what = "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not;"
             found.append(Problem("layer_mapping", what, "write student_init teacher_layers, or layer_mapping all."))
-        target = self.training.alignment_target
         if "mercator_weight" not in alignment_weights(vars(self.training)) and self.training.mercator_weight > 0:
-            found += [weight_of_other_target(name, target) for name in {"mercator_weight"} & self.given]
+            found += [
+                weight_of_other_target(name, self.training.alignment_target)
+                for name in {"mercator_weight"} & self.given
+            ]
         if self.model.use_peft and is_fsdp_asked():
             remedy = f"start with DDP ({accelerate_config('ddp.yaml')})."
             found.append(Problem("use_peft", "use_peft is not supported under FSDP2;", remedy))

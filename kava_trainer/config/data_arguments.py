@@ -81,6 +81,9 @@ class DataArguments:
         """Every training argument that a stream cannot do."""
         if not self.streaming:
             return
+        if getattr(training, "rollouts_from", None) is not None:
+            what = "rollouts_from is a file that is read before the training, but streaming is true;"
+            yield Problem("streaming", what, "write streaming false, or leave rollouts_from out.")
         if training.max_steps <= 0:
             what = "max_steps is missing: with streaming nobody knows how many examples there are;"
             yield Problem("max_steps", what, "set it.")

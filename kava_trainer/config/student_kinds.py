@@ -7,7 +7,7 @@ wherever nobody wrote a value. What was measured is in `docs/effectiveness.md`, 
 from collections.abc import Mapping
 from typing import Any
 
-from .checks import ALIGNMENT_WEIGHTS
+from .alignment.target_checks import ALIGNMENT_WEIGHTS
 from .model_arguments import QUICKSTART
 
 _PROJECTED = ("projector_direction", "projector_anchor", "projector_init")

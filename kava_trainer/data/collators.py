@@ -18,9 +18,11 @@ from transformers.trainer_utils import has_length
 
 from .formats import IGNORED, WRITTEN
 from .packing import followed_positions
+from .token_alignment.batching import joined, padded, teacher_parts
+from .token_alignment.ranges import RANGES
 
 StatesReader = Callable[[Sequence[int]], dict[int, torch.Tensor]]
-"""Gives the teacher's states [T, d_t] of an example by layer, from its token ids."""
+"""Gives the teacher's states [T, d_t] of an example by layer, from the token ids that it reads."""
 
 _NOT_PASSED_ON = ("position_ids", "inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """What other collators put into a batch and a model would have to read for its output to be right."""
@@ -64,6 +66,9 @@ class DistillationCollator:
         Returns:
             `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, `next_index`, and where
             states are read `teacher_states` [B, T, d_t] by layer; also the `origins` [B, T] of examples that have them.
+            Of examples that the teacher reads in other tokens there are `teacher_input_ids` and
+            `teacher_attention_mask` [B, U], `teacher_ranges` [B, T, 2] within each example, and `teacher_widest`, the
+            most tokens of a range; `teacher_states` are [B, U, d_t] then.
             Examples of which none has labels, which can be predicted on and not learned, give `input_ids` and
             `attention_mask` alone. Where nothing is learned an example of no tokens has a row too, so that predictions
             are those of the examples one by one; then `counted` [B, T] says which tokens are real.
@@ -73,7 +78,9 @@ class DistillationCollator:
         input_ids, labels = _tokens(examples, self._keeps_empty())
         answers, origins = [_answers(own) for own in labels], _origins(examples)
         width = max(map(len, input_ids))
-        states = _states(examples, input_ids, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
+        teacher = teacher_parts(examples, input_ids)
+        read = input_ids if teacher is None else [part.input_ids for part in teacher]
+        states = _states(examples, read, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
@@ -88,6 +95,7 @@ class DistillationCollator:
             ),
             **({"origins": pad_sequence(origins, batch_first=True, padding_value=WRITTEN)} if origins else {}),
             **self._counted(examples, input_ids),
+            **({} if teacher is None else padded(teacher)),
             **states,
         }
 
@@ -125,6 +133,8 @@ class JoiningCollator:
         """Collate examples with `input_ids` and `labels`: flat tensors, and how many entries each example has."""
         input_ids, labels = _tokens(examples)
         answers, origins = [_answers(own) for own in labels], _origins(examples)
+        teacher = teacher_parts(examples, input_ids)
+        read = input_ids if teacher is None else [part.input_ids for part in teacher]
         return {
             "input_ids": torch.cat(input_ids),
             "lengths": list(map(len, input_ids)),
@@ -132,7 +142,8 @@ class JoiningCollator:
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
             "answers": [len(positions) for positions, _ in answers],
             **({"origins": torch.cat(origins)} if origins else {}),
-            **_states(examples, input_ids, self.read_states, torch.cat),
+            **({} if teacher is None else joined(teacher)),
+            **_states(examples, read, self.read_states, torch.cat),
         }
 
 
@@ -156,7 +167,12 @@ def separated(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The examples of a batch that was made for training, each again with `input_ids` and `labels` [T] on the host.
 
     Where the batch holds teacher states each also has its own: `teacher_states` [T, d_t] by layer, where they were.
+
+    Raises:
+        ValueError: if the batch holds tokens of its own for the teacher.
     """
+    if RANGES in batch:
+        raise ValueError("Nobody knows what of a student's own answer is which of a teacher's other tokens.")
     batch = {name: own.cpu() if isinstance(own, torch.Tensor) else own for name, own in batch.items()}
     if "lengths" in batch:
         tokens = batch["input_ids"].split(batch["lengths"])

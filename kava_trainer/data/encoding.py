@@ -15,6 +15,15 @@ from .formats import CELL_VERSION, PROMPT, check_types, find_format
 from .row_locations import empty_answers, locate_rows, source_rows
 from .rows.encoder import Encoder
 from .rows.remarks import Found, as_text, gather, remark_problems
+from .token_alignment.pair_encoder import (
+    COUNTS,
+    PAIR_FEATURES,
+    PairEncoder,
+    TeacherReading,
+    make_encoder,
+    tokenizers_agree,
+)
+from .token_alignment.ranges import PAIR_COLUMNS, add_counts
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
@@ -48,9 +57,17 @@ class Encoded:
     """The rows, from 0 as `locate_rows` counts them, that were dropped because their answer is empty."""
     remarks: Found
     """What is to be told of rows, counted likewise."""
+    token_alignment: list[int] | None = None
+    """How many tokens are aligned in each of the `ranges.KINDS`; None where both models read the same ones."""
 
 
-def encode(dataset: _D, tokenizer: PreTrainedTokenizerBase, max_length: int = 512, assistant_turns: str = "last") -> _D:
+def encode(
+    dataset: _D,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 512,
+    assistant_turns: str = "last",
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> _D:
     """Turn a data set of questions, prompts, conversations or plain text into one that `KavaTrainer` trains on.
 
         >>> rows = Dataset.from_list([{"question": "What is 2+3?", "answer": "5"}])
@@ -63,39 +80,57 @@ def encode(dataset: _D, tokenizer: PreTrainedTokenizerBase, max_length: int = 51
     Args:
         dataset: with the columns `question` and `answer`, `prompt` and `completion`, `messages` (beside them `tools`
             and `system`) or `text`, in memory, streamed, or several splits of either.
-        tokenizer: of both models; for conversations with a chat template.
-        max_length: longest example in tokens; longer ones are cut.
+        tokenizer: of both models, or of the student; for conversations with a chat template.
+        max_length: longest example in tokens of the student; longer ones are cut.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
+        teacher_tokenizer: of the teacher, where its tokens are others.
 
     Returns:
-        The same kind of data set, with `input_ids` and `labels` (-100 where nothing is learned). Of a stream the rows
-        that cannot be used are left out; while it is read, the first row of each kind of warning is told.
+        The same kind of data set, with `input_ids` and `labels` (-100 where nothing is learned). Where the teacher has
+        other tokens also `teacher_input_ids` and `teacher_ranges`, see `PairEncoder`. Of a stream the rows that cannot
+        be used are left out; while it is read, the first row of each kind of warning is told.
 
     Raises:
         BadRequest: as `encode_dataset`; of a stream, if its columns are not known or a chat has no template.
         ValueError: for anything that is no data set.
     """
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        splits = {name: encode(rows, tokenizer, max_length, assistant_turns) for name, rows in dataset.items()}
+        asked = (max_length, assistant_turns, teacher_tokenizer)
+        splits = {name: encode(rows, tokenizer, *asked) for name, rows in dataset.items()}
         return cast(_D, type(dataset)(cast(Any, splits)))
+    other = teacher_tokenizer is not None and not tokenizers_agree(tokenizer, teacher_tokenizer)
+    teacher = TeacherReading(cast(PreTrainedTokenizerBase, teacher_tokenizer)) if other else None
     if isinstance(dataset, IterableDataset):
-        return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns))
+        return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns, teacher))
     if not isinstance(dataset, Dataset):
         kind = type(dataset).__name__
         raise ValueError(f"encode takes a data set, and this is a {kind}; write Dataset.from_list(rows) for a list.")
     rows = dataset.with_format(None)
-    encoded = encode_dataset(rows, tokenizer, max_length, "Tokenizing", assistant_turns=assistant_turns)
+    encoded = encode_dataset(
+        rows, tokenizer, max_length, "Tokenizing", assistant_turns=assistant_turns, teacher=teacher
+    )
     for problem in remark_problems(encoded.remarks, "the data", "encoded", len(rows)):
         warnings.warn(str(problem), stacklevel=2)
-    return cast(_D, encoded.dataset.select_columns(list(_TOKENS)))
+    return cast(_D, encoded.dataset.select_columns(_token_columns(teacher)))
+
+
+def _token_columns(teacher: TeacherReading | None) -> list[str]:
+    """What of an example is read when it is learned from."""
+    return [*_TOKENS, *(PAIR_COLUMNS if teacher is not None else ())]
 
 
 def _encode_stream(
-    dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_turns: str
+    dataset: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    assistant_turns: str,
+    teacher: TeacherReading | None,
 ) -> IterableDataset:
     columns = dataset.column_names or list(next(iter(dataset), {}))
     check_types(dataset.features, "the data")
-    encoder = Encoder(find_format(columns), tokenizer, max_length, assistant_turns, dataset.features)
+    names = find_format(columns)
+    encoder = make_encoder(names, tokenizer, max_length, assistant_turns, dataset.features, teacher=teacher)
+    kept = _token_columns(teacher)
     told: set[str] = set()
 
     def encode_one(rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
@@ -108,9 +143,9 @@ def _encode_stream(
             told.add("unusable")
             example = {"answered": False, "remarks": ""}
         _warn_of_first(example["remarks"], numbers[0], told)
-        return {name: [example[name]] if example["answered"] else [] for name in _TOKENS}
+        return {name: [example[name]] if example["answered"] else [] for name in kept}
 
-    features = Features({name: _FEATURES[name] for name in _TOKENS})
+    features = Features({name: kind for name, kind in (_FEATURES | PAIR_FEATURES).items() if name in kept})
     return dataset.map(
         encode_one, with_indices=True, batched=True, batch_size=1, remove_columns=columns, features=features
     )
@@ -132,20 +167,23 @@ def encode_dataset(
     name: str = "the data",
     assistant_turns: str = "last",
     accepts_prompts: bool = False,
+    teacher: TeacherReading | None = None,
 ) -> Encoded:
     """Tokenise a data set, drop the examples without an answer, and count what was cut and dropped.
 
     Args:
         dataset: examples with the columns of one of the known formats.
-        tokenizer: the tokenizer of both models.
+        tokenizer: the tokenizer of both models, or of the student.
         max_length: longest example in tokens.
         description: name of the progress bar.
         name: of the data set, for messages that name rows.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
         accepts_prompts: see `Encoder`.
+        teacher: how the teacher reads the same, where its tokens are others.
 
     Returns:
-        Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`.
+        Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`; with a `teacher` also what `PairEncoder`
+        gives of it.
 
     Raises:
         BadRequest: if the columns are not known, or of a type that is no text, a chat has no template, a row cannot be
@@ -153,18 +191,20 @@ def encode_dataset(
     """
     names = find_format(dataset.column_names)
     check_types(dataset.features, name)
-    encoder = Encoder(names, tokenizer, max_length, assistant_turns, dataset.features, accepts_prompts)
+    features = dataset.features
+    encoder = make_encoder(names, tokenizer, max_length, assistant_turns, features, accepts_prompts, teacher)
 
     def encode_numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
         return _encode_numbered(row, (name, dataset, index), encoder)
 
     # `_fingerprint` is the data set's own content key (read in datasets 5.2.0)
     tokens = encoding_fingerprint(dataset._fingerprint, names, tokenizer, max_length, assistant_turns)
+    tokens = tokens if teacher is None else teacher.key(tokens)
     encoded = dataset.map(
         encode_numbered,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=_FEATURES,
+        features=_FEATURES if teacher is None else Features(_FEATURES | PAIR_FEATURES),
         new_fingerprint=_cache_key(tokens + ("prompts" if accepts_prompts else ""), tokenizer),
         desc=description,
     )
@@ -175,16 +215,20 @@ def encode_dataset(
     empty = source_rows(dataset, [row for row, text in zip(dropped, texts, strict=False) if not text.strip()])
     if not answered:
         raise no_prompts(max_length) if accepts_prompts else _no_answers(name, empty, len(encoded), max_length)
+    told = ["truncated", "answered", "remarks", *([] if teacher is None else [COUNTS])]
     return Encoded(
-        dataset=encoded.select(answered).remove_columns(["truncated", "answered", "remarks"]),
+        dataset=encoded.select(answered).remove_columns(told),
         truncated=sum(encoded["truncated"]),
         dropped=len(dropped),
         empty=empty,
         remarks=_in_source(gather(encoded["remarks"]), dataset),
+        token_alignment=None if teacher is None else add_counts(encoded[COUNTS]),
     )
 
 
-def encode_first(dataset: Dataset, count: int, encoder: Encoder, name: str = "the data") -> list[dict[str, Any]]:
+def encode_first(
+    dataset: Dataset, count: int, encoder: Encoder | PairEncoder, name: str = "the data"
+) -> list[dict[str, Any]]:
     """What an `Encoder` makes of the first rows; nothing is written. Raises `BadRequest` as `encode_dataset`."""
     rows = range(min(count, len(dataset)))
     encoded = [_encode_numbered(dataset[row], (name, dataset, row), encoder) for row in rows]
@@ -238,7 +282,9 @@ def _cache_key(tokens: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _encode_numbered(row: Mapping[str, Any], place: tuple[str, Dataset, int], encoder: Encoder) -> dict[str, Any]:
+def _encode_numbered(
+    row: Mapping[str, Any], place: tuple[str, Dataset, int], encoder: Encoder | PairEncoder
+) -> dict[str, Any]:
     """What becomes of a row, which is named where it cannot be used: the data set's name, itself, and the row in it."""
     name, dataset, index = place
     try:

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 
 from .formats import ASKED
+from .token_alignment.batching import LENGTHS, TeacherPart, cut, packed, taken_apart
+from .token_alignment.ranges import RANGES
 
 
 def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
@@ -19,7 +21,8 @@ def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]
 
     Returns:
         Rows with `input_ids` and `attention_mask` [1, T], `packed_lengths`, `answer_index`, `next_tokens`,
-        `next_index`, and `teacher_states` [1, T, d_t] by layer and `origins` [1, T] where the batches have them.
+        `next_index`, and `teacher_states` [1, T, d_t] by layer and `origins` [1, T] where the batches have them; where
+        the teacher reads other tokens, also what `batching.packed` gives of these.
     """
     examples = [example for batch in batches for example in _examples(batch)]
     packs = plan_packs([len(example.input_ids) for example in examples], budget)
@@ -53,8 +56,11 @@ def halve(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     if examples == 1:
         return None
     half = examples // 2
-    cut, axis = (half, 0) if lengths is None else (sum(lengths[:half]), 1)
-    parts = [_span(row, axis, 0, cut), _span(row, axis, cut, (count, width)[axis])]
+    middle, axis = (half, 0) if lengths is None else (sum(lengths[:half]), 1)
+    end = (count, width)[axis]
+    parts = [_span(row, axis, 0, middle), _span(row, axis, middle, end)]
+    parts[0] |= cut(row, axis, (0, middle), (0, half))
+    parts[1] |= cut(row, axis, (middle, end), (half, examples))
     if lengths is not None:
         parts[0]["packed_lengths"], parts[1]["packed_lengths"] = lengths[:half], lengths[half:]
     return parts
@@ -105,16 +111,19 @@ class _Example:
     next_tokens: torch.Tensor
     teacher_states: dict[int, torch.Tensor]
     origins: torch.Tensor | None
+    teacher: TeacherPart | None
 
 
 def _examples(batch: dict[str, Any]) -> list[_Example]:
     """The examples that a batch of `JoiningCollator` holds end to end."""
     tokens = batch["input_ids"].split(batch["lengths"])
     index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
-    states = {layer: part.split(batch["lengths"]) for layer, part in batch.get("teacher_states", {}).items()}
+    read = batch.get(LENGTHS, batch["lengths"])
+    states = {layer: part.split(read) for layer, part in batch.get("teacher_states", {}).items()}
     origins = batch["origins"].split(batch["lengths"]) if "origins" in batch else [None] * len(tokens)
+    teacher: Sequence[TeacherPart | None] = taken_apart(batch) or [None] * len(tokens)
     return [
-        _Example(*parts, teacher_states={layer: own[i] for layer, own in states.items()}, origins=origins[i])
+        _Example(*parts, {layer: own[i] for layer, own in states.items()}, origins[i], teacher[i])
         for i, parts in enumerate(zip(tokens, index, following, strict=True))
     ]
 
@@ -141,6 +150,8 @@ def _row(examples: list[_Example]) -> dict[str, Any]:
     origins = [example.origins for example in examples if example.origins is not None]
     if origins:
         row["origins"] = torch.cat(origins).unsqueeze(0)
+    if teacher := [example.teacher for example in examples if example.teacher is not None]:
+        row |= packed(teacher)
     if layers := examples[0].teacher_states.keys():
         joined = {layer: torch.cat([example.teacher_states[layer] for example in examples]) for layer in layers}
         row["teacher_states"] = {layer: part.unsqueeze(0) for layer, part in joined.items()}
@@ -161,7 +172,7 @@ def _span(row: dict[str, Any], axis: int, start: int, stop: int) -> dict[str, An
     for name in ("input_ids", "attention_mask", "labels", "origins"):
         if name in row:
             part[name] = row[name].narrow(axis, start, stop - start)
-    if "teacher_states" in row:
+    if "teacher_states" in row and RANGES not in row:
         states = row["teacher_states"].items()
         part["teacher_states"] = {layer: own.narrow(axis, start, stop - start) for layer, own in states}
     return part

@@ -19,6 +19,7 @@ from .formats import find_format, written_text
 from .splits import read_splits
 from .stream_sources import open_splits
 from .text_files import ending_of
+from .token_alignment.pair_encoder import TeacherReading
 
 RETENTION_TEXTS = 300
 """So many texts are read at most; at most `max_eval_samples` where that is less."""
@@ -34,18 +35,23 @@ _SPLITS = ("test", "validation", "train")
 
 
 def load_retention(
-    asked: DataArguments, held_out: Dataset | None, tokenizer: PreTrainedTokenizerBase
+    asked: DataArguments,
+    held_out: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: TeacherReading | None = None,
 ) -> Dataset | None:
     """The text to measure retained language on, tokenised as plain text without a chat template.
 
     Args:
         asked: its `retention_dataset_name` says where the text comes from.
         held_out: rows of the data set to learn from; by default the text is what people wrote of their prompts.
-        tokenizer: of both models.
+        tokenizer: of both models, or of the student.
+        teacher: how the teacher reads the same, where its tokens are others.
 
     Returns:
-        `input_ids` and `labels` of texts of two tokens or more, each cut to `max_length`; None where nothing is held
-        out or wanted, and by default where the held-out rows have no prompts.
+        `input_ids` and `labels` of texts of two tokens or more, each cut to `max_length`; with a
+        `teacher` its `teacher_input_ids` and `teacher_labels` of the same text. None where nothing is held out or
+        wanted, and by default where the held-out rows have no prompts.
 
     Raises:
         BadRequest: if the named data cannot be read, or holds no text.
@@ -55,7 +61,7 @@ def load_retention(
         return None
     count = min(RETENTION_TEXTS, asked.max_eval_samples or RETENTION_TEXTS)
     texts = _prompts(held_out) if name is None else _named_texts(name, asked)
-    encoded = _encode(islice(texts, count), tokenizer, asked.max_length)
+    encoded = _encode(islice(texts, count), tokenizer, asked.max_length, teacher)
     if name is not None and len(encoded) == 0:
         raise BadRequest(f"retention_dataset_name {name} holds no text of two tokens or more;", "name another.")
     return encoded if len(encoded) else None
@@ -129,7 +135,29 @@ def _paragraphs(name: str) -> Iterator[str]:
         yield from filter(None, map(str.strip, re.split(r"\n\s*\n", file.read())))
 
 
-def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def _encode(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, teacher: TeacherReading | None
+) -> Dataset:
+    if teacher is not None:
+        return _encode_for_both(texts, tokenizer, max_length, teacher)
     tokens = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     kept = [own for own in tokens if len(own) >= 2]
     return Dataset.from_dict({"input_ids": kept, "labels": kept})
+
+
+def _encode_for_both(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, teacher: TeacherReading
+) -> Dataset:
+    """The same text for both; the teacher's ends where the student's is cut."""
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "teacher_input_ids": []}
+    for text in texts:
+        own = tokenizer(text, return_offsets_mapping=True)
+        tokens, last = (
+            own["input_ids"][:max_length],
+            max((end for _, end in own["offset_mapping"][:max_length]), default=0),
+        )
+        others = teacher.tokenizer(text[:last])["input_ids"][: teacher.max_length]
+        if min(len(tokens), len(others)) >= 2:
+            columns["input_ids"].append(tokens)
+            columns["teacher_input_ids"].append(others)
+    return Dataset.from_dict({**columns, **{name.replace("input_ids", "labels"): own for name, own in columns.items()}})

@@ -20,10 +20,11 @@ from ..utils.errors import BadRequest
 from ..utils.progress_bar import progress_bar
 from .encoding import encoding_fingerprint, no_answers, unusable
 from .row_locations import locate_rows
-from .rows.encoder import Encoder
 from .rows.remarks import Found, gather
 from .stream_sources import Rows
 from .text_files import CHECKED_ROWS
+from .token_alignment.pair_encoder import COUNTS, TeacherReading, make_encoder
+from .token_alignment.ranges import PAIR_COLUMNS, add_counts
 
 
 class ExampleStream(IterableDataset[dict[str, Any]]):
@@ -34,11 +35,12 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
 
     Args:
         rows: where the text comes from.
-        tokenizer: the tokenizer of both models.
+        tokenizer: the tokenizer of both models, or of the student.
         max_length: longest example in tokens.
         shuffle_buffer: rows that are mixed with each other; 0 for the order as it stands.
         seed: of that.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
+        teacher: how the teacher reads the same, where its tokens are others.
     """
 
     def __init__(
@@ -49,17 +51,23 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         shuffle_buffer: int,
         seed: int,
         assistant_turns: str = "last",
+        teacher: TeacherReading | None = None,
     ) -> None:
         self._rows, self._max_length = rows, max_length
-        self._encode = Encoder(rows.columns, tokenizer, max_length, assistant_turns, rows.features)
+        self._encode = make_encoder(
+            rows.columns, tokenizer, max_length, assistant_turns, rows.features, teacher=teacher
+        )
         self._shuffle_buffer, self._seed = shuffle_buffer, seed
         self.rank, self.ranks = 0, 1
-        self.digest = encoding_fingerprint(rows.digest, rows.columns, tokenizer, max_length, assistant_turns)
+        digest = encoding_fingerprint(rows.digest, rows.columns, tokenizer, max_length, assistant_turns)
+        self.digest = digest if teacher is None else teacher.key(digest)
         """What tells these examples from others without reading them, see `stream_sources.files_digest`."""
         self.checked = 0
         """Rows that were looked at by `check`."""
         self.remarks: Found = {}
         """What is to be told of these."""
+        self.token_alignment: list[int] | None = None
+        """How many tokens of these are aligned in each of the `ranges.KINDS`; None where both models read the same."""
         self._refused: list[str] = []
         self.rewind()
 
@@ -112,12 +120,15 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
     def check(self) -> None:
         """Look at the first rows, as many as `CHECKED_ROWS`. Raises `BadRequest` if one of them cannot be used."""
         first = (row for table in self._rows.tables(0, [0]) for row in self._rows.plain(table))
-        remarks = []
+        remarks, counts = [], []
         for number, row in enumerate(islice(first, CHECKED_ROWS), start=self._rows.skipped):
             try:
-                remarks.append(self._encode(row)["remarks"])
+                example = self._encode(row)
             except ValueError as error:
                 raise unusable(locate_rows(self._rows.name, [number]), error) from error
+            remarks.append(example["remarks"])
+            counts += [example[COUNTS]] if COUNTS in example else []
+        self.token_alignment = add_counts(counts) if counts else None
         self.checked = len(remarks)
         self.remarks = gather(remarks, self._rows.skipped)
 
@@ -151,8 +162,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
                 for example in self.one_pass(number, self.rank * workers + turn, self.ranks * workers, start):
                     place = (turn, workers, number, example["row"])
                     refused, self._refused = self._refused, []
-                    tokens = {name: example[name] for name in ("input_ids", "labels")}
-                    yield {**tokens, "place": place, "refused": refused}
+                    yield {**_tokens(example), "place": place, "refused": refused}
                 if place is None and start == 0:
                     raise self._nothing_for(workers)
                 start = 0
@@ -176,9 +186,10 @@ def open_stream(
     shuffle_buffer: int,
     seed: int,
     assistant_turns: str = "last",
+    teacher: TeacherReading | None = None,
 ) -> ExampleStream:
     """The stream of some rows. Raises `BadRequest` if no example has an answer, or one of the first cannot be used."""
-    stream = ExampleStream(rows, tokenizer, max_length, shuffle_buffer, seed, assistant_turns)
+    stream = ExampleStream(rows, tokenizer, max_length, shuffle_buffer, seed, assistant_turns, teacher)
     stream.check()
     if next(stream.one_pass(), None) is None:
         raise no_answers(max_length)
@@ -214,6 +225,11 @@ def stream_loader(
     )
 
 
+def _tokens(example: dict[str, Any]) -> dict[str, Any]:
+    """What of an example is learned from."""
+    return {name: example[name] for name in ("input_ids", "labels", *PAIR_COLUMNS) if name in example}
+
+
 def _placed(
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -222,5 +238,5 @@ def _placed(
     if "problem" in last:
         return last
     refused = [reason for example in examples for reason in example["refused"]]
-    batch = collator([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
+    batch = collator([_tokens(example) for example in examples])
     return {**batch, "place": last["place"], "refused": refused}

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ..data.selection import draw_examples
+from ..data.token_alignment.ranges import aligned_tokens
 from ..models.teacher import TeacherSource
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import STEPS, own_batches, told, with_progress
@@ -20,6 +21,7 @@ from .bridge.fit import BridgeFit, decide_rank, tell_agreement
 from .model import DistillationModel
 from .projector import ElasticBottleneck, LowRankBridge, PrincipalProjection, normalise
 from .targets import AlignmentTarget
+from .token_alignment.states import is_compared, read_states
 
 RIDGE = 1e-3
 """Ridge penalty as a share of the mean variance of the inputs."""
@@ -139,7 +141,7 @@ def calibration_examples(dataset: Any, tokens: int, seed: int, target: Alignment
         BadRequest: as `check_enough_tokens`.
     """
     examples = draw_examples(dataset, tokens, seed)
-    check_enough_tokens(target, sum(len(example["input_ids"]) for example in examples))
+    check_enough_tokens(target, aligned_tokens(examples))
     return examples
 
 
@@ -206,7 +208,7 @@ def calibrate(
 
     fitted_to, held_back = hold_back(examples) if model.target.bridges else (examples, [])
     moments = [_moments_of(projector, where) for projector in model.target.projectors]
-    tokens = sum(len(example["input_ids"]) for example in examples)
+    tokens = aligned_tokens(examples)
     with told(f"Calibrating the projectors on {tokens} tokens"):
         for batch in own_batches(fitted_to, batch_size, "Calibrating the projectors"):
             _add_batch(moments, model, teacher, collator(batch))
@@ -243,8 +245,8 @@ def _states(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What student [N, d_s] and teacher [N, d_t] make of the tokens of a batch, pair by pair of layers."""
     batch = send_to_device(batch, model.student.device)
-    mask = batch.get("counted", batch["attention_mask"]).bool()
-    teacher_states = teacher.features(batch)
+    mask = is_compared(batch, batch.get("counted", batch["attention_mask"]).bool())
+    teacher_states = read_states(teacher, batch)
     output = model(batch["input_ids"], batch["attention_mask"], distils=True)
     yield from model.target.fitted_sides(output.hidden_states, teacher_states, mask)
 

@@ -8,15 +8,18 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import nn
 
+from ..config.alignment.target_checks import ALIGNMENT_WEIGHTS
 from ..config.arguments import KavaTrainingArguments
-from ..config.checks import ALIGNMENT_WEIGHTS
-from ..data.formats import ASKED, IGNORED, SAMPLED
+from ..data.formats import IGNORED, SAMPLED
+from ..data.token_alignment.ranges import RANGES
 from ..models.attention.capture import Feature, in_order
 from ..models.teacher import TeacherSource
 from .logits_terms import AGREEMENT, LogitsTerms
 from .losses import token_mean, token_sum
 from .model import StudentOutput
 from .targets import AlignmentTarget
+from .token_alignment.divergence import JoinedTerms, SharedTokens, SpanDivergence
+from .token_alignment.states import OWN_TOKENS, compared_items, is_compared, read_states
 from .token_means import TokenMeans
 
 LOGITS_TERMS = ("lm", "smoothing", "kd")
@@ -83,6 +86,8 @@ class LossTerms:
     ) -> None:
         self.args, self.target, self.teacher, self.autocast = args, target, teacher, autocast
         self._vocabulary = vocabulary
+        self.shared: SharedTokens | None = None
+        """Which tokens of teacher and student are the same, for a divergence where they have other ones."""
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term, as the arguments have it now, when the share `progress` of the training is done.
@@ -118,7 +123,7 @@ class LossTerms:
         if not self.args.aligns and weights is not None and not weights.get("kd"):
             return None
         with self.autocast():
-            return self.teacher.features(inputs)
+            return read_states(self.teacher, inputs, own=self.args.kd_weight > 0)
 
     def student_outputs(
         self,
@@ -160,24 +165,23 @@ class LossTerms:
         teacher_states: dict[Feature, torch.Tensor] | None,
         weights: dict[str, float],
         num_items: torch.Tensor | None,
-    ) -> LogitsTerms:
+    ) -> LogitsTerms | JoinedTerms:
         """What computes the terms on logits that have weights inside the model's forward pass."""
         args, teacher = self.args, None
         if "kd" in weights:
             last = cast(TeacherSource, self.teacher).num_layers
             teacher = cast(dict[Feature, torch.Tensor], teacher_states)[last], self._teacher_head
         kinds = {name: self._tokens_of(name, inputs) for name in weights}
-        positions, targets = _positions_and_targets(inputs, kinds)
         scaled = {name: weight * _ratio(inputs, num_items, kinds, name) for name, weight in weights.items()}
-        return LogitsTerms(
-            scaled,
-            positions,
-            targets,
-            self._vocabulary,
-            args.kd_temperature,
-            args.kd_beta,
-            teacher,
-        )
+        if teacher is not None and RANGES in inputs:
+            teacher = cast(dict[int, torch.Tensor], teacher_states)[OWN_TOKENS], teacher[1]
+            positions, own = _positions_and_targets(inputs, {"kd": kinds.pop("kd")})
+            options = teacher, self.shared, self._vocabulary, args.kd_temperature, args.kd_beta
+            spans = SpanDivergence(scaled.pop("kd"), inputs, positions, own["kd"], *options)
+            others = LogitsTerms(scaled, *_positions_and_targets(inputs, kinds), self._vocabulary) if scaled else None
+            return JoinedTerms(spans, others)
+        positions, targets = _positions_and_targets(inputs, kinds)
+        return LogitsTerms(scaled, positions, targets, self._vocabulary, args.kd_temperature, args.kd_beta, teacher)
 
     def _tokens_of(self, name: str, inputs: Mapping[str, Any]) -> _Tokens:
         """What a term on logits is a mean over."""
@@ -208,7 +212,8 @@ class LossTerms:
             num_items: real tokens, answer tokens and tokens that follow another of their example [3] of the whole
                 optimizer step; by default this batch's. Where the batch holds answers that the student wrote, that are
                 six: the second and third are what a divergence is a mean over, see `packing.followed_positions`; then
-                come the tokens whose states are compared, and the second and third without the student's answers.
+                come the tokens whose states are compared, and the second and third without the student's answers. Where
+                the teacher reads other tokens that are four: the last are those whose states are compared.
             means: where the sums behind `<term>_loss`, `<term>_weighted` and `cos_sim` are noted; also
                 `rollout_agreement`, the share of the student's own tokens at which it has the teacher's at the top.
         """
@@ -245,7 +250,7 @@ class LossTerms:
         weights: dict[str, float],
     ) -> list[torch.Tensor]:
         """The weighted terms that compare states."""
-        mask, tokens = _compared(inputs, mask, num_items)
+        mask, tokens = is_compared(inputs, mask), compared_items(inputs, num_items)
         pairs = self.target.align(outputs.pairs, mask, weights, inputs.get("packed_lengths"))
         means.add("cos_sim", token_sum(self.target.mean([pair.cosine for pair in pairs]), mask), mask.sum())
         parts = []
@@ -254,18 +259,6 @@ class LossTerms:
             _note(means, weights, name, token_sum(per_token, mask), mask.sum())
             parts.append(weights[name] * token_mean(per_token, mask, tokens))
         return parts
-
-
-def _compared(
-    inputs: Mapping[str, Any], mask: torch.Tensor, num_items: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Where states are compared [B, T], of the tokens that count, and in how many places in the optimizer step.
-
-    Of an answer that the student wrote that is the answer alone.
-    """
-    if "origins" not in inputs:
-        return mask, None if num_items is None else num_items[0]
-    return mask & (inputs["origins"] != ASKED), None if num_items is None else num_items[3]
 
 
 def _widest(kinds: Mapping[str, _Tokens]) -> _Tokens:

@@ -94,6 +94,8 @@ class DistillationModel(nn.Module):
         teacher_states: dict[Feature, torch.Tensor] | None = None,
         logits_terms: LogitsTerms | None = None,
         distils: bool = False,
+        teacher_input_ids: Any = None,
+        teacher_ranges: Any = None,
         **others: Any,
     ) -> Any:
         """Run the student, keep its mapped hidden states, and bring them and the teacher's into one space.
@@ -107,6 +109,8 @@ class DistillationModel(nn.Module):
             teacher_states: what was captured of the teacher; without it nothing is projected.
             logits_terms: computed here, inside the wrapper of data parallelism, because they use the head's weights.
             distils: else the student answers alone, as it does for anybody's code that calls `trainer.model(**batch)`.
+            teacher_input_ids: not read: Trainer leaves the columns of a data set out that have no name here.
+            teacher_ranges: likewise.
             others: for the student alone.
 
         Returns:

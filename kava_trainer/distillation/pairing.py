@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..config.arguments import KavaTrainingArguments
 from ..config.checks import alignment_weights
 from ..config.launcher import is_fsdp_asked
-from ..data.collators import check_rows
+from ..data.collators import DistillationCollator, check_rows
+from ..data.token_alignment.ranges import RANGES
 from ..models.attention.capture import check_features
 from ..models.layers import number_of_layers, train_text_alone
 from ..models.lm_head import check_head
@@ -49,6 +50,7 @@ def check_given(
     for name in ("train_dataset", "eval_dataset") if options.get("data_collator") is None else ():
         check_rows(name, options.get(name))  # a collator may tokenise texts itself
     check_rollouts(args, options.get("train_dataset"))
+    check_keeps_ranges(options.get("data_collator"), options)
     if not isinstance(args, KavaTrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}; write KavaTrainingArguments, which takes the same.")
     if options.get("compute_loss_func") is not None:
@@ -69,6 +71,18 @@ def check_rollouts(args: Any, dataset: Any) -> None:
             "rollouts_from is read by python -m kava_trainer train; here leave it out, and give what "
             "kava_trainer.rollout_examples(file, tokenizer) reads as train_dataset."
         )
+
+
+def check_keeps_ranges(collator: Any, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for a collator of the user's own that would lose what the teacher reads of the examples."""
+    if collator is None or isinstance(collator, DistillationCollator):
+        return
+    for name in ("train_dataset", "eval_dataset"):
+        if RANGES in (getattr(options.get(name), "column_names", None) or ()):
+            raise ValueError(
+                f"{name} holds {RANGES}, because the teacher reads other tokens, which DistillationCollator alone "
+                "passes on; leave data_collator out."
+            )
 
 
 def check_student(student: PreTrainedModel) -> None:

@@ -8,9 +8,11 @@ from typing import Any, cast
 import torch
 from accelerate.utils import send_to_device
 
+from ..data.token_alignment.ranges import aligned_tokens
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
 from ..distillation.targets.base import Comparison
+from ..distillation.token_alignment.states import is_compared
 from ..models.attention.capture import Feature
 from ..models.layers import keeping_gradients
 from ..utils.distributed import give_up_whole_weights, whole
@@ -118,7 +120,7 @@ class AlignmentProbe:
         gradient_batch_size: int,
     ) -> None:
         first = examples[:GRADIENT_EXAMPLES]
-        self._tokens = sum(len(example["input_ids"]) for example in examples)
+        self._tokens = aligned_tokens(examples)
         self._batches = [collator(batch) for batch in _split(examples, batch_size)]
         self._gradient_batches = [collator(batch) for batch in _split(first, gradient_batch_size)]
 
@@ -153,7 +155,7 @@ class AlignmentProbe:
         samples = [Sample(model.target.within_examples) for _ in model.target.shares]
         for batch in self._batches:
             batch = send_to_device(batch, model.student.device)
-            mask = batch.get("counted", batch["attention_mask"]).bool()
+            mask = is_compared(batch, batch.get("counted", batch["attention_mask"]).bool())
             states = cast(dict[Feature, torch.Tensor], terms.teacher_states(batch))
             output = terms.student_outputs(model, batch, states, None)
             for index, (sample, pair) in enumerate(zip(samples, output.pairs, strict=True)):
@@ -204,10 +206,11 @@ def _backward(
     """The gradient of the terms that have weights, as token means over all batches."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     answers, following = (sum(len(batch[name]) for batch in batches) for name in ("next_tokens", "next_index"))
+    compared = sum(int(is_compared(batch, batch["attention_mask"].bool()).sum()) for batch in batches)
     for batch in batches:
         batch = send_to_device(batch, model.student.device)
         states = terms.teacher_states(batch)
-        counts = torch.tensor([tokens, answers, following], device=model.student.device)
+        counts = torch.tensor([tokens, answers, following, compared], device=model.student.device)
         outputs = terms.student_outputs(model, batch, states, weights, counts)
         terms.loss(outputs, batch, weights, counts).backward()
         bar.update()

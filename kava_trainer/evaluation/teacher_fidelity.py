@@ -17,7 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.arguments import KavaArguments
 from ..config.layer_mapping import resolve_layer_pairs
+from ..data.collators import DistillationCollator
 from ..data.selection import choose_examples
+from ..data.token_alignment.pair_encoder import TeacherReading
+from ..data.token_alignment.ranges import read_by_the_teacher
 from ..models.layers import config_layers, number_of_layers
 from ..models.loading import build_causal_lm, check_reads, load_config
 from ..models.sizes import model_bytes
@@ -174,6 +177,7 @@ class TeacherFidelity:
         dataset: held-out examples, or training examples where there are none.
         held_out: which of the two they are.
         collator: makes a batch of one.
+        reading: of the teacher, where its tokens are others than the run's.
     """
 
     def __init__(
@@ -184,9 +188,12 @@ class TeacherFidelity:
         dataset: Any,
         held_out: bool,
         collator: Callable[[list[Any]], dict[str, Any]],
+        reading: TeacherReading | None = None,
     ) -> None:
-        self._console, self._arguments, self._tokenizer = console, arguments, tokenizer
-        self._dataset, self._held_out, self._collator = dataset, held_out, collator
+        self._console, self._arguments, self._reading = console, arguments, reading
+        self._tokenizer = tokenizer if reading is None else reading.tokenizer
+        self._dataset, self._held_out = dataset, held_out
+        self._collator = collator if reading is None else DistillationCollator(reading.tokenizer)
         self._kind = arguments.model.teacher_quantization
         self._name = f"{self._kind.removesuffix('bit')}-bit teacher"
         self._examples: list[dict[str, Any]] = []
@@ -225,7 +232,7 @@ class TeacherFidelity:
         self._where = choose_device(weights, device)
         if isinstance(self._where, str):
             return
-        self._examples = choose_examples(self._dataset, PROBE_TOKENS)
+        self._examples = read_by_the_teacher(choose_examples(self._dataset, PROBE_TOKENS))
         self._console.print(f"Unquantised teacher, to compare with: {size_text(weights)} on {self._where} for a moment")
         try:
             self._reference = self._read_and_free(self._where)
@@ -239,7 +246,7 @@ class TeacherFidelity:
         """The unquantised teacher exists in here only."""
         arguments = self._arguments
         model = load_teacher(dataclasses.replace(arguments.model, teacher_quantization="none"), device)
-        check_reads(model, "teacher", self._tokenizer, arguments.data.max_length)
+        check_reads(model, "teacher", self._tokenizer, arguments.data.max_length if self._reading is None else 0)
         depths = config_layers(student_config(arguments.model)), number_of_layers(model)
         inherited = foreseen_layers(arguments.model)
         pairs = resolve_layer_pairs(arguments.training.layer_mapping, *depths, inherited)

@@ -214,29 +214,6 @@ def build_causal_lm(
     )
 
 
-def check_tokenizers_agree(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Compare the token -> id maps of two tokenizers, so that position t means the same token to both models.
-
-    Sizes are not compared: embeddings are often padded beyond the tokenizer's last id.
-
-    Raises:
-        BadRequest: naming up to three tokens on which they differ.
-    """
-    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
-    differing = [
-        f"{token!r} is {teacher_ids.get(token, 'missing')} for the teacher and "
-        f"{student_ids.get(token, 'missing')} for the student"
-        for token in sorted(teacher_ids.keys() | student_ids.keys())
-        if teacher_ids.get(token) != student_ids.get(token)
-    ]
-    if differing:
-        raise BadRequest(
-            f"The tokenizers of teacher and student differ in {len(differing)} tokens: "
-            f"{'; '.join(differing[:3])}. Hidden states can only be aligned token by token;",
-            "choose a student of the teacher's family.",
-        )
-
-
 def check_reads(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     """Make sure that a model reads every token and examples of `max_length` of them. Raises `BadRequest` if not."""
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]

@@ -180,6 +180,9 @@ class Summary:
     teacher_fidelity: dict[str, Any] | None = None
     cut: dict[str, Any] | None = None
     """Which layers of the teacher the student was made of, and how important each was; None where it was not."""
+    token_alignment: dict[str, Any] | None = None
+    """Shares of the student's tokens that are aligned `one_to_one`, `merged` and `left_out`, and of how many `tokens`;
+    None where teacher and student read the same ones."""
     prompt_kind: str | None = None
     held_out_examples: int | None = None
     student_parameters: int | None = None

@@ -74,7 +74,7 @@ def judge(
         reasons = [*reasons, _missing(cos_sim, evaluation, examples)]
     language = judge_language(summary, _beat_the_control(evaluation))
     reasons = [*reasons, *filter(None, [below_start(summary.alignment)]), *language.why]
-    notes = [few_examples(examples), _teacher_without_match(evaluation) if taught else None]
+    notes = [few_examples(examples), _teacher_without_match(evaluation) if taught else None, _other_tokens(summary)]
     caveats = [*filter(None, notes), *language.caveats]
     control = [*_comparison(summary), *language.control]
     found = Verdict(
@@ -96,6 +96,16 @@ def _teacher_without_match(evaluation: Evaluations) -> str | None:
     return (
         "The teacher's own answers matched none of the held-out ones, so exact match does not tell what the student "
         "learned from it: its answers may be wrong, or only written in another form than those of the data."
+    )
+
+
+def _other_tokens(summary: Summary) -> str | None:
+    """The sentence for a teacher whose figures are of other tokens than the student's; None where they are not."""
+    if summary.token_alignment is None or summary.evaluation.teacher is None:
+        return None
+    return (
+        "Teacher and student were each measured in their own tokens, so neither their perplexities nor their "
+        "cross-entropies can be compared; those of the control can."
     )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..config.arguments import KavaTrainingArguments
 from ..data.streaming import ExampleStream
+from ..data.token_alignment.ranges import TEACHER_TOKENS
 from ..distillation.teacher_cache import CachedTeacher, TeacherCache, release_weights, teacher_identity
 from ..models.attention.capture import hidden_layers
 from ..models.layers import state_width
@@ -41,12 +42,13 @@ def open_cache(run: Run) -> TeacherCache | None:
 
 
 def examples_at_hand(data: Data, trainer: KavaTrainer) -> Sequence[list[int]]:
-    """Token ids of all examples whose states will be read, but for those of a stream."""
+    """Token ids, as the teacher reads them, of all examples whose states will be read, but for those of a stream."""
     if not isinstance(data.train, ExampleStream):
         parts = [data.train] if data.evaluation is None else [data.train, data.evaluation]
-        return datasets.concatenate_datasets([part.select_columns("input_ids") for part in parts])["input_ids"]
+        name = TEACHER_TOKENS if TEACHER_TOKENS in data.train.column_names else "input_ids"
+        return datasets.concatenate_datasets([part.select_columns(name) for part in parts])[name]
     calibration = trainer.calibration_examples() if trainer.args.calibrates else []
-    return [example["input_ids"] for example in [*calibration, *(data.evaluation or [])]]
+    return list(_tokens(iter([*calibration, *(data.evaluation or [])])))
 
 
 def write_cache(run: Run, cache: TeacherCache) -> None:
@@ -120,7 +122,7 @@ def _shares(stream: ExampleStream, args: KavaTrainingArguments) -> list[tuple[It
 
 
 def _tokens(examples: Iterator[dict[str, Any]]) -> Iterator[list[int]]:
-    return (example["input_ids"] for example in examples)
+    return (example.get(TEACHER_TOKENS, example["input_ids"]) for example in examples)
 
 
 def announce(

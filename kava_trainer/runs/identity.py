@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
 from ..config.student_cut import CUT_ARGUMENTS
 from ..data.streaming import ExampleStream
+from ..data.token_alignment.ranges import PAIR_COLUMNS
 from ..distillation.teacher_cache import weights_digest
 from ..models.loading import model_folder
 from ..reports.summary import SUMMARY_FILE
@@ -62,19 +64,25 @@ _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_d
 
 
 def data_digest(dataset: Dataset | ExampleStream) -> str:
-    """A hash of the tokens and labels of all examples in their order, and of whose tokens they are where students wrote
-    some; of a stream what is known without reading it."""
+    """A hash of the tokens and labels of all examples in their order; of a stream what is known without reading it.
+
+    Where students wrote some, whose tokens they are counts too; where the teacher reads others, these and what
+    they are aligned with count as well.
+    """
     if isinstance(dataset, ExampleStream):
         return dataset.digest
     digest = hashlib.sha256()
-    columns = [name for name in ("input_ids", "labels", "origins") if name in dataset.column_names]
-    tables = dataset.select_columns(columns).with_format("arrow").iter(batch_size=4096)
+    names = [name for name in ("input_ids", "labels", "origins", *PAIR_COLUMNS) if name in dataset.column_names]
+    tables = dataset.select_columns(names).with_format("arrow").iter(batch_size=4096)
     with progress_bar(len(dataset), "Hashing the training data", "example") as bar:
         for table in tables:
             for column in table.columns:
                 for part in column.chunks:
                     digest.update(part.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-                    digest.update(part.flatten().to_numpy(zero_copy_only=False).tobytes())
+                    flat = part.flatten()
+                    while pa.types.is_nested(flat.type):
+                        flat = flat.flatten()
+                    digest.update(flat.to_numpy(zero_copy_only=False).tobytes())
             bar.update(len(table))
     return digest.hexdigest()
 

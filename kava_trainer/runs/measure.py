@@ -27,8 +27,9 @@ from .advice import smaller_batches, smaller_models
 from .display import show_figures
 from .fill_cache import open_cache, write_cache
 from .pair.models import load_models
+from .pair.tokenizers import load_tokenizers
 from .pipeline import attended, measure, open_console
-from .setup import Run, build_trainer, check_teacher, load_data, load_held_out, load_tokenizers
+from .setup import Run, build_trainer, check_teacher, load_data, load_held_out
 
 Figures = dict[str, dict[str, float | None]]
 """Figures of `answers.evaluate_model` by the name of what was measured."""

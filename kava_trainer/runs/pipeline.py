@@ -11,6 +11,7 @@ from datasets import Dataset
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import hide_tokens
 from ..data.collators import DistillationCollator
+from ..data.token_alignment.ranges import as_the_teacher_reads
 from ..evaluation.answers import Evaluation, evaluate_with_answers, first_problems, have_prompts, longest_answer
 from ..evaluation.final_answer_match.final_answer_match import is_exact_match
 from ..models.layers import context_length
@@ -169,23 +170,29 @@ def measure(
     """
     training = arguments.training
     on_device(models.student, training.device)
-    new_tokens = training.generation_max_new_tokens or 2 * longest_answer(held_out)
-    limits = [limit for model in (models.teacher, models.student) if (limit := context_length(model)) is not None]
-    new_tokens = min([new_tokens, *(limit - max(held_out["prompt_length"]) for limit in limits)])
+    read = {"teacher": as_the_teacher_reads(held_out), "student": held_out}
+    sizes = {role: training.generation_max_new_tokens or 2 * longest_answer(own) for role, own in read.items()}
+    limits = [
+        limit - max(read[role]["prompt_length"])
+        for role, model in (("teacher", models.teacher), ("student", models.student))
+        if (limit := context_length(model)) is not None
+    ]
     generates = training.evaluate_generation and have_prompts(models.tokenizer, held_out)
     if training.evaluate_generation and not generates and "teacher" in names:
         console.print("No answers are generated: the held-out rows are plain text, which has no prompt to answer.")
     for name in names:
         line = f"Measuring on {len(held_out)} held-out examples: {LONG_NAMES[name].lower()}"
         with told(line), needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
+            role = "teacher" if name == "teacher" else "student"
+            tokenizer = models.tokenizer_of(role)
             measured = evaluate_with_answers(
-                models.teacher if name == "teacher" else models.student,
-                models.tokenizer,
-                held_out,
-                DistillationCollator(models.tokenizer),
+                models.teacher if role == "teacher" else models.student,
+                tokenizer,
+                read[role],
+                DistillationCollator(tokenizer),
                 training.per_device_eval_batch_size,
-                new_tokens if generates else None,
-                retention,
+                min([sizes[role], *limits]) if generates else None,
+                as_the_teacher_reads(retention) if role == "teacher" and retention is not None else retention,
             )
         figures = measured.figures
         match, kept = figures["exact_match"], figures["retention_cross_entropy"]

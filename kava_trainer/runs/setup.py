@@ -21,10 +21,11 @@ from ..data.selection import first_examples
 from ..data.splits import load_splits
 from ..data.stream_sources import open_rows
 from ..data.streaming import ExampleStream, open_stream
+from ..data.token_alignment.pair_encoder import TeacherReading
+from ..data.token_alignment.ranges import as_the_teacher_reads
 from ..distillation.pairing import pair_up
 from ..distillation.teacher_cache import TeacherCache
 from ..evaluation.answers import answer_cross_entropy
-from ..models.loading import check_tokenizers_agree, load_tokenizer
 from ..reports.summary import RunSummary
 from ..reports.verdict import TEACHER_AT_CHANCE, few_examples
 from ..trainer.callbacks.trackers import tracker_problem
@@ -48,6 +49,7 @@ from .advice import (
 from .display import tell_encoding, tell_retention
 from .pair.layers import with_chosen_layers
 from .pair.models import Models
+from .pair.tokenizers import check_teacher_answers, teacher_reading, tell_tokenizers, weights_that_stand
 from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .rollouts.examples import check_prompts, check_rollouts_fit, describe_rollouts, load_rollouts, with_rollouts
 from .tracking import RunTracking
@@ -66,6 +68,8 @@ class Data:
     """See `retention.load_retention`."""
     of_the_data: datasets.Dataset | None = None
     """The training examples of the data set alone, where `train` holds rollouts from a file too."""
+    token_alignment: dict[str, float] | None = None
+    """See `tokenizers.alignment_shares`; None where teacher and student read the same tokens."""
 
     @property
     def written(self) -> datasets.Dataset | ExampleStream:
@@ -102,32 +106,21 @@ class Run:
         return self.resumption.checkpoint
 
 
-def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, which agrees with the teacher's; the teacher's own where the student has none."""
-    model = arguments.model
-    teacher = load_tokenizer(model.teacher_name, "teacher", model.teacher_revision, model)
-    if model.student_model_name_or_path is None:
-        return teacher
-    student = load_tokenizer(model.student_model_name_or_path, "student", model.student_revision, model)
-    check_tokenizers_agree(teacher, student)
-    return student
-
-
 def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Both splits, tokenised, with what pads them. Raises `BadRequest` where the data cannot be used."""
     console.stage("Data")
-    asked = arguments.data
+    asked, teacher = arguments.data, teacher_reading(arguments, tokenizer)
     if asked.streaming:
-        return _load_stream(console, arguments, tokenizer)
+        return _load_stream(console, arguments, tokenizer, teacher)
     with arguments.training.main_process_first(desc="loading the data"):
         rollouts = load_rollouts(arguments, tokenizer)
         train, test, total = load_splits(asked)
         check_prompts(arguments, train)
         console.print(f"Dataset loaded: {total} samples")
-        encoded = encode_rows(asked, tokenizer, "training", train)
+        encoded = encode_rows(asked, tokenizer, "training", train, teacher)
         examples = encoded.dataset if rollouts is None else with_rollouts(arguments, encoded.dataset, rollouts)
-        held_out = encode_rows(asked, tokenizer, "held-out", test) if test else None
-        retention = load_retention(asked, test, tokenizer)
+        held_out = encode_rows(asked, tokenizer, "held-out", test, teacher) if test else None
+        retention = load_retention(asked, test, tokenizer, teacher)
     tell_encoding(console, "training", encoded, len(train), asked)
     if rollouts is not None:
         console.print(describe_rollouts(arguments, rollouts, len(examples)))
@@ -140,31 +133,36 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
     if few := few_examples(len(held_out.dataset) if held_out else None):
         console.warn(few)
     kind = _tell_format(console, arguments, tokenizer, train.column_names, train[0])
+    shares = tell_tokenizers(console, encoded.token_alignment, weights_that_stand(arguments))
     batches = math.ceil(len(examples) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
     evaluation, written = held_out.dataset if held_out else None, None if rollouts is None else encoded.dataset
-    return Data(examples, evaluation, DistillationCollator(tokenizer), kind, retention, written)
+    return Data(examples, evaluation, DistillationCollator(tokenizer), kind, retention, written, shares)
 
 
-def _load_stream(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
+def _load_stream(
+    console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, teacher: TeacherReading | None
+) -> Data:
     """The stream of training examples, and the held-out ones, which are read now."""
     asked, training = arguments.data, arguments.training
     rows, held_out = open_rows(asked)
     check_prompts(arguments, rows.first(1))
     seed = training.seed if training.data_seed is None else training.data_seed
-    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed, asked.assistant_turns)
+    turns = asked.assistant_turns
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed, turns, teacher)
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
-    encoded = encode_rows(asked, tokenizer, "held-out", held_out)
+    encoded = encode_rows(asked, tokenizer, "held-out", held_out, teacher)
     tell_encoding(console, "held-out", encoded, len(held_out), asked)
-    retention = load_retention(asked, held_out, tokenizer)
+    retention = load_retention(asked, held_out, tokenizer, teacher)
     tell_retention(console, asked, retention)
     if few := held_out_of_a_small_stream(len(held_out), rows.skipped, stream.checked):
         console.warn(few)
     for problem in remark_problems(stream.remarks, rows.name, "training", stream.checked):
         console.warn(str(problem))
     kind = _tell_format(console, arguments, tokenizer, rows.column_names, rows.first(1)[0])
-    return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind, retention)
+    shares = tell_tokenizers(console, stream.token_alignment, weights_that_stand(arguments))
+    return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind, retention, None, shares)
 
 
 def load_held_out(
@@ -176,7 +174,7 @@ def load_held_out(
         BadRequest: where no examples are held out, or as `load_data`.
     """
     console.stage("Data")
-    asked = arguments.data
+    asked, teacher = arguments.data, teacher_reading(arguments, tokenizer)
     with arguments.training.main_process_first(desc="loading the data"):
         test = open_rows(asked)[1] if asked.streaming else load_splits(asked)[1]
         if not test:
@@ -184,8 +182,8 @@ def load_held_out(
                 f"The data set {asked.dataset_name!r} has no held-out examples to measure on;",
                 "name a dataset_test_split, or a data set of more than one example.",
             )
-        held_out = encode_rows(asked, tokenizer, "held-out", test)
-        retention = load_retention(asked, test, tokenizer)
+        held_out = encode_rows(asked, tokenizer, "held-out", test, teacher)
+        retention = load_retention(asked, test, tokenizer, teacher)
     tell_encoding(console, "held-out", held_out, len(test), asked)
     tell_retention(console, asked, retention)
     if few := few_examples(len(held_out.dataset)):
@@ -194,13 +192,19 @@ def load_held_out(
 
 
 def encode_rows(
-    asked: DataArguments, tokenizer: PreTrainedTokenizerBase, which: str, rows: datasets.Dataset
+    asked: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    which: str,
+    rows: datasets.Dataset,
+    teacher: TeacherReading | None = None,
 ) -> Encoded:
     """The `training` or `held-out` rows, tokenised. Raises `BadRequest` as `encode_dataset`."""
     told, name = f"Tokenizing the {which} data", cast(str, asked.dataset_name)
     with working(f"Preparing the {which} data"):  # the bar of `datasets` shows nothing of the checks around it
         turns, prompts = asked.assistant_turns, asked.accepts_prompts and which == "training"
-        return encode_dataset(rows, tokenizer, asked.max_length, told, name, turns, prompts)
+        encoded = encode_dataset(rows, tokenizer, asked.max_length, told, name, turns, prompts, teacher)
+    check_teacher_answers(encoded.dataset if which == "held-out" else None, teacher)
+    return encoded
 
 
 def _tell_format(
@@ -256,6 +260,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
             eval_dataset=data.evaluation,
             data_collator=data.collator,
             processing_class=models.tokenizer,
+            teacher_tokenizer=models.teacher_tokenizer,
         )
         trainer.create_optimizer()
     except (ValueError, ImportError, KeyError, OSError, HTTPError) as error:
@@ -344,7 +349,8 @@ def check_teacher(run: Run) -> None:
     batch = first_examples(run.data.written, run.training.per_device_eval_batch_size)
     if all(label == IGNORED for labels in batch["labels"] for label in labels):  # they are prompts alone
         return
-    loss, chance, at_chance = measure_teacher(run.models.teacher, batch, run.data.collator)
+    collator = DistillationCollator(run.models.tokenizer_of("teacher"))
+    loss, chance, at_chance = measure_teacher(run.models.teacher, as_the_teacher_reads(batch), collator)
     run.console.print(f"Teacher's cross-entropy on one batch: {loss:.2f} nats (chance: {chance:.2f})")
     if at_chance:
         run.console.warn(

@@ -38,13 +38,13 @@ from .fill_cache import open_cache
 from .identity import check_output_dir, check_resumable, data_digest, earlier_run, name_run, run_identity
 from .pair.choice import CUT, earlier_cut
 from .pair.models import load_models, own_parameters
+from .pair.tokenizers import load_tokenizers, teacher_reading, weights_that_stand
 from .setup import (
     Run,
     build_trainer,
     chance_of,
     check_teacher,
     load_data,
-    load_tokenizers,
     tell_memory,
 )
 from .tracking import RunTracking
@@ -94,6 +94,7 @@ def _find_checkpoint(arguments: KavaArguments) -> Resumption:
 def load_examples(run: Run) -> None:
     """The examples, and what the run is with them; the checkpoint and the output folder must be its own."""
     run.tokenizer = load_tokenizers(run.arguments)
+    run.summary.content.arguments |= weights_that_stand(run.arguments)
     run.data = load_data(run.console, run.arguments, run.tokenizer)
     _hold_fewer_out(run)
     run.identity = from_main_process(lambda: _identify(run))
@@ -166,7 +167,10 @@ def load_pair(run: Run) -> None:
     summary.content.throughput.estimated_memory_bytes = tell_memory(console, arguments)
     console.stage("Models")
     probed = data.train if data.evaluation is None else data.evaluation
-    fidelity = TeacherFidelity(console, arguments, tokenizer, probed, data.evaluation is not None, data.collator)
+    reading = teacher_reading(arguments, tokenizer)
+    fidelity = TeacherFidelity(
+        console, arguments, tokenizer, probed, data.evaluation is not None, data.collator, reading
+    )
     fidelity.read_unquantised()
     with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
         earlier = earlier_cut(run.checkpoint, arguments)
@@ -174,6 +178,7 @@ def load_pair(run: Run) -> None:
         if models.cut is not None:
             run.identity[CUT], summary.content.cut = models.cut.to_dict(), described(models.cut)
         summary.content.prompt_kind = data.prompt_kind
+        summary.content.token_alignment = data.token_alignment
         summary.content.student_parameters = own_parameters(models.student)
         summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
         summary.content.retention = describe_retention(arguments.data, data.retention, chance_of(models.teacher))

@@ -14,6 +14,8 @@ from ..data.collators import DistillationCollator, JoiningCollator, completed
 from ..data.formats import ASKED, IGNORED, SAMPLED
 from ..data.packing import as_many_rows, pack_step, spread
 from ..data.streaming import ExampleStream, stream_loader
+from ..data.token_alignment.ranges import RANGES
+from ..distillation.token_alignment.states import is_compared
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
 from ..utils.distributed import largest_over_ranks
 from ..utils.errors import RunFailed
@@ -102,8 +104,8 @@ class StepBatches(TrainerCallback):
         Returns:
             The micro-batches as Trainer carries them, all rows of the step, and this rank's real tokens, answer tokens,
             positions, examples, and tokens that follow another of their example [5]; where the student writes answers,
-            also the three that `LossTerms.loss` wants then [8]. With packing each micro-batch has its rows under
-            `rows`.
+            also the three that `LossTerms.loss` wants then [8]; where the teacher reads other tokens the one that it
+            wants then [6]. With packing each micro-batch has its rows under `rows`.
         """
         found = list(islice(batches, count))
         if self.stream is not None:
@@ -211,7 +213,9 @@ def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
 
 def _count_origins(rows: list[dict[str, Any]]) -> list[int]:
     """Where the student wrote some answers: tokens whose states are compared, and answer and following tokens that it
-    did not write."""
+    did not write. Where the teacher reads other tokens: those whose states are compared."""
+    if RANGES in rows[0]:
+        return [sum(int(is_compared(row, row["attention_mask"].bool()).sum()) for row in rows)]
     if "origins" not in rows[0]:
         return []
     compared = sum(int((row["attention_mask"].bool() & (row["origins"] != ASKED)).sum()) for row in rows)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
@@ -23,6 +23,7 @@ from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import AlignmentTarget
 from ..distillation.targets.mapping import LayerChooser
 from ..distillation.teacher_cache import CachedTeacher, is_released
+from ..distillation.token_alignment.divergence import shared_tokens
 from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
 from ..models.student import mend_generation_config
@@ -63,8 +64,8 @@ class KavaTrainer(StudentTrainer):
             with a new student and new projectors then, as `hyperparameter_search` needs.
         inherited_layers: the teacher layer that each student layer was cut from, for `layer_mapping` inherited; for cka
             the one that an earlier run chose, by default chosen on training examples.
-        rollout_fn: writes the student's own answers, in place of `sample_answers`, where `on_policy_fraction` is
-            above 0.
+        rollout_fn: writes the student's own answers where `on_policy_fraction` is above 0, not `sample_answers`.
+        teacher_tokenizer: of a teacher that reads other tokens than `processing_class`, for `kd_weight` above 0.
         kwargs: as for `Trainer`: `train_dataset` and `eval_dataset` with `input_ids` and `labels`, `processing_class`,
             `data_collator` (a `DistillationCollator` by default), `callbacks`, `compute_metrics`, `optimizers` (which
             hold the target's parameters too), ...
@@ -83,6 +84,7 @@ class KavaTrainer(StudentTrainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         inherited_layers: Sequence[int] | None = None,
         rollout_fn: RolloutFn | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
@@ -91,6 +93,7 @@ class KavaTrainer(StudentTrainer):
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)
             student = cast(PreTrainedModel, super().call_model_init())
+        self._shared = shared_tokens(kwargs.get("processing_class"), teacher_tokenizer)
         kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
         choose = LayerChooser(args, kwargs.get("train_dataset"), kwargs["data_collator"])
         self._pairing = Pairing(args, teacher, target, model_init is not None, inherited_layers, choose)
@@ -135,6 +138,7 @@ class KavaTrainer(StudentTrainer):
         """Make what depends on student and teacher."""
         size = vocabulary_size(self.student)
         self.terms = LossTerms(self.args, self.target, source, size, lambda: self.accelerator.autocast())
+        self.terms.shared = self._shared
         if told := mend_generation_config(self.student):
             self.console.warn(told)
         if told := router_note(self.student):

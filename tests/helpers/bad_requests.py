@@ -102,7 +102,10 @@ BAD_REQUESTS = {
     ),
     "unknown columns": (lambda f: {"dataset_name": write_dataset(f, '{"x": "a"}\n' * 3)}, "has the columns x"),
     "unknown split": (lambda f: {"dataset_train_split": "dev"}, "has no split 'dev'"),
-    "other tokenizer": (lambda f: {"student_model_name_or_path": other_tokenizer(f)}, "differ in 2 tokens: 'A' is"),
+    "other tokenizer": (
+        lambda f: {"student_model_name_or_path": other_tokenizer(f), "on_policy_fraction": 0.5},
+        "on_policy_fraction is 0.5, but the tokenizers of teacher and student differ",
+    ),
     "small vocabulary": (lambda f: student(config_of(f, vocab_size=300)), "embeddings for 300 tokens only"),
     "short context": (lambda f: student(config_of(f, max_position_embeddings=64)), "the student reads 64 tokens"),
     "mapping": (lambda f: {"layer_mapping": "[[3, 9]]"}, r"names the pair \[3, 9\]"),

@@ -29,7 +29,7 @@ from .turns import common_prefix, find_turn, opening
 
 
 @dataclass
-class _Text:
+class RowText:
     """What becomes of one row: its tokens, and which of them are learned."""
 
     tokens: list[int] = field(default_factory=list)
@@ -38,6 +38,16 @@ class _Text:
     answers: list[tuple[int, str]] = field(default_factory=list)
     """Where each answer begins, and its text."""
     notes: list[Remark] = field(default_factory=list)
+    is_prompt: bool = False
+    """Whether it is a prompt alone, to which there is room for an answer."""
+    answer: str = ""
+    """The text of the answer, where no answer's own begins in the tokens."""
+    text: str = ""
+    """What was tokenised; an end-of-text token that stands behind it was not."""
+    messages: list[Message] | None = None
+    """That the text was rendered from; None for plain text."""
+    tools: list[Message] | None = None
+    """That these may call."""
 
 
 class Encoder:
@@ -74,7 +84,7 @@ class Encoder:
             what = "The tokenizer has no end-of-text token, so a student could never learn to stop;"
             raise BadRequest(what, "set its eos_token.")
         self.max_length = max_length
-        self._names, self._tokenizer, self._features = names, tokenizer, features or {}
+        self._names, self.tokenizer, self._features = names, tokenizer, features or {}
         self._all_turns, self.accepts_prompts = assistant_turns == "all", accepts_prompts
         self._chat, self._control = ChatTemplate(tokenizer), ControlTokens(tokenizer)
         self._left_out = LeftOut(self._chat)
@@ -92,13 +102,17 @@ class Encoder:
             ValueError: if a cell is not what its column should hold, or the chat template refuses the row.
             BadRequest: if the row is a chat and the tokenizer has no chat template.
         """
+        return self.example(self.read(row))
+
+    def read(self, row: Mapping[str, Any]) -> RowText:
+        """The whole text of a row, which `example` cuts. Raises as the encoder."""
         row = {name: without_filler(row[name], self._features.get(name)) for name in self._names}
         prompt, answer = prompt_and_answer(row, self._names)
         if not isinstance(answer, list):
             if self.accepts_prompts and prompt.strip() and not answer.strip():
                 return self._prompt_alone(self._tokens_of(prompt))
-            return self._example(self._plain(prompt, answer), answer)
-        if not self._tokenizer.chat_template:
+            return self._plain(prompt, answer)
+        if not self.tokenizer.chat_template:
             raise BadRequest(
                 "The data set holds chat messages, but the tokenizer has no chat template;", "add one to it."
             )
@@ -107,51 +121,56 @@ class Encoder:
             return self._prompt_alone(self._chat_tokens(self._chat.render([*prompt, *answer[:-1]], tools, True)))
         if not self._all_turns:
             text = "".join(message.get("content") or "" for message in answer)
-            found = _Text() if not answer or is_blank(answer[-1]) else self._last_turn(prompt, answer, tools, text)
+            found = RowText() if not answer or is_blank(answer[-1]) else self._last_turn(prompt, answer, tools, text)
             found.notes += [(OTHERS, own["role"]) for own in answer if found.learned and own["role"] != "assistant"]
         else:
             first = 0 if self._names[0] == "messages" else len(prompt)
             found, text = self._each_turn([*prompt, *answer], first, tools), ""
+        found.answer = text
         if has_two_systems(row, self._names):
             found.notes.append((SYSTEM, ""))
-        return self._example(found, text)
+        return found
 
-    def _example(self, found: _Text, text: str) -> dict[str, Any]:
-        """What the row becomes, cut to the longest length. The answer asked for is the last one that is left."""
+    def example(self, found: RowText, length: int | None = None) -> dict[str, Any]:
+        """What a text becomes, as the encoder gives it, cut to a length, the longest one by default.
+
+        The answer asked for is the last one that is left.
+        """
         tokens = found.tokens
-        kept = tokens[: self.max_length]
+        kept = tokens[: self.max_length if length is None else length]
         labels = [IGNORED] * len(kept)
         for start, end in found.learned:
             labels[start:end] = kept[start:end]
-        left = [answer for answer in found.answers if answer[0] < len(kept)] or found.answers[:1] or [(0, text)]
+        left = [answer for answer in found.answers if answer[0] < len(kept)] or found.answers[:1] or [(0, found.answer)]
+        is_answered = found.is_prompt or any(label != IGNORED for label in labels[1:])
         return {
             "input_ids": kept,
             "labels": labels,
             "prompt_length": left[-1][0],
             "truncated": len(kept) < len(tokens),
             "answer_text": left[-1][1],
-            "answered": any(label != IGNORED for label in labels[1:]),
+            "answered": is_answered,
             "remarks": as_text(found.notes),
         }
 
-    def _prompt_alone(self, tokens: list[int]) -> dict[str, Any]:
-        """A prompt as an example, where it leaves room for an answer. Some tokenizers end any text with end-of-text."""
-        while tokens and tokens[-1] == self._tokenizer.eos_token_id:
+    def _prompt_alone(self, tokens: list[int]) -> RowText:
+        """A prompt, an example where it leaves room for an answer. Some tokenizers end any text with end-of-text."""
+        while tokens and tokens[-1] == self.tokenizer.eos_token_id:
             tokens = tokens[:-1]
-        fits = 0 < len(tokens) < self.max_length
-        return {**self._example(_Text(tokens, answers=[(len(tokens), "")]), ""), "answered": fits}
+        return RowText(tokens, answers=[(len(tokens), "")], is_prompt=0 < len(tokens) < self.max_length)
 
-    def _plain(self, prompt: str, answer: str) -> _Text:
+    def _plain(self, prompt: str, answer: str) -> RowText:
         if not answer.strip():
-            return _Text()
+            return RowText(answer=answer)
         tokens = self._tokens_of(prompt + answer)
         start = common_prefix(self._tokens_of(prompt), tokens)
         control = [(CONTROL, token) for token in self._control.inside(prompt + answer)]
-        return self._ended(_Text(tokens, [(start, len(tokens))], [(start, answer)], control))
+        found = RowText(tokens, [(start, len(tokens))], [(start, answer)], control, text=prompt + answer)
+        return self._ended(found)
 
     def _last_turn(
         self, prompt: list[Message], answer: list[Message], tools: list[Message] | None, answer_text: str
-    ) -> _Text:
+    ) -> RowText:
         """A conversation of which all that follows the prompt is learned."""
         messages = [*prompt, *answer]
         text = self._chat.render(messages, tools)
@@ -164,18 +183,19 @@ class Encoder:
             notes += [(PROMPT, "")] if prompt else []
         words = self._words(tokens[start:])
         if not words and not answer_text.strip():  # the template leaves out the calls that are all of the answer
-            return _Text(notes=notes)
+            return RowText(notes=notes)
         called = any(message.get("tool_calls") for message in answer)
         answers = [(start, words if called else answer_text)]
-        return self._ended(_Text(tokens, [(start, len(tokens))], answers, notes))
+        found = RowText(tokens, [(start, len(tokens))], answers, notes, text=text, messages=messages, tools=tools)
+        return self._ended(found)
 
-    def _each_turn(self, messages: list[Message], first: int, tools: list[Message] | None) -> _Text:
+    def _each_turn(self, messages: list[Message], first: int, tools: list[Message] | None) -> RowText:
         """A conversation of which each answer from the message `first` on is learned; what follows the last is cut."""
         turns = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
         filled = [i for i in turns if not is_blank(messages[i])]
         blanks = [(BLANK, "")] * (len(turns) - len(filled))
         if not filled:
-            return _Text(notes=blanks)
+            return RowText(notes=blanks)
         *earlier, last = filled
         text = "".join(messages[last].get("content") or "")
         found = self._last_turn(messages[:last], [messages[last]], tools, text)
@@ -190,7 +210,7 @@ class Encoder:
             return found
         return self._learn_spans(found, messages[: last + 1], earlier, tools) if earlier else found
 
-    def _learn_marked(self, found: _Text, messages: list[Message], first: int, tools: list[Message] | None) -> bool:
+    def _learn_marked(self, found: RowText, messages: list[Message], first: int, tools: list[Message] | None) -> bool:
         """Learn what the template marks, and the end of text, in place of the last answer; whether there are marks."""
         spans = self._chat.marked_spans(messages, tools)
         if not spans:
@@ -209,8 +229,8 @@ class Encoder:
         return True
 
     def _learn_spans(
-        self, found: _Text, messages: list[Message], earlier: list[int], tools: list[Message] | None
-    ) -> _Text:
+        self, found: RowText, messages: list[Message], earlier: list[int], tools: list[Message] | None
+    ) -> RowText:
         """Learn earlier answers too, as far as they can be told from what stands around them."""
         text = self._chat.render(messages, tools)
         spans = [find_turn(self._chat, messages, i, tools, text) for i in earlier]
@@ -232,7 +252,7 @@ class Encoder:
 
         Where a tokenizer's offsets leave white space out, a token of nothing else has both of them behind it.
         """
-        if not self._tokenizer.is_fast:
+        if not self.tokenizer.is_fast:
             tokens = self._chat_tokens(text)
             return [
                 (
@@ -241,7 +261,7 @@ class Encoder:
                 )
                 for start, end in spans
             ]
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         count = len(offsets)
         return [
             (
@@ -258,22 +278,22 @@ class Encoder:
         return found + ([(ARGUMENTS, "")] if twice else [])
 
     def _words(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def _tokens_of(self, text: str) -> list[int]:
         """The tokens of plain text. What it begins with itself is not put before it a second time."""
-        tokens, lead = self._tokenizer(text)["input_ids"], self._lead
+        tokens, lead = self.tokenizer(text)["input_ids"], self._lead
         return tokens[len(lead) :] if lead and tokens[len(lead) : 2 * len(lead)] == lead else tokens
 
     def _chat_tokens(self, text: str) -> list[int]:
         """The tokens of what a chat template has made, which says all there is to say."""
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _ended(self, found: _Text) -> _Text:
+    def _ended(self, found: RowText) -> RowText:
         """The same, with end-of-text as the last token, and learned."""
         start, count = found.learned[-1]
         if start < count:
-            found.tokens = _end_with_eos(found.tokens, self._tokenizer)
+            found.tokens = _end_with_eos(found.tokens, self.tokenizer)
             found.learned[-1] = (start, len(found.tokens))
         return found
 

@@ -28,6 +28,8 @@ class Language:
     source: str
     learns: bool
     """Whether the student began with random weights, which have no language that could be kept."""
+    same_tokens: bool = True
+    """Whether teacher and student read the same tokens; else their cross-entropies cannot be compared."""
 
     @classmethod
     def of(cls, summary: Any) -> "Language":
@@ -42,6 +44,7 @@ class Language:
             chance=of.get("chance"),
             source=of.get("source", "the text"),
             learns=summary.arguments.get("student_init") == "random",
+            same_tokens=summary.token_alignment is None,
         )
 
     @property
@@ -67,7 +70,8 @@ class Language:
         """Whether much less of the teacher's language is there than could be."""
         if self.after is None or self.is_foreign:
             return False
-        behind = self.teacher is not None and self.after > (1 + FAR_BEHIND) * self.teacher
+        compared = self.teacher if self.same_tokens else None
+        behind = compared is not None and self.after > (1 + FAR_BEHIND) * compared
         return self.was_forgotten or self.against_control() == -1 or (behind and not self.learns)
 
 
@@ -113,7 +117,8 @@ def _figures(language: Language) -> str:
     if language.before is not None:
         parts[0] += f" ({language.before:.2f} before the training)"
     if language.teacher is not None:
-        parts.append(f"the teacher {language.teacher:.2f}")
+        own = "" if language.same_tokens else " a token of its own"
+        parts.append(f"the teacher {language.teacher:.2f}{own}")
     if language.control is not None:
         parts.append(f"the control {control}")
     return f"On text that the answers are not, {', '.join(parts)}"

@@ -24,13 +24,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from ...config.arguments import KavaArguments
 from ...config.optimizer_names import optimizer_name
 from ...data.collators import DistillationCollator
+from ...data.token_alignment.ranges import read_by_the_teacher
 from ...distillation.calibration import check_enough_tokens
 from ...distillation.targets import AlignmentTarget, build_target
 from ...models.attention.capture import layer_of
 from ...models.layers import find_blocks, hidden_size, number_of_layers
 from ...models.loading import (
     build_causal_lm,
-    check_reads,
     load_config,
     load_generation_config,
     missing_weights,
@@ -47,7 +47,8 @@ from ...utils.files import existing_folder
 from ...utils.hub import hub_reason
 from ..advice import long_warmup, loose_projector, planned_steps, precision_problems
 from ..pair.models import Models
-from ..setup import Data, load_tokenizers, make_trainer, measure_teacher
+from ..pair.tokenizers import check_role_reads, load_tokenizers, teacher_reading
+from ..setup import Data, make_trainer, measure_teacher
 from .data import Examples
 from .findings import Checkup
 from .machine import expected_processes
@@ -69,9 +70,11 @@ class Pair:
 
 
 def check_tokenizers(checkup: Checkup, arguments: KavaArguments) -> PreTrainedTokenizerBase:
-    """Whether both tokenizers can be had and agree."""
+    """Whether both tokenizers can be had, and whether they agree or can be aligned."""
     tokenizer = load_tokenizers(arguments)
     own = "the teacher's is used" if arguments.model.student_model_name_or_path is None else "the same ids for both"
+    if (reading := teacher_reading(arguments, tokenizer)) is not None:
+        own = f"others than the teacher's {len(reading.tokenizer.get_vocab())}, aligned by their text"
     template = "with" if tokenizer.chat_template else "without"
     checkup.ok(f"{len(tokenizer.get_vocab())} tokens, {own}; {template} a chat template.")
     return tokenizer
@@ -97,7 +100,9 @@ def check_embedded_teacher(
     if not batch:
         return
     teacher = load_teacher(dataclasses.replace(arguments.model, teacher_quantization="none"), torch.device("cpu"))
-    loss, chance, at_chance = measure_teacher(teacher, Dataset.from_list(batch), DistillationCollator(tokenizer))
+    reading = teacher_reading(arguments, tokenizer)
+    collator = DistillationCollator(tokenizer if reading is None else reading.tokenizer)
+    loss, chance, at_chance = measure_teacher(teacher, Dataset.from_list(read_by_the_teacher(batch)), collator)
     told = f"on the first {len(batch)} answers (cross-entropy {loss:.2f} nats, chance {chance:.2f})"
     if at_chance:
         checkup.warn(
@@ -255,8 +260,9 @@ def check_fit(
 ) -> Pair:
     """Whether both models read the text, and have the layers that the arguments name."""
     training = arguments.training
+    reading = teacher_reading(arguments, tokenizer)
     for role, model in (("teacher", teacher), ("student", student)):
-        check_reads(model, role, tokenizer, arguments.data.max_length)
+        check_role_reads(model, role, tokenizer, arguments.data.max_length, reading)
     inherited = foreseen_layers(arguments.model)
     target = build_target(training, student, teacher, inherited)
     for model, features in ((student, target.student_features), (teacher, target.teacher_features)):

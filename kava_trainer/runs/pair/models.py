@@ -1,4 +1,4 @@
-"""Teacher and student of a run, and their one tokenizer."""
+"""Teacher and student of a run, and their tokenizers."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,6 @@ from ...config.arguments import KavaArguments
 from ...data.collators import DistillationCollator
 from ...data.streaming import ExampleStream
 from ...models.layers import hidden_size, number_of_layers
-from ...models.loading import check_reads
 from ...models.lora import trained_parameters
 from ...models.pruning.cut import Cut
 from ...models.student import load_student
@@ -17,6 +16,7 @@ from ...models.teacher import load_teacher
 from ...utils.console import Console
 from ...utils.progress_bar import working
 from .choice import find_cut
+from .tokenizers import check_role_reads, teacher_reading
 
 _BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
 """Parts of the names of parameters that peft adds to a model's own."""
@@ -24,15 +24,23 @@ _BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_
 
 @dataclass
 class Models:
-    """The pair and their one tokenizer."""
+    """The pair and their tokenizers."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    """The student's."""
     cut: Cut | None = None
     """What the student was made of, where it was cut out of the teacher."""
     chosen_layers: list[int] | None = None
     """The teacher's layer for each of the student's, where `layer_mapping` cka chose them."""
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    """The teacher's, where its tokens are others."""
+
+    def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
+        """What the teacher reads with where `role` is `teacher`, else what the student does."""
+        own = self.teacher_tokenizer if role == "teacher" else None
+        return self.tokenizer if own is None else own
 
     @property
     def inherited_layers(self) -> list[int] | None:
@@ -60,13 +68,14 @@ def load_models(
     Args:
         console: prints.
         arguments: which models.
-        tokenizer: of both.
+        tokenizer: of both, or of the student.
         train: the training examples, which a student is cut out of its teacher by; only read for such a one.
         earlier: the cut that was chosen already, see `find_cut`.
 
     Raises:
         BadRequest: where one cannot be had, or does not fit tokenizer or lengths.
     """
+    reading = teacher_reading(arguments, tokenizer)
     with working("Loading the teacher"):
         teacher = load_teacher(arguments.model, arguments.training.device)
     cut = find_cut(console, arguments, teacher, train, DistillationCollator(tokenizer), earlier)
@@ -74,7 +83,7 @@ def load_models(
     with working("Loading the student"):
         student = load_student(arguments.model, teacher, arguments.training.device, cut)
     for role, model in (("teacher", teacher), ("student", student)):
-        check_reads(model, role, tokenizer, arguments.data.max_length)
+        check_role_reads(model, role, tokenizer, arguments.data.max_length, reading)
         width, depth = hidden_size(model), number_of_layers(model)
         console.print(
             f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "
@@ -83,4 +92,4 @@ def load_models(
     if arguments.model.use_peft:
         trained = trained_parameters(student)
         console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
-    return Models(teacher, student, tokenizer, cut)
+    return Models(teacher, student, tokenizer, cut, teacher_tokenizer=None if reading is None else reading.tokenizer)

@@ -32,8 +32,9 @@ from ..advice import smaller_models
 from ..display import tell_encoding
 from ..measure import FinishedRun, put_adapter_on
 from ..pair.models import load_models
+from ..pair.tokenizers import load_tokenizers
 from ..pipeline import attended, open_console
-from ..setup import encode_rows, load_tokenizers
+from ..setup import encode_rows
 from .examples import has_no_prompts
 
 _SAMPLED = ("on_policy_temperature", "on_policy_top_p", "on_policy_max_new_tokens")

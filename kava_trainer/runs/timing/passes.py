@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ...data.collators import JoiningCollator
 from ...data.packing import pack_step
 from ...data.streaming import ExampleStream
+from ...data.token_alignment.ranges import read_by_the_teacher
 from ...distillation.loss_terms import LossTerms
 from ...distillation.model import DistillationModel
 from ...evaluation.answers import answer_loss_sum, have_prompts
@@ -139,7 +140,8 @@ class Stopwatch:
         with torch.no_grad():
             states = each(row, lambda: self._terms.teacher_states(row)) if self._terms.teacher is not None else 0.0
             terms = each(batch, lambda: self._forward(batch, weights))
-            teacher_read = each(batch, lambda: _read(teacher, batch))
+            theirs = self._padded(len(batch["input_ids"]), read_by_the_teacher)
+            teacher_read = _seconds(self._device, lambda: _read(teacher, theirs)) / int(batch["attention_mask"].sum())
             student_read = each(batch, lambda: _read(student, batch))
         divergence = 0.0
         if "kd" in weights and self._run.training.kd_schedule == "stage":
@@ -159,8 +161,8 @@ class Stopwatch:
             optimizer=PASSES_OF_OPTIMIZER * copy,
             divergence=divergence,
             ranks=self._ranks(),
-            teacher_token=self._token(teacher),
-            student_token=self._token(student),
+            teacher_token=self._token(teacher, read_by_the_teacher),
+            student_token=self._token(student, list),
         )
 
     def _ranks(self) -> float:
@@ -179,8 +181,10 @@ class Stopwatch:
             return self._padded(count)
         return cast(dict[str, Any], send_to_device(pack_step([JoiningCollator()(examples)], budget)[0], self._device))
 
-    def _padded(self, count: int) -> dict[str, Any]:
-        return cast(dict[str, Any], send_to_device(self._run.data.collator(self._examples[:count]), self._device))
+    def _padded(self, count: int, read: Callable[[Sequence[Any]], list[dict[str, Any]]] = list) -> dict[str, Any]:
+        """The first examples as they are, or as the teacher reads them alone, padded."""
+        batch = self._run.data.collator(read(self._examples[:count]))
+        return cast(dict[str, Any], send_to_device(batch, self._device))
 
     def _forward(self, row: dict[str, Any], weights: dict[str, float]) -> torch.Tensor:
         terms: LossTerms = self._terms
@@ -193,12 +197,12 @@ class Stopwatch:
         self._model.zero_grad()
         self._forward(row, weights).backward()
 
-    def _token(self, model: PreTrainedModel) -> float:
+    def _token(self, model: PreTrainedModel, read: Callable[[Sequence[Any]], list[dict[str, Any]]]) -> float:
         """Seconds that one more token takes in all answers of a batch; 0 where none are written."""
         run = self._run
         if not generates(run) and not run.training.samples:
             return 0.0
-        ids = self._padded(self._sizes[1])["input_ids"]
+        ids = self._padded(self._sizes[1], read)["input_ids"]
         prompts = ids.repeat(-(-self._sizes[1] // len(ids)), 1)[: self._sizes[1]]
 
         def write(tokens: int) -> None:

@@ -81,3 +81,15 @@ def test_what_was_not_measured_is_not_told():
 def test_what_keeps_the_language_is_advised_where_it_was_lost(figures, asked, said):
     steps = judge(summary_of(**figures, **asked), None, True, []).next_steps
     assert any(step.startswith(said) for step in steps) if said else "kd_" not in " ".join(steps)
+
+
+@pytest.mark.parametrize(("alignment", "lost"), [(None, True), ({"tokens": 9, "left_out": 0.0}, False)])
+def test_nats_of_other_tokens_are_not_compared_with_the_teachers(alignment, lost):
+    summary = summary_of(control=None, student_init="pretrained")
+    summary.token_alignment = alignment
+    assert Language.of(summary).is_lost is lost
+    result = judge(summary, None, True, [])
+    own = " ".join(result.why())
+    assert ("the teacher 2.68 a token of its own" in own) is not lost
+    caveats = " ".join(result.caveats)
+    assert ("Teacher and student were each measured in their own tokens" in caveats) is not lost

@@ -140,7 +140,7 @@ ADVICE = {
     "missing teacher": "Arguments: Write the path of one that is there, or an id on the hub.",
     "unknown columns": "Data: Rename yours to one of these.",
     "unknown split": "Data: Set dataset_train_split to one of train, test.",
-    "other tokenizer": "Tokenizers: Choose a student of the teacher's family.",
+    "other tokenizer": "Tokenizers: Write on_policy_fraction 0, or name a student of the teacher's family.",
     "small vocabulary": "Alignment: Give the student a vocab_size of at least 497.",
     "corrupted teacher": "Teacher: Download or copy it again.",
     "too many pairs": "Alignment: Write uniform:3 or less.",

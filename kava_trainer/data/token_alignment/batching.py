@@ -1,0 +1,132 @@
+"""What the teacher reads of a batch, where its tokens are others than the student's: padded, packed, and cut."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .ranges import PAIR_COLUMNS, RANGES, TEACHER_TOKENS
+
+MASK, LENGTHS, PACKED_LENGTHS, WIDEST = (
+    "teacher_attention_mask", "teacher_lengths", "teacher_packed_lengths", "teacher_widest",
+)  # fmt: skip
+"""Of a batch: which of the teacher's tokens are real, how many each example has, in a batch that is joined and in a
+packed row, and the most tokens of a range."""
+
+
+class TeacherPart(NamedTuple):
+    """What the teacher reads of one example."""
+
+    input_ids: torch.Tensor
+    """[U]."""
+    ranges: torch.Tensor
+    """[T, 2], within these."""
+
+
+def teacher_parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[torch.Tensor]) -> list[TeacherPart] | None:
+    """What the teacher reads of each example; None where it reads what the student does.
+
+    Args:
+        examples: as a data set has them.
+        input_ids: of the student [T], of those of them that are collated. Where one token stands for an example of no
+            tokens, it does so for both.
+
+    Raises:
+        ValueError: if only some examples have such tokens, or not every token has a range.
+    """
+    if not any(RANGES in example for example in examples):
+        return None
+    if not all(set(PAIR_COLUMNS) <= example.keys() for example in examples):
+        raise ValueError(
+            f"Some examples of a batch have {' and '.join(PAIR_COLUMNS)}, and others have not. Encode all of them with "
+            "the same teacher_tokenizer."
+        )
+    filled = [example for example in examples if len(example["input_ids"])] or [{}]
+    if len(filled) != len(input_ids):  # those of no tokens are kept
+        filled = [example if len(example["input_ids"]) else {} for example in examples]
+    parts = []
+    for example, own in zip(filled, input_ids, strict=True):
+        ids, ranges = (example.get(name, nothing) for name, nothing in zip(PAIR_COLUMNS, ([0], [[0, 0]]), strict=True))
+        parts.append(TeacherPart(*(torch.as_tensor(given, dtype=torch.long) for given in (ids, ranges))))
+        if parts[-1].ranges.shape != (len(own), 2):
+            raise ValueError(
+                f"An example has {len(own)} input_ids and {len(ranges)} {RANGES}. Give every token a range, without "
+                "padding."
+            )
+    return parts
+
+
+def widest(ranges: torch.Tensor) -> int:
+    """The most tokens of some ranges [..., 2]; 0 where there are none."""
+    return int((ranges[..., 1] - ranges[..., 0]).max()) if ranges.numel() else 0
+
+
+def padded(parts: Sequence[TeacherPart]) -> dict[str, Any]:
+    """Examples padded on the right: tokens and mask [B, U], and their ranges [B, T, 2]."""
+    ids, ranges = ([part[side] for part in parts] for side in (0, 1))
+    return {
+        TEACHER_TOKENS: pad_sequence(ids, batch_first=True),
+        MASK: pad_sequence([torch.ones_like(own) for own in ids], batch_first=True),
+        RANGES: pad_sequence(ranges, batch_first=True),
+        WIDEST: max(map(widest, ranges)),
+    }
+
+
+def joined(parts: Sequence[TeacherPart]) -> dict[str, Any]:
+    """Examples end to end, each with its own ranges, and how many tokens each has."""
+    ids, ranges = ([part[side] for part in parts] for side in (0, 1))
+    return {TEACHER_TOKENS: torch.cat(ids), RANGES: torch.cat(ranges), LENGTHS: list(map(len, ids))}
+
+
+def taken_apart(batch: Mapping[str, Any]) -> list[TeacherPart] | None:
+    """The examples that `joined` made one of; None where the teacher reads what the student does."""
+    if RANGES not in batch:
+        return None
+    ids, ranges = batch[TEACHER_TOKENS].split(batch[LENGTHS]), batch[RANGES].split(batch["lengths"])
+    return [TeacherPart(*own) for own in zip(ids, ranges, strict=True)]
+
+
+def packed(parts: Sequence[TeacherPart]) -> dict[str, Any]:
+    """A packed row: tokens and mask [1, U], the ranges [1, T, 2] in it, and the tokens of each example."""
+    lengths = tuple(len(part.input_ids) for part in parts)
+    starts = accumulate(lengths[:-1], initial=0)
+    ids = torch.cat([part.input_ids for part in parts]).unsqueeze(0)
+    ranges = torch.cat([_moved(part.ranges, start) for part, start in zip(parts, starts, strict=True)])
+    return {
+        TEACHER_TOKENS: ids,
+        MASK: torch.ones_like(ids),
+        PACKED_LENGTHS: lengths,
+        RANGES: ranges.unsqueeze(0),
+        WIDEST: widest(ranges),
+    }
+
+
+def _moved(ranges: torch.Tensor, by: int) -> torch.Tensor:
+    """The same ranges further on; those of nothing stay what they are."""
+    return torch.where(ranges[..., 1:] > ranges[..., :1], ranges + by, 0)
+
+
+def cut(row: Mapping[str, Any], axis: int, tokens: tuple[int, int], examples: tuple[int, int]) -> dict[str, Any]:
+    """What the teacher reads of a part of a batch, with its states there where it holds them.
+
+    Args:
+        row: a packed row or a padded batch.
+        axis: along which it is cut, of examples (0) or of tokens (1).
+        tokens: from which place up to which along that axis, as the student reads it.
+        examples: which of them these are.
+    """
+    if RANGES not in row:
+        return {}
+    ranges = row[RANGES].narrow(axis, tokens[0], tokens[1] - tokens[0])
+    lengths = row.get(PACKED_LENGTHS)
+    start, stop = examples if lengths is None else (sum(lengths[: examples[0]]), sum(lengths[: examples[1]]))
+    part = {name: row[name].narrow(axis, start, stop - start) for name in (TEACHER_TOKENS, MASK)}
+    part |= {RANGES: ranges if lengths is None else _moved(ranges, -start), WIDEST: row[WIDEST]}
+    if lengths is not None:
+        part[PACKED_LENGTHS] = lengths[slice(*examples)]
+    if "teacher_states" in row:
+        states = row["teacher_states"].items()
+        part["teacher_states"] = {layer: own.narrow(axis, start, stop - start) for layer, own in states}
+    return part

@@ -1,0 +1,88 @@
+"""Which tokens of one model overlap each token of another, by the text that they stand for."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from datasets import Dataset
+
+from .spans import Span
+
+OF_TEACHER = "teacher_"
+"""Before the name of what the teacher reads of an example."""
+
+TEACHER_TOKENS, RANGES = PAIR_COLUMNS = (f"{OF_TEACHER}input_ids", f"{OF_TEACHER}ranges")
+"""Columns of an example: what the teacher reads, and of which of these tokens each of the student's is made."""
+
+NONE = (0, 0)
+"""The range of a token whose text no token of the other model stands for."""
+
+ONE_TO_ONE, MERGED, LEFT_OUT = KINDS = ("one_to_one", "merged", "left_out")
+"""How a token is aligned: with one that is its alone, with several or with one that others share, or not at all."""
+
+
+def overlapping(student: Sequence[Span], teacher: Sequence[Span]) -> list[Span]:
+    """Of each student token the teacher tokens whose text overlaps its text: from which up to which.
+
+    Args:
+        student: from which byte up to which each of its tokens goes, in a text that both read.
+        teacher: likewise; those that stand for any text are in order.
+
+    Returns:
+        `NONE` where there is none, as for a token that stands for no text.
+    """
+    filled = [index for index, (start, end) in enumerate(teacher) if start < end]
+    starts, ends = ([teacher[index][side] for index in filled] for side in (0, 1))
+    found = []
+    for start, end in student:
+        first, last = bisect_right(ends, start), bisect_left(starts, end) - 1
+        found.append((filled[first], filled[last] + 1) if start < end and first <= last else NONE)
+    return found
+
+
+def count_kinds(ranges: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens are aligned one to one, merged and left out, in the order of `KINDS`."""
+    changes = [0] * (max((end for _, end in ranges), default=0) + 1)
+    for start, end in ranges:
+        changes[start] += 1
+        changes[end] -= 1
+    uses = list(accumulate(changes))
+    left = sum(start == end for start, end in ranges)
+    single = sum(end - start == 1 and uses[start] == 1 for start, end in ranges)
+    return [single, len(ranges) - left - single, left]
+
+
+def add_counts(counts: Iterable[Sequence[int]]) -> list[int]:
+    """The sums of what `count_kinds` gave of several texts."""
+    return [sum(own) for own in zip(*counts, strict=True)] or [0, 0, 0]
+
+
+def aligned_tokens(examples: Iterable[Mapping[str, Any]]) -> int:
+    """How many tokens of some examples have states of a teacher to be compared with."""
+    return sum(
+        len(example["input_ids"]) - sum(start == end for start, end in example.get("teacher_ranges") or ())
+        for example in examples
+    )
+
+
+def as_the_teacher_reads(examples: Dataset) -> Dataset:
+    """Examples of `encode_dataset` in the teacher's tokens; as they are, where these are the student's."""
+    theirs = [name for name in examples.column_names if name.startswith(OF_TEACHER) and name != RANGES]
+    if not theirs:
+        return examples
+    names = {name: name.removeprefix(OF_TEACHER) for name in theirs}
+    others = [*(name for name in names.values() if name in examples.column_names), RANGES]
+    return examples.remove_columns([name for name in others if name in examples.column_names]).rename_columns(names)
+
+
+def read_by_the_teacher(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same of a list of examples."""
+    columns = {f"{OF_TEACHER}{name}": name for name in ("input_ids", "labels", "prompt_length")}
+    return [
+        {
+            **{name: own for name, own in example.items() if not name.startswith(OF_TEACHER)},
+            **{name: example[column] for column, name in columns.items() if column in example},
+        }
+        for example in examples
+    ]

@@ -1,0 +1,89 @@
+from contextlib import nullcontext
+
+import pytest
+from datasets import Dataset, DatasetDict
+from helpers.small_tokenizers import byte_level, sentence_pieces
+
+from kava_trainer import encode
+from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.data.retention import load_retention
+from kava_trainer.data.token_alignment.pair_encoder import TeacherReading
+from kava_trainer.data.token_alignment.ranges import as_the_teacher_reads, read_by_the_teacher
+from kava_trainer.runs.identity import data_digest
+from kava_trainer.runs.pair.tokenizers import alignment_shares, check_teacher_answers, few_aligned, tell_tokenizers
+from kava_trainer.utils.console import Console
+from kava_trainer.utils.errors import BadRequest
+
+ROWS = Dataset.from_list([{"prompt": "Tom has 12 apples.", "completion": " 7 😀"}, {"prompt": "a", "completion": "b"}])
+
+
+def test_shares_are_told(capsys):
+    shares = tell_tokenizers(Console(plain=True), [60, 30, 10])
+    assert shares == {"one_to_one": 0.6, "merged": 0.3, "left_out": 0.1, "tokens": 100}
+    out = capsys.readouterr().out
+    assert "of 100 tokens of the student 60.0 % are aligned one to one, 30.0 % merged, 10.0 % left out." in out
+    assert "teaches little" not in out
+    assert tell_tokenizers(Console(plain=True), None) is None
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("counts", "told"), [([49, 0, 51], True), ([0, 50, 50], False), ([1, 0, 3], True)])
+def test_less_than_half_is_a_warning(counts, told):
+    problem = few_aligned(alignment_shares(counts))
+    assert (problem is not None) == told
+    if problem is not None:
+        assert str(problem).startswith(f"Only {100 * (1 - counts[2] / sum(counts)):.1f} % of the student's tokens")
+
+
+def test_data_of_another_teacher_are_others():
+    digests = [
+        data_digest(encode(ROWS, byte_level(), 64, teacher_tokenizer=teacher))
+        for teacher in (None, sentence_pieces(), byte_level(5))
+    ]
+    assert len(set(digests)) == 3
+    assert data_digest(encode(ROWS, byte_level(), 64, teacher_tokenizer=sentence_pieces())) == digests[1]
+
+
+@pytest.mark.parametrize(("limit", "refused"), [(4, True), (10, True), (40, False), (None, False)])
+def test_a_teacher_that_reads_no_answer_is_refused(limit, refused):
+    reading = TeacherReading(sentence_pieces(), limit)
+    encoded = encode_dataset(ROWS.select([0]), byte_level(), 64, "Tokenizing", teacher=reading)
+    with pytest.raises(BadRequest, match=f"reads {limit} tokens at most") if refused else nullcontext():
+        check_teacher_answers(encoded.dataset, reading)
+    check_teacher_answers(None, reading)
+    check_teacher_answers(ROWS, None)
+
+
+def test_a_stream_is_encoded_as_its_rows_are():
+    asked = {"max_length": 64, "teacher_tokenizer": sentence_pieces()}
+    streamed = list(encode(ROWS.to_iterable_dataset(), byte_level(), **asked))
+    assert streamed == list(encode(ROWS, byte_level(), **asked))
+    assert set(streamed[0]) == {"input_ids", "labels", "teacher_input_ids", "teacher_ranges"}
+    splits = encode(DatasetDict({"train": ROWS}), byte_level(), **asked)
+    assert list(splits["train"]) == streamed
+
+
+def test_retained_language_is_the_same_text_for_both():
+    asked = DataArguments(dataset_name="any", max_length=6)
+    student, teacher = byte_level(), sentence_pieces()
+    found = load_retention(asked, ROWS.select([0]), student, TeacherReading(teacher))
+    theirs = as_the_teacher_reads(found)
+    assert theirs.column_names == ["input_ids", "labels"]
+    texts = [
+        tokenizer.decode(own["input_ids"][0], skip_special_tokens=True)
+        for tokenizer, own in ((student, found), (teacher, theirs))
+    ]
+    assert texts[0].strip() == texts[1].strip() != ""
+    assert load_retention(asked, ROWS.select([0]), student).column_names == ["input_ids", "labels"]
+
+
+def test_the_teacher_reads_its_own_columns():
+    example = {"input_ids": [1], "labels": [1], "prompt_length": 0, "answer_text": "b", "teacher_input_ids": [2, 3]}
+    example |= {"teacher_labels": [2, 3], "teacher_prompt_length": 1, "teacher_ranges": [[0, 2]]}
+    expected = {"input_ids": [2, 3], "labels": [2, 3], "prompt_length": 1, "answer_text": "b"}
+    assert read_by_the_teacher([example]) == [expected]
+    assert as_the_teacher_reads(Dataset.from_list([example]))[0] == expected
+    plain = {"input_ids": [1], "labels": [1]}
+    assert read_by_the_teacher([plain]) == [plain]
+    assert as_the_teacher_reads(Dataset.from_list([plain]))[0] == plain
