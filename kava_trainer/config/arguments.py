@@ -14,10 +14,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
-from .alignment.target_checks import weight_of_other_target
+from .alignment.target_checks import written_for_other_targets
 from .checks import (
     accelerator_problems,
-    alignment_weights,
     is_aligned,
     is_fit,
     is_projected,
@@ -342,11 +341,7 @@ class KavaArguments:
         if self.training.layer_mapping == "inherited" and self.model.student_init != "teacher_layers":
             what = "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not;"
             found.append(Problem("layer_mapping", what, "write student_init teacher_layers, or layer_mapping all."))
-        if "mercator_weight" not in alignment_weights(vars(self.training)) and self.training.mercator_weight > 0:
-            found += [
-                weight_of_other_target(name, self.training.alignment_target)
-                for name in {"mercator_weight"} & self.given
-            ]
+        found += written_for_other_targets(self.training, self.given)
         if self.model.use_peft and is_fsdp_asked():
             remedy = f"start with DDP ({accelerate_config('ddp.yaml')})."
             found.append(Problem("use_peft", "use_peft is not supported under FSDP2;", remedy))

@@ -175,7 +175,10 @@ def _projector_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield Problem.of_value("projector_mlp_ratio", ratio, remedy)
     if training.projector_dropout is not None and not 0 <= training.projector_dropout < 1:
         yield Problem.of_value("projector_dropout", training.projector_dropout, "write a number from 0 to below 1.")
-    if training.projector_rank is not None:
+    if training.projector_rank is not None and training.alignment_target != "hidden":
+        what = f"projector_rank is for hidden states, but alignment_target is {training.alignment_target};"
+        yield Problem("projector_rank", what, "leave it out.")
+    elif training.projector_rank is not None:
         yield from _rank_problems(training)
     elif training.projector_direction != "teacher_to_student" and training.projector_anchor != "none":
         what = (

@@ -106,7 +106,7 @@ class LossTerms:
         args = self.args
         lm_weight = args.lm_weight if args.learns_next_tokens else 0.0
         weights = {
-            **{name: getattr(args, f"{name}_weight") for name in self.target.terms},
+            **{name: getattr(args, f"{name}_weight") for name in self.target.terms if args.aligns},
             "anchor": args.anchor_weight if self.target.decoders and args.aligns else 0.0,
             "lm": lm_weight,
             "smoothing": lm_weight * args.label_smoothing_factor,

@@ -124,6 +124,10 @@ def check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         )
 
 
+def _is_weighed(args: KavaTrainingArguments, target: AlignmentTarget) -> bool:
+    return any(getattr(args, f"{name}_weight") > 0 for name in target.terms)
+
+
 def pair_up(
     args: KavaTrainingArguments,
     student: PreTrainedModel,
@@ -149,7 +153,7 @@ def pair_up(
         ValueError: if there is neither a target nor a model to make it for, or the target is of another kind than
             `args` ask for.
     """
-    if target is not None and args.aligns and target.name != args.alignment_target:
+    if target is not None and target.name != args.alignment_target and (args.aligns or _is_weighed(args, target)):
         raise ValueError(
             f"The target is a {type(target).__name__}, but alignment_target is {args.alignment_target}; write "
             f"alignment_target={target.name!r}."

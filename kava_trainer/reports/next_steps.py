@@ -22,8 +22,8 @@ _ON_ALL_TOKENS = "the teacher's predictions of every token hold the language tha
 
 IN_A_SCRIPT = {
     WITHOUT_CONTROL: (
-        "Train a second student from the same start with mercator_weight 0: only one without the teacher tells whether "
-        "it helped."
+        "Train a second student from the same start with kd_weight and all weights of the alignment 0: only one "
+        "without the teacher tells whether it helped."
     ),
     NOTHING_HELD_OUT: "Give the trainer an eval_dataset, so that something is held out to measure on.",
 }
@@ -71,8 +71,9 @@ def _against_failures(summary: Summary, verdict: Verdict, supervised: bool, brok
         yield _towards_alignment(summary)
     before, after = summary.evaluation.student_before, summary.evaluation.student_after
     if before and after and _more(after.cross_entropy, before.cross_entropy):
-        weight = "" if asked.get("mercator_weight") == 0 else " or mercator_weight"
-        yield f"Lower learning_rate{weight}: the student forgot more than it learned."
+        weight = heaviest_alignment(asked)
+        heavy = f" or {weight}" if asked.get(weight) != 0 else ""
+        yield f"Lower learning_rate{heavy}: the student forgot more than it learned."
     if broken:
         yield "Delete the checkpoints that are not whole; nothing can be resumed from them."
 

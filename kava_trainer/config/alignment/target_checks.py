@@ -59,9 +59,6 @@ def attention_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     if target == "kv" and shape == "flat" and training.layer_weights is not None:
         what = "kv_shape flat lays all layers end to end, so layer_weights has nothing to weigh;"
         yield Problem("layer_weights", what, "leave it out, or write kv_shape headwise.")
-    if training.projector_rank is not None:
-        what = f"projector_rank is for hidden states, but alignment_target is {target};"
-        yield Problem("projector_rank", what, "leave it out.")
     if training.teacher_cache_dir:
         what = f"{told} teacher_cache_dir does not hold;"
         yield Problem("teacher_cache_dir", what, "leave it out, or write alignment_target hidden or relations.")
@@ -87,9 +84,22 @@ def _is_reentrant(training: "KavaTrainingArguments") -> bool:
 
 def weight_of_other_target(name: str, target: str) -> Problem:
     """What to write for a weight that has no effect on what is aligned."""
-    own = " and ".join(WEIGHTS_OF_TARGETS[target])
+    own = " or ".join(WEIGHTS_OF_TARGETS[target])
+    others = " or ".join(kind for kind, names in WEIGHTS_OF_TARGETS.items() if name in names)
     what = f"{name} is above 0, but alignment_target {target} has no such term;"
-    return Problem(name, what, f"write {name} 0, and set {own}.")
+    return Problem(name, what, f"write {name} 0 and set {own}, or write alignment_target {others}.")
+
+
+def written_for_other_targets(training: "KavaTrainingArguments", given: frozenset[str]) -> list[Problem]:
+    """Weights of the alignment that somebody wrote, and that what is aligned has no term for.
+
+    Args:
+        training: the arguments.
+        given: the names of those that somebody wrote.
+    """
+    others = given & ({*ALIGNMENT_WEIGHTS} - {*WEIGHTS_OF_TARGETS.get(training.alignment_target, ALIGNMENT_WEIGHTS)})
+    names = sorted(name for name in others if getattr(training, name) > 0)
+    return [weight_of_other_target(name, training.alignment_target) for name in names]
 
 
 def sharing_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:

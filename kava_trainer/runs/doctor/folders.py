@@ -80,6 +80,9 @@ def check_cache(
     if not layers:
         checkup.ok("no loss term reads the teacher, so nothing is cached.")
         return
+    if training.aligns and training.layer_mapping == "cka":
+        checkup.ok(f"{folder} will hold the layers that the run chooses by CKA.")
+        return
     there = 0
     if (folder.exists() and not folder.is_dir()) or not folder.exists() or not any(folder.iterdir()):
         check_folder("teacher_cache_dir", folder)

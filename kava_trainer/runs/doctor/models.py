@@ -270,7 +270,10 @@ def check_fit(
             find_blocks(model)
     if training.aligns:
         projected = f"projector {target.widths}" if target.projectors else f"{target.widths}, no projector"
-        checkup.ok(f"layers {target.told_layers} (student, teacher), {projected}.")
+        layers = f"layers {target.told_layers} (student, teacher)"
+        if training.layer_mapping == "cka":
+            layers = "the run chooses the teacher's layer for each of the student's by CKA"
+        checkup.ok(f"{layers}, {projected}.")
     else:
         checkup.ok("no hidden states are aligned.")
     if problem := loose_projector(training):

@@ -3,6 +3,7 @@ import torch
 from helpers.models import tiny_llama
 
 from kava_trainer.config.arguments import KavaTrainingArguments
+from kava_trainer.distillation.pairing import pair_up
 from kava_trainer.distillation.targets import RelationsTarget, build_target
 from kava_trainer.distillation.targets.relations import relation_errors
 from kava_trainer.distillation.targets.rows import example_parts
@@ -168,3 +169,19 @@ def test_without_its_weight_nothing_is_aligned_whatever_the_weights_of_other_tar
     assert not args.aligns
     assert args.mercator_weight > 0
     assert not KavaTrainingArguments(str(tmp_path), use_cpu=True, mercator_weight=0.0).aligns
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("relations", {"mercator_weight": 0.0}),
+        ("hidden", {"alignment_target": "relations", "relations_weight": 0.0}),
+    ],
+)
+def test_a_target_of_another_kind_is_refused_where_its_own_weight_is_above_0(tmp_path, kind, changes):
+    student, teacher = tiny_llama(32, 2), tiny_llama(32, 2, seed=1)
+    own = KavaTrainingArguments(str(tmp_path), use_cpu=True, alignment_target=kind)
+    args = KavaTrainingArguments(str(tmp_path), use_cpu=True, kd_weight=1.0, **changes)
+    target = build_target(own, student, teacher)
+    with pytest.raises(ValueError, match=f"write alignment_target='{kind}'"):
+        pair_up(args, student, teacher, target)
