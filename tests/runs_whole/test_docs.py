@@ -11,6 +11,7 @@ from helpers.places import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_table
 import effectiveness
+import on_policy
 import performance
 import real_pair
 import scaling
@@ -49,6 +50,11 @@ def test_the_tables_of_effectiveness_are_those_of_its_measurements():
     text, rows = effectiveness.DOCUMENT.read_text(), effectiveness.read_rows(effectiveness.CSV_FILE)
     assert effectiveness.document(text, rows) == text
     assert len(rows) > 40
+
+
+def test_the_tables_of_where_own_answers_pay_are_those_of_its_measurements():
+    text = on_policy.DOCUMENT.read_text(encoding="utf-8")
+    assert on_policy.document(text, effectiveness.read_rows(on_policy.CSV_FILE)) == text
 
 
 def test_the_tables_of_a_real_pair_are_those_of_its_measurements():
