@@ -3,9 +3,11 @@ checkpoint, is called collapsed where it is, and leaves a plain student."""
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.caches import cached_run
 from helpers.hashes import weight_hash
-from helpers.library import arguments, make
+from helpers.library import DATA, arguments, make
+from helpers.models import model_of
 from helpers.trainers import loss_lines
 from transformers import AutoModelForCausalLM
 
@@ -82,6 +84,20 @@ def test_a_planted_collapse_is_called(tmp_path, tokenizer, settings):
     trainer.train()
     assert "another token" in trainer.collapse
     assert trainer.pair_figures()[0]["collapsed"]
+
+
+@pytest.mark.parametrize("name", ["attention", "kv flat", "kv headwise"])
+def test_models_with_a_short_window_are_trained(tmp_path, tokenizer, name):
+    """Of a student with a window that is its teacher's copy nothing differs, so the term is 0 where none projects."""
+    settings = TARGETS[name] | ({} if name == "attention" else {"projector_direction": "none"})
+    models = [model_of("mistral", sliding_window=4) for _ in range(2)]
+    args = arguments(tmp_path, **settings, max_steps=1)
+    rows = Dataset.from_list(DATA)
+    trainer = KavaTrainer(*models, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    (line,) = loss_lines(trainer)
+    assert line[f"{term_of(trainer)}_loss"] == pytest.approx(0.0, abs=1e-5)
+    assert line["cos_sim"] > 0.8  # the first two tokens of an example attend to no two others, and count as 0
 
 
 def test_relations_read_the_teacher_cache(tmp_path, tokenizer):
