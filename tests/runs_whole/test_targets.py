@@ -6,13 +6,17 @@ import torch
 from datasets import Dataset
 from helpers.caches import cached_run
 from helpers.hashes import weight_hash
-from helpers.library import DATA, arguments, make
+from helpers.library import DATA, arguments, make, new_student, new_teacher
 from helpers.models import model_of
 from helpers.trainers import loss_lines
 from transformers import AutoModelForCausalLM
 
 from kava_trainer import HiddenStateTarget, KavaTrainer, ProjectorConfig
 from kava_trainer.config.parser import parse_arguments
+from kava_trainer.distillation.targets import build_target
+from kava_trainer.distillation.teacher_cache import CachedTeacher
+from kava_trainer.models.attention.capture import AttentionPart
+from kava_trainer.models.teacher import OnlineTeacher
 from kava_trainer.utils.errors import BadRequest
 
 TARGETS = {
@@ -123,3 +127,65 @@ def test_a_weight_that_somebody_wrote_for_another_target_is_refused(tmp_path):
         parse_arguments([*given, "--mercator_weight", "3"])
     assert parse_arguments([*given, "--mercator_weight", "0"]).training.aligns
     assert parse_arguments(given).training.aligns
+
+
+class OwnSource:
+    """What a user may write: hidden states from anywhere."""
+
+    def __init__(self, model, layers=None):
+        self.online = OnlineTeacher(model, [model.config.num_hidden_layers] if layers is None else layers)
+        self.hidden_size, self.num_layers = self.online.hidden_size, self.online.num_layers
+        if layers is not None:
+            self.layers = layers
+
+    def features(self, inputs):
+        return self.online.features(inputs)
+
+    def head(self, states):
+        return self.online.head(states)
+
+
+SOURCES = {
+    "own": lambda model: OwnSource(model),
+    "online": lambda model: OnlineTeacher(model, [4]),
+    "other layers": lambda model: OnlineTeacher(model, [AttentionPart(2, part) for part in ("query", "key", "value")]),
+    "cached": lambda model: CachedTeacher(model, lambda ids: {}),
+}
+
+
+def trainer_of(folder, tokenizer, source, settings):
+    args = arguments(folder, **settings, max_steps=1)
+    target = build_target(args, new_student(), new_teacher())
+    rows = Dataset.from_list(DATA)
+    return KavaTrainer(new_student(), source, target, args, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("name", "told"), [("attention", "query of layer 2, and 3"), ("kv headwise", "key of layer 2")]
+)
+def test_a_source_that_gives_no_parts_of_attention_is_refused(tmp_path, tokenizer, source, name, told):
+    source = SOURCES[source](new_teacher())
+    with pytest.raises(
+        ValueError, match=f"teacher's key of layer 1, and 3 more, but the {type(source).__name__} does not name it"
+    ):
+        trainer_of(tmp_path, tokenizer, source, TARGETS[name])
+
+
+def test_a_source_that_lacks_a_hidden_state_is_refused(tmp_path, tokenizer):
+    settings = {"layer_mapping": "uniform:2", "kd_weight": 0.5}
+    with pytest.raises(ValueError, match="teacher's state 1 but the OnlineTeacher"):
+        trainer_of(tmp_path, tokenizer, OnlineTeacher(new_teacher(), [4]), settings)
+    trainer_of(tmp_path, tokenizer, OnlineTeacher(new_teacher(), [1, 4]), settings).train()
+
+
+def test_a_source_of_ones_own_that_names_its_parts_is_trained_with(tmp_path, tokenizer):
+    layers = [AttentionPart(layer, part) for layer in (1, 4) for part in ("query", "key")]
+    trainer_of(tmp_path, tokenizer, OwnSource(new_teacher(), layers), TARGETS["attention"]).train()
+    trainer_of(tmp_path, tokenizer, OwnSource(new_teacher()), {"layer_mapping": "last"}).train()
+
+
+def test_a_cache_is_not_read_in_the_place_of_a_teacher_whose_attention_is(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, **TARGETS["attention"])
+    with pytest.raises(ValueError, match="but the CachedTeacher does not name it"):
+        trainer.read_cache(CachedTeacher(trainer.teacher.model, lambda ids: {}))
