@@ -1,7 +1,8 @@
 """What there is to align, with which weights, and what does not go with each."""
 
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...utils.errors import Problem
 from ..launcher import is_fsdp_asked
@@ -77,12 +78,26 @@ def attention_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
 
 
 def _is_reentrant(training: "KavaTrainingArguments") -> bool:
-    """Whether gradient checkpointing was asked to leave the graph out; a command line gives its options as text."""
+    """Whether gradient checkpointing was asked to leave the graph out, in any spelling that comes to it.
+
+    A command line gives the options as text, whose words and digits transformers takes for what they say; of options
+    that are none, torch takes any value that is true.
+    """
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-    for given in filter(None, (getattr(training, name, None) for name in names)):
-        if '"use_reentrant":true' in given.replace(" ", "") if isinstance(given, str) else given.get("use_reentrant"):
-            return True
-    return False
+    return any(_says_reentrant(given) for name in names if (given := getattr(training, name, None)))
+
+
+def _says_reentrant(given: Any) -> bool:
+    if not isinstance(given, str):
+        return bool(given.get("use_reentrant"))
+    try:
+        found = json.loads(given)
+    except json.JSONDecodeError:  # which transformers tells in words of its own
+        return False
+    value = found.get("use_reentrant") if isinstance(found, dict) else None
+    if not isinstance(value, str):
+        return bool(value)
+    return value.lower() != "false" and value.strip("0.") != ""
 
 
 def weight_of_other_target(name: str, target: str) -> Problem:
