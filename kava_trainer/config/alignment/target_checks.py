@@ -10,6 +10,7 @@ from ..recipes import accelerate_config
 
 if TYPE_CHECKING:  # which asks here
     from ..arguments import KavaTrainingArguments
+    from ..model_arguments import ModelArguments
 
 VECTOR_WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
 """Of the terms that compare vectors of both models, one space."""
@@ -75,6 +76,15 @@ def attention_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     if is_fsdp_asked():
         what = f"{told} is not supported under FSDP2;"
         yield Problem("alignment_target", what, f"start with DDP ({accelerate_config('ddp.yaml')}).")
+
+
+def implementation_problems(training: "KavaTrainingArguments", model: "ModelArguments") -> list[Problem]:
+    """What does not go with a target that reads what goes into attention, of how both models attend."""
+    target, asked = training.alignment_target, model.attn_implementation
+    if target not in ATTENTION_TARGETS or not training.reads_teacher or asked in (None, "sdpa"):
+        return []
+    what = f"alignment_target {target} reads what goes into sdpa attention, but attn_implementation is {asked};"
+    return [Problem("attn_implementation", what, "write sdpa, or alignment_target hidden or relations.")]
 
 
 def _is_reentrant(training: "KavaTrainingArguments") -> bool:
