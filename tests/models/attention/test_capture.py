@@ -94,9 +94,11 @@ def test_a_query_is_scaled_as_its_products_with_the_keys_are():
     torch.testing.assert_close(scores.softmax(dim=-1), own, rtol=1e-4, atol=1e-5)
 
 
-def test_another_attention_is_refused():
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "eager"), ("gemma2", None), ("gpt_oss", None)])
+def test_another_attention_is_refused(kind, attention):
+    """The latter two have no other one in transformers, as the documents say."""
     with pytest.raises(BadRequest, match="attends by eager; write attn_implementation sdpa"):
-        check_attention_is_seen(model_of("llama", attention="eager"), "teacher", "kv")
+        check_attention_is_seen(model_of(kind, attention=attention), "teacher", "kv")
 
 
 def test_a_layer_without_keys_is_refused():
