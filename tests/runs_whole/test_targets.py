@@ -1,6 +1,8 @@
 """Every target but the hidden states, whose runs are everywhere else: a training learns it, goes on bit-equal from a
 checkpoint, is called collapsed where it is, and leaves a plain student."""
 
+import re
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,8 +10,9 @@ from helpers.caches import cached_run
 from helpers.hashes import weight_hash
 from helpers.library import DATA, arguments, make, new_student, new_teacher
 from helpers.models import model_of
+from helpers.programs import launch, words
 from helpers.trainers import loss_lines
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from kava_trainer import HiddenStateTarget, KavaTrainer, ProjectorConfig
 from kava_trainer.config.parser import parse_arguments
@@ -17,6 +20,7 @@ from kava_trainer.distillation.targets import build_target
 from kava_trainer.distillation.teacher_cache import CachedTeacher
 from kava_trainer.models.attention.capture import AttentionPart
 from kava_trainer.models.teacher import OnlineTeacher
+from kava_trainer.quickstart import STUDENT_FOLDER
 from kava_trainer.utils.errors import BadRequest
 
 TARGETS = {
@@ -143,6 +147,46 @@ class OwnSource:
 
     def head(self, states):
         return self.online.head(states)
+
+
+@pytest.mark.slow
+def test_all_keys_and_values_at_the_real_shapes_take_two_steps(tmp_path):
+    """Qwen2.5 1.5B and 0.5B with all their layers, but little vocabulary and feed-forward, for neither makes keys."""
+    sizes = {"vocab_size": 512, "intermediate_size": 256, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    teacher = Qwen2Config(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, **sizes)
+    student = Qwen2Config(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, **sizes)
+    AutoModelForCausalLM.from_config(teacher, dtype=torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(STUDENT_FOLDER).save_pretrained(tmp_path / "teacher")
+    student.save_pretrained(tmp_path / "student")
+    # Without AVX-512 a product of bfloat16 matrices takes up to a hundred times as long.
+    dtype = "float32" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "bfloat16"
+    options = {
+        **TARGETS["kv flat"],
+        "projector_init": "random",
+        "projector_mlp_ratio": 0.1,
+        "teacher_model_name_or_path": tmp_path / "teacher",
+        "teacher_dtype": dtype,
+        "student_config_name": tmp_path / "student",
+        "student_dtype": dtype,
+        "dataset_name": "quickstart",
+        "max_train_samples": 4,
+        "max_eval_samples": 2,
+        "max_length": 48,
+        "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "retention_dataset_name": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    result = launch(*words(options), timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "Projector: 7168 -> 3072 (teacher to student)" in result.stdout
+    assert "all of 1 to 24 with all of 1 to 28" in result.stdout
+    steps = re.findall(r"^\[Step 000\d\] Loss: (\d+\.\d+) \| CosSim", result.stdout, re.M)
+    assert len(steps) == 2
 
 
 SOURCES = {

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,13 +171,14 @@ class Stopwatch:
         """Seconds that the effective ranks of one probe take: of student, target and teacher in each comparison."""
         if self._trainer.probe.fixed is None or not self._run.training.aligns:
             return 0.0
-        return sum(count * self._rank(width) for width, count in Counter(self._probed_widths()).items())
+        widths = [(width, min(width, PROBE_TOKENS)) for width in self._probed_widths()]
+        taken = {timed: self._rank(timed) for timed in {timed for _, timed in widths}}
+        return sum(taken[timed] * width / timed for width, timed in widths)
 
     def _rank(self, width: int) -> float:
-        """Seconds that the rank of states of this width takes; it grows with a width above the number of tokens."""
-        timed = min(width, PROBE_TOKENS)
-        wave = torch.arange(PROBE_TOKENS * timed, device=self._device).sin().view(-1, timed)
-        return _seconds(self._device, partial(effective_rank, wave)) * width / timed
+        """Seconds that the rank of states of this width takes; above the number of tokens they grow with it."""
+        wave = torch.arange(PROBE_TOKENS * width, device=self._device).sin().view(-1, width)
+        return _seconds(self._device, partial(effective_rank, wave))
 
     @torch.no_grad()
     def _probed_widths(self) -> list[int]:

@@ -94,11 +94,12 @@ def test_ranks_are_timed_of_what_a_probe_measures(make, monkeypatch, changes, wi
     assert sorted(timed) == [(passes.PROBE_TOKENS, width) for width in sorted(set(widths))]
 
 
-def test_a_rank_takes_longer_the_wider_the_states(make, monkeypatch):
-    watch = Stopwatch(make())
-    monkeypatch.setattr(passes, "_seconds", lambda device, work: 2.0)
-    assert watch._rank(2 * passes.PROBE_TOKENS) == 4.0
-    assert watch._rank(passes.PROBE_TOKENS) == 2.0
+def test_a_rank_takes_longer_the_wider_the_states_and_is_timed_once(make, monkeypatch):
+    watch, tokens, timed = Stopwatch(make()), passes.PROBE_TOKENS, []
+    monkeypatch.setattr(watch, "_rank", lambda width: (timed.append(width), 2.0)[1])
+    monkeypatch.setattr(watch, "_probed_widths", lambda: [tokens, 2 * tokens, 3 * tokens])
+    assert watch._ranks() == 12.0
+    assert timed == [tokens]
 
 
 def test_no_ranks_are_timed_where_nothing_is_aligned(make):
