@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
-from .alignment.target_checks import written_for_other_targets
+from .alignment.target_checks import implementation_problems, written_for_other_targets
 from .checks import (
     accelerator_problems,
     is_aligned,
@@ -337,7 +337,7 @@ class KavaArguments:
         batch, length = self.training.per_device_train_batch_size, self.data.max_length
         sampled = self.training.on_policy_max_new_tokens if self.training.on_policy_fraction > 0 else 0
         tokens = max(batch * (length + sampled), self.training.max_tokens_per_batch or 0)
-        found = [*self.data.stream_problems(self.training)]
+        found = [*self.data.stream_problems(self.training), *implementation_problems(self.training, self.model)]
         if self.training.layer_mapping == "inherited" and self.model.student_init != "teacher_layers":
             what = "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not;"
             found.append(Problem("layer_mapping", what, "write student_init teacher_layers, or layer_mapping all."))

@@ -13,7 +13,7 @@ from ..config.checks import alignment_weights
 from ..config.launcher import is_fsdp_asked
 from ..data.collators import DistillationCollator, check_rows
 from ..data.token_alignment.ranges import RANGES
-from ..models.attention.capture import check_features
+from ..models.attention.capture import AttentionPart, Feature, check_features
 from ..models.layers import number_of_layers, train_text_alone
 from ..models.lm_head import check_head
 from ..models.loading import on_device
@@ -128,6 +128,30 @@ def _is_weighed(args: KavaTrainingArguments, target: AlignmentTarget) -> bool:
     return any(getattr(args, f"{name}_weight") > 0 for name in target.terms)
 
 
+def features_given(args: KavaTrainingArguments, target: AlignmentTarget, source: TeacherSource) -> list[Feature]:
+    """What the weighted terms read of the teacher, where a source gives it.
+
+    A source of the user's own may give any hidden states; parts of attention it must name in `layers`, as
+    `OnlineTeacher` does.
+
+    Raises:
+        ValueError: if the source does not give it.
+    """
+    needed = needed_teacher_layers(args, target, source.num_layers)
+    layers = getattr(source, "layers", ())
+    told = layers if isinstance(layers, list | tuple | set) else ()
+    bound = [own for own in needed if isinstance(own, AttentionPart) or isinstance(source, OnlineTeacher)]
+    if missing := [own for own in bound if own not in told]:
+        own = missing[0]
+        first = f"state {own}" if isinstance(own, int) else f"{own.part} of layer {own.layer}"
+        more = f", and {len(missing) - 1} more," if len(missing) > 1 else ""
+        raise ValueError(
+            f"The terms read the teacher's {first}{more} but the {type(source).__name__} does not name it in its "
+            "layers; give the teacher as a model."
+        )
+    return needed
+
+
 def pair_up(
     args: KavaTrainingArguments,
     student: PreTrainedModel,
@@ -185,7 +209,10 @@ def pair_up(
 def _try_out(
     args: KavaTrainingArguments, student: PreTrainedModel, source: TeacherSource | None, target: AlignmentTarget
 ) -> None:
-    """Make sure that what the terms read of the models is what these have. Raises `BadRequest` if it is not."""
+    """Make sure that what the terms read of the models is what these have. Raises `BadRequest` if it is not, or
+    `ValueError` where the teacher is a source that does not give it."""
+    if source is not None:
+        features_given(args, target, source)
     if args.aligns:
         check_features(student, target.student_features, "student")
     if args.lm_weight > 0 or args.kd_weight > 0:

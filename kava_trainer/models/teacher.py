@@ -18,7 +18,10 @@ _PACKED_OUTPUTS = 32
 
 
 class TeacherSource(Protocol):
-    """Where the teacher's hidden states come from: a model that runs now, or what it once gave."""
+    """Where the teacher's hidden states come from: a model that runs now, or what it once gave.
+
+    One that gives parts of attention names them in an attribute `layers`, as `OnlineTeacher` does.
+    """
 
     hidden_size: int
     """Width d_t of the states."""

@@ -102,8 +102,8 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """What it goes on from."""
-        return self.resumption.checkpoint
+        """What it goes on from; None too for what is never resumed, as the filling of a cache."""
+        return self.resumption.checkpoint if hasattr(self, "resumption") else None
 
 
 def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:

@@ -16,9 +16,9 @@ from ..config.arguments import KavaTrainingArguments
 from ..data.collators import DistillationCollator, choose_collator, completed
 from ..data.streaming import ExampleStream
 from ..distillation.calibration import calibrate, calibration_examples
-from ..distillation.loss_terms import LossTerms, needed_teacher_layers
+from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
-from ..distillation.pairing import Pairing, check_given
+from ..distillation.pairing import Pairing, check_given, features_given
 from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import AlignmentTarget
 from ..distillation.targets.mapping import LayerChooser
@@ -185,16 +185,16 @@ class KavaTrainer(StudentTrainer):
         """From now on take the teacher's states from a cache, in place of a model that ran so far.
 
         Raises:
-            ValueError: if the data collator is not KAVA's, which alone puts the states into the batches, or the
-                student writes answers itself, and they are all that is learned, or the teacher cannot read them.
+            ValueError: if the data collator is not KAVA's, which alone puts the states into the batches, or attention
+                is read, or the student writes all that is learned itself, or the teacher cannot read what it writes.
         """
+        layers = features_given(self.args, self.target, teacher)
         if self.args.samples:
             if self.args.on_policy_fraction == 1 or is_released(teacher.model):
                 raise ValueError(
                     "A cached teacher has no states of the student's own answers; leave the teacher its weights, and "
                     "set on_policy_fraction below 1."
                 )
-            layers = needed_teacher_layers(self.args, self.target, teacher.num_layers)
             self.beside_cache = self.running_teacher or OnlineTeacher(teacher.model, layers)
         if not isinstance(self.data_collator, DistillationCollator):
             raise ValueError("A cached teacher needs DistillationCollator as data_collator: it reads the states.")

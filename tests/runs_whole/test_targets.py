@@ -1,16 +1,26 @@
 """Every target but the hidden states, whose runs are everywhere else: a training learns it, goes on bit-equal from a
 checkpoint, is called collapsed where it is, and leaves a plain student."""
 
+import re
+
 import pytest
 import torch
+from datasets import Dataset
 from helpers.caches import cached_run
 from helpers.hashes import weight_hash
-from helpers.library import arguments, make
+from helpers.library import DATA, arguments, make, new_student, new_teacher
+from helpers.models import model_of
+from helpers.programs import launch, words
 from helpers.trainers import loss_lines
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from kava_trainer import HiddenStateTarget, KavaTrainer, ProjectorConfig
 from kava_trainer.config.parser import parse_arguments
+from kava_trainer.distillation.targets import build_target
+from kava_trainer.distillation.teacher_cache import CachedTeacher
+from kava_trainer.models.attention.capture import AttentionPart
+from kava_trainer.models.teacher import OnlineTeacher
+from kava_trainer.quickstart import STUDENT_FOLDER
 from kava_trainer.utils.errors import BadRequest
 
 TARGETS = {
@@ -84,6 +94,20 @@ def test_a_planted_collapse_is_called(tmp_path, tokenizer, settings):
     assert trainer.pair_figures()[0]["collapsed"]
 
 
+@pytest.mark.parametrize("name", ["attention", "kv flat", "kv headwise"])
+def test_models_with_a_short_window_are_trained(tmp_path, tokenizer, name):
+    """Of a student with a window that is its teacher's copy nothing differs, so the term is 0 where none projects."""
+    settings = TARGETS[name] | ({} if name == "attention" else {"projector_direction": "none"})
+    models = [model_of("mistral", sliding_window=4) for _ in range(2)]
+    args = arguments(tmp_path, **settings, max_steps=1)
+    rows = Dataset.from_list(DATA)
+    trainer = KavaTrainer(*models, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    (line,) = loss_lines(trainer)
+    assert line[f"{term_of(trainer)}_loss"] == pytest.approx(0.0, abs=1e-5)
+    assert line["cos_sim"] > 0.8  # the first two tokens of an example attend to no two others, and count as 0
+
+
 def test_relations_read_the_teacher_cache(tmp_path, tokenizer):
     settings = TARGETS["relations"] | {"mercator_weight": 0.0}
     online, cached = (cached_run(tmp_path / str(kind), tokenizer, kind, **settings) for kind in (None, "bfloat16"))
@@ -107,3 +131,105 @@ def test_a_weight_that_somebody_wrote_for_another_target_is_refused(tmp_path):
         parse_arguments([*given, "--mercator_weight", "3"])
     assert parse_arguments([*given, "--mercator_weight", "0"]).training.aligns
     assert parse_arguments(given).training.aligns
+
+
+class OwnSource:
+    """What a user may write: hidden states from anywhere."""
+
+    def __init__(self, model, layers=None):
+        self.online = OnlineTeacher(model, [model.config.num_hidden_layers] if layers is None else layers)
+        self.hidden_size, self.num_layers = self.online.hidden_size, self.online.num_layers
+        if layers is not None:
+            self.layers = layers
+
+    def features(self, inputs):
+        return self.online.features(inputs)
+
+    def head(self, states):
+        return self.online.head(states)
+
+
+@pytest.mark.slow
+def test_all_keys_and_values_at_the_real_shapes_take_two_steps(tmp_path):
+    """Qwen2.5 1.5B and 0.5B with all their layers, but little vocabulary and feed-forward, for neither makes keys."""
+    sizes = {"vocab_size": 512, "intermediate_size": 256, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    teacher = Qwen2Config(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, **sizes)
+    student = Qwen2Config(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, **sizes)
+    AutoModelForCausalLM.from_config(teacher, dtype=torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(STUDENT_FOLDER).save_pretrained(tmp_path / "teacher")
+    student.save_pretrained(tmp_path / "student")
+    # Without AVX-512 a product of bfloat16 matrices takes up to a hundred times as long.
+    dtype = "float32" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "bfloat16"
+    options = {
+        **TARGETS["kv flat"],
+        "projector_init": "random",
+        "projector_mlp_ratio": 0.1,
+        "teacher_model_name_or_path": tmp_path / "teacher",
+        "teacher_dtype": dtype,
+        "student_config_name": tmp_path / "student",
+        "student_dtype": dtype,
+        "dataset_name": "quickstart",
+        "max_train_samples": 4,
+        "max_eval_samples": 2,
+        "max_length": 48,
+        "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "retention_dataset_name": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    result = launch(*words(options), timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "Projector: 7168 -> 3072 (teacher to student)" in result.stdout
+    assert "all of 1 to 24 with all of 1 to 28" in result.stdout
+    steps = re.findall(r"^\[Step 000\d\] Loss: (\d+\.\d+) \| CosSim", result.stdout, re.M)
+    assert len(steps) == 2
+
+
+SOURCES = {
+    "own": lambda model: OwnSource(model),
+    "online": lambda model: OnlineTeacher(model, [4]),
+    "other layers": lambda model: OnlineTeacher(model, [AttentionPart(2, part) for part in ("query", "key", "value")]),
+    "cached": lambda model: CachedTeacher(model, lambda ids: {}),
+}
+
+
+def trainer_of(folder, tokenizer, source, settings):
+    args = arguments(folder, **settings, max_steps=1)
+    target = build_target(args, new_student(), new_teacher())
+    rows = Dataset.from_list(DATA)
+    return KavaTrainer(new_student(), source, target, args, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("name", "told"), [("attention", "query of layer 2, and 3"), ("kv headwise", "key of layer 2")]
+)
+def test_a_source_that_gives_no_parts_of_attention_is_refused(tmp_path, tokenizer, source, name, told):
+    source = SOURCES[source](new_teacher())
+    with pytest.raises(
+        ValueError, match=f"teacher's key of layer 1, and 3 more, but the {type(source).__name__} does not name it"
+    ):
+        trainer_of(tmp_path, tokenizer, source, TARGETS[name])
+
+
+def test_a_source_that_lacks_a_hidden_state_is_refused(tmp_path, tokenizer):
+    settings = {"layer_mapping": "uniform:2", "kd_weight": 0.5}
+    with pytest.raises(ValueError, match="teacher's state 1 but the OnlineTeacher"):
+        trainer_of(tmp_path, tokenizer, OnlineTeacher(new_teacher(), [4]), settings)
+    trainer_of(tmp_path, tokenizer, OnlineTeacher(new_teacher(), [1, 4]), settings).train()
+
+
+def test_a_source_of_ones_own_that_names_its_parts_is_trained_with(tmp_path, tokenizer):
+    layers = [AttentionPart(layer, part) for layer in (1, 4) for part in ("query", "key")]
+    trainer_of(tmp_path, tokenizer, OwnSource(new_teacher(), layers), TARGETS["attention"]).train()
+    trainer_of(tmp_path, tokenizer, OwnSource(new_teacher()), {"layer_mapping": "last"}).train()
+
+
+def test_a_cache_is_not_read_in_the_place_of_a_teacher_whose_attention_is(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, **TARGETS["attention"])
+    with pytest.raises(ValueError, match="but the CachedTeacher does not name it"):
+        trainer.read_cache(CachedTeacher(trainer.teacher.model, lambda ids: {}))

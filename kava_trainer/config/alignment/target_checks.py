@@ -1,7 +1,8 @@
 """What there is to align, with which weights, and what does not go with each."""
 
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...utils.errors import Problem
 from ..launcher import is_fsdp_asked
@@ -9,6 +10,7 @@ from ..recipes import accelerate_config
 
 if TYPE_CHECKING:  # which asks here
     from ..arguments import KavaTrainingArguments
+    from ..model_arguments import ModelArguments
 
 VECTOR_WEIGHTS = ("mercator_weight", "mse_weight", "relative_mse_weight")
 """Of the terms that compare vectors of both models, one space."""
@@ -73,13 +75,36 @@ def attention_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         yield Problem("alignment_target", what, f"start with DDP ({accelerate_config('ddp.yaml')}).")
 
 
+def implementation_problems(training: "KavaTrainingArguments", model: "ModelArguments") -> list[Problem]:
+    """What does not go with a target that reads what goes into attention, of how both models attend."""
+    target, asked = training.alignment_target, model.attn_implementation
+    if target not in ATTENTION_TARGETS or not training.reads_teacher or asked in (None, "sdpa"):
+        return []
+    what = f"alignment_target {target} reads what goes into sdpa attention, but attn_implementation is {asked};"
+    return [Problem("attn_implementation", what, "write sdpa, or alignment_target hidden or relations.")]
+
+
 def _is_reentrant(training: "KavaTrainingArguments") -> bool:
-    """Whether gradient checkpointing was asked to leave the graph out; a command line gives its options as text."""
+    """Whether gradient checkpointing was asked to leave the graph out, in any spelling that comes to it.
+
+    A command line gives the options as text, whose words and digits transformers takes for what they say; of options
+    that are none, torch takes any value that is true.
+    """
     names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-    for given in filter(None, (getattr(training, name, None) for name in names)):
-        if '"use_reentrant":true' in given.replace(" ", "") if isinstance(given, str) else given.get("use_reentrant"):
-            return True
-    return False
+    return any(_says_reentrant(given) for name in names if (given := getattr(training, name, None)))
+
+
+def _says_reentrant(given: Any) -> bool:
+    if not isinstance(given, str):
+        return bool(given.get("use_reentrant"))
+    try:
+        found = json.loads(given)
+    except json.JSONDecodeError:  # which transformers tells in words of its own
+        return False
+    value = found.get("use_reentrant") if isinstance(found, dict) else None
+    if not isinstance(value, str):
+        return bool(value)
+    return value.lower() != "false" and value.strip("0.") != ""
 
 
 def weight_of_other_target(name: str, target: str) -> Problem:

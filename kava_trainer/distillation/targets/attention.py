@@ -69,6 +69,9 @@ def attention_divergence(
     Heads are compared one by one where both models have equally many, and a token counts as their mean; else the mean
     distributions over all heads are compared.
 
+    Where a student's window is narrower than its teacher's, what lies beyond it is left out of the sum, so it is no
+    whole KL and may fall below 0.
+
     Args:
         student: see `log_attention`.
         teacher: see `log_attention`.

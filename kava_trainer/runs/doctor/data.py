@@ -155,14 +155,15 @@ def _open(
     if not asked.streaming:
         train, held_out, _ = load_splits(asked)
         check_prompts(arguments, train)
-        return Examples(train, [], len(train), len(held_out or []), train.column_names, teacher), train, held_out
+        found = Examples(train, [], len(train), len(held_out or []), train.column_names, teacher=teacher)
+        return found, train, held_out
     rows, held_out = open_rows(asked)
     check_prompts(arguments, rows.first(1))
     turns = asked.assistant_turns
     stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed, turns, teacher)
     steps = training.max_steps * training.gradient_accumulation_steps * training.world_size
     count = stream.count_rows(steps * training.per_device_train_batch_size)
-    return Examples(stream, [], count, len(held_out), rows.column_names), rows.first(SAMPLE), held_out
+    return Examples(stream, [], count, len(held_out), rows.column_names, teacher=teacher), rows.first(SAMPLE), held_out
 
 
 def _check_sample(

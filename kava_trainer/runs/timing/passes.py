@@ -19,12 +19,14 @@ from ...data.streaming import ExampleStream
 from ...data.token_alignment.ranges import read_by_the_teacher
 from ...distillation.loss_terms import LossTerms
 from ...distillation.model import DistillationModel
+from ...distillation.token_alignment.states import is_compared
 from ...evaluation.answers import answer_loss_sum, have_prompts
 from ...evaluation.diagnostics import effective_rank
 from ...evaluation.probe import PROBE_TOKENS
+from ...models.attention.capture import Feature
 from ...models.generation.generate import own_defaults_off
 from ...models.hidden_states import run_decoder
-from ...models.layers import evaluating, hidden_size, in_mode, keeping_gradients
+from ...models.layers import evaluating, in_mode, keeping_gradients
 from ..setup import Run
 
 LONGEST_PASS, FORWARD = 2.5, 3
@@ -166,13 +168,31 @@ class Stopwatch:
         )
 
     def _ranks(self) -> float:
-        """Seconds that the effective ranks of one probe take: of student, target and teacher for each pair."""
-        if self._trainer.probe.fixed is None:
+        """Seconds that the effective ranks of one probe take: of student, target and teacher in each comparison."""
+        if self._trainer.probe.fixed is None or not self._run.training.aligns:
             return 0.0
-        widths = [hidden_size(model) for model in (self._run.models.student, self._run.models.teacher)]
-        waves = [torch.arange(PROBE_TOKENS * width, device=self._device).sin().view(-1, width) for width in widths]
-        taken = [_seconds(self._device, partial(effective_rank, wave)) for wave in waves]
-        return len(self._trainer.target.pairs) * (taken[0] + 2 * taken[1])
+        widths = [(width, min(width, PROBE_TOKENS)) for width in self._probed_widths()]
+        taken = {timed: self._rank(timed) for timed in {timed for _, timed in widths}}
+        return sum(taken[timed] * width / timed for width, timed in widths)
+
+    def _rank(self, width: int) -> float:
+        """Seconds that the rank of states of this width takes; above the number of tokens they grow with it."""
+        wave = torch.arange(PROBE_TOKENS * width, device=self._device).sin().view(-1, width)
+        return _seconds(self._device, partial(effective_rank, wave))
+
+    @torch.no_grad()
+    def _probed_widths(self) -> list[int]:
+        """How wide student, target and teacher of each comparison are, as a probe measures them."""
+        batch, terms, target = self._padded(1), self._terms, self._trainer.target
+        states = cast(dict[Feature, torch.Tensor], terms.teacher_states(batch))
+        with terms.autocast():
+            output = terms.student_outputs(self._model, batch, states, None)
+        mask = is_compared(batch, batch["attention_mask"].bool())
+        found = []
+        for index, pair in enumerate(output.pairs):
+            sides = target.sides(index, pair, output.hidden_states, states, mask)
+            found += [side.shape[1] for side in (sides.student, sides.target, sides.teacher)]
+        return found
 
     def _row(self, count: int) -> dict[str, Any]:
         """The first examples as the training reads them."""

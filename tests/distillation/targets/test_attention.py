@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from helpers.models import model_of, tiny_llama
@@ -90,6 +92,19 @@ def test_chunks_change_nothing(heads):
     torch.testing.assert_close(small, whole)
     gradients = [torch.autograd.grad(own.sum(), student, retain_graph=True)[0] for own, _ in (whole, small)]
     torch.testing.assert_close(*gradients)
+
+
+def test_what_lies_beyond_a_narrower_window_of_the_student_is_left_out():
+    """The last token attends to all four alike in the teacher, of which the student sees two."""
+    teacher, student = torch.zeros(4, 2, 8), torch.zeros(4, 2, 8)
+    divergence, _ = attention_divergence(student, teacher, (Heads(1, 1, 2), Heads(1, 1)))
+    sums = [0.0, 0.0, 2 / 3 * math.log(2 / 3), 2 / 4 * math.log(2 / 4)]
+    torch.testing.assert_close(divergence, torch.tensor(sums))
+    assert divergence[3] < -0.3
+    other, _ = attention_divergence(student, teacher, (Heads(1, 1), Heads(1, 1, 2)))  # a whole KL
+    torch.testing.assert_close(other, torch.tensor([0.0, 0.0, math.log(3 / 2), math.log(4 / 2)]))
+    alike, _ = attention_divergence(student, teacher, (Heads(1, 1, 2), Heads(1, 1, 2)))
+    torch.testing.assert_close(alike, torch.zeros(4))
 
 
 def test_the_prompt_is_attended_to_where_the_answer_alone_counts():

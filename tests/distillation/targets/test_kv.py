@@ -126,7 +126,19 @@ def test_without_a_projector_heads_of_unlike_widths_are_refused(tmp_path):
         ({"teacher_cache_dir": "cache"}, "teacher_cache_dir"),
         ({"torch_compile": True}, "torch_compile"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "gradient_checkpointing_kwargs"),
-        ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "gradient_checkpointing_kwargs"),
+        *(
+            ({"gradient_checkpointing_kwargs": given}, "gradient_checkpointing_kwargs")
+            for given in (
+                '{"use_reentrant": true}',
+                '{"use_reentrant": "true"}',
+                '{"use_reentrant":"True"}',
+                '{"use_reentrant": 1}',
+                '{"use_reentrant": "1"}',
+                '{"preserve_rng_state": false, "use_reentrant"\n: true}',
+                {"use_reentrant": 1},
+                {"use_reentrant": "false"},  # as options a text that is true; torch reads no words
+            )
+        ),
         ({"alignment_target": "hidden", "kv_shape": "headwise"}, "kv_shape"),
         (
             {"projector_rank": 4, "projector_anchor": "pca", "projector_direction": "teacher_to_student"},
@@ -138,6 +150,24 @@ def test_what_does_not_go_with_keys_and_values_is_refused(tmp_path, changes, nam
     with pytest.raises(WrongArguments) as caught:
         KavaTrainingArguments(str(tmp_path), use_cpu=True, **{"alignment_target": "kv", **changes})
     assert [problem.argument for problem in caught.value.problems] == [name]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        '{"use_reentrant": false}',
+        '{"use_reentrant": "False"}',
+        '{"use_reentrant": 0}',
+        '{"use_reentrant": "0"}',
+        '{"use_reentrant": null}',
+        '{"preserve_rng_state": true}',
+        {"use_reentrant": False},
+        None,
+    ],
+)
+def test_checkpointing_that_keeps_the_graph_goes_with_keys_and_values(tmp_path, given):
+    args = arguments(tmp_path, gradient_checkpointing_kwargs=given)
+    assert not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
 
 
 def test_sharded_weights_are_refused(tmp_path, monkeypatch):

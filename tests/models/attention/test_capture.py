@@ -1,6 +1,7 @@
 import pytest
 import torch
 from helpers.models import model_of, tiny_llama
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kava_trainer.models.attention.capture import (
     AttentionPart,
@@ -93,9 +94,11 @@ def test_a_query_is_scaled_as_its_products_with_the_keys_are():
     torch.testing.assert_close(scores.softmax(dim=-1), own, rtol=1e-4, atol=1e-5)
 
 
-def test_another_attention_is_refused():
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "eager"), ("gemma2", None), ("gpt_oss", None)])
+def test_another_attention_is_refused(kind, attention):
+    """The latter two have no other one in transformers, as the documents say."""
     with pytest.raises(BadRequest, match="attends by eager; write attn_implementation sdpa"):
-        check_attention_is_seen(model_of("llama", attention="eager"), "teacher", "kv")
+        check_attention_is_seen(model_of(kind, attention=attention), "teacher", "kv")
 
 
 def test_a_layer_without_keys_is_refused():
@@ -110,3 +113,64 @@ def test_keys_of_another_shape_than_the_config_tells_are_refused():
     model.config.num_key_value_heads = 2
     with pytest.raises(BadRequest, match=r"has key heads of \[1, 16\] .* where its config tells \[2, 16\]"):
         check_features(model, [AttentionPart(1, "key")], "teacher")
+
+
+ALL_PARTS = [AttentionPart(layer, part) for layer in (1, 2, 3, 4) for part in ("query", "key", "value")]
+
+
+@pytest.mark.parametrize("chunk", [4, 32])  # the second is longer than what is tried out
+def test_attention_in_chunks_is_refused_and_its_keys_are_not(chunk):
+    model = model_of("llama4_text", attention_chunk_size=chunk, head_dim=8)
+    assert "chunked_attention" in model.config.layer_types
+    check_features(model, PARTS, "student")
+    chunked = model.config.layer_types.index("chunked_attention") + 1
+    with pytest.raises(BadRequest, match=f"Layer {chunked} of the student, .* attends by chunked_attention"):
+        check_features(model, [AttentionPart(chunked, "query")], "student")
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "chunk", "told"),
+    [
+        (["full_attention"] * 4, 32, r"attends by chunks \(attention_chunk_size\)"),
+        (["full_attention", "indexed_attention"] * 2, None, "attends by indexed_attention"),
+        (["full_attention"] * 4, None, None),
+    ],
+)
+def test_what_the_config_tells_of_the_mask_is_refused_where_no_window_says_it(layer_types, chunk, told):
+    model = model_of("llama")
+    model.config.layer_types, model.config.attention_chunk_size = layer_types, chunk
+    if told is None:
+        check_features(model, ALL_PARTS, "teacher")
+        return
+    with pytest.raises(BadRequest, match=told):
+        check_features(model, ALL_PARTS, "teacher")
+
+
+WIDTHS = {"gemma3_text": {"head_dim": 8}}
+
+SLIDING = ["mistral", "gemma3_text", "phi3", "starcoder2", "olmo3", "exaone4", "cohere2"]
+
+
+@pytest.mark.parametrize("kind", SLIDING)
+@pytest.mark.parametrize("window", [2, 4, 5, 12, 40])
+def test_a_window_shorter_than_what_is_tried_out_is_no_fault(kind, window):
+    check_features(model_of(kind, sliding_window=window, **WIDTHS.get(kind, {})), ALL_PARTS, "student")
+
+
+def test_other_keys_in_a_window_are_a_fault(monkeypatch):
+    model = model_of("mistral", sliding_window=4)
+    update = DynamicSlidingWindowLayer.update
+
+    def other(own, keys, values, *more):
+        return update(own, keys + 1.0, values, *more)
+
+    monkeypatch.setattr(DynamicSlidingWindowLayer, "update", other)
+    with pytest.raises(BadRequest, match="keeps other keys in its cache than it attends to"):
+        check_features(model, PARTS, "teacher")
+
+
+def test_a_cache_of_part_of_the_tokens_is_a_fault_without_a_window(monkeypatch):
+    model = model_of("mistral", sliding_window=4)
+    monkeypatch.setattr(DynamicSlidingWindowLayer, "is_sliding", False)
+    with pytest.raises(BadRequest, match="keeps no keys of every token in a cache"):
+        check_features(model, PARTS, "teacher")

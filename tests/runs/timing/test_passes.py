@@ -73,6 +73,39 @@ def test_answers_are_timed_where_some_are_written(make):
     assert rates.teacher_token + rates.student_token > 0
 
 
+KV = {"alignment_target": "kv", "projector_direction": "teacher_to_student"}
+
+
+@pytest.mark.parametrize(("changes", "widths"), [
+    ({}, [32, 32, 64]),
+    ({"projector_direction": "student_to_teacher", "layer_mapping": "uniform:2"}, [32, 64, 64] * 2),
+    ({**KV, "layer_mapping": "all"}, [2 * 16, 2 * 16, 4 * 32] * 2),
+    ({**KV, "layer_mapping": "uniform:2", "kv_shape": "headwise"}, [16, 16, 32] * 4),
+    ({"alignment_target": "attention"}, [2 * 16, 2 * 32, 2 * 32]),
+    ({"alignment_target": "relations"}, [32, 64, 64]),
+])  # fmt: skip
+def test_ranks_are_timed_of_what_a_probe_measures(make, monkeypatch, changes, widths):
+    timed = []
+    monkeypatch.setattr(passes, "effective_rank", lambda wave: timed.append(wave.shape))
+    monkeypatch.setattr(passes, "_seconds", lambda device, work: (work(), 1.0)[1])
+    watch = Stopwatch(make(**changes))
+    assert watch._probed_widths() == widths
+    assert watch._ranks() == len(widths)
+    assert sorted(timed) == [(passes.PROBE_TOKENS, width) for width in sorted(set(widths))]
+
+
+def test_a_rank_takes_longer_the_wider_the_states_and_is_timed_once(make, monkeypatch):
+    watch, tokens, timed = Stopwatch(make()), passes.PROBE_TOKENS, []
+    monkeypatch.setattr(watch, "_rank", lambda width: (timed.append(width), 2.0)[1])
+    monkeypatch.setattr(watch, "_probed_widths", lambda: [tokens, 2 * tokens, 3 * tokens])
+    assert watch._ranks() == 12.0
+    assert timed == [tokens]
+
+
+def test_no_ranks_are_timed_where_nothing_is_aligned(make):
+    assert Stopwatch(make(mercator_weight=0.0, kd_weight=0.5))._ranks() == 0.0
+
+
 def test_a_training_is_the_same_with_and_without_them(make):
     plain, timed = make(), make()
     frozen = [parameter.clone() for parameter in timed.models.teacher.parameters()]
