@@ -12,6 +12,7 @@ from ..config.arguments import KavaTrainingArguments
 from ..config.checks import alignment_weights
 from ..config.launcher import is_fsdp_asked
 from ..data.collators import DistillationCollator, check_rows
+from ..data.token_alignment.pair_encoder import tokenizers_agree
 from ..data.token_alignment.ranges import RANGES
 from ..models.attention.capture import AttentionPart, Feature, check_features
 from ..models.layers import number_of_layers, train_text_alone
@@ -53,6 +54,7 @@ def check_given(
     check_keeps_ranges(options.get("data_collator"), options)
     if not isinstance(args, KavaTrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}; write KavaTrainingArguments, which takes the same.")
+    check_two_tokenizers(args, options)
     if options.get("compute_loss_func") is not None:
         raise ValueError("The loss is the sum of KAVA's terms; leave compute_loss_func out and set their weights.")
     if model_init is not None and options.get("optimizers", (None, None)) != (None, None):
@@ -71,6 +73,37 @@ def check_rollouts(args: Any, dataset: Any) -> None:
             "rollouts_from is read by python -m kava_trainer train; here leave it out, and give what "
             "kava_trainer.rollout_examples(file, tokenizer) reads as train_dataset."
         )
+
+
+def check_two_tokenizers(args: KavaTrainingArguments, options: dict[str, Any]) -> None:
+    """Raise `ValueError` for examples without what a teacher of other tokens reads, or what does not go with them."""
+    own, other = options.get("processing_class"), options.get("teacher_tokenizer")
+    differ = own is not None and other is not None and not tokenizers_agree(own, other)
+    evaluated = options.get("eval_dataset")
+    given = {"train_dataset": options.get("train_dataset")}
+    given |= evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
+    for name, dataset in given.items():
+        columns = getattr(dataset, "column_names", None)
+        if not columns:
+            continue
+        if differ and RANGES not in columns:
+            raise ValueError(
+                f"{name} has no {RANGES}, but teacher_tokenizer has other tokens than processing_class; make it with "
+                "kava_trainer.encode(dataset, tokenizer, teacher_tokenizer=...)."
+            )
+        if RANGES in columns and (refused := _refused_of_two(args)):
+            raise ValueError(f"{name} holds {RANGES}, for a teacher of another tokenizer, which {refused}.")
+
+
+def _refused_of_two(args: KavaTrainingArguments) -> str | None:
+    """What cannot be done where the teacher reads other tokens, and what to write, as words that go on."""
+    if args.aligns and args.alignment_target != "hidden":
+        return f"alignment_target {args.alignment_target} does not go with; write hidden"
+    if args.aligns and args.layer_mapping == "cka":
+        return "layer_mapping cka does not go with; write last, uniform:2 or pairs of layers"
+    if args.on_policy_fraction > 0:
+        return "on_policy_fraction does not go with; write 0"
+    return None
 
 
 def check_keeps_ranges(collator: Any, options: dict[str, Any]) -> None:

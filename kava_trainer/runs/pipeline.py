@@ -1,6 +1,6 @@
 """One run from arguments to files, stage by stage, with what the user sees of each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -147,6 +147,23 @@ def _evaluate(run: Run, models: Models, names: tuple[str, ...]) -> None:
             summary.add_answers(name, problems, measured.answers, is_exact_match)
 
 
+def _most_new_tokens(models: Models, read: Mapping[str, Dataset], sizes: Mapping[str, int]) -> dict[str, int]:
+    """How long the answers of each role may be: as asked, and no longer than is left of what the models read.
+
+    Args:
+        models: the pair.
+        read: the held-out examples by role, in its tokens.
+        sizes: what is asked by role.
+    """
+    most = dict(sizes)
+    for role, model in (("teacher", models.teacher), ("student", models.student)):
+        if (limit := context_length(model)) is not None:
+            most[role] = min(most[role], limit - max(read[role]["prompt_length"]))
+    if models.teacher_tokenizer is None:  # both write as much
+        return dict.fromkeys(most, min(most.values()))
+    return most
+
+
 def measure(
     console: Console,
     arguments: KavaArguments,
@@ -172,11 +189,7 @@ def measure(
     on_device(models.student, training.device)
     read = {"teacher": as_the_teacher_reads(held_out), "student": held_out}
     sizes = {role: training.generation_max_new_tokens or 2 * longest_answer(own) for role, own in read.items()}
-    limits = [
-        limit - max(read[role]["prompt_length"])
-        for role, model in (("teacher", models.teacher), ("student", models.student))
-        if (limit := context_length(model)) is not None
-    ]
+    most = _most_new_tokens(models, read, sizes)
     generates = training.evaluate_generation and have_prompts(models.tokenizer, held_out)
     if training.evaluate_generation and not generates and "teacher" in names:
         console.print("No answers are generated: the held-out rows are plain text, which has no prompt to answer.")
@@ -191,7 +204,7 @@ def measure(
                 read[role],
                 DistillationCollator(tokenizer),
                 training.per_device_eval_batch_size,
-                min([sizes[role], *limits]) if generates else None,
+                most[role] if generates else None,
                 as_the_teacher_reads(retention) if role == "teacher" and retention is not None else retention,
             )
         figures = measured.figures

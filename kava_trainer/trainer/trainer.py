@@ -88,7 +88,7 @@ class KavaTrainer(StudentTrainer):
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
-        check_given(args, student, model_init, (teacher, target), kwargs)
+        check_given(args, student, model_init, (teacher, target), kwargs | {"teacher_tokenizer": teacher_tokenizer})
         if student is None:
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)

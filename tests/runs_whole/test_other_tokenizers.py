@@ -164,6 +164,32 @@ def test_a_collator_that_knows_nothing_of_the_teachers_tokens_is_refused(tmp_pat
             KavaTrainer(*models, args=arguments(tmp_path), data_collator=dict, **{name: data})
 
 
+@pytest.mark.parametrize("names", [("train_dataset",), ("eval_dataset",), ("eval_dataset", "own")])
+def test_examples_without_what_the_teacher_reads_are_refused(tmp_path, names):
+    both = encode(Dataset.from_list(ROWS), byte_level(), 64, teacher_tokenizer=sentence_pieces())
+    alone = encode(Dataset.from_list(ROWS), byte_level(), 64)
+    given = {"train_dataset": both, names[0]: {names[1]: alone} if names[1:] else alone}
+    models = tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2), tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
+    tokenizers = {"processing_class": byte_level(), "teacher_tokenizer": sentence_pieces()}
+    with pytest.raises(ValueError, match=f"^{names[-1]} has no teacher_ranges, but teacher_tokenizer has other tokens"):
+        KavaTrainer(*models, args=arguments(tmp_path), **tokenizers, **given)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_mapping": "cka"},
+        {"alignment_target": "relations"},
+        {"alignment_target": "kv"},
+        {"on_policy_fraction": 0.5, "kd_weight": 1.0},
+    ],
+)
+def test_what_does_not_go_with_other_tokens_is_refused_in_a_script_too(tmp_path, changes):
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=f"^train_dataset holds teacher_ranges, .* {name} .*does not go with; write"):
+        make(tmp_path, **changes)
+
+
 @pytest.fixture
 def pair(tmp_path):
     """A student of another tokenizer than the quickstart's, random and with few layers, and data."""
@@ -214,6 +240,17 @@ def test_a_whole_run(pair, tmp_path, capsys):
     assert "0 of 72 examples are to be written" in out
     assert "the defaults here" not in out
     assert "kd 0.5" in out
+
+
+@pytest.mark.estimate
+def test_a_padding_token_that_the_teacher_does_not_have(pair):
+    folder = pair["student_model_name_or_path"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(600)])
+    tokenizer.pad_token = "<extra 599>"
+    tokenizer.save_pretrained(folder)
+    LlamaConfig.from_pretrained(folder, vocab_size=len(tokenizer)).save_pretrained(folder)
+    assert run(pair, run_control=False, evaluate_generation=True, per_device_eval_batch_size=8) == 0
 
 
 def test_doctor_and_evaluate_know_both_tokenizers(pair, tmp_path, capsys):

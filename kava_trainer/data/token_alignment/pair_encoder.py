@@ -102,7 +102,7 @@ class PairEncoder:
         ranges = self._ranges(found, other)[: len(example["input_ids"])]
         most = max((end for _, end in ranges), default=0) if example["truncated"] else len(other.tokens)
         most = max(most if self._most is None else min(most, self._most), 1)
-        ranges = [(start, end) if end <= most else NONE for start, end in ranges]
+        ranges = _before(ranges, most)
         counts = count_kinds(ranges)
         return {**example, **self._of_teacher(other, most), RANGES: [list(own) for own in ranges], COUNTS: counts}
 
@@ -130,6 +130,19 @@ class PairEncoder:
         )
         parts = shared_parts(own, their, _messages(found))
         return overlapping(in_common(own_spans, parts[0]), in_common(their_spans, parts[1]))
+
+
+def _before(ranges: list[Span], most: int) -> list[Span]:
+    """The ranges without those behind a cut after so many tokens, and those in front that share a token with one.
+
+    Such a token stands for text that was cut away too, so a span that ends with it does not end where it seems to.
+    """
+    kept = list(ranges)
+    for place in reversed(range(len(kept))):
+        start, end = kept[place]
+        if end > most:
+            kept[place], most = NONE, min(most, start)
+    return kept
 
 
 def make_encoder(

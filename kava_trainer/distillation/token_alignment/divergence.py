@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.formats import IGNORED
 from ...data.token_alignment.batching import PACKED_LENGTHS
+from ...data.token_alignment.pair_encoder import tokenizers_agree
 from ...data.token_alignment.ranges import RANGES, TEACHER_TOKENS
 from ...data.token_alignment.spans import TokenSpans
 from ..chunked_loss import sum_in_chunks
@@ -39,12 +40,12 @@ def shared_tokens(
 ) -> SharedTokens | None:
     """The tokens that stand for the same bytes in both, and the end of text, however each writes it.
 
-    None where one of the tokenizers is not given.
+    None where one of the tokenizers is not given, or both have the same tokens.
 
     Raises:
         BadRequest: if one of the tokenizers is a slow one.
     """
-    if student is None or teacher is None:
+    if student is None or teacher is None or tokenizers_agree(student, teacher):
         return None
     sides = (student, "student"), (teacher, "teacher")
     own, other = (TokenSpans(tokenizer, role).vocabulary() for tokenizer, role in sides)
@@ -243,9 +244,13 @@ class SpanDivergence:
         positions = sum(part.shape[1] for part in self._spans)
         function = partial(self._chunk, head)
         total, sums = sum_in_chunks(
-            function, (*rows, self._counts[kept]), weights, parameters, self._vocabulary * positions
+            function, (*rows, self._counts[kept]), weights, parameters, self._widest() * positions
         )
         return total, {"kd": sums[0]}
+
+    def _widest(self) -> int:
+        """The larger of both vocabularies."""
+        return max(self._vocabulary, len(self._shared.teacher) + len(self._shared.teacher_rest))
 
     def _chunk(
         self,

@@ -124,7 +124,7 @@ def _check_terms(arguments: KavaArguments) -> None:
 
 
 def check_teacher_answers(held_out: Dataset | None, reading: TeacherReading | None) -> None:
-    """Make sure that the teacher reads some answer that it is to be measured on. Raises `BadRequest` if not.
+    """Make sure that the teacher reads every held-out prompt, and some answer behind one. Raises `BadRequest` if not.
 
     Args:
         held_out: examples.
@@ -132,6 +132,12 @@ def check_teacher_answers(held_out: Dataset | None, reading: TeacherReading | No
     """
     if reading is None or held_out is None:
         return
+    longest = max(held_out["teacher_prompt_length"])
+    if reading.max_length is not None and longest >= reading.max_length:
+        raise BadRequest(
+            f"The teacher reads {reading.max_length} tokens at most, and in these a held-out prompt takes {longest};",
+            "choose data with shorter prompts, or a teacher that reads more.",
+        )
     if all(label == IGNORED for labels in held_out["teacher_labels"] for label in labels[1:]):
         raise BadRequest(
             f"The teacher reads {reading.max_length} tokens at most, and in its tokens all held-out answers are behind "

@@ -13,10 +13,10 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import GenerationConfig, PreTrainedModel
 
-from ...data.collators import JoiningCollator
+from ...data.collators import DistillationCollator, JoiningCollator
 from ...data.packing import pack_step
 from ...data.streaming import ExampleStream
-from ...data.token_alignment.ranges import read_by_the_teacher
+from ...data.token_alignment.ranges import RANGES, read_by_the_teacher
 from ...distillation.loss_terms import LossTerms
 from ...distillation.model import DistillationModel
 from ...distillation.token_alignment.states import is_compared
@@ -203,7 +203,10 @@ class Stopwatch:
 
     def _padded(self, count: int, read: Callable[[Sequence[Any]], list[dict[str, Any]]] = list) -> dict[str, Any]:
         """The first examples as they are, or as the teacher reads them alone, padded."""
-        batch = self._run.data.collator(read(self._examples[:count]))
+        collator = self._run.data.collator
+        if read is read_by_the_teacher and RANGES in self._examples[0]:  # it has another padding token
+            collator = DistillationCollator(self._run.models.tokenizer_of("teacher"))
+        batch = collator(read(self._examples[:count]))
         return cast(dict[str, Any], send_to_device(batch, self._device))
 
     def _forward(self, row: dict[str, Any], weights: dict[str, float]) -> torch.Tensor:

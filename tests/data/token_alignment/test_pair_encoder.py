@@ -1,7 +1,8 @@
 import pytest
 from helpers.small_tokenizers import HEADERS, MADE, TEXTS, TURNS, byte_level, bytes_of_tokens, real, sentence_pieces
 
-from kava_trainer.data.token_alignment.pair_encoder import TeacherReading, make_encoder, tokenizers_agree
+from kava_trainer.data.token_alignment.pair_encoder import TeacherReading, _before, make_encoder, tokenizers_agree
+from kava_trainer.data.token_alignment.ranges import NONE
 from kava_trainer.utils.errors import BadRequest
 
 REAL = [("qwen", "smollm2"), ("smollm2", "stories"), ("stories", "qwen")]
@@ -85,6 +86,13 @@ def test_the_teacher_ends_where_the_text_is_cut(student, length):
     assert len(example["teacher_input_ids"]) == max(end for _, end in example["teacher_ranges"])
     assert example["teacher_input_ids"] == whole["teacher_input_ids"][: len(example["teacher_input_ids"])]
     assert len(example["teacher_labels"]) == len(example["teacher_input_ids"])
+
+
+def test_what_shares_a_token_with_text_that_was_cut_is_left_out():
+    assert _before([(0, 1), (1, 2), (1, 3), (3, 4)], 2) == [(0, 1), NONE, NONE, NONE]
+    assert _before([(0, 1), (1, 2), (2, 3), (3, 4)], 2) == [(0, 1), (1, 2), NONE, NONE]
+    assert _before([(0, 2), NONE, (1, 3), (2, 4)], 3) == [NONE, NONE, NONE, NONE]
+    assert _before([(0, 2), (2, 3)], 3) == [(0, 2), (2, 3)]
 
 
 def test_what_is_behind_the_teachers_limit_is_left_out():

@@ -9,7 +9,9 @@ from torch import nn
 from kava_trainer import encode
 from kava_trainer.data.collators import DistillationCollator, JoiningCollator
 from kava_trainer.data.packing import halve, pack_step
+from kava_trainer.distillation.chunked_loss import sum_in_chunks
 from kava_trainer.distillation.losses import generalized_jsd_per_token
+from kava_trainer.distillation.token_alignment import divergence
 from kava_trainer.distillation.token_alignment.divergence import (
     SharedTokens,
     SpanDivergence,
@@ -256,3 +258,27 @@ def test_nobody_guesses_which_tokens_are_shared(data):
     batch = DistillationCollator()(data[0])
     with pytest.raises(ValueError, match="give KavaTrainer the tokenizers, as processing_class and teacher_tokenizer"):
         SpanDivergence(1.0, batch, batch["next_index"], batch["next_index"], (torch.zeros(1), None), None, 400)
+
+
+def test_chunks_are_as_small_as_the_larger_vocabulary_asks(data, monkeypatch):
+    examples, shared = data
+    widths = []
+
+    def noting(function, rows, weights, parameters, width):
+        widths.append(width)
+        return sum_in_chunks(function, rows, weights, parameters, width)
+
+    monkeypatch.setattr(divergence, "sum_in_chunks", noting)
+    batch = DistillationCollator()(examples)
+    run(batch, shared)
+    wider = shared._replace(teacher_rest=torch.cat([shared.teacher_rest, torch.arange(310, 20_000)]))
+    embed, (head, _) = heads()
+    teacher_head = nn.Linear(5, 20_000, bias=False)
+    states, targets = (
+        embed[1](batch["teacher_input_ids"]).detach(),
+        batch["input_ids"].flatten()[batch["next_index"] + 1],
+    )
+    terms = SpanDivergence(1.0, batch, batch["next_index"], targets, (states, teacher_head), wider, 400)
+    terms(head, list(head.parameters()), embed[0](batch["input_ids"]))
+    places = widths[0] // 400
+    assert widths == [400 * places, len(wider.teacher) * places + len(wider.teacher_rest) * places]

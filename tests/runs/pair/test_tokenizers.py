@@ -55,6 +55,17 @@ def test_a_teacher_that_reads_no_answer_is_refused(limit, refused):
     check_teacher_answers(ROWS, None)
 
 
+def test_a_teacher_that_cannot_read_one_of_the_prompts_is_refused():
+    reading = TeacherReading(sentence_pieces(), 40)
+    rows = Dataset.from_list(
+        [{"prompt": "Tom has 12 apples. " * 8, "completion": " 7"}, {"prompt": "a", "completion": "b"}]
+    )
+    encoded = encode_dataset(rows, byte_level(), 400, "Tokenizing", teacher=reading)
+    with pytest.raises(BadRequest, match="a held-out prompt takes"):
+        check_teacher_answers(encoded.dataset, reading)
+    check_teacher_answers(encoded.dataset.select([1]), reading)
+
+
 def test_a_stream_is_encoded_as_its_rows_are():
     asked = {"max_length": 64, "teacher_tokenizer": sentence_pieces()}
     streamed = list(encode(ROWS.to_iterable_dataset(), byte_level(), **asked))
