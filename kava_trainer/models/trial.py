@@ -44,12 +44,13 @@ def check_states(model: PreTrainedModel, layers: list[int], role: str) -> None:
                 f"Layer {layer} of {whose} gives {shape} where {expected} is due;",
                 "name other layers in layer_mapping, or another model.",
             )
-        if layer < number_of_layers(model) and own and not any(_same(state, one) for one in own):
+        if layer < number_of_layers(model) and own and not any(are_same(state, one) for one in own):
             what = f"What can be read of layer {layer} of {whose} is no hidden state of it;"
             raise BadRequest(what, "use layer_mapping last.")
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+def are_same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors, which may be on two devices, hold the same but for rounding."""
     if left.shape != right.shape:
         return False
     return torch.allclose(left, right.to(left.device), rtol=1e-2, atol=1e-3, equal_nan=True)

@@ -6,14 +6,13 @@ backward, so that no [T, T] of a whole layer is kept (the family of MiniLM, Wang
 
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from ...models.attention.capture import AttentionPart, Feature
 from .base import AlignedStates, Alignment, AlignmentTarget, Sides
-from .rows import CHUNK_BYTES, centred_rows, example_parts, row_correlations
+from .rows import CHUNK_BYTES, centred_rows, example_parts, recomputed, row_correlations
 
 PARTS = ("query", "key")
 
@@ -87,16 +86,9 @@ def attention_divergence(
     size = max(1, chunk_bytes // (4 * count * max(own.queries for own in heads)))
     with torch.autocast(student.device.type, enabled=False):  # else products of matrices would be in half precision
         ranges = [(start, min(start + size, count)) for start in range(0, count, size)]
-        parts = [_chunk(student, teacher, heads, *at) for at in ranges]
+        parts = [recomputed(_divergence, student, teacher, heads, *at) for at in ranges]
     divergence, agreement = zip(*parts, strict=True)
     return torch.cat(divergence), torch.cat(agreement)
-
-
-def _chunk(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_divergence` of some tokens; in the backward pass their distributions are computed again."""
-    if torch.is_grad_enabled() and arguments[0].requires_grad:
-        return checkpoint(_divergence, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return _divergence(*arguments)
 
 
 def _logs(

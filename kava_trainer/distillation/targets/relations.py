@@ -9,11 +9,10 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ...models.attention.capture import Feature
 from .base import AlignedStates, Alignment, AlignmentTarget, Sides
-from .rows import CHUNK_BYTES, centred_rows, example_parts, row_correlations
+from .rows import CHUNK_BYTES, centred_rows, example_parts, recomputed, row_correlations
 
 
 def others(mask: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -50,19 +49,9 @@ def relation_errors(
     with torch.autocast(student.device.type, enabled=False):  # else products of matrices would be in half precision
         sides = unit_states(student, mask), unit_states(teacher, mask)
         size = max(1, chunk_bytes // (4 * len(mask)))
-        parts = [_chunk(*sides, mask, start, start + size) for start in range(0, len(mask), size)]
+        parts = [recomputed(_errors, *sides, mask, start, start + size) for start in range(0, len(mask), size)]
     errors, agreement = zip(*parts, strict=True)
     return torch.cat(errors), torch.cat(agreement)
-
-
-def _chunk(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, start: int, stop: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`relation_errors` of some tokens; in the backward pass their similarities are computed again."""
-    if torch.is_grad_enabled() and student.requires_grad:
-        arguments = (student, teacher, mask, start, stop)
-        return checkpoint(_errors, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return _errors(student, teacher, mask, start, stop)
 
 
 def _errors(

@@ -1,10 +1,12 @@
 """Rows of n numbers for each of n tokens, which exist for some tokens of one example at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 2**26
 """Size of one float32 tensor of such rows; a computation needs some six of those at once."""
@@ -24,6 +26,15 @@ def example_parts(mask: torch.Tensor, packed_lengths: Sequence[int] | None) -> l
         return [(row, slice(0, mask.shape[1])) for row in range(len(mask))]
     ends = list(accumulate(packed_lengths))
     return [(0, slice(end - length, end)) for length, end in zip(packed_lengths, ends, strict=True)]
+
+
+def recomputed(
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]], student: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a function gives of the student's side and others; in the backward pass its rows are computed again."""
+    if torch.is_grad_enabled() and student.requires_grad:
+        return checkpoint(function, student, *others, use_reentrant=False, preserve_rng_state=False)
+    return function(student, *others)
 
 
 def centred_rows(rows: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
