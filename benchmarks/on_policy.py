@@ -214,12 +214,12 @@ def run(options: argparse.Namespace) -> None:
     """Run what is missing and append it to the CSV file, all arms of one seed after another."""
     known = read_rows(options.csv)
     done = {tuple(row[name] for name in KEY) for row in known}
-    asked = itertools.product(options.seeds, options.settings, options.arms)
-    jobs = [
-        (options.folder, (setting, arm, seed, SETTINGS[setting].steps))
-        for seed, setting, arm in asked
-        if setting in ARMS[arm].only and (setting, arm, str(seed), str(SETTINGS[setting].steps)) not in done
+    asked = [
+        (setting, arm, seed, options.steps or SETTINGS[setting].steps)
+        for seed, setting, arm in itertools.product(options.seeds, options.settings, options.arms)
+        if setting in ARMS[arm].only
     ]
+    jobs = [(options.folder, row) for row in asked if tuple(map(str, row)) not in done]
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     with (
@@ -235,15 +235,18 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(setting: str, rows: list[dict[str, str]]) -> str:
-    """A Markdown table of what is measured of a setting, the lowest cross-entropy first."""
+    """A Markdown table of what is measured of a setting: the longest runs first, then the lowest cross-entropy."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         if row["setting"] == setting:
             groups.setdefault((row["steps"], row["arm"]), []).append(row)
     if not groups:
         return "Not measured yet."
-    ordered = sorted(groups.items(), key=lambda item: statistics.mean(float(r["cross_entropy"]) for r in item[1]))
-    start = next(iter(groups.values()))
+    ordered = sorted(
+        groups.items(),
+        key=lambda item: (-int(item[0][0]), statistics.mean(float(r["cross_entropy"]) for r in item[1])),
+    )
+    start = max(groups.values(), key=len)
     lines = [["before", "", str(len(start)), *_cells(start, "cross_entropy_before", "exact_match_before"), ""]]
     for (steps, arm), found in ordered:
         cells = _cells(found, "cross_entropy", "exact_match")
@@ -272,6 +275,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*WITHOUT, *ON_POLICY])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="optimizer steps of every way, in place of the setting's own")
     parser.add_argument("--workers", type=int, default=1, help="processes, which share the cores")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "kava-on-policy"))
     parser.add_argument("--csv", type=Path, default=CSV_FILE)

@@ -99,6 +99,7 @@ WITHOUT = {
 ON_POLICY = {
     "half: SFT + KD, forward": Arm({**SFT, **_KD, **_HALF, **_FORWARD}),
     "half: SFT + KD, forward, sampled at 1.5": Arm({**SFT, **_KD, **_HALF, **_FORWARD, **_HOT}),
+    "half: SFT + KD, JSD": Arm({**SFT, **_KD, **_HALF, **_JSD}),
     "half: SFT + KD, reverse": Arm({**SFT, **_KD, **_HALF, **_REVERSE}),
     "own: KD, forward": _own({**_KD, **_FORWARD}),
     "own: KD, forward, sampled at 1.5": _own({**_KD, **_FORWARD, **_HOT}),
