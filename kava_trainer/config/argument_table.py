@@ -15,12 +15,12 @@ from typing import Any
 TABLE = Path(__file__).with_name("arguments.json")
 """`python tests/helpers/argument_table.py` makes it."""
 
-_SOURCES = ("arguments.py", "model_arguments.py", "data_arguments.py", "help.py")
+_SOURCES = ("arguments.py", "alignment/teacher_arguments.py", "model_arguments.py", "data_arguments.py", "help.py")
 
 
 def fingerprint() -> str:
     """What the table depends on, as a checksum: the fields of KAVA's arguments, and the notes on them."""
-    parts = [line for name in _SOURCES for line in _assigned(TABLE.with_name(name).read_text(encoding="utf-8"))]
+    parts = [line for name in _SOURCES for line in _assigned((TABLE.parent / name).read_text(encoding="utf-8"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

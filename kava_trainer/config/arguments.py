@@ -15,6 +15,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
 from .alignment.target_checks import implementation_problems, written_for_other_targets
+from .alignment.teacher_arguments import SeveralTeachersArguments
+from .alignment.teachers import teachers_text
 from .checks import (
     accelerator_problems,
     is_aligned,
@@ -36,7 +38,7 @@ LARGEST_MICRO_BATCH = 2**24
 
 
 @dataclass
-class KavaTrainingArguments(TrainingArguments):
+class KavaTrainingArguments(SeveralTeachersArguments, TrainingArguments):
     """`transformers.TrainingArguments` plus the arguments of the distillation.
 
     Defaults that differ from `TrainingArguments` are those of the home case: Qwen2.5-1.5B to 0.5B on GSM8K. Those of
@@ -235,6 +237,7 @@ class KavaTrainingArguments(TrainingArguments):
             keep_secret(getattr(self, name))
         if isinstance(self.layer_mapping, (list, tuple)):
             self.layer_mapping = json.dumps(self.layer_mapping)
+        self.teachers = teachers_text(self.teachers)
         for name in ("", "_kwargs"):  # newer transformers warn of the old name, older ones know no other
             new, old = f"activation_checkpointing{name}", f"gradient_checkpointing{name}"
             if hasattr(self, new) and getattr(self, new) is None:

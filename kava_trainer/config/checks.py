@@ -19,6 +19,7 @@ from .alignment.target_checks import (
     sharing_problems,
     target_problems,
 )
+from .alignment.teachers import several_problems
 from .launcher import engine_problems, is_fsdp_asked
 from .layer_mapping import parse_layer_mapping
 from .optimizer_names import missing_package, other_missing_packages, steps_in_backward
@@ -130,7 +131,15 @@ def training_problems(training: "KavaTrainingArguments") -> list[Problem]:
     found += other_missing_packages(training)
     found += [*_wrong_values(training), *_projector_problems(training), *_rollout_problems(training)]
     found += [*target_problems(training), *attention_problems(training), *sharing_problems(training)]
+    found += _teacher_problems(training)
     return [*found, *_contradictions(training)]
+
+
+def _teacher_problems(training: "KavaTrainingArguments") -> list[Problem]:
+    try:
+        return [*several_problems(training)]
+    except WrongArguments as error:  # of the list itself
+        return [*error.problems]
 
 
 def _optimizer_problems(optim: Any) -> list[Problem]:

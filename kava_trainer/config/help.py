@@ -28,7 +28,7 @@ _PREFIXES = {
         "relative_mse_",
         "alignment_",
         "layer_",
-        "teacher_cache_",
+        "teacher",
         "on_policy_",
         "rollouts_",
         "run_control",
@@ -86,10 +86,15 @@ _GROUP_OF = attrgetter("group")
 _GROUP_OF_CLASS = {"ModelArguments": MODEL, "DataArguments": DATA}
 
 
+def own_classes(owner: type) -> list[type]:
+    """A class of arguments and those of its parents that are KAVA's too."""
+    return [part for part in owner.__mro__ if part.__module__.partition(".")[0] == __name__.partition(".")[0]]
+
+
 def _group(name: str, owner: type) -> str:
     if (group := _GROUP_OF_CLASS.get(owner.__name__)) is not None:
         return group
-    if name not in owner.__annotations__:
+    if not any(name in part.__annotations__ for part in own_classes(owner)):
         return INHERITED
     return next((group for group, prefixes in _PREFIXES.items() if name.startswith(prefixes)), TRAINING)
 

@@ -17,14 +17,15 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..utils.errors import BadRequest, Problem, problems_of
+from ..utils.errors import BadRequest, Problem, WrongArguments, problems_of
 from ..utils.files import is_utf8, json_mistake
 from ..utils.redaction import is_secret_name
+from .alignment.teachers import first_teacher
 from .arguments import KavaArguments, KavaTrainingArguments
 from .data_arguments import DataArguments
 from .help import short_help, unknown_argument
 from .launcher import program
-from .model_arguments import ModelArguments
+from .model_arguments import QUICKSTART, ModelArguments
 from .recipes import find_recipe, recipe_names
 from .student_kinds import defaults_for
 
@@ -185,7 +186,7 @@ def _fits(name: str, value: Any, hint: Any) -> bool:
 
 def fits_type(name: str, value: Any) -> bool:
     """Whether a value has a type that an argument takes; any has where there is no such argument."""
-    is_layers = name in ("layer_mapping", "student_layers") and isinstance(value, list)
+    is_layers = name in ("layer_mapping", "student_layers", "teachers") and isinstance(value, list)
     return name not in _HINTS or is_layers or _fits(name, value, _HINTS[name])
 
 
@@ -271,6 +272,17 @@ def _beside_rollouts(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"on_policy_fraction": 1.0} if values.get("rollouts_from") else {}
 
 
+def _first_teacher(values: dict[str, Any], found: list[Problem]) -> dict[str, Any]:
+    """What the first of several teachers stands for; a list that is none is left out, and joins the mistakes."""
+    try:
+        return first_teacher(values)
+    except WrongArguments as error:
+        found += problems_of(error)
+        values.pop("teachers", None)
+        values.setdefault("teacher_model_name_or_path", QUICKSTART)  # that it is missing too says nothing
+        return {}
+
+
 def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) -> KavaArguments:
     """Read a JSON file of arguments and command-line overrides.
 
@@ -298,7 +310,8 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any] | None = None) 
     values = {name: value for name, value in values.items() if name not in wrong}
     if isinstance(values.get("resume_from_checkpoint"), bool):
         values["resume_from_checkpoint"] = str(values["resume_from_checkpoint"]).lower()
-    model, data = (_construct(group, values, found) for group in (ModelArguments, DataArguments))
+    first = _first_teacher(values, found)
+    model, data = (_construct(group, {**values, **first}, found) for group in (ModelArguments, DataArguments))
     found += [problem for part in (model, data) for problem in part.problems() if problem.argument not in wrong]
     by_kind = defaults_for(getattr(model, "student_init", ""), values)
     training = _construct(KavaTrainingArguments, {**by_kind, **_beside_rollouts(values), **values}, found)

@@ -19,10 +19,13 @@ from transformers.trainer_utils import has_length
 from .formats import IGNORED, WRITTEN
 from .packing import followed_positions
 from .token_alignment.batching import joined, padded, teacher_parts
-from .token_alignment.ranges import RANGES
+from .token_alignment.ranges import of_teacher, readers
 
 StatesReader = Callable[[Sequence[int]], dict[int, torch.Tensor]]
 """Gives the teacher's states [T, d_t] of an example by layer, from the token ids that it reads."""
+
+StatesReaders = StatesReader | Mapping[int, StatesReader]
+"""One, or some of several teachers' by their numbers from 0."""
 
 _NOT_PASSED_ON = ("position_ids", "inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """What other collators put into a batch and a model would have to read for its output to be right."""
@@ -36,13 +39,13 @@ class DistillationCollator:
     Args:
         tokenizer: gives the padding token; its end-of-text token stands in where it has none. Without a tokenizer it is
             token 0, which no loss sees either.
-        read_states: reads the teacher's states, which are then part of the batch.
+        read_states: reads the teacher's states, which are then part of the batch; those of several by their numbers.
     """
 
     _needs_labels = False
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None = None, read_states: StatesReader | None = None
+        self, tokenizer: PreTrainedTokenizerBase | None = None, read_states: StatesReaders | None = None
     ) -> None:
         self.read_states = read_states
         known = () if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -54,7 +57,7 @@ class DistillationCollator:
         collator._needs_labels = True
         return collator
 
-    def reading(self, read_states: StatesReader | None) -> "DistillationCollator":
+    def reading(self, read_states: StatesReaders | None) -> "DistillationCollator":
         """The same collator, reading the teacher's states, or no longer."""
         collator = copy.copy(self)
         collator.read_states = read_states
@@ -79,8 +82,9 @@ class DistillationCollator:
         answers, origins = [_answers(own) for own in labels], _origins(examples)
         width = max(map(len, input_ids))
         teacher = teacher_parts(examples, input_ids)
-        read = input_ids if teacher is None else [part.input_ids for part in teacher]
-        states = _states(examples, read, self.read_states, lambda parts: pad_sequence(parts, batch_first=True))
+        read = {number: [part.input_ids for part in own] for number, own in teacher.items()}
+        padding = lambda parts: pad_sequence(parts, batch_first=True)  # noqa: E731
+        states = _states(examples, input_ids, read, self.read_states, padding)
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
@@ -95,7 +99,7 @@ class DistillationCollator:
             ),
             **({"origins": pad_sequence(origins, batch_first=True, padding_value=WRITTEN)} if origins else {}),
             **self._counted(examples, input_ids),
-            **({} if teacher is None else padded(teacher)),
+            **padded(teacher),
             **states,
         }
 
@@ -126,7 +130,7 @@ class JoiningCollator:
         read_states: as for `DistillationCollator`.
     """
 
-    def __init__(self, read_states: StatesReader | None = None) -> None:
+    def __init__(self, read_states: StatesReaders | None = None) -> None:
         self.read_states = read_states
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,7 +138,7 @@ class JoiningCollator:
         input_ids, labels = _tokens(examples)
         answers, origins = [_answers(own) for own in labels], _origins(examples)
         teacher = teacher_parts(examples, input_ids)
-        read = input_ids if teacher is None else [part.input_ids for part in teacher]
+        read = {number: [part.input_ids for part in own] for number, own in teacher.items()}
         return {
             "input_ids": torch.cat(input_ids),
             "lengths": list(map(len, input_ids)),
@@ -142,8 +146,8 @@ class JoiningCollator:
             "next_tokens": torch.cat([tokens for _, tokens in answers]),
             "answers": [len(positions) for positions, _ in answers],
             **({"origins": torch.cat(origins)} if origins else {}),
-            **({} if teacher is None else joined(teacher)),
-            **_states(examples, read, self.read_states, torch.cat),
+            **joined(teacher),
+            **_states(examples, input_ids, read, self.read_states, torch.cat),
         }
 
 
@@ -171,7 +175,7 @@ def separated(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ValueError: if the batch holds tokens of its own for the teacher.
     """
-    if RANGES in batch:
+    if readers(batch):
         raise ValueError("Nobody knows what of a student's own answer is which of a teacher's other tokens.")
     batch = {name: own.cpu() if isinstance(own, torch.Tensor) else own for name, own in batch.items()}
     if "lengths" in batch:
@@ -332,14 +336,28 @@ def _answers(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _states(
     examples: list[dict[str, Any]],
     input_ids: list[torch.Tensor],
-    read: StatesReader | None,
+    read: Mapping[int, list[torch.Tensor]],
+    given: StatesReaders | None,
     join: Callable[[list[torch.Tensor]], torch.Tensor],
 ) -> dict[str, dict[int, torch.Tensor]]:
-    """The teacher's states of a batch by layer: those that its examples bring along, else those that are read."""
+    """The states of each teacher on a batch by layer: those that its examples bring along, else those that are read.
+
+    Args:
+        examples: of the batch.
+        input_ids: that the student reads of them.
+        read: what teachers read that have tokens of their own, by their numbers.
+        given: reads the states.
+        join: makes one tensor of those of all examples.
+    """
     if "teacher_states" in examples[0]:
-        states = [example["teacher_states"] for example in examples]
-    elif read is not None:
-        states = [read(ids.tolist()) for ids in input_ids]
+        found = {0: [example["teacher_states"] for example in examples]}
     else:
-        return {}
-    return {"teacher_states": {layer: join([own[layer] for own in states]) for layer in states[0]}}
+        by_teacher = given if isinstance(given, Mapping) else {} if given is None else {0: given}
+        found = {
+            number: [states_of(ids.tolist()) for ids in read.get(number, input_ids)]
+            for number, states_of in by_teacher.items()
+        }
+    return {
+        f"{of_teacher(number)}states": {layer: join([own[layer] for own in states]) for layer in states[0]}
+        for number, states in found.items()
+    }

@@ -9,7 +9,7 @@ import torch
 
 from .formats import ASKED
 from .token_alignment.batching import LENGTHS, TeacherPart, cut, packed, taken_apart
-from .token_alignment.ranges import RANGES
+from .token_alignment.ranges import renamed, seen_by, teachers_with_states
 
 
 def pack_step(batches: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
@@ -109,23 +109,34 @@ class _Example:
     input_ids: torch.Tensor
     answer_index: torch.Tensor
     next_tokens: torch.Tensor
-    teacher_states: dict[int, torch.Tensor]
+    teacher_states: dict[int, dict[int, torch.Tensor]]
+    """By the number of the teacher and the layer."""
     origins: torch.Tensor | None
-    teacher: TeacherPart | None
+    teachers: dict[int, TeacherPart]
 
 
 def _examples(batch: dict[str, Any]) -> list[_Example]:
     """The examples that a batch of `JoiningCollator` holds end to end."""
     tokens = batch["input_ids"].split(batch["lengths"])
     index, following = (batch[name].split(batch["answers"]) for name in ("answer_index", "next_tokens"))
-    read = batch.get(LENGTHS, batch["lengths"])
-    states = {layer: part.split(read) for layer, part in batch.get("teacher_states", {}).items()}
+    states = {number: _states(seen_by(batch, number)) for number in teachers_with_states(batch)}
     origins = batch["origins"].split(batch["lengths"]) if "origins" in batch else [None] * len(tokens)
-    teacher: Sequence[TeacherPart | None] = taken_apart(batch) or [None] * len(tokens)
+    teachers = taken_apart(batch)
     return [
-        _Example(*parts, {layer: own[i] for layer, own in states.items()}, origins[i], teacher[i])
+        _Example(
+            *parts,
+            {number: {layer: part[i] for layer, part in own.items()} for number, own in states.items()},
+            origins[i],
+            {number: own[i] for number, own in teachers.items()},
+        )
         for i, parts in enumerate(zip(tokens, index, following, strict=True))
     ]
+
+
+def _states(batch: dict[str, Any]) -> dict[int, tuple[torch.Tensor, ...]]:
+    """The states of the first teacher on each example, by layer."""
+    read = batch.get(LENGTHS, batch["lengths"])
+    return {layer: part.split(read) for layer, part in batch["teacher_states"].items()}
 
 
 def _row(examples: list[_Example]) -> dict[str, Any]:
@@ -150,11 +161,10 @@ def _row(examples: list[_Example]) -> dict[str, Any]:
     origins = [example.origins for example in examples if example.origins is not None]
     if origins:
         row["origins"] = torch.cat(origins).unsqueeze(0)
-    if teacher := [example.teacher for example in examples if example.teacher is not None]:
-        row |= packed(teacher)
-    if layers := examples[0].teacher_states.keys():
-        joined = {layer: torch.cat([example.teacher_states[layer] for example in examples]) for layer in layers}
-        row["teacher_states"] = {layer: part.unsqueeze(0) for layer, part in joined.items()}
+    row |= packed({number: [example.teachers[number] for example in examples] for number in examples[0].teachers})
+    for number, like in examples[0].teacher_states.items():
+        joined = {layer: torch.cat([own.teacher_states[number][layer] for own in examples]) for layer in like}
+        row |= renamed({"teacher_states": {layer: part.unsqueeze(0) for layer, part in joined.items()}}, number)
     return row
 
 
@@ -172,7 +182,4 @@ def _span(row: dict[str, Any], axis: int, start: int, stop: int) -> dict[str, An
     for name in ("input_ids", "attention_mask", "labels", "origins"):
         if name in row:
             part[name] = row[name].narrow(axis, start, stop - start)
-    if "teacher_states" in row and RANGES not in row:
-        states = row["teacher_states"].items()
-        part["teacher_states"] = {layer: own.narrow(axis, start, stop - start) for layer, own in states}
     return part

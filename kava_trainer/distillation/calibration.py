@@ -21,7 +21,7 @@ from .bridge.fit import BridgeFit, decide_rank, tell_agreement
 from .model import DistillationModel
 from .projector import ElasticBottleneck, LowRankBridge, PrincipalProjection, normalise
 from .targets import AlignmentTarget
-from .token_alignment.states import is_compared, read_states
+from .token_alignment.states import compared_with_each, read_states
 
 RIDGE = 1e-3
 """Ridge penalty as a share of the mean variance of the inputs."""
@@ -245,7 +245,8 @@ def _states(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What student [N, d_s] and teacher [N, d_t] make of the tokens of a batch, pair by pair of layers."""
     batch = send_to_device(batch, model.student.device)
-    mask = is_compared(batch, batch.get("counted", batch["attention_mask"]).bool())
+    real = batch.get("counted", batch["attention_mask"]).bool()
+    mask = compared_with_each(batch, real, len(model.target.parts))
     teacher_states = read_states(teacher, batch)
     output = model(batch["input_ids"], batch["attention_mask"], distils=True)
     yield from model.target.fitted_sides(output.hidden_states, teacher_states, mask)

@@ -1,20 +1,32 @@
 """The terms on logits of one micro-batch: next tokens and the teacher's distribution, at some tokens alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import cast
+from functools import partial, reduce
+from typing import NamedTuple, cast
 
 import torch
 
 from ..data.formats import IGNORED
 from .chunked_loss import sum_in_chunks
 from .losses import generalized_jsd_per_token, next_token_sum, smoothing_sum, token_sum
+from .teachers.routing import routing_entropy, teacher_shares
 
-AGREEMENT = "agreement"
-"""No term of a loss, but a figure that the logits of a divergence give beside it."""
+AGREEMENT, KD_ROUTING = FIGURES = ("agreement", "kd_routing_entropy")
+"""No terms of a loss, but figures that the logits of a divergence give beside it."""
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps last hidden states [..., d] to logits [..., vocabulary]."""
+
+
+class TeacherLogits(NamedTuple):
+    """What a teacher's logits are made of."""
+
+    states: torch.Tensor
+    """Its last states [B, T, d_t]."""
+    head: Head
+    """Makes logits of them, without gradients."""
+    share: float = 1.0
+    """Of the teacher in the divergence."""
 
 
 class LogitsTerms:
@@ -22,15 +34,16 @@ class LogitsTerms:
 
     Args:
         weights: of the terms to compute, `lm`, `smoothing`, `kd` and `answer`, in the total; numbers, or scalars on the
-            device. Beside `kd` there may be `agreement`, how often both models have the same token at the top, whose
-            weight is 0.
+            device. Beside `kd` there may be those of `FIGURES`, whose weight is 0: `agreement`, how often both models
+            have the same token at the top, and `kd_routing_entropy`, how evenly several teachers share a token.
         positions: [K] among the flattened tokens of the batch, at which logits are needed.
         targets: the tokens that follow them [K], `IGNORED` where one carries no loss; those of all terms, or by term.
         vocabulary: number of the student's logits.
         temperature: of `kd`, see `generalized_jsd_per_token`.
         beta: of `kd`, likewise.
-        teacher: for `kd`, the teacher's last states [B, T, d_t] and the head that makes logits of them without
-            gradients.
+        teachers: for `kd`; the divergence is the sum of those from each of them, times its share.
+        routing: the temperature of `teacher_shares`, where these and not the shares alone weigh the teachers at each
+            token; a student agrees with a teacher by how far their distributions overlap, from 0 to 1.
     """
 
     def __init__(
@@ -41,12 +54,13 @@ class LogitsTerms:
         vocabulary: int,
         temperature: float = 1.0,
         beta: float = 0.0,
-        teacher: tuple[torch.Tensor, Head] | None = None,
+        teachers: Sequence[TeacherLogits] = (),
+        routing: float | None = None,
     ) -> None:
         self._weights, self._positions, self._vocabulary = weights, positions, vocabulary
         by_term = dict.fromkeys(weights, targets) if isinstance(targets, torch.Tensor) else targets
         self._targets = torch.stack([by_term[name] for name in weights], dim=1)
-        self._temperature, self._beta, self._teacher = temperature, beta, teacher
+        self._temperature, self._beta, self._teachers, self._routing = temperature, beta, list(teachers), routing
 
     def __call__(
         self, head: Head, parameters: Sequence[torch.Tensor], last_state: torch.Tensor
@@ -58,31 +72,62 @@ class LogitsTerms:
             parameters: what of it is trained.
             last_state: of the student [B, T, d_s].
         """
-        states = [last_state, *([] if self._teacher is None else self._teacher[:1])]
+        states = [last_state, *(teacher.states for teacher in self._teachers)]
         student, *teacher = (state.flatten(0, 1)[self._positions] for state in states)
         weights = _vector(list(self._weights.values()), last_state.device)
         rows = (student, self._targets, *teacher)
-        total, sums = sum_in_chunks(partial(self._chunk, head), rows, weights, parameters, self._vocabulary)
+        size = self._vocabulary * max(1, len(self._teachers))
+        total, sums = sum_in_chunks(partial(self._chunk, head), rows, weights, parameters, size)
         return total, dict(zip(self._weights, sums, strict=True))
 
     def _chunk(self, head: Head, states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:
         """The sums [n] of the terms over some tokens, whose `targets` are [K, n]."""
         logits = head(states)
-        reference = [cast(tuple[torch.Tensor, Head], self._teacher)[1](own) for own in teacher]
+        references = [own.head(given) for own, given in zip(self._teachers, teacher, strict=True)]
+        shares = self._shares(logits, references)
         sums = zip(self._weights, targets.unbind(dim=1), strict=True)
-        return torch.stack([self._sum(name, logits, own, *reference) for name, own in sums])
+        return torch.stack([self._sum(name, logits, own, references, shares) for name, own in sums])
 
-    def _sum(self, name: str, logits: torch.Tensor, targets: torch.Tensor, *reference: torch.Tensor) -> torch.Tensor:
-        if name in ("kd", AGREEMENT):  # embeddings padded to a round number have a common first part
-            size = min(logits.shape[-1], reference[0].shape[-1])
-            both = logits[:, :size], reference[0][:, :size]
+    def _shares(self, logits: torch.Tensor, references: list[torch.Tensor]) -> Sequence[float] | torch.Tensor:
+        """The share of each teacher, at every token or at each [K, n]."""
+        weights = [teacher.share for teacher in self._teachers]
+        if self._routing is None or not references:
+            return weights
+        with torch.no_grad():
+            agreements = [_overlap(*_common(logits, reference), self._temperature) for reference in references]
+        return teacher_shares(weights, agreements, self._routing)
+
+    def _sum(
+        self,
+        name: str,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        references: list[torch.Tensor],
+        shares: Sequence[float] | torch.Tensor,
+    ) -> torch.Tensor:
+        if name == KD_ROUTING:
+            return token_sum(routing_entropy(cast(torch.Tensor, shares)), targets != IGNORED)
+        if name in ("kd", AGREEMENT):
             compare = self._divergence if name == "kd" else _agreement
-            return token_sum(compare(*both), targets != IGNORED)
+            found = (share * compare(*_common(logits, own)) for share, own in zip(shares, references, strict=True))
+            return token_sum(reduce(torch.add, found), targets != IGNORED)
         return smoothing_sum(logits, targets) if name == "smoothing" else next_token_sum(logits, targets)
 
     def _divergence(self, logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """Between both models' next tokens [n]."""
         return generalized_jsd_per_token(logits, reference, self._temperature, self._beta)
+
+
+def _common(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of the tokens that both have: embeddings padded to a round number have a common first part."""
+    size = min(logits.shape[-1], reference.shape[-1])
+    return logits[:, :size], reference[:, :size]
+
+
+def _overlap(logits: torch.Tensor, reference: torch.Tensor, temperature: float) -> torch.Tensor:
+    """What both distributions have in common [n]: 1 less the total variation between them."""
+    own, other = ((given.float() / temperature).softmax(dim=-1) for given in (logits, reference))
+    return torch.minimum(own, other).sum(dim=-1)
 
 
 def _agreement(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

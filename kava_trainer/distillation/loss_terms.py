@@ -1,25 +1,27 @@
 """The loss terms of one micro-batch, by name, and the weights that they are added with."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..config.alignment.target_checks import ALIGNMENT_WEIGHTS
 from ..config.arguments import KavaTrainingArguments
-from ..data.formats import IGNORED, SAMPLED
-from ..data.token_alignment.ranges import RANGES
-from ..models.attention.capture import Feature, in_order
+from ..data.token_alignment.ranges import RANGES, seen_by
+from ..models.attention.capture import Feature, in_order, states_of_teacher
 from ..models.teacher import TeacherSource
-from .logits_terms import AGREEMENT, LogitsTerms
+from .logits_terms import AGREEMENT, FIGURES, KD_ROUTING, LogitsTerms, TeacherLogits
+from .logits_tokens import CountedTokens, count_tokens, is_sampled, positions_and_targets, ratio_to_widest, widest
 from .losses import token_mean, token_sum
 from .model import StudentOutput
 from .targets import AlignmentTarget
+from .teachers.several import each_teacher, teacher_weights
 from .token_alignment.divergence import JoinedTerms, SharedTokens, SpanDivergence
-from .token_alignment.states import OWN_TOKENS, compared_items, is_compared, read_states
+from .token_alignment.states import OWN_TOKENS, compared_items, compared_with_each, read_states
 from .token_means import TokenMeans
 
 LOGITS_TERMS = ("lm", "smoothing", "kd")
@@ -28,12 +30,12 @@ ANSWERS_ALONE = "answer"
 """What an evaluation adds where the next-token loss is over all tokens: the same over the answers alone."""
 
 
-class _Tokens(NamedTuple):
-    """What a term on logits is a mean over."""
+class _ReadBatch(NamedTuple):
+    """What one teacher reads of a batch."""
 
-    kind: Literal["answers", "all"]
-    written: bool
-    """Whether the answers that the student wrote itself are left out, where there are any."""
+    inputs: Mapping[str, Any]
+    logits: TeacherLogits
+    shared: SharedTokens | None
 
 
 SCHEDULED_TERMS = tuple(name.removesuffix("_weight") for name in ALIGNMENT_WEIGHTS)
@@ -86,8 +88,8 @@ class LossTerms:
     ) -> None:
         self.args, self.target, self.teacher, self.autocast = args, target, teacher, autocast
         self._vocabulary = vocabulary
-        self.shared: SharedTokens | None = None
-        """Which tokens of teacher and student are the same, for a divergence where they have other ones."""
+        self.shared: Sequence[SharedTokens | None] = ()
+        """Which tokens of each teacher and of the student are the same, for a divergence where they have other ones."""
 
     def weights(self, progress: float) -> dict[str, float]:
         """The weight of each term, as the arguments have it now, when the share `progress` of the training is done.
@@ -149,6 +151,8 @@ class LossTerms:
             on_logits = {"lm": 0.0, **on_logits, **({ANSWERS_ALONE: 0.0} if self.args.lm_tokens == "all" else {})}
         if "kd" in on_logits and "origins" in inputs:
             on_logits[AGREEMENT] = 0.0
+        if "kd" in on_logits and self._routing is not None:
+            on_logits[KD_ROUTING] = 0.0
         aligns = self.args.aligns and (weights is None or not named.keys().isdisjoint(ALIGNMENT_TERMS))
         return model(
             input_ids=inputs["input_ids"],
@@ -167,33 +171,55 @@ class LossTerms:
         num_items: torch.Tensor | None,
     ) -> LogitsTerms | JoinedTerms:
         """What computes the terms on logits that have weights inside the model's forward pass."""
-        args, teacher = self.args, None
-        if "kd" in weights:
-            last = cast(TeacherSource, self.teacher).num_layers
-            teacher = cast(dict[Feature, torch.Tensor], teacher_states)[last], self._teacher_head
+        args = self.args
         kinds = {name: self._tokens_of(name, inputs) for name in weights}
-        scaled = {name: weight * _ratio(inputs, num_items, kinds, name) for name, weight in weights.items()}
-        if teacher is not None and RANGES in inputs:
-            teacher = cast(dict[int, torch.Tensor], teacher_states)[OWN_TOKENS], teacher[1]
-            positions, own = _positions_and_targets(inputs, {"kd": kinds.pop("kd")})
-            options = teacher, self.shared, self._vocabulary, args.kd_temperature, args.kd_beta
-            spans = SpanDivergence(scaled.pop("kd"), inputs, positions, own["kd"], *options)
-            others = LogitsTerms(scaled, *_positions_and_targets(inputs, kinds), self._vocabulary) if scaled else None
-            return JoinedTerms(spans, others)
-        positions, targets = _positions_and_targets(inputs, kinds)
-        return LogitsTerms(scaled, positions, targets, self._vocabulary, args.kd_temperature, args.kd_beta, teacher)
+        scaled = {name: weight * ratio_to_widest(inputs, num_items, kinds, name) for name, weight in weights.items()}
+        teachers = list(self._teacher_logits(inputs, teacher_states or {})) if "kd" in weights else []
+        others = [own for own in teachers if RANGES in own.inputs]
+        joined: list[Any] = []
+        options = self._vocabulary, args.kd_temperature, args.kd_beta
+        if others:
+            positions, targets = positions_and_targets(inputs, {"kd": kinds["kd"]})
+            joined += [
+                SpanDivergence(scaled["kd"], own.inputs, positions, targets["kd"], own.logits, own.shared, *options)
+                for own in others
+            ]
+        if others and len(others) == len(teachers):
+            del kinds["kd"], scaled["kd"]
+        if scaled:
+            same = [own.logits for own in teachers if RANGES not in own.inputs]
+            positions, by_term = positions_and_targets(inputs, kinds)
+            joined.append(LogitsTerms(scaled, positions, by_term, *options, same, self._routing))
+        return joined[0] if len(joined) == 1 else JoinedTerms(*joined)
 
-    def _tokens_of(self, name: str, inputs: Mapping[str, Any]) -> _Tokens:
+    @property
+    def _routing(self) -> float | None:
+        """The temperature of the router, where one weighs several teachers."""
+        routed = self.args.teacher_routing == "agreement" and len(each_teacher(self.teacher)) > 1
+        return self.args.teacher_routing_temperature if routed else None
+
+    def _teacher_logits(
+        self, inputs: Mapping[str, Any], states: Mapping[Feature, torch.Tensor]
+    ) -> Iterator["_ReadBatch"]:
+        """What each teacher reads of a batch, and what its logits there are made of."""
+        sources = each_teacher(self.teacher)
+        shared = [*self.shared, *[None] * len(sources)]
+        for number, (source, share) in enumerate(zip(sources, teacher_weights(self.teacher), strict=True)):
+            read, own = seen_by(inputs, number) if number else inputs, states_of_teacher(states, number)
+            last = own[OWN_TOKENS if RANGES in read else source.num_layers]
+            yield _ReadBatch(read, TeacherLogits(last, partial(self._teacher_head, source), share), shared[number])
+
+    def _tokens_of(self, name: str, inputs: Mapping[str, Any]) -> CountedTokens:
         """What a term on logits is a mean over."""
-        if name in ("kd", AGREEMENT):
-            return _Tokens("answers" if name == AGREEMENT else self.args.kd_tokens, written=False)
-        return _Tokens("answers" if name == ANSWERS_ALONE else self.args.lm_tokens, written="origins" in inputs)
+        if name in ("kd", *FIGURES):
+            return CountedTokens("answers" if name == AGREEMENT else self.args.kd_tokens, written=False)
+        return CountedTokens("answers" if name == ANSWERS_ALONE else self.args.lm_tokens, written="origins" in inputs)
 
     @torch.no_grad()
-    def _teacher_head(self, states: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits [n, vocabulary] of its last states [n, d_t]."""
+    def _teacher_head(self, teacher: TeacherSource, states: torch.Tensor) -> torch.Tensor:
+        """A teacher's logits [n, vocabulary] of its last states [n, d_t]."""
         with self.autocast():
-            return cast(TeacherSource, self.teacher).head(states)
+            return teacher.head(states)
 
     def loss(
         self,
@@ -221,17 +247,19 @@ class LossTerms:
         mask = inputs["counted"] if "counted" in inputs else inputs["attention_mask"].bool()
         parts = self._alignment(outputs, inputs, mask, num_items, means, weights) if outputs.pairs else []
         kinds = {name: self._tokens_of(name, inputs) for name in outputs.logits_sums}
-        own = {kind: _count(inputs, None, kind) for kind in {*kinds.values(), _widest(kinds)}}
+        own = {kind: count_tokens(inputs, None, kind) for kind in {*kinds.values(), widest(kinds)}}
         for name, total in outputs.logits_sums.items():
             if name == AGREEMENT:
-                means.add("rollout_agreement", total, _is_sampled(inputs, inputs["answer_index"]).sum())
+                means.add("rollout_agreement", total, is_sampled(inputs, inputs["answer_index"]).sum())
+            elif name in FIGURES:
+                means.add(name, total, own[kinds[name]])
             else:
                 _note(means, weights, name, total, own[kinds[name]])
         for name in (name for name in LOGITS_TERMS if name in weights and name not in outputs.logits_sums):
-            count = _count(inputs, None, self._tokens_of(name, inputs))
+            count = count_tokens(inputs, None, self._tokens_of(name, inputs))
             means.add(f"{name}_weighted", torch.zeros_like(count), count)
         if outputs.logits_total is not None:
-            count = own[_widest(kinds)] if num_items is None else _count(inputs, num_items, _widest(kinds))
+            count = own[widest(kinds)] if num_items is None else count_tokens(inputs, num_items, widest(kinds))
             parts.append(outputs.logits_total / count.clamp(min=1))
         if outputs.router is not None:
             weighted, loss = outputs.router
@@ -250,101 +278,20 @@ class LossTerms:
         weights: dict[str, float],
     ) -> list[torch.Tensor]:
         """The weighted terms that compare states."""
-        mask, tokens = is_compared(inputs, mask), compared_items(inputs, num_items)
-        pairs = self.target.align(outputs.pairs, mask, weights, inputs.get("packed_lengths"))
-        means.add("cos_sim", token_sum(self.target.mean([pair.cosine for pair in pairs]), mask), mask.sum())
+        each, tokens = compared_with_each(inputs, mask, len(self.target.parts)), compared_items(inputs, num_items)
+        mask = each.any(dim=0) if each.ndim == 3 else each
+        pairs = self.target.align(outputs.pairs, each, weights, inputs.get("packed_lengths"))
+        cosine = self.target.mean([pair.cosine for pair in pairs], self.target.token_shares(pairs, each, routed=False))
+        means.add("cos_sim", token_sum(cosine, mask), mask.sum())
+        for name, (total, count) in self.target.figures(pairs, each).items():
+            means.add(name, total, count)
+        shares = self.target.token_shares(pairs, each)
         parts = []
         for name in (name for name in ALIGNMENT_TERMS if name in weights):
-            per_token = self.target.mean([pair.terms[name] for pair in pairs])
+            per_token = self.target.mean([pair.terms[name] for pair in pairs], shares)
             _note(means, weights, name, token_sum(per_token, mask), mask.sum())
             parts.append(weights[name] * token_mean(per_token, mask, tokens))
         return parts
-
-
-def _widest(kinds: Mapping[str, _Tokens]) -> _Tokens:
-    """The tokens that all terms' own are among."""
-    kind, written = {own.kind for own in kinds.values()}, {own.written for own in kinds.values()}
-    return _Tokens("all" if "all" in kind else "answers", written == {True})
-
-
-def _count(inputs: Mapping[str, Any], num_items: torch.Tensor | None, tokens: _Tokens) -> torch.Tensor:
-    """How many tokens of a kind a batch has, or with `num_items` the whole optimizer step."""
-    if num_items is not None:
-        place = (1 if tokens.kind == "answers" else 2) + (3 if tokens.written else 0)
-        if place >= len(num_items):
-            raise ValueError(
-                f"num_items_in_batch holds {len(num_items)} counts, but a term is a mean over others; give three, of "
-                "the real tokens, of those of answers, and of those that follow another of their example."
-            )
-        return num_items[place]
-    if tokens.kind == "answers":
-        targets = _written(inputs, tokens, inputs["answer_index"], inputs["next_tokens"])
-        return (targets != IGNORED).sum()
-    targets = _written(inputs, tokens, inputs["next_index"], torch.zeros_like(inputs["next_index"]))
-    return (_is_counted(inputs, inputs["next_index"]) & (targets != IGNORED)).sum()
-
-
-def _written(
-    inputs: Mapping[str, Any], tokens: _Tokens, positions: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """The tokens [K] that follow positions [K], `IGNORED` where the student wrote them and that is not to count."""
-    if not tokens.written:
-        return targets
-    return targets.masked_fill(_is_sampled(inputs, positions), IGNORED)
-
-
-def _is_sampled(inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
-    """Whether the token that follows each of some positions [K] is the student's own."""
-    return cast(torch.Tensor, inputs["origins"].flatten()[positions + 1] == SAMPLED)
-
-
-def _is_counted(inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
-    """At which positions [K] among the flattened tokens a token counts."""
-    if "counted" in inputs:
-        return inputs["counted"].flatten()[positions]
-    return torch.ones_like(positions, dtype=torch.bool)
-
-
-def _ratio(
-    inputs: Mapping[str, Any], num_items: torch.Tensor | None, kinds: Mapping[str, _Tokens], name: str
-) -> torch.Tensor | float:
-    """What turns a sum over a term's own tokens, divided by how many the widest term has, into a mean over its own."""
-    own, widest = kinds[name], _widest(kinds)
-    if own == widest:
-        return 1.0
-    return _count(inputs, num_items, widest) / _count(inputs, num_items, own).clamp(min=1)
-
-
-def _positions_and_targets(
-    inputs: Mapping[str, Any], kinds: Mapping[str, _Tokens]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Where logits are needed [K], and the tokens that follow there by term [K], `IGNORED` where one is not its own."""
-    widest = _widest(kinds)
-    if widest.kind == "answers":
-        positions = inputs["answer_index"]
-        found = dict.fromkeys(kinds.values(), inputs["next_tokens"])
-    else:
-        positions, answers, following = _following(inputs)
-        found = {own: answers if own.kind == "answers" else following for own in kinds.values()}
-    found = {own: _written(inputs, own, positions, targets) for own, targets in found.items()}
-    if widest.written:  # nobody asks for logits where the student wrote
-        kept = _written(inputs, widest, positions, torch.zeros_like(positions)) != IGNORED
-        positions, found = positions[kept], {own: targets[kept] for own, targets in found.items()}
-    by_term = {name: found[own] for name, own in kinds.items()}
-    if AGREEMENT in by_term:
-        by_term[AGREEMENT] = by_term[AGREEMENT].masked_fill(~_is_sampled(inputs, positions), IGNORED)
-    return positions, by_term
-
-
-def _following(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All positions that another token follows [M], and what follows there: of the answers alone, and at all."""
-    positions, tokens = inputs["next_index"], inputs["input_ids"].flatten().long()
-    answers = torch.full_like(tokens, IGNORED)
-    answers[inputs["answer_index"]] = inputs["next_tokens"]
-    answers = answers[positions]
-    following = tokens[(positions + 1).clamp(max=len(tokens) - 1)]
-    following = torch.where(answers != IGNORED, answers, following)  # a label may be another token than the one read
-    return positions, answers, following.masked_fill(~_is_counted(inputs, positions), IGNORED)
 
 
 def _note(means: TokenMeans, weights: dict[str, float], name: str, total: torch.Tensor, count: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from ..data.token_alignment.ranges import aligned_tokens
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
 from ..distillation.targets.base import Comparison
-from ..distillation.token_alignment.states import is_compared
+from ..distillation.token_alignment.states import compared_with_each, is_compared
 from ..models.attention.capture import Feature
 from ..models.layers import keeping_gradients
 from ..utils.distributed import give_up_whole_weights, whole
@@ -155,7 +155,8 @@ class AlignmentProbe:
         samples = [Sample(model.target.within_examples) for _ in model.target.shares]
         for batch in self._batches:
             batch = send_to_device(batch, model.student.device)
-            mask = is_compared(batch, batch.get("counted", batch["attention_mask"]).bool())
+            real = batch.get("counted", batch["attention_mask"]).bool()
+            mask = compared_with_each(batch, real, len(model.target.parts))
             states = cast(dict[Feature, torch.Tensor], terms.teacher_states(batch))
             output = terms.student_outputs(model, batch, states, None)
             for index, (sample, pair) in enumerate(zip(samples, output.pairs, strict=True)):
@@ -206,7 +207,8 @@ def _backward(
     """The gradient of the terms that have weights, as token means over all batches."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     answers, following = (sum(len(batch[name]) for batch in batches) for name in ("next_tokens", "next_index"))
-    compared = sum(int(is_compared(batch, batch["attention_mask"].bool()).sum()) for batch in batches)
+    teachers = len(model.target.parts)
+    compared = sum(int(is_compared(batch, batch["attention_mask"].bool(), teachers).sum()) for batch in batches)
     for batch in batches:
         batch = send_to_device(batch, model.student.device)
         states = terms.teacher_states(batch)

@@ -14,7 +14,7 @@ from ..data.collators import DistillationCollator, JoiningCollator, completed
 from ..data.formats import ASKED, IGNORED, SAMPLED
 from ..data.packing import as_many_rows, pack_step, spread
 from ..data.streaming import ExampleStream, stream_loader
-from ..data.token_alignment.ranges import RANGES
+from ..data.token_alignment.ranges import readers
 from ..distillation.token_alignment.states import is_compared
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
 from ..utils.distributed import largest_over_ranks
@@ -49,6 +49,8 @@ class StepBatches(TrainerCallback):
         """The training examples, where they are a stream."""
         self.mix: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None
         """Puts the student's own answers in the place of some examples of a step's micro-batches, see `Rollouts`."""
+        self.teachers = 1
+        """How many teachers read each example."""
         self._refused = 0
         self._told: dict[str, Any] | None = None
 
@@ -117,12 +119,12 @@ class StepBatches(TrainerCallback):
         if self.mix is not None:
             found = self.mix(found)
         if not self.packs or not is_joined:
-            return found, found, torch.stack(_count_padded(found))
+            return found, found, torch.stack(_count_padded(found, self.teachers))
         rows = pack_step(found, self._row_budget(found, batch_size, row_limit))
         if sharded:
             rows = as_many_rows(rows, largest_over_ranks(len(rows)))
         dealt = [_micro_batch(share, rows[0]) for share in spread(rows, len(found))]
-        return dealt, rows, torch.tensor([*_count_packed(found, rows), *_count_origins(rows)])
+        return dealt, rows, torch.tensor([*_count_packed(found, rows), *_count_origins(rows, self.teachers)])
 
     def _note_places(self, stream: ExampleStream, batches: list[dict[str, Any]]) -> None:
         """Keep count of where in the stream this rank is, and of the rows it left out.
@@ -203,19 +205,19 @@ def _count_packed(batches: list[dict[str, Any]], rows: list[dict[str, Any]]) -> 
     return [sum(lengths), answers, sum(lengths), len(lengths), following]
 
 
-def _count_padded(batches: list[dict[str, Any]]) -> list[torch.Tensor]:
+def _count_padded(batches: list[dict[str, Any]], teachers: int) -> list[torch.Tensor]:
     """The counts of `gather`."""
     tokens = sum(batch["attention_mask"].sum() for batch in batches)
     answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
     sizes = [sum(own) for own in zip(*(_sizes(batch) for batch in batches), strict=True)]
-    return [tokens, answers, *torch.tensor([*sizes, *_count_origins(batches)], device=tokens.device)]
+    return [tokens, answers, *torch.tensor([*sizes, *_count_origins(batches, teachers)], device=tokens.device)]
 
 
-def _count_origins(rows: list[dict[str, Any]]) -> list[int]:
+def _count_origins(rows: list[dict[str, Any]], teachers: int) -> list[int]:
     """Where the student wrote some answers: tokens whose states are compared, and answer and following tokens that it
-    did not write. Where the teacher reads other tokens: those whose states are compared."""
-    if RANGES in rows[0]:
-        return [sum(int(is_compared(row, row["attention_mask"].bool()).sum()) for row in rows)]
+    did not write. Where a teacher reads other tokens: those whose states are compared."""
+    if readers(rows[0]):
+        return [sum(int(is_compared(row, row["attention_mask"].bool(), teachers).sum()) for row in rows)]
     if "origins" not in rows[0]:
         return []
     compared = sum(int((row["attention_mask"].bool() & (row["origins"] != ASKED)).sum()) for row in rows)

@@ -21,6 +21,7 @@ from ..data.formats import IGNORED
 from ..distillation.loss_terms import LossTerms
 from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import AlignmentTarget
+from ..distillation.teachers.several import online_teachers
 from ..distillation.token_means import TokenMeans
 from ..evaluation.answers import perplexity
 from ..evaluation.probe import ProbeResult
@@ -66,7 +67,7 @@ class StudentTrainer(SavingTrainer):
     @property
     def running_teacher(self) -> OnlineTeacher | None:
         """The teacher that runs beside the student, also where a cache has its states on the examples of the data."""
-        return teacher if isinstance(teacher := self.terms.teacher, OnlineTeacher) else self.beside_cache
+        return next(iter(online_teachers(self.terms.teacher)), self.beside_cache)
 
     @property
     def has_own_loss(self) -> bool:
@@ -220,7 +221,8 @@ class StudentTrainer(SavingTrainer):
                 raise ValueError(f"rollout_fn writes nothing while {unasked}; change that, or leave it out.")
             return None
         tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        models = [self.student, *([] if self.running_teacher is None else [self.running_teacher.model])]
+        running = online_teachers(self.terms.teacher) or filter(None, [self.beside_cache])
+        models = [self.student, *(teacher.model for teacher in running)]
         rollouts = Rollouts(
             self.args,
             self.incidents,

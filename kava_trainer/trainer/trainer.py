@@ -13,17 +13,19 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from ..config.arguments import KavaTrainingArguments
-from ..data.collators import DistillationCollator, choose_collator, completed
+from ..data.collators import choose_collator, completed
 from ..data.streaming import ExampleStream
 from ..distillation.calibration import calibrate, calibration_examples
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
-from ..distillation.pairing import Pairing, check_given, features_given
+from ..distillation.pairing import GivenTeacher, Pairing, features_given
 from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import AlignmentTarget
 from ..distillation.targets.mapping import LayerChooser
-from ..distillation.teacher_cache import CachedTeacher, is_released
-from ..distillation.token_alignment.divergence import shared_tokens
+from ..distillation.teacher_cache import CachedTeacher
+from ..distillation.teachers.given import check_cache, check_given
+from ..distillation.teachers.several import by_role, online_teachers, states_readers
+from ..distillation.token_alignment.divergence import shared_with_each
 from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
 from ..models.student import mend_generation_config
@@ -56,7 +58,8 @@ class KavaTrainer(StudentTrainer):
 
     Args:
         student: the `PreTrainedModel` to train, or its adapters alone where `lora.add_adapter` gave it any.
-        teacher: a model, or another source of the teacher's states; None where no term needs them.
+        teacher: a model, or another source of the teacher's states, or a list of several, which `args.teachers` weighs;
+            None where no term needs them.
         target: what is aligned, with its projectors; made as `args` ask where the teacher is a model. Projectors that
             need no gradient stay as they are.
         args: `KavaTrainingArguments`; their defaults by default.
@@ -65,7 +68,8 @@ class KavaTrainer(StudentTrainer):
         inherited_layers: the teacher layer that each student layer was cut from, for `layer_mapping` inherited; for cka
             the one that an earlier run chose, by default chosen on training examples.
         rollout_fn: writes the student's own answers where `on_policy_fraction` is above 0, not `sample_answers`.
-        teacher_tokenizer: of a teacher that reads other tokens than `processing_class`, for `kd_weight` above 0.
+        teacher_tokenizer: of a teacher that reads other tokens than `processing_class`, for `kd_weight` above 0; of
+            several a list.
         kwargs: as for `Trainer`: `train_dataset` and `eval_dataset` with `input_ids` and `labels`, `processing_class`,
             `data_collator` (a `DistillationCollator` by default), `callbacks`, `compute_metrics`, `optimizers` (which
             hold the target's parameters too), ...
@@ -77,14 +81,14 @@ class KavaTrainer(StudentTrainer):
     def __init__(
         self,
         student: PreTrainedModel | None = None,
-        teacher: PreTrainedModel | TeacherSource | None = None,
+        teacher: GivenTeacher = None,
         target: AlignmentTarget | None = None,
         args: KavaTrainingArguments | None = None,
         *,
         model_init: Callable[..., PreTrainedModel] | None = None,
         inherited_layers: Sequence[int] | None = None,
         rollout_fn: RolloutFn | None = None,
-        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase] | None = None,
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args
@@ -93,7 +97,7 @@ class KavaTrainer(StudentTrainer):
             self.model_init = cast(Any, model_init)
             set_seed(args.seed)
             student = cast(PreTrainedModel, super().call_model_init())
-        self._shared = shared_tokens(kwargs.get("processing_class"), teacher_tokenizer)
+        self._shared = shared_with_each(kwargs.get("processing_class"), teacher_tokenizer)
         kwargs["data_collator"] = choose_collator(kwargs.get("data_collator"), kwargs.get("processing_class"))
         choose = LayerChooser(args, kwargs.get("train_dataset"), kwargs["data_collator"])
         self._pairing = Pairing(args, teacher, target, model_init is not None, inherited_layers, choose)
@@ -143,10 +147,12 @@ class KavaTrainer(StudentTrainer):
             self.console.warn(told)
         if told := router_note(self.student):
             self.console.print(told)
-        models = {"student": self.student, **({"teacher": source.model} if isinstance(source, OnlineTeacher) else {})}
+        self.batches.teachers = len(self.target.parts)
+        models = {"student": self.student}
+        models |= {role: own.model for role, own in by_role(source) if isinstance(own, OnlineTeacher)}
         if reason := self.batches.choose_packing(models, self.data_collator):
             self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
-        if isinstance(source, CachedTeacher):
+        if source is not None and states_readers(source):
             self.read_cache(source)
         else:
             self.choose_probe()
@@ -163,8 +169,8 @@ class KavaTrainer(StudentTrainer):
         if found := self.args.problems():
             raise BadRequest.of(*found)
         student = cast(PreTrainedModel, super().call_model_init(trial))
-        if isinstance(self.teacher, OnlineTeacher):
-            self.teacher.close()
+        for teacher in online_teachers(self.teacher):
+            teacher.close()
         self.model, source = self._pairing.pair(student)
         self.model_wrapped = self.model
         self._take_up(source)
@@ -181,25 +187,18 @@ class KavaTrainer(StudentTrainer):
         """Where the teacher's states come from."""
         return self.terms.teacher
 
-    def read_cache(self, teacher: CachedTeacher) -> None:
-        """From now on take the teacher's states from a cache, in place of a model that ran so far.
+    def read_cache(self, teacher: TeacherSource) -> None:
+        """From now on take the teacher's states from a cache, in place of a model that ran so far; or of several.
 
         Raises:
-            ValueError: if the data collator is not KAVA's, which alone puts the states into the batches, or attention
-                is read, or the student writes all that is learned itself, or the teacher cannot read what it writes.
+            ValueError: as `given.check_cache`, and if attention is read.
         """
         layers = features_given(self.args, self.target, teacher)
+        collator = check_cache(self.args, teacher, self.data_collator)
         if self.args.samples:
-            if self.args.on_policy_fraction == 1 or is_released(teacher.model):
-                raise ValueError(
-                    "A cached teacher has no states of the student's own answers; leave the teacher its weights, and "
-                    "set on_policy_fraction below 1."
-                )
-            self.beside_cache = self.running_teacher or OnlineTeacher(teacher.model, layers)
-        if not isinstance(self.data_collator, DistillationCollator):
-            raise ValueError("A cached teacher needs DistillationCollator as data_collator: it reads the states.")
+            self.beside_cache = self.running_teacher or OnlineTeacher(cast(CachedTeacher, teacher).model, layers)
         self.terms.teacher = teacher
-        self.data_collator = self.data_collator.reading(teacher.read)
+        self.data_collator = collator.reading(states_readers(teacher))
         self.choose_probe()
 
     def calibration_examples(self) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import torch
 
 from kava_trainer.distillation import logits_terms
 from kava_trainer.distillation.chunked_loss import sum_in_chunks
-from kava_trainer.distillation.logits_terms import LogitsTerms
+from kava_trainer.distillation.logits_terms import LogitsTerms, TeacherLogits
 
 STUDENT_WIDTH, TEACHER_WIDTH, TEMPERATURE = 6, 5, 2.0
 
@@ -40,8 +40,8 @@ def test_value_and_gradient_equal_the_naive_reference(shape, weights, teacher_vo
     answers = torch.randperm(shape[0] * shape[1])[: max(1, shape[0] * shape[1] - 3)].sort().values
     targets = torch.randint(5, answers.shape)
     targets[3:4] = -100
-    teacher = (teacher_states, lambda own: own @ teacher_weight.T)
-    kd = {"temperature": TEMPERATURE, "teacher": teacher} if "kd" in weights else {}
+    teacher = TeacherLogits(teacher_states, lambda own: own @ teacher_weight.T)
+    kd = {"temperature": TEMPERATURE, "teachers": [teacher]} if "kd" in weights else {}
     terms = LogitsTerms(weights, answers, targets, 7, **kd)
     total, sums = terms(lambda own: own @ weight.T, [weight], states)
     rows, teacher_rows = states.flatten(0, 1)[answers], teacher_states.flatten(0, 1)[answers]
@@ -62,3 +62,39 @@ def test_a_batch_without_answers_gives_nothing_and_no_gradient():
     assert total == sums["lm"] == 0
     assert not states.grad.any()
     assert not weight.grad.any()
+
+
+def test_the_divergence_from_several_teachers_is_weighed_by_shares_that_sum_to_1():
+    torch.manual_seed(0)
+    states, weight = torch.randn(1, 6, 4), torch.randn(7, 4, requires_grad=True)
+    heads = [torch.randn(7, 5) for _ in range(2)]
+    inner = [torch.randn(1, 6, 5) for _ in range(2)]
+    teachers = [
+        TeacherLogits(own, partial(torch.nn.functional.linear, weight=head), share)
+        for own, head, share in zip(inner, heads, (0.25, 0.75), strict=True)
+    ]
+    places, targets = torch.arange(5), torch.arange(5)
+
+    def run(given, routing=None):
+        names = {"kd": 1.0} if routing is None else {"kd": 1.0, "kd_routing_entropy": 0.0}
+        terms = LogitsTerms(names, places, targets, 7, 1.0, 0.0, given, routing)
+        total, sums = terms(partial(torch.nn.functional.linear, weight=weight), [weight], states)
+        (gradient,) = torch.autograd.grad(total, weight)
+        return total, gradient, sums
+
+    alone = [run([own._replace(share=1.0)]) for own in teachers]
+    total, gradient, _ = run(teachers)
+    torch.testing.assert_close(total, 0.25 * alone[0][0] + 0.75 * alone[1][0])
+    torch.testing.assert_close(gradient, 0.25 * alone[0][1] + 0.75 * alone[1][1])
+
+    # The naive reference of the router: the overlap of both distributions, token by token.
+    student = (states[0, :5] @ weight.T).softmax(-1)
+    others = [(own[0, :5] @ head.T).softmax(-1) for own, head in zip(inner, heads, strict=True)]
+    overlap = torch.stack([torch.minimum(student, own).sum(-1) for own in others])
+    shares = (torch.tensor([0.25, 0.75]).log().unsqueeze(1) + overlap / 0.1).softmax(0).detach()
+    divergences = torch.stack([(own * (own / student).log()).sum(-1) for own in others])
+    expected = (shares * divergences).sum()
+    total, gradient, sums = run(teachers, 0.1)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, weight)[0])
+    torch.testing.assert_close(sums["kd_routing_entropy"], -(shares * shares.log()).sum())

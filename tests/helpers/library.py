@@ -32,7 +32,8 @@ def make(folder, tokenizer, given=None, args=None, **changes):
     given.setdefault("eval_dataset", Dataset.from_list(DATA[:7]))
     if "model_init" not in given:
         given.setdefault("student", new_student())
-    return KavaTrainer(teacher=new_teacher(), args=args or arguments(folder, **changes), **given)
+    given.setdefault("teacher", new_teacher())
+    return KavaTrainer(args=args or arguments(folder, **changes), **given)
 
 
 def changed(trainer, before):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .ranges import PAIR_COLUMNS, RANGES, TEACHER_TOKENS
+from .ranges import PAIR_COLUMNS, RANGES, TEACHER_TOKENS, readers, renamed, seen_by, teachers_with_states
 
 MASK, LENGTHS, PACKED_LENGTHS, WIDEST = (
     "teacher_attention_mask", "teacher_lengths", "teacher_packed_lengths", "teacher_widest",
@@ -25,8 +25,12 @@ class TeacherPart(NamedTuple):
     """[T, 2], within these."""
 
 
-def teacher_parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[torch.Tensor]) -> list[TeacherPart] | None:
-    """What the teacher reads of each example; None where it reads what the student does.
+Parts = dict[int, list[TeacherPart]]
+"""What the teachers that read tokens of their own read of each example, by their numbers."""
+
+
+def teacher_parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[torch.Tensor]) -> Parts:
+    """What the teachers read of each example; nothing of those that read what the student does.
 
     Args:
         examples: as a data set has them.
@@ -36,8 +40,11 @@ def teacher_parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[tor
     Raises:
         ValueError: if only some examples have such tokens, or not every token has a range.
     """
-    if not any(RANGES in example for example in examples):
-        return None
+    numbers = sorted({number for example in examples for number in readers(example)})
+    return {number: _parts([seen_by(example, number) for example in examples], input_ids) for number in numbers}
+
+
+def _parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[torch.Tensor]) -> list[TeacherPart]:
     if not all(set(PAIR_COLUMNS) <= example.keys() for example in examples):
         raise ValueError(
             f"Some examples of a batch have {' and '.join(PAIR_COLUMNS)}, and others have not. Encode all of them with "
@@ -63,8 +70,45 @@ def widest(ranges: torch.Tensor) -> int:
     return int((ranges[..., 1] - ranges[..., 0]).max()) if ranges.numel() else 0
 
 
-def padded(parts: Sequence[TeacherPart]) -> dict[str, Any]:
+def padded(parts: Parts) -> dict[str, Any]:
     """Examples padded on the right: tokens and mask [B, U], and their ranges [B, T, 2]."""
+    return _of_all({number: _padded(own) for number, own in parts.items()})
+
+
+def joined(parts: Parts) -> dict[str, Any]:
+    """Examples end to end, each with its own ranges, and how many tokens each has."""
+    return _of_all({number: _joined(own) for number, own in parts.items()})
+
+
+def packed(parts: Parts) -> dict[str, Any]:
+    """A packed row: tokens and mask [1, U], the ranges [1, T, 2] in it, and the tokens of each example."""
+    return _of_all({number: _packed(own) for number, own in parts.items()})
+
+
+def taken_apart(batch: Mapping[str, Any]) -> Parts:
+    """The examples that `joined` made one of; nothing of teachers that read what the student does."""
+    return {number: _taken_apart(seen_by(batch, number)) for number in readers(batch)}
+
+
+def cut(row: Mapping[str, Any], axis: int, tokens: tuple[int, int], examples: tuple[int, int]) -> dict[str, Any]:
+    """What the teachers read of a part of a batch, with their states there where it holds them.
+
+    Args:
+        row: a packed row or a padded batch.
+        axis: along which it is cut, of examples (0) or of tokens (1).
+        tokens: from which place up to which along that axis, as the student reads it.
+        examples: which of them these are.
+    """
+    with_states, own = teachers_with_states(row), readers(row)
+    return _of_all({n: _cut(seen_by(row, n), axis, tokens, examples) for n in sorted({*with_states, *own})})
+
+
+def _of_all(by_teacher: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the teachers read, each under names of its own."""
+    return {name: value for number, own in by_teacher.items() for name, value in renamed(own, number).items()}
+
+
+def _padded(parts: Sequence[TeacherPart]) -> dict[str, Any]:
     ids, ranges = ([part[side] for part in parts] for side in (0, 1))
     return {
         TEACHER_TOKENS: pad_sequence(ids, batch_first=True),
@@ -74,22 +118,17 @@ def padded(parts: Sequence[TeacherPart]) -> dict[str, Any]:
     }
 
 
-def joined(parts: Sequence[TeacherPart]) -> dict[str, Any]:
-    """Examples end to end, each with its own ranges, and how many tokens each has."""
+def _joined(parts: Sequence[TeacherPart]) -> dict[str, Any]:
     ids, ranges = ([part[side] for part in parts] for side in (0, 1))
     return {TEACHER_TOKENS: torch.cat(ids), RANGES: torch.cat(ranges), LENGTHS: list(map(len, ids))}
 
 
-def taken_apart(batch: Mapping[str, Any]) -> list[TeacherPart] | None:
-    """The examples that `joined` made one of; None where the teacher reads what the student does."""
-    if RANGES not in batch:
-        return None
+def _taken_apart(batch: Mapping[str, Any]) -> list[TeacherPart]:
     ids, ranges = batch[TEACHER_TOKENS].split(batch[LENGTHS]), batch[RANGES].split(batch["lengths"])
     return [TeacherPart(*own) for own in zip(ids, ranges, strict=True)]
 
 
-def packed(parts: Sequence[TeacherPart]) -> dict[str, Any]:
-    """A packed row: tokens and mask [1, U], the ranges [1, T, 2] in it, and the tokens of each example."""
+def _packed(parts: Sequence[TeacherPart]) -> dict[str, Any]:
     lengths = tuple(len(part.input_ids) for part in parts)
     starts = accumulate(lengths[:-1], initial=0)
     ids = torch.cat([part.input_ids for part in parts]).unsqueeze(0)
@@ -108,17 +147,10 @@ def _moved(ranges: torch.Tensor, by: int) -> torch.Tensor:
     return torch.where(ranges[..., 1:] > ranges[..., :1], ranges + by, 0)
 
 
-def cut(row: Mapping[str, Any], axis: int, tokens: tuple[int, int], examples: tuple[int, int]) -> dict[str, Any]:
-    """What the teacher reads of a part of a batch, with its states there where it holds them.
-
-    Args:
-        row: a packed row or a padded batch.
-        axis: along which it is cut, of examples (0) or of tokens (1).
-        tokens: from which place up to which along that axis, as the student reads it.
-        examples: which of them these are.
-    """
-    if RANGES not in row:
-        return {}
+def _cut(row: Mapping[str, Any], axis: int, tokens: tuple[int, int], examples: tuple[int, int]) -> dict[str, Any]:
+    states = row.get("teacher_states", {})
+    if RANGES not in row:  # it reads what the student does
+        return {"teacher_states": _narrowed(states, axis, *tokens)}
     ranges = row[RANGES].narrow(axis, tokens[0], tokens[1] - tokens[0])
     lengths = row.get(PACKED_LENGTHS)
     start, stop = examples if lengths is None else (sum(lengths[: examples[0]]), sum(lengths[: examples[1]]))
@@ -126,7 +158,10 @@ def cut(row: Mapping[str, Any], axis: int, tokens: tuple[int, int], examples: tu
     part |= {RANGES: ranges if lengths is None else _moved(ranges, -start), WIDEST: row[WIDEST]}
     if lengths is not None:
         part[PACKED_LENGTHS] = lengths[slice(*examples)]
-    if "teacher_states" in row:
-        states = row["teacher_states"].items()
-        part["teacher_states"] = {layer: own.narrow(axis, start, stop - start) for layer, own in states}
+    if states:
+        part["teacher_states"] = _narrowed(states, axis, start, stop)
     return part
+
+
+def _narrowed(states: Mapping[Any, torch.Tensor], axis: int, start: int, stop: int) -> dict[Any, torch.Tensor]:
+    return {layer: own.narrow(axis, start, stop - start) for layer, own in states.items()}

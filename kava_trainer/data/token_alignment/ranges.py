@@ -1,5 +1,6 @@
 """Which tokens of one model overlap each token of another, by the text that they stand for."""
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -14,6 +15,45 @@ OF_TEACHER = "teacher_"
 
 TEACHER_TOKENS, RANGES = PAIR_COLUMNS = (f"{OF_TEACHER}input_ids", f"{OF_TEACHER}ranges")
 """Columns of an example: what the teacher reads, and of which of these tokens each of the student's is made."""
+
+_OF_ANY = re.compile("teacher[0-9]*_")
+
+
+def of_teacher(number: int) -> str:
+    """What stands before the names of what a teacher reads, by its number from 0: that of the first has none."""
+    return OF_TEACHER if number == 0 else f"teacher{number + 1}_"
+
+
+def seen_by(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A batch or an example, with what one of several teachers reads of it where that of the first one stands."""
+    prefix = of_teacher(number)
+    own = {OF_TEACHER + name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+    return {name: value for name, value in batch.items() if not _OF_ANY.match(name)} | own
+
+
+def renamed(part: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """What a teacher reads, under the names that it has beside what the others read."""
+    prefix = of_teacher(number)
+    return {
+        prefix + name.removeprefix(OF_TEACHER) if name.startswith(OF_TEACHER) else name: value
+        for name, value in part.items()
+    }
+
+
+def readers(batch: Mapping[str, Any]) -> list[int]:
+    """The numbers of the teachers that read tokens of their own of a batch or an example."""
+    return _numbers(batch, "ranges")
+
+
+def teachers_with_states(batch: Mapping[str, Any]) -> list[int]:
+    """The numbers of the teachers whose states a batch or an example brings along."""
+    return _numbers(batch, "states")
+
+
+def _numbers(batch: Mapping[str, Any], name: str) -> list[int]:
+    found = (re.fullmatch(f"teacher([0-9]*)_{name}", own) for own in batch)
+    return sorted(int(own[1] or 1) - 1 for own in found if own)
+
 
 NONE = (0, 0)
 """The range of a token whose text no token of the other model stands for."""
@@ -58,12 +98,14 @@ def add_counts(counts: Iterable[Sequence[int]]) -> list[int]:
     return [sum(own) for own in zip(*counts, strict=True)] or [0, 0, 0]
 
 
-def aligned_tokens(examples: Iterable[Mapping[str, Any]]) -> int:
-    """How many tokens of some examples have states of a teacher to be compared with."""
-    return sum(
-        len(example["input_ids"]) - sum(start == end for start, end in example.get("teacher_ranges") or ())
-        for example in examples
-    )
+def aligned_tokens(examples: Sequence[Mapping[str, Any]]) -> int:
+    """How many tokens of some examples have states of a teacher to be compared with; of several, of each at least."""
+    counts = [0] * (1 + max((number for example in examples for number in readers(example)), default=0))
+    for example in examples:
+        for number in range(len(counts)):
+            ranges = example.get(f"{of_teacher(number)}ranges") or ()
+            counts[number] += len(example["input_ids"]) - sum(start == end for start, end in ranges)
+    return min(counts)
 
 
 def as_the_teacher_reads(examples: Dataset) -> Dataset:

@@ -2,10 +2,11 @@
 
 from .attention import AttentionTarget
 from .base import AlignedStates, Alignment, AlignmentTarget, Sides
-from .build import build_target, no_target
+from .build import build_target, build_targets, choices_for, no_target
 from .hidden import HiddenStateTarget
 from .kv import KeyValueTarget
 from .relations import RelationsTarget
+from .several import SeveralTargets
 
 __all__ = [
     "AlignedStates",
@@ -15,7 +16,10 @@ __all__ = [
     "HiddenStateTarget",
     "KeyValueTarget",
     "RelationsTarget",
+    "SeveralTargets",
     "Sides",
     "build_target",
+    "build_targets",
+    "choices_for",
     "no_target",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -51,6 +51,11 @@ class Sides(NamedTuple):
     """Raw states of the teacher [N, d_t]."""
 
 
+def of_each(mask: torch.Tensor, teachers: int) -> list[torch.Tensor]:
+    """The mask [B, T] of each teacher, of one for all of them [B, T] or one for each [K, B, T]."""
+    return list(mask) if mask.ndim == 3 else [mask] * teachers
+
+
 class AlignmentTarget(nn.Module):
     """What is aligned. A subclass says what is compared, pair by pair of layers, and how.
 
@@ -59,11 +64,11 @@ class AlignmentTarget(nn.Module):
         weights: weight of each pair; equal by default. Only their proportions count.
     """
 
-    name: ClassVar[str]
+    name: str
     """The value of `alignment_target`."""
-    terms: ClassVar[tuple[str, ...]]
+    terms: tuple[str, ...]
     """Loss terms that compare the two sides; the argument `<term>_weight` weighs each."""
-    within_examples: ClassVar[bool] = False
+    within_examples: bool = False
     """Whether the groups of `sides` are single examples; else those of all batches belong together, one by one."""
 
     def __init__(self, pairs: list[tuple[int, int]], weights: Sequence[float] | None = None) -> None:
@@ -74,6 +79,11 @@ class AlignmentTarget(nn.Module):
         self.shares = [share / sum(shares) for share in shares]
         """Weight of each comparison; they sum to 1."""
         self.projectors, self.decoders = nn.ModuleList(), nn.ModuleList()
+
+    @property
+    def parts(self) -> "list[AlignmentTarget]":
+        """The target of each teacher; of one teacher this one."""
+        return [self]
 
     @property
     def widths(self) -> str:
@@ -151,7 +161,7 @@ class AlignmentTarget(nn.Module):
 
         Args:
             pairs: what `forward` gave.
-            mask: boolean [B, T].
+            mask: boolean [B, T]; of several teachers it may be one for each [K, B, T], also below.
             names: the terms to compute, of `terms` and `anchor`.
             packed_lengths: tokens of each example of a packed row [1, T]; else an example is a row.
         """
@@ -186,6 +196,25 @@ class AlignmentTarget(nn.Module):
         tokens of `mask` [B, T]."""
         return iter(())
 
-    def mean(self, values: list[torch.Tensor]) -> torch.Tensor:
-        """Weighted mean over the comparisons of one figure each."""
-        return torch.stack([share * value for share, value in zip(self.shares, values, strict=True)]).sum(dim=0)
+    def token_shares(
+        self, found: Sequence[Alignment], mask: torch.Tensor, routed: bool = True
+    ) -> "list[float] | list[torch.Tensor]":
+        """The weight of each comparison, for `mean`: a number, or one for each token [B, T].
+
+        Args:
+            found: what `align` gave.
+            mask: that it was given.
+            routed: whether tokens choose among several teachers, where that is asked for.
+        """
+        return self.shares
+
+    def figures(self, found: Sequence[Alignment], mask: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What the log tells beside the terms and the cosine: the sum over tokens of each figure, and their number."""
+        return {}
+
+    def mean(
+        self, values: list[torch.Tensor], shares: "Sequence[float] | Sequence[torch.Tensor] | None" = None
+    ) -> torch.Tensor:
+        """Weighted mean over the comparisons of one figure each; by `shares` of `token_shares` where they are given."""
+        given: Sequence[Any] = self.shares if shares is None else shares
+        return torch.stack([share * value for share, value in zip(given, values, strict=True)]).sum(dim=0)

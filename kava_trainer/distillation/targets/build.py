@@ -1,10 +1,12 @@
 """The target that the arguments ask for, of two models of known depth and width."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import cast
 
 from transformers import PreTrainedModel
 
+from ...config.alignment.teachers import TeacherChoice
 from ...config.arguments import KavaTrainingArguments
 from ...config.layer_mapping import resolve_layer_pairs
 from ...models.attention.capture import check_attention_is_seen, key_value_shape, query_heads, window_of
@@ -16,6 +18,7 @@ from .base import AlignmentTarget
 from .hidden import HiddenStateTarget
 from .kv import KeyValueTarget
 from .relations import RelationsTarget
+from .several import SeveralTargets
 
 Pairs = list[tuple[int, int]]
 
@@ -52,6 +55,44 @@ def build_target(
     if args.alignment_target == "kv":
         return _key_value_target(args, student, teacher, pairs)
     return _hidden_state_target(args, student, teacher, pairs)
+
+
+def build_targets(
+    args: KavaTrainingArguments,
+    student: PreTrainedModel,
+    teachers: Sequence[PreTrainedModel],
+    inherited: Sequence[int] | None = None,
+) -> AlignmentTarget:
+    """The alignment with each of several teachers, or that of `build_target` with one.
+
+    Args:
+        args: as for `build_target`; `teachers` says the weight of each, and which layers.
+        student: likewise.
+        teachers: give their depth and width.
+        inherited: the first teacher's, likewise.
+
+    Raises:
+        BadRequest: as `build_target`.
+        ValueError: if `args.teachers` names another number of teachers.
+    """
+    if len(teachers) == 1:
+        return build_target(args, student, teachers[0], inherited)
+    choices = choices_for(args, len(teachers))
+    parts = []
+    for number, (choice, teacher) in enumerate(zip(choices, teachers, strict=True)):
+        own = copy(args)
+        own.layer_mapping = choice.layers or args.layer_mapping
+        parts.append(build_target(own, student, teacher, inherited if number == 0 else None))
+    temperature = args.teacher_routing_temperature if args.teacher_routing == "agreement" else None
+    return SeveralTargets(parts, [choice.weight for choice in choices], temperature)
+
+
+def choices_for(args: KavaTrainingArguments, count: int) -> list[TeacherChoice]:
+    """What the arguments say of each of so many teachers. Raises `ValueError` if that is of another number."""
+    choices = args.choices or [TeacherChoice()] * count
+    if len(choices) != count:
+        raise ValueError(f"There are {count} teachers, but teachers has {len(choices)} entries; give one for each.")
+    return choices
 
 
 def _attention_target(

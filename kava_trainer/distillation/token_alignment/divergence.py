@@ -14,7 +14,7 @@ from ...data.token_alignment.pair_encoder import tokenizers_agree
 from ...data.token_alignment.ranges import RANGES, TEACHER_TOKENS
 from ...data.token_alignment.spans import TokenSpans
 from ..chunked_loss import sum_in_chunks
-from ..logits_terms import Head
+from ..logits_terms import Head, TeacherLogits
 
 MOST_TOKENS = 8
 """Of a span; longer ones are left out: each of their tokens would cost logits in every span of a chunk."""
@@ -59,6 +59,15 @@ def shared_tokens(
     )
     own_rest, other_rest = (torch.tensor(rest, dtype=torch.long) for rest in rests)
     return SharedTokens(ids[:, 0], ids[:, 1], own_rest, other_rest, torch.tensor(ends[0]))
+
+
+def shared_with_each(
+    student: PreTrainedTokenizerBase | None,
+    teachers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase] | None,
+) -> list[SharedTokens | None]:
+    """The `shared_tokens` of a student with each of its teachers."""
+    given = [teachers] if teachers is None or isinstance(teachers, PreTrainedTokenizerBase) else teachers
+    return [shared_tokens(student, own) for own in given]
 
 
 class Spans(NamedTuple):
@@ -194,7 +203,8 @@ class SpanDivergence:
         inputs: a batch of `collators`, with what the teacher reads.
         positions: [K] among the flattened tokens of the batch, that a token follows.
         targets: these tokens [K], `IGNORED` where one is not counted.
-        teacher: its last states at its own tokens [B, U, d_t], and the head that makes logits of them.
+        teacher: its last states at its own tokens [B, U, d_t], the head that makes logits of them, and its share in the
+            divergence.
         shared: which tokens are the same; None where nobody has said.
         vocabulary: logits of the student.
         temperature: see `divergence_of_vocabularies`.
@@ -210,7 +220,7 @@ class SpanDivergence:
         inputs: Mapping[str, Any],
         positions: torch.Tensor,
         targets: torch.Tensor,
-        teacher: tuple[torch.Tensor, Head],
+        teacher: TeacherLogits,
         shared: SharedTokens | None,
         vocabulary: int,
         temperature: float = 1.0,
@@ -221,7 +231,7 @@ class SpanDivergence:
                 "kd_weight is above 0, and the teacher reads other tokens; give KavaTrainer the tokenizers, as "
                 "processing_class and teacher_tokenizer."
             )
-        self._states, self._teacher_head = teacher
+        self._states, self._teacher_head, share = teacher
         self._shared, self._options = shared.to(self._states.device), (temperature, beta)
         self._spans, self._weight = coinciding_spans(inputs, self._shared.end), weight
         self._vocabulary = vocabulary
@@ -229,7 +239,7 @@ class SpanDivergence:
         places = self._spans.student
         counted = torch.zeros_like(self._ids[0], dtype=torch.bool)
         counted[positions] = targets != IGNORED
-        self._counts = (counted[places.clamp(min=0)] & (places >= 0)).sum(dim=1)
+        self._counts = (counted[places.clamp(min=0)] & (places >= 0)).sum(dim=1) * share
 
     def __call__(
         self, head: Head, parameters: Sequence[torch.Tensor], last_state: torch.Tensor
@@ -268,14 +278,15 @@ class SpanDivergence:
 
 
 class JoinedTerms:
-    """Several terms on logits as one, without those that are None."""
+    """Several terms on logits as one."""
 
     def __init__(self, *terms: Any) -> None:
-        self._terms = [term for term in terms if term is not None]
+        self._terms = terms
 
     def __call__(
         self, head: Head, parameters: Sequence[torch.Tensor], last_state: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The sum of their totals, and the sums of all of them. As `LogitsTerms`."""
+        """The sum of their totals, and the sums of all of them, those of one name added up. As `LogitsTerms`."""
         totals, sums = zip(*(term(head, parameters, last_state) for term in self._terms), strict=True)
-        return torch.stack(totals).sum(), {name: own for part in sums for name, own in part.items()}
+        names = dict.fromkeys(name for part in sums for name in part)
+        return torch.stack(totals).sum(), {name: sum(part[name] for part in sums if name in part) for name in names}

@@ -7,9 +7,10 @@ import torch
 
 from ...data.formats import ASKED
 from ...data.token_alignment.batching import MASK, PACKED_LENGTHS, WIDEST
-from ...data.token_alignment.ranges import RANGES, TEACHER_TOKENS
-from ...models.attention.capture import Feature
+from ...data.token_alignment.ranges import RANGES, TEACHER_TOKENS, readers, seen_by
+from ...models.attention.capture import Feature, of_teacher
 from ...models.teacher import TeacherSource
+from ..teachers.several import SeveralTeachers
 
 OWN_TOKENS = -1
 """In place of a layer: the last states of a teacher at its own tokens, where these are others."""
@@ -21,11 +22,19 @@ def read_states(teacher: TeacherSource, inputs: Mapping[str, Any], own: bool = F
     Where the teacher reads tokens of its own, a student token has the mean of the states whose text overlaps its text;
     zeros where there are none, which `is_compared` leaves out.
 
+    Those of several teachers are by `capture.of_teacher`.
+
     Args:
         teacher: gives the states at its own tokens.
         inputs: a batch of `collators`.
         own: whether the last layer's states at the teacher's own tokens [B, U, d_t] are wanted too, as `OWN_TOKENS`.
     """
+    if isinstance(teacher, SeveralTeachers):
+        return {
+            of_teacher(number, feature): states
+            for number, source in enumerate(teacher.sources)
+            for feature, states in read_states(source, seen_by(inputs, number), own).items()
+        }
     if RANGES not in inputs:
         return teacher.features(inputs)
     read = {"input_ids": inputs[TEACHER_TOKENS], "attention_mask": inputs[MASK]}
@@ -59,20 +68,33 @@ def pooled(states: torch.Tensor, ranges: torch.Tensor, widest: int) -> torch.Ten
     return (total / count.clamp(min=1).unsqueeze(-1)).to(states.dtype)
 
 
-def is_compared(inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
-    """Where states are compared [B, T], of the tokens of `mask`.
+def is_compared(inputs: Mapping[str, Any], mask: torch.Tensor, teachers: int = 1) -> torch.Tensor:
+    """Where states are compared [B, T], of the tokens of `mask`, with any of so many teachers.
 
     Of an answer that the student wrote that is the answer alone, and of a teacher's other tokens what overlaps them.
     """
+    found = compared_with_each(inputs, mask, teachers)
+    return found.any(dim=0) if found.ndim == 3 else found
+
+
+def compared_with_each(inputs: Mapping[str, Any], mask: torch.Tensor, teachers: int = 1) -> torch.Tensor:
+    """Where states are compared with each of so many teachers [K, B, T]; [B, T] where that is the same for all."""
     if "origins" in inputs:
         mask = mask & (inputs["origins"] != ASKED)
-    if RANGES in inputs:
-        mask = mask & (inputs[RANGES][..., 1] > inputs[RANGES][..., 0])
-    return mask
+    if not any(number < teachers for number in readers(inputs)):
+        return mask
+    found = [_overlaps(seen_by(inputs, number), mask) for number in range(teachers)]
+    return torch.stack(found) if teachers > 1 else found[0]
+
+
+def _overlaps(inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
+    if RANGES not in inputs:
+        return mask
+    return mask & (inputs[RANGES][..., 1] > inputs[RANGES][..., 0])
 
 
 def compared_items(inputs: Mapping[str, Any], num_items: torch.Tensor | None) -> torch.Tensor | None:
     """In how many places the states of an optimizer step are compared, of the counts of `LossTerms.loss`."""
     if num_items is None:
         return None
-    return num_items[3] if "origins" in inputs or RANGES in inputs else num_items[0]
+    return num_items[3] if "origins" in inputs or readers(inputs) else num_items[0]

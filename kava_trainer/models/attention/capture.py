@@ -36,13 +36,35 @@ _BESIDE_PRODUCTS = ("s_aux", "position_bias", "softcap")
 _KNOWN_KINDS = ("full_attention", "sliding_attention")
 """Values of `layer_types` whose masks are computed again from `window_of`."""
 
-Feature = int | AttentionPart
+
+class OfTeacher(NamedTuple):
+    """What is captured of a teacher that is not the first of several."""
+
+    teacher: int
+    """Its number, counted from 0."""
+    feature: "int | AttentionPart"
+
+
+Feature = int | AttentionPart | OfTeacher
 """What is captured of a model: a hidden state by its layer [B, T, d], or a part of attention [B, T, heads, d]."""
+
+
+def of_teacher(number: int, feature: Feature) -> Feature:
+    """The feature of the teacher with this number, counted from 0, among those of all teachers."""
+    return feature if number == 0 or isinstance(feature, OfTeacher) else OfTeacher(number, feature)
+
+
+def states_of_teacher(states: Mapping[Feature, torch.Tensor], number: int) -> dict[Feature, torch.Tensor]:
+    """What was captured of one teacher, of all that was captured of several."""
+    if number == 0:
+        return {own: state for own, state in states.items() if not isinstance(own, OfTeacher)}
+    return {own.feature: s for own, s in states.items() if isinstance(own, OfTeacher) and own.teacher == number}
 
 
 def layer_of(feature: Feature) -> int:
     """The layer that a feature is of."""
-    return feature if isinstance(feature, int) else feature.layer
+    own = feature.feature if isinstance(feature, OfTeacher) else feature
+    return own if isinstance(own, int) else own.layer
 
 
 def hidden_layers(features: Sequence[Feature]) -> list[int]:
@@ -52,7 +74,7 @@ def hidden_layers(features: Sequence[Feature]) -> list[int]:
 
 def in_order(features: set[Feature]) -> list[Feature]:
     """Features by their layers, each layer's state first."""
-    return sorted(features, key=lambda own: (layer_of(own), "" if isinstance(own, int) else own.part))
+    return sorted(features, key=lambda own: (layer_of(own), own.part if isinstance(own, AttentionPart) else ""))
 
 
 def check_attention_is_seen(model: PreTrainedModel, role: str, target: str) -> None:

@@ -10,6 +10,7 @@ from kava_trainer import encode
 from kava_trainer.data.collators import DistillationCollator, JoiningCollator
 from kava_trainer.data.packing import halve, pack_step
 from kava_trainer.distillation.chunked_loss import sum_in_chunks
+from kava_trainer.distillation.logits_terms import TeacherLogits
 from kava_trainer.distillation.losses import generalized_jsd_per_token
 from kava_trainer.distillation.token_alignment import divergence
 from kava_trainer.distillation.token_alignment.divergence import (
@@ -194,7 +195,9 @@ def run(batch, shared, beta=0.0, weight=1.0):
     embed, (head, teacher_head) = heads()
     states = embed[1](batch["teacher_input_ids"]).detach()
     targets = batch["input_ids"].flatten()[batch["next_index"] + 1]
-    terms = SpanDivergence(weight, batch, batch["next_index"], targets, (states, teacher_head), shared, 400, 1.5, beta)
+    terms = SpanDivergence(
+        weight, batch, batch["next_index"], targets, TeacherLogits(states, teacher_head), shared, 400, 1.5, beta
+    )
     total, sums = terms(head, list(head.parameters()), embed[0](batch["input_ids"]))
     total.backward()
     return total, sums["kd"], head.weight.grad
@@ -247,7 +250,7 @@ def test_only_counted_tokens_count_and_the_weight_is_in_the_total(data):
     embed, (head, teacher_head) = heads()
     states = embed[1](batch["teacher_input_ids"]).detach()
     ignored = torch.full_like(batch["next_index"], -100)
-    terms = SpanDivergence(1.0, none, batch["next_index"], ignored, (states, teacher_head), shared, 400)
+    terms = SpanDivergence(1.0, none, batch["next_index"], ignored, TeacherLogits(states, teacher_head), shared, 400)
     total, sums = terms(head, list(head.parameters()), embed[0](batch["input_ids"]))
     total.backward()
     assert sums["kd"] == 0
@@ -257,7 +260,9 @@ def test_only_counted_tokens_count_and_the_weight_is_in_the_total(data):
 def test_nobody_guesses_which_tokens_are_shared(data):
     batch = DistillationCollator()(data[0])
     with pytest.raises(ValueError, match="give KavaTrainer the tokenizers, as processing_class and teacher_tokenizer"):
-        SpanDivergence(1.0, batch, batch["next_index"], batch["next_index"], (torch.zeros(1), None), None, 400)
+        SpanDivergence(
+            1.0, batch, batch["next_index"], batch["next_index"], TeacherLogits(torch.zeros(1), None), None, 400
+        )
 
 
 def test_chunks_are_as_small_as_the_larger_vocabulary_asks(data, monkeypatch):
@@ -278,7 +283,7 @@ def test_chunks_are_as_small_as_the_larger_vocabulary_asks(data, monkeypatch):
         embed[1](batch["teacher_input_ids"]).detach(),
         batch["input_ids"].flatten()[batch["next_index"] + 1],
     )
-    terms = SpanDivergence(1.0, batch, batch["next_index"], targets, (states, teacher_head), wider, 400)
+    terms = SpanDivergence(1.0, batch, batch["next_index"], targets, TeacherLogits(states, teacher_head), wider, 400)
     terms(head, list(head.parameters()), embed[0](batch["input_ids"]))
     places = widths[0] // 400
     assert widths == [400 * places, len(wider.teacher) * places + len(wider.teacher_rest) * places]
