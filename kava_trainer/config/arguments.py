@@ -3,7 +3,6 @@
 `TrainingArguments` fields keep their names and meaning; only the defaults listed in `KavaTrainingArguments` differ.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..utils.errors import Problem, WrongArguments, problems_of
 from ..utils.redaction import is_secret_name, keep_secret, without_secrets
 from .alignment.target_checks import implementation_problems, written_for_other_targets
 from .alignment.teacher_arguments import SeveralTeachersArguments
-from .alignment.teachers import teachers_text
+from .alignment.teachers import list_as_text
 from .checks import (
     accelerator_problems,
     is_aligned,
@@ -235,9 +234,7 @@ class KavaTrainingArguments(SeveralTeachersArguments, TrainingArguments):
             self.projector_dropout = usual_dropout(self.projector_anchor, self.projector_init)
         for name in (f.name for f in fields(self) if is_secret_name(f.name)):
             keep_secret(getattr(self, name))
-        if isinstance(self.layer_mapping, (list, tuple)):
-            self.layer_mapping = json.dumps(self.layer_mapping)
-        self.teachers = teachers_text(self.teachers)
+        self.layer_mapping, self.teachers = list_as_text(self.layer_mapping), list_as_text(self.teachers)
         for name in ("", "_kwargs"):  # newer transformers warn of the old name, older ones know no other
             new, old = f"activation_checkpointing{name}", f"gradient_checkpointing{name}"
             if hasattr(self, new) and getattr(self, new) is None:

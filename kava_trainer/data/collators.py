@@ -9,6 +9,7 @@ them, in the data workers, and put them into the batch.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.trainer_utils import has_length
 
 from .formats import IGNORED, WRITTEN
 from .packing import followed_positions
-from .token_alignment.batching import joined, padded, teacher_parts
+from .token_alignment.batching import joined, padded, teacher_parts, tokens_of
 from .token_alignment.ranges import of_teacher, readers
 
 StatesReader = Callable[[Sequence[int]], dict[int, torch.Tensor]]
@@ -82,9 +83,8 @@ class DistillationCollator:
         answers, origins = [_answers(own) for own in labels], _origins(examples)
         width = max(map(len, input_ids))
         teacher = teacher_parts(examples, input_ids)
-        read = {number: [part.input_ids for part in own] for number, own in teacher.items()}
-        padding = lambda parts: pad_sequence(parts, batch_first=True)  # noqa: E731
-        states = _states(examples, input_ids, read, self.read_states, padding)
+        read = tokens_of(teacher)
+        states = _states(examples, input_ids, read, self.read_states, partial(pad_sequence, batch_first=True))
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
@@ -138,7 +138,7 @@ class JoiningCollator:
         input_ids, labels = _tokens(examples)
         answers, origins = [_answers(own) for own in labels], _origins(examples)
         teacher = teacher_parts(examples, input_ids)
-        read = {number: [part.input_ids for part in own] for number, own in teacher.items()}
+        read = tokens_of(teacher)
         return {
             "input_ids": torch.cat(input_ids),
             "lengths": list(map(len, input_ids)),
@@ -340,14 +340,9 @@ def _states(
     given: StatesReaders | None,
     join: Callable[[list[torch.Tensor]], torch.Tensor],
 ) -> dict[str, dict[int, torch.Tensor]]:
-    """The states of each teacher on a batch by layer: those that its examples bring along, else those that are read.
+    """The states of each teacher on a batch by layer: those that its examples bring along, else those that are `given`.
 
-    Args:
-        examples: of the batch.
-        input_ids: that the student reads of them.
-        read: what teachers read that have tokens of their own, by their numbers.
-        given: reads the states.
-        join: makes one tensor of those of all examples.
+    A teacher with tokens of its own has them in `read`, by its number; the others read `input_ids`.
     """
     if "teacher_states" in examples[0]:
         found = {0: [example["teacher_states"] for example in examples]}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
@@ -13,17 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from ..utils.errors import BadRequest
 from .formats import CELL_VERSION, PROMPT, check_types, find_format
 from .row_locations import empty_answers, locate_rows, source_rows
-from .rows.encoder import Encoder
 from .rows.remarks import Found, as_text, gather, remark_problems
 from .token_alignment.pair_encoder import (
     COUNTS,
-    PAIR_FEATURES,
-    PairEncoder,
+    NO_READINGS,
+    AnyEncoder,
+    Readings,
     TeacherReading,
     make_encoder,
+    pair_features,
+    readings_key,
     tokenizers_agree,
 )
-from .token_alignment.ranges import PAIR_COLUMNS, add_counts
+from .token_alignment.ranges import add_counts, is_pair_column, renamed
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
@@ -57,8 +59,8 @@ class Encoded:
     """The rows, from 0 as `locate_rows` counts them, that were dropped because their answer is empty."""
     remarks: Found
     """What is to be told of rows, counted likewise."""
-    token_alignment: list[int] | None = None
-    """How many tokens are aligned in each of the `ranges.KINDS`; None where both models read the same ones."""
+    token_alignment: dict[int, list[int]] = field(default_factory=dict)
+    """How many tokens are aligned in each of the `ranges.KINDS` with each teacher that reads others."""
 
 
 def encode(
@@ -66,7 +68,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int = 512,
     assistant_turns: str = "last",
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase] | None = None,
 ) -> _D:
     """Turn a data set of questions, prompts, conversations or plain text into one that `KavaTrainer` trains on.
 
@@ -83,11 +85,12 @@ def encode(
         tokenizer: of both models, or of the student; for conversations with a chat template.
         max_length: longest example in tokens of the student; longer ones are cut.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
-        teacher_tokenizer: of the teacher, where its tokens are others.
+        teacher_tokenizer: of the teacher, where its tokens are others; of several teachers a list.
 
     Returns:
         The same kind of data set, with `input_ids` and `labels` (-100 where nothing is learned). Where the teacher has
-        other tokens also `teacher_input_ids` and `teacher_ranges`, see `PairEncoder`. Of a stream the rows that cannot
+        other tokens also `teacher_input_ids` and `teacher_ranges`, see `PairEncoder`; `teacher2_input_ids` and so on of
+        the second of several. Of a stream the rows that cannot
         be used are left out; while it is read, the first row of each kind of warning is told.
 
     Raises:
@@ -98,25 +101,30 @@ def encode(
         asked = (max_length, assistant_turns, teacher_tokenizer)
         splits = {name: encode(rows, tokenizer, *asked) for name, rows in dataset.items()}
         return cast(_D, type(dataset)(cast(Any, splits)))
-    other = teacher_tokenizer is not None and not tokenizers_agree(tokenizer, teacher_tokenizer)
-    teacher = TeacherReading(cast(PreTrainedTokenizerBase, teacher_tokenizer)) if other else None
+    single = teacher_tokenizer is None or isinstance(teacher_tokenizer, PreTrainedTokenizerBase)
+    given = cast(Sequence[PreTrainedTokenizerBase | None], [teacher_tokenizer] if single else teacher_tokenizer)
+    readings = {
+        number: TeacherReading(own)
+        for number, own in enumerate(given)
+        if own is not None and not tokenizers_agree(tokenizer, own)
+    }
     if isinstance(dataset, IterableDataset):
-        return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns, teacher))
+        return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns, readings))
     if not isinstance(dataset, Dataset):
         kind = type(dataset).__name__
         raise ValueError(f"encode takes a data set, and this is a {kind}; write Dataset.from_list(rows) for a list.")
     rows = dataset.with_format(None)
     encoded = encode_dataset(
-        rows, tokenizer, max_length, "Tokenizing", assistant_turns=assistant_turns, teacher=teacher
+        rows, tokenizer, max_length, "Tokenizing", assistant_turns=assistant_turns, readings=readings
     )
     for problem in remark_problems(encoded.remarks, "the data", "encoded", len(rows)):
         warnings.warn(str(problem), stacklevel=2)
-    return cast(_D, encoded.dataset.select_columns(_token_columns(teacher)))
+    return cast(_D, encoded.dataset.select_columns(_token_columns(readings)))
 
 
-def _token_columns(teacher: TeacherReading | None) -> list[str]:
+def _token_columns(readings: Readings) -> list[str]:
     """What of an example is read when it is learned from."""
-    return [*_TOKENS, *(PAIR_COLUMNS if teacher is not None else ())]
+    return [*_TOKENS, *filter(is_pair_column, pair_features(readings))]
 
 
 def _encode_stream(
@@ -124,13 +132,13 @@ def _encode_stream(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     assistant_turns: str,
-    teacher: TeacherReading | None,
+    readings: Readings,
 ) -> IterableDataset:
     columns = dataset.column_names or list(next(iter(dataset), {}))
     check_types(dataset.features, "the data")
     names = find_format(columns)
-    encoder = make_encoder(names, tokenizer, max_length, assistant_turns, dataset.features, teacher=teacher)
-    kept = _token_columns(teacher)
+    encoder = make_encoder(names, tokenizer, max_length, assistant_turns, dataset.features, readings=readings)
+    kept = _token_columns(readings)
     told: set[str] = set()
 
     def encode_one(rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
@@ -145,7 +153,7 @@ def _encode_stream(
         _warn_of_first(example["remarks"], numbers[0], told)
         return {name: [example[name]] if example["answered"] else [] for name in kept}
 
-    features = Features({name: kind for name, kind in (_FEATURES | PAIR_FEATURES).items() if name in kept})
+    features = Features({name: kind for name, kind in (_FEATURES | pair_features(readings)).items() if name in kept})
     return dataset.map(
         encode_one, with_indices=True, batched=True, batch_size=1, remove_columns=columns, features=features
     )
@@ -167,7 +175,7 @@ def encode_dataset(
     name: str = "the data",
     assistant_turns: str = "last",
     accepts_prompts: bool = False,
-    teacher: TeacherReading | None = None,
+    readings: Readings = NO_READINGS,
 ) -> Encoded:
     """Tokenise a data set, drop the examples without an answer, and count what was cut and dropped.
 
@@ -179,11 +187,11 @@ def encode_dataset(
         name: of the data set, for messages that name rows.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
         accepts_prompts: see `Encoder`.
-        teacher: how the teacher reads the same, where its tokens are others.
+        readings: how those teachers read the same whose tokens are others.
 
     Returns:
-        Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`; with a `teacher` also what `PairEncoder`
-        gives of it.
+        Examples with `input_ids`, `labels`, `prompt_length` and `answer_text`; also what `PairEncoder` gives of each of
+        the teachers in `readings`.
 
     Raises:
         BadRequest: if the columns are not known, or of a type that is no text, a chat has no template, a row cannot be
@@ -192,19 +200,19 @@ def encode_dataset(
     names = find_format(dataset.column_names)
     check_types(dataset.features, name)
     features = dataset.features
-    encoder = make_encoder(names, tokenizer, max_length, assistant_turns, features, accepts_prompts, teacher)
+    encoder = make_encoder(names, tokenizer, max_length, assistant_turns, features, accepts_prompts, readings)
 
     def encode_numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
         return _encode_numbered(row, (name, dataset, index), encoder)
 
     # `_fingerprint` is the data set's own content key (read in datasets 5.2.0)
     tokens = encoding_fingerprint(dataset._fingerprint, names, tokenizer, max_length, assistant_turns)
-    tokens = tokens if teacher is None else teacher.key(tokens)
+    tokens = readings_key(readings, tokens)
     encoded = dataset.map(
         encode_numbered,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=_FEATURES if teacher is None else Features(_FEATURES | PAIR_FEATURES),
+        features=Features(_FEATURES | pair_features(readings)),
         new_fingerprint=_cache_key(tokens + ("prompts" if accepts_prompts else ""), tokenizer),
         desc=description,
     )
@@ -215,20 +223,19 @@ def encode_dataset(
     empty = source_rows(dataset, [row for row, text in zip(dropped, texts, strict=False) if not text.strip()])
     if not answered:
         raise no_prompts(max_length) if accepts_prompts else _no_answers(name, empty, len(encoded), max_length)
-    told = ["truncated", "answered", "remarks", *([] if teacher is None else [COUNTS])]
+    counts = {number: next(iter(renamed({COUNTS: None}, number))) for number in readings}
+    told = ["truncated", "answered", "remarks", *counts.values()]
     return Encoded(
         dataset=encoded.select(answered).remove_columns(told),
         truncated=sum(encoded["truncated"]),
         dropped=len(dropped),
         empty=empty,
         remarks=_in_source(gather(encoded["remarks"]), dataset),
-        token_alignment=None if teacher is None else add_counts(encoded[COUNTS]),
+        token_alignment={number: add_counts(encoded[name]) for number, name in counts.items()},
     )
 
 
-def encode_first(
-    dataset: Dataset, count: int, encoder: Encoder | PairEncoder, name: str = "the data"
-) -> list[dict[str, Any]]:
+def encode_first(dataset: Dataset, count: int, encoder: AnyEncoder, name: str = "the data") -> list[dict[str, Any]]:
     """What an `Encoder` makes of the first rows; nothing is written. Raises `BadRequest` as `encode_dataset`."""
     rows = range(min(count, len(dataset)))
     encoded = [_encode_numbered(dataset[row], (name, dataset, row), encoder) for row in rows]
@@ -282,9 +289,7 @@ def _cache_key(tokens: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _encode_numbered(
-    row: Mapping[str, Any], place: tuple[str, Dataset, int], encoder: Encoder | PairEncoder
-) -> dict[str, Any]:
+def _encode_numbered(row: Mapping[str, Any], place: tuple[str, Dataset, int], encoder: AnyEncoder) -> dict[str, Any]:
     """What becomes of a row, which is named where it cannot be used: the data set's name, itself, and the row in it."""
     name, dataset, index = place
     try:

@@ -23,8 +23,8 @@ from .row_locations import locate_rows
 from .rows.remarks import Found, gather
 from .stream_sources import Rows
 from .text_files import CHECKED_ROWS
-from .token_alignment.pair_encoder import COUNTS, TeacherReading, make_encoder
-from .token_alignment.ranges import PAIR_COLUMNS, add_counts
+from .token_alignment.pair_encoder import COUNTS, NO_READINGS, Readings, make_encoder, readings_key
+from .token_alignment.ranges import add_counts, is_pair_column, renamed
 
 
 class ExampleStream(IterableDataset[dict[str, Any]]):
@@ -40,7 +40,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         shuffle_buffer: rows that are mixed with each other; 0 for the order as it stands.
         seed: of that.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
-        teacher: how the teacher reads the same, where its tokens are others.
+        readings: how those teachers read the same whose tokens are others.
     """
 
     def __init__(
@@ -51,23 +51,24 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         shuffle_buffer: int,
         seed: int,
         assistant_turns: str = "last",
-        teacher: TeacherReading | None = None,
+        readings: Readings = NO_READINGS,
     ) -> None:
         self._rows, self._max_length = rows, max_length
         self._encode = make_encoder(
-            rows.columns, tokenizer, max_length, assistant_turns, rows.features, teacher=teacher
+            rows.columns, tokenizer, max_length, assistant_turns, rows.features, readings=readings
         )
         self._shuffle_buffer, self._seed = shuffle_buffer, seed
         self.rank, self.ranks = 0, 1
         digest = encoding_fingerprint(rows.digest, rows.columns, tokenizer, max_length, assistant_turns)
-        self.digest = digest if teacher is None else teacher.key(digest)
+        self.digest = readings_key(readings, digest)
         """What tells these examples from others without reading them, see `stream_sources.files_digest`."""
         self.checked = 0
         """Rows that were looked at by `check`."""
         self.remarks: Found = {}
         """What is to be told of these."""
-        self.token_alignment: list[int] | None = None
-        """How many tokens of these are aligned in each of the `ranges.KINDS`; None where both models read the same."""
+        self._counted = {number: next(iter(renamed({COUNTS: None}, number))) for number in readings}
+        self.token_alignment: dict[int, list[int]] = {}
+        """How many tokens of these are aligned in each of the `ranges.KINDS` with each teacher that reads others."""
         self._refused: list[str] = []
         self.rewind()
 
@@ -120,15 +121,17 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
     def check(self) -> None:
         """Look at the first rows, as many as `CHECKED_ROWS`. Raises `BadRequest` if one of them cannot be used."""
         first = (row for table in self._rows.tables(0, [0]) for row in self._rows.plain(table))
-        remarks, counts = [], []
+        remarks, examples = [], []
         for number, row in enumerate(islice(first, CHECKED_ROWS), start=self._rows.skipped):
             try:
                 example = self._encode(row)
             except ValueError as error:
                 raise unusable(locate_rows(self._rows.name, [number]), error) from error
             remarks.append(example["remarks"])
-            counts += [example[COUNTS]] if COUNTS in example else []
-        self.token_alignment = add_counts(counts) if counts else None
+            examples.append({name: example[name] for name in self._counted.values()})
+        self.token_alignment = {
+            number: add_counts(own[name] for own in examples) for number, name in self._counted.items()
+        }
         self.checked = len(remarks)
         self.remarks = gather(remarks, self._rows.skipped)
 
@@ -186,10 +189,10 @@ def open_stream(
     shuffle_buffer: int,
     seed: int,
     assistant_turns: str = "last",
-    teacher: TeacherReading | None = None,
+    readings: Readings = NO_READINGS,
 ) -> ExampleStream:
     """The stream of some rows. Raises `BadRequest` if no example has an answer, or one of the first cannot be used."""
-    stream = ExampleStream(rows, tokenizer, max_length, shuffle_buffer, seed, assistant_turns, teacher)
+    stream = ExampleStream(rows, tokenizer, max_length, shuffle_buffer, seed, assistant_turns, readings)
     stream.check()
     if next(stream.one_pass(), None) is None:
         raise no_answers(max_length)
@@ -227,7 +230,7 @@ def stream_loader(
 
 def _tokens(example: dict[str, Any]) -> dict[str, Any]:
     """What of an example is learned from."""
-    return {name: example[name] for name in ("input_ids", "labels", *PAIR_COLUMNS) if name in example}
+    return {name: own for name, own in example.items() if name in ("input_ids", "labels") or is_pair_column(name)}
 
 
 def _placed(

@@ -37,7 +37,7 @@ _JSON_FILES = (
 def _locate(name: str, role: str) -> str:
     """The folder behind the name `quickstart` or behind `~`; any other name is left as it is."""
     if name == QUICKSTART:
-        return str(TEACHER_FOLDER if role == "teacher" else STUDENT_FOLDER)
+        return str(TEACHER_FOLDER if role.startswith("teacher") else STUDENT_FOLDER)  # there may be several
     return os.path.expanduser(name)
 
 

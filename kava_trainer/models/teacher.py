@@ -64,14 +64,20 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def load_teacher(arguments: ModelArguments, device: torch.device) -> PreTrainedModel:
-    """Load the teacher on `device`, quantised as asked, frozen. Raises `BadRequest` if that cannot be done."""
+def load_teacher(arguments: ModelArguments, device: torch.device, role: str = "teacher") -> PreTrainedModel:
+    """Load the teacher on `device`, quantised as asked, frozen. Raises `BadRequest` if that cannot be done.
+
+    Args:
+        arguments: which model it is.
+        device: where it goes.
+        role: what a message calls it.
+    """
     quantization = quantization_config(arguments.teacher_quantization)
     placement: dict[str, Any] = {}
     if quantization is not None:
         placement = {"quantization_config": quantization, "device_map": {"": str(device)}}
     name, revision = cast(str, arguments.teacher_model_name_or_path), arguments.teacher_revision
-    model = load_causal_lm(name, "teacher", revision, arguments.teacher_dtype, arguments, **placement)
+    model = load_causal_lm(name, role, revision, arguments.teacher_dtype, arguments, **placement)
     if getattr(model, "is_loaded_in_4bit", False):
         _keep_odd_layers_unpacked(model)
     return freeze(model if quantization is not None else on_device(model, device))

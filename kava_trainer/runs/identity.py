@@ -16,7 +16,7 @@ from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
 from ..config.student_cut import CUT_ARGUMENTS
 from ..data.streaming import ExampleStream
-from ..data.token_alignment.ranges import PAIR_COLUMNS
+from ..data.token_alignment.ranges import PAIR_COLUMNS, is_pair_column
 from ..distillation.teacher_cache import weights_digest
 from ..models.loading import model_folder
 from ..reports.summary import SUMMARY_FILE
@@ -73,6 +73,7 @@ def data_digest(dataset: Dataset | ExampleStream) -> str:
         return dataset.digest
     digest = hashlib.sha256()
     names = [name for name in ("input_ids", "labels", "origins", *PAIR_COLUMNS) if name in dataset.column_names]
+    names += [name for name in dataset.column_names if is_pair_column(name) and name not in names]
     tables = dataset.select_columns(names).with_format("arrow").iter(batch_size=4096)
     with progress_bar(len(dataset), "Hashing the training data", "example") as bar:
         for table in tables:

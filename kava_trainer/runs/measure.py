@@ -25,7 +25,7 @@ from ..utils.memory import needs_memory
 from ..utils.redaction import without_secrets
 from .advice import smaller_batches, smaller_models
 from .display import show_figures
-from .fill_cache import open_cache, write_cache
+from .fill_cache import open_caches, write_caches
 from .pair.models import load_models
 from .pair.tokenizers import load_tokenizers
 from .pipeline import attended, measure, open_console
@@ -70,15 +70,16 @@ def fill_cache(arguments: KavaArguments) -> None:
         with needs_memory("while the models were loaded", lambda: smaller_models(arguments)):
             run.models = load_models(run.console, arguments, tokenizer, run.data.written)
             run.trainer = build_trainer(run)
-        cache = open_cache(run)
-        if cache is None:
+        caches = open_caches(run)
+        if not caches:
             raise BadRequest(
                 "No loss term reads the teacher's states, so there is nothing to cache;", "raise a weight."
             )
         with needs_memory("while the teacher was tried out", lambda: smaller_batches(arguments)):
             check_teacher(run)
-        write_cache(run, cache)
-        run.console.print(f"A run with teacher_cache_dir {cache.folder} finds the teacher's states there.")
+        write_caches(run, caches)
+        folder = arguments.training.teacher_cache_dir
+        run.console.print(f"A run with teacher_cache_dir {folder} finds the teacher's states there.")
 
 
 class FinishedRun(NamedTuple):

@@ -29,7 +29,7 @@ from ..utils.signals import WATCH
 from .advice import smaller_batches
 from .control import build_control, forget_control, train_control
 from .display import quieten, shows_bars, tell_alignment, tell_busy_cores, use_all_cores
-from .fill_cache import read_from_cache, write_cache
+from .fill_cache import read_from_caches, write_caches
 from .finish import add_rollouts, conclude, save_student, tell_interruption, was_interrupted, write_summary
 from .pair.models import Models
 from .setup import Run
@@ -62,9 +62,9 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         tell_time(run)
         run.console.stage("Evaluation")
         _evaluate(run, run.models, ("teacher", "student_before"))
-        if run.cache is not None:
-            write_cache(run, run.cache)
-            read_from_cache(run, run.cache)
+        if run.caches:
+            write_caches(run, run.caches)
+            read_from_caches(run, run.caches)
         return _train_to_the_end(run)
 
 
@@ -159,7 +159,7 @@ def _most_new_tokens(models: Models, read: Mapping[str, Dataset], sizes: Mapping
     for role, model in (("teacher", models.teacher), ("student", models.student)):
         if (limit := context_length(model)) is not None:
             most[role] = min(most[role], limit - max(read[role]["prompt_length"]))
-    if models.teacher_tokenizer is None:  # both write as much
+    if 0 not in models.readings:  # both write as much
         return dict.fromkeys(most, min(most.values()))
     return most
 

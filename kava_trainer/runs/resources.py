@@ -23,24 +23,26 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 
+from ..config.alignment.teachers import cache_folders, other_teachers
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import is_fsdp_asked
 from ..config.model_arguments import ModelArguments
-from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
 from ..data.packing import pack_step
+from ..data.token_alignment.ranges import of_teacher
 from ..distillation.loss_terms import LossTerms, needed_teacher_layers
 from ..distillation.model import DistillationModel
-from ..distillation.targets import build_target
+from ..distillation.targets import build_targets
 from ..distillation.teacher_cache import CachedTeacher
+from ..distillation.teachers.several import SeveralTeachers, each_teacher, role_of
 from ..models.attention.capture import hidden_layers
 from ..models.layers import find_blocks, number_of_layers, state_width, train_text_alone
 from ..models.lm_head import vocabulary_size
 from ..models.loading import build_causal_lm, load_config
 from ..models.lora import add_adapter
 from ..models.packed_attention import enable_packing
-from ..models.sizes import model_bytes, weight_bytes
+from ..models.sizes import model_bytes, optimizer_bytes, optimizer_step_bytes, weight_bytes
 from ..models.student import foreseen_layers, quantized_by, student_config
-from ..models.teacher import OnlineTeacher, freeze
+from ..models.teacher import OnlineTeacher, TeacherSource, freeze
 from ..utils.console import size_text
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import existing_folder
@@ -79,58 +81,6 @@ class LiveMemory(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
-
-
-_QUANTISED_FROM, _BLOCK = 4096, 256
-"""Optimizers quantise the states of weights this large, with a float32 scale for each block."""
-
-
-def _state_bytes(name: str, parameter: nn.Parameter, is_embedding: bool, block: int) -> float:
-    """Size of one state of one weight."""
-    count, own = parameter.numel(), parameter.numel() * parameter.element_size()
-    if name in TORCHAO_OPTIMIZERS:
-        bits = 8 if "8bit" in name else 4
-        quantised = count >= _QUANTISED_FROM and count % block == 0
-        return count * bits / 8 + 4 * count // block + 4 * 2**bits if quantised else own
-    if "8bit" in name and count >= _QUANTISED_FROM and not is_embedding:
-        return count + 4 * math.ceil(count / _BLOCK)
-    if name == "stable_adamw" and parameter.dtype == torch.bfloat16:
-        return 1.5 * own  # beside its two states it carries what bfloat16 drops
-    return 4 * count if "8bit" in name or "32bit" in name else own
-
-
-def optimizer_bytes(
-    optim: Any,
-    parameters: Iterable[nn.Parameter],
-    embeddings: Iterable[torch.Tensor] = (),
-    optim_args: str | None = None,
-) -> int:
-    """Size of an optimizer's states: two a weight for Adam and its kin, one or none for the plainer ones.
-
-    Args:
-        optim: as in the arguments.
-        parameters: the weights that it trains.
-        embeddings: those whose states bitsandbytes keeps in 32 bits, because Trainer tells it to.
-        optim_args: as in the arguments; torchao's `block_size` counts.
-    """
-    name, whole = optimizer_name(optim), {id(parameter) for parameter in embeddings}
-    given = parse_optim_args(optim_args).get("block_size", "")
-    block = int(given) if given.isdecimal() and int(given) else _BLOCK
-    states = 2
-    if any(word in name for word in ("lion", "rmsprop", "adagrad")):
-        states = 1
-    if any(word in name for word in ("adafactor", "sgd", "lomo")):
-        states = 0
-    return int(states * sum(_state_bytes(name, p, id(p) in whole, block) for p in parameters))
-
-
-def optimizer_step_bytes(optim: Any, parameters: Iterable[nn.Parameter]) -> int:
-    """What an optimizer's step takes beside its states: torchao's compiled one, two float32 copies of a weight.
-
-    It was read in the code that torch 2.13.0 makes of torchao 0.18.0 for a CPU.
-    """
-    largest = max((parameter.numel() for parameter in parameters), default=0)
-    return 8 * largest if optimizer_name(optim) in TORCHAO_OPTIMIZERS else 0
 
 
 def _meta_student(arguments: ModelArguments) -> tuple[PreTrainedModel, dict[str, int]]:
@@ -173,22 +123,33 @@ def _student_quantization(arguments: ModelArguments, config: PreTrainedConfig) -
     return "8bit" if found.get("load_in_8bit") or found.get("bits") == 8 else "4bit"
 
 
-def _micro_batch(arguments: KavaArguments, width: int, cached_layers: list[int]) -> dict[str, Any]:
-    """The largest micro-batch there can be, made of answers alone."""
+def _micro_batch(arguments: KavaArguments, cached: Mapping[int, tuple[int, list[int]]]) -> dict[str, Any]:
+    """The largest micro-batch there can be, made of answers alone.
+
+    Args:
+        arguments: say how large it is.
+        cached: width and layers of the states of each teacher that is cached, by its number.
+    """
     length, budget = arguments.data.max_length, arguments.training.max_tokens_per_batch
     count = max(1, budget // length) if budget else arguments.training.per_device_train_batch_size
-    states = {layer: torch.zeros(count * length, width, dtype=torch.bfloat16) for layer in cached_layers}
+    states = {
+        f"{of_teacher(number)}states": {
+            layer: torch.zeros(count * length, width, dtype=torch.bfloat16) for layer in layers
+        }
+        for number, (width, layers) in cached.items()
+    }
     example, tokens = torch.arange(length - 1), torch.zeros(count * length, dtype=torch.int64)
     batch = {
         "input_ids": tokens, "lengths": [length] * count, "answer_index": example.repeat(count),
         "next_tokens": torch.zeros(count * (length - 1), dtype=torch.int64), "answers": [length - 1] * count,
-        **({"teacher_states": states} if states else {}),
+        **states,
     }  # fmt: skip
     (row,) = pack_step([batch], count * length)
     if budget == 0 or arguments.training.torch_compile:
         del row["packed_lengths"]
         shaped = {name: row[name].view(count, length) for name in ("input_ids", "attention_mask")}
-        row |= shaped | {"teacher_states": {layer: s.view(count, length, -1) for layer, s in states.items()}}
+        row |= shaped
+        row |= {name: {n: s.view(count, length, -1) for n, s in own.items()} for name, own in states.items()}
     return row
 
 
@@ -204,8 +165,9 @@ def _step_peak(
     gradients = [torch.zeros_like(parameter) for parameter in trained]
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
-    teacher = cast(OnlineTeacher | CachedTeacher, terms.teacher).model.parameters() if terms.teacher else []
-    with LiveMemory([*teacher, *model.parameters(), *model.buffers(), *gradients]) as live:
+    sources = cast(list[OnlineTeacher | CachedTeacher], each_teacher(terms.teacher))
+    teachers = [parameter for source in sources for parameter in source.model.parameters()]
+    with LiveMemory([*teachers, *model.parameters(), *model.buffers(), *gradients]) as live:
         states = terms.teacher_states(batch)
         with terms.autocast():
             outputs = terms.student_outputs(model, batch, states, terms.full_weights)
@@ -229,36 +191,52 @@ def _over_ranks(parts: dict[str, int], world_size: int, gathered: Callable[[], i
     return parts
 
 
+def _meta_teacher(model: ModelArguments, role: str) -> PreTrainedModel:
+    config = load_config(model.teacher_name, role, model.teacher_revision, model)
+    with torch.device("meta"):
+        return freeze(build_causal_lm(config, model.teacher_dtype, model, role))
+
+
+def _head_bytes(training: KavaTrainingArguments, teacher: PreTrainedModel) -> int:
+    """What is left of a teacher whose states are cached."""
+    return weight_bytes([teacher.get_output_embeddings().weight]) if training.kd_weight > 0 else 0
+
+
 def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     """Bytes that training will take on each device, by what takes them; their sum is the peak.
 
     Of the models only the configs are read.
 
     Returns:
-        `teacher`, `student`, `adapter` where there is one, `projector`, `gradients`, `optimizer`, `micro-batch`.
+        `teacher`, `teacher 2` and so on of several, `student`, `adapter` where there is one, `projector`, `gradients`,
+        `optimizer`, `micro-batch`.
 
     Raises:
         BadRequest: if a config cannot be had, or the models do not have what the arguments ask for.
     """
     training, model = arguments.training, arguments.model
     student, sizes = _meta_student(model)
-    config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
+    named = [model, *other_teachers(arguments)]
     inherited = foreseen_layers(model)
-    with torch.device("meta"):
-        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, "teacher"))
+    teachers = [_meta_teacher(own, role_of(number)) for number, own in enumerate(named)]
     with FakeTensorMode():
-        _make_fake(teacher)
-        _make_fake(student)
-        target = build_target(training, student, teacher, inherited)
+        for fake in (*teachers, student):
+            _make_fake(fake)
+        target = build_targets(training, student, teachers, inherited)
         target.requires_grad_(training.aligns)
-        layers = needed_teacher_layers(training, target, number_of_layers(teacher))
+        layers = [
+            needed_teacher_layers(training, part, number_of_layers(own))
+            for part, own in zip(target.parts, teachers, strict=True)
+        ]
         if training.max_tokens_per_batch and not training.torch_compile:
-            enable_packing(teacher)
-            enable_packing(student)
-        cached = bool(layers and training.teacher_cache_dir)
-        source: CachedTeacher | OnlineTeacher | None = None
-        if layers:
-            source = CachedTeacher(teacher, lambda ids: {}) if cached else OnlineTeacher(teacher, layers)
+            for fake in (*teachers, student):
+                enable_packing(fake)
+        cached = [*cache_folders(training)] if training.teacher_cache_dir and layers[0] else []
+        sources: list[CachedTeacher | OnlineTeacher] = [
+            CachedTeacher(own, lambda ids: {}) if number in cached else OnlineTeacher(own, layers[number])
+            for number, own in enumerate(teachers if layers[0] else ())
+        ]
+        source: TeacherSource | None = SeveralTeachers(sources) if len(sources) > 1 else next(iter(sources), None)
 
         def autocast() -> Any:
             dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((training.bf16, training.fp16))
@@ -266,11 +244,16 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
 
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
         distilled = DistillationModel(student, target).train()
-        head = teacher.get_output_embeddings().weight
-        cached_layers = hidden_layers(layers) if cached else []
-        batch = _micro_batch(arguments, state_width(teacher, cached_layers), cached_layers)
+        held = {number: hidden_layers(layers[number]) for number in cached}
+        batch = _micro_batch(arguments, {n: (state_width(teachers[n], own), own) for n, own in held.items()})
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
-        kept = weight_bytes([head]) if training.kd_weight > 0 else 0
+        freed = [] if training.samples else cached
+        teacher_bytes = {
+            role_of(number): _head_bytes(training, own)
+            if number in freed
+            else model_bytes(own, named[number].teacher_quantization)
+            for number, own in enumerate(teachers)
+        }
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
         micro_batch = _step_peak(training, distilled, terms, batch)
         parts = {
@@ -280,7 +263,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
         }
         return {
-            "teacher": kept if cached and not training.samples else model_bytes(teacher, model.teacher_quantization),
+            **teacher_bytes,
             **_over_ranks(parts, training.world_size, lambda: _gathered_bytes(student, parts["projector"])),
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),

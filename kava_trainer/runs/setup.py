@@ -21,7 +21,7 @@ from ..data.selection import first_examples
 from ..data.splits import load_splits
 from ..data.stream_sources import open_rows
 from ..data.streaming import ExampleStream, open_stream
-from ..data.token_alignment.pair_encoder import TeacherReading
+from ..data.token_alignment.pair_encoder import NO_READINGS, Readings
 from ..data.token_alignment.ranges import as_the_teacher_reads
 from ..distillation.pairing import pair_up
 from ..distillation.teacher_cache import TeacherCache
@@ -49,7 +49,7 @@ from .advice import (
 from .display import tell_encoding, tell_retention
 from .pair.layers import with_chosen_layers
 from .pair.models import Models
-from .pair.tokenizers import check_teacher_answers, teacher_reading, tell_tokenizers, weights_that_stand
+from .pair.tokenizers import check_teacher_answers, teacher_readings, tell_tokenizers, weights_that_stand
 from .resources import check_space, describe_estimate, estimate_memory, try_to_estimate
 from .rollouts.examples import check_prompts, check_rollouts_fit, describe_rollouts, load_rollouts, with_rollouts
 from .tracking import RunTracking
@@ -93,7 +93,7 @@ class Run:
     models: Models = field(init=False)
     trainer: KavaTrainer = field(init=False)
     tracking: RunTracking = field(init=False)
-    cache: TeacherCache | None = field(init=False)
+    caches: dict[int, TeacherCache] = field(init=False)
 
     @property
     def training(self) -> KavaTrainingArguments:
@@ -109,18 +109,18 @@ class Run:
 def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Both splits, tokenised, with what pads them. Raises `BadRequest` where the data cannot be used."""
     console.stage("Data")
-    asked, teacher = arguments.data, teacher_reading(arguments, tokenizer)
+    asked, readings = arguments.data, teacher_readings(arguments, tokenizer)
     if asked.streaming:
-        return _load_stream(console, arguments, tokenizer, teacher)
+        return _load_stream(console, arguments, tokenizer, readings)
     with arguments.training.main_process_first(desc="loading the data"):
         rollouts = load_rollouts(arguments, tokenizer)
         train, test, total = load_splits(asked)
         check_prompts(arguments, train)
         console.print(f"Dataset loaded: {total} samples")
-        encoded = encode_rows(asked, tokenizer, "training", train, teacher)
+        encoded = encode_rows(asked, tokenizer, "training", train, readings)
         examples = encoded.dataset if rollouts is None else with_rollouts(arguments, encoded.dataset, rollouts)
-        held_out = encode_rows(asked, tokenizer, "held-out", test, teacher) if test else None
-        retention = load_retention(asked, test, tokenizer, teacher)
+        held_out = encode_rows(asked, tokenizer, "held-out", test, readings) if test else None
+        retention = load_retention(asked, test, tokenizer, readings.get(0))
     tell_encoding(console, "training", encoded, len(train), asked)
     if rollouts is not None:
         console.print(describe_rollouts(arguments, rollouts, len(examples)))
@@ -141,7 +141,7 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
 
 
 def _load_stream(
-    console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, teacher: TeacherReading | None
+    console: Console, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, readings: Readings
 ) -> Data:
     """The stream of training examples, and the held-out ones, which are read now."""
     asked, training = arguments.data, arguments.training
@@ -149,12 +149,12 @@ def _load_stream(
     check_prompts(arguments, rows.first(1))
     seed = training.seed if training.data_seed is None else training.data_seed
     turns = asked.assistant_turns
-    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed, turns, teacher)
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, seed, turns, readings)
     mixed = f"mixed within {asked.shuffle_buffer} rows" if asked.shuffle_buffer else "in the order they stand in"
     console.print(f"Data set streamed: examples are read while the model trains, {mixed}")
-    encoded = encode_rows(asked, tokenizer, "held-out", held_out, teacher)
+    encoded = encode_rows(asked, tokenizer, "held-out", held_out, readings)
     tell_encoding(console, "held-out", encoded, len(held_out), asked)
-    retention = load_retention(asked, held_out, tokenizer, teacher)
+    retention = load_retention(asked, held_out, tokenizer, readings.get(0))
     tell_retention(console, asked, retention)
     if few := held_out_of_a_small_stream(len(held_out), rows.skipped, stream.checked):
         console.warn(few)
@@ -174,7 +174,7 @@ def load_held_out(
         BadRequest: where no examples are held out, or as `load_data`.
     """
     console.stage("Data")
-    asked, teacher = arguments.data, teacher_reading(arguments, tokenizer)
+    asked, readings = arguments.data, teacher_readings(arguments, tokenizer)
     with arguments.training.main_process_first(desc="loading the data"):
         test = open_rows(asked)[1] if asked.streaming else load_splits(asked)[1]
         if not test:
@@ -182,8 +182,8 @@ def load_held_out(
                 f"The data set {asked.dataset_name!r} has no held-out examples to measure on;",
                 "name a dataset_test_split, or a data set of more than one example.",
             )
-        held_out = encode_rows(asked, tokenizer, "held-out", test, teacher)
-        retention = load_retention(asked, test, tokenizer, teacher)
+        held_out = encode_rows(asked, tokenizer, "held-out", test, readings)
+        retention = load_retention(asked, test, tokenizer, readings.get(0))
     tell_encoding(console, "held-out", held_out, len(test), asked)
     tell_retention(console, asked, retention)
     if few := few_examples(len(held_out.dataset)):
@@ -196,14 +196,14 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     which: str,
     rows: datasets.Dataset,
-    teacher: TeacherReading | None = None,
+    readings: Readings = NO_READINGS,
 ) -> Encoded:
     """The `training` or `held-out` rows, tokenised. Raises `BadRequest` as `encode_dataset`."""
     told, name = f"Tokenizing the {which} data", cast(str, asked.dataset_name)
     with working(f"Preparing the {which} data"):  # the bar of `datasets` shows nothing of the checks around it
         turns, prompts = asked.assistant_turns, asked.accepts_prompts and which == "training"
-        encoded = encode_dataset(rows, tokenizer, asked.max_length, told, name, turns, prompts, teacher)
-    check_teacher_answers(encoded.dataset if which == "held-out" else None, teacher)
+        encoded = encode_dataset(rows, tokenizer, asked.max_length, told, name, turns, prompts, readings)
+    check_teacher_answers(encoded.dataset if which == "held-out" else None, readings.get(0))
     return encoded
 
 
@@ -249,7 +249,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
     Raises:
         BadRequest: if the models do not have what the arguments ask for, or Trainer refuses an argument.
     """
-    teacher, target = pair_up(training, models.student, models.teacher, None, models.inherited_layers)
+    teacher, target = pair_up(training, models.student, models.teachers, None, models.inherited_layers)
     try:
         trainer = KavaTrainer(
             student=models.student,
@@ -260,7 +260,7 @@ def make_trainer(training: KavaTrainingArguments, models: Models, data: Data) ->
             eval_dataset=data.evaluation,
             data_collator=data.collator,
             processing_class=models.tokenizer,
-            teacher_tokenizer=models.teacher_tokenizer,
+            teacher_tokenizer=models.teacher_tokenizers,
         )
         trainer.create_optimizer()
     except (ValueError, ImportError, KeyError, OSError, HTTPError) as error:

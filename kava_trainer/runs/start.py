@@ -34,7 +34,7 @@ from .advice import (
 )
 from .control import check_place_of_control
 from .display import show_configuration, show_environment
-from .fill_cache import open_cache
+from .fill_cache import open_caches
 from .identity import check_output_dir, check_resumable, data_digest, earlier_run, name_run, run_identity
 from .pair.choice import CUT, earlier_cut
 from .pair.models import load_models, own_parameters
@@ -207,6 +207,6 @@ def _go_on_from(checkpoint: Path, summary: RunSummary) -> None:
 
 def try_teacher(run: Run) -> None:
     """Whether its cache is this teacher's, and whether the teacher knows more than chance."""
-    run.cache = open_cache(run)
+    run.caches = open_caches(run)
     with needs_memory("while the teacher was tried out", lambda: smaller_batches(run.arguments)):
         check_teacher(run)

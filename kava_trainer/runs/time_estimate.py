@@ -167,7 +167,7 @@ def plan_of(run: Run) -> Plan:
         evaluations=len(evaluated),
         saves=len(saved - evaluated),
         calibration=min(training.calibration_tokens, examples * length or math.inf) / ranks if calibrates else 0.0,
-        cached=_missing(run, steps * step_tokens * ranks) / ranks if run.cache is not None else None,
+        cached=_missing(run, steps * step_tokens * ranks) / ranks if _all_cached(run) else None,
         sampled=training.on_policy_fraction if training.samples else 0.0,
         probe=min(PROBE_TOKENS, held_out) if probes else 0.0,
         gradient=terms * min(gradient_examples * length, PROBE_TOKENS, held_out) if probes else 0.0,
@@ -193,14 +193,18 @@ def _rollout_tokens(training: KavaTrainingArguments, steps: int, answer: int) ->
     return math.ceil(steps / training.rollouts_every) * batches * longest
 
 
+def _all_cached(run: Run) -> bool:
+    return len(run.caches) == len(run.models.teachers)
+
+
 def _missing(run: Run, of_a_stream: float) -> float:
-    """Tokens that the teacher cache of a run lacks; of a stream all that the training reads."""
-    cache = run.cache
-    if cache is None:
-        return 0.0
-    examples = examples_at_hand(run.data, run.trainer)
-    there = float(sum(len(examples[i]) for i in cache.missing(examples)))
-    return there + (of_a_stream if isinstance(run.data.train, ExampleStream) else 0.0)
+    """Tokens that the teacher caches of a run lack, each by its share; of a stream all that the training reads."""
+    lacking = 0.0
+    for number, cache in run.caches.items():
+        examples = examples_at_hand(run.data, run.trainer, number)
+        lacking += sum(len(examples[i]) for i in cache.missing(examples))
+        lacking += of_a_stream if isinstance(run.data.train, ExampleStream) else 0.0
+    return lacking / max(len(run.models.teachers), 1)  # the rate of the teacher is that of all of them together
 
 
 def tell_time(run: Run) -> None:

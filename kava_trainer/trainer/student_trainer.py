@@ -52,6 +52,8 @@ class StudentTrainer(SavingTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Trainer keeps the columns that forward names, which are of one teacher; KAVA's collator passes no others on.
+        self.args.remove_unused_columns &= len(self.target.parts) == 1
         self.eval_means = TokenMeans()
 
     @property

@@ -17,7 +17,7 @@ from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.models.lora import trained_parameters
-from kava_trainer.models.sizes import model_bytes
+from kava_trainer.models.sizes import model_bytes, optimizer_bytes, optimizer_step_bytes
 from kava_trainer.models.student import load_student
 from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.runs.resources import (
@@ -25,8 +25,6 @@ from kava_trainer.runs.resources import (
     checkpoint_bytes,
     describe_estimate,
     estimate_memory,
-    optimizer_bytes,
-    optimizer_step_bytes,
     try_to_estimate,
 )
 from kava_trainer.trainer.optimizers import settled

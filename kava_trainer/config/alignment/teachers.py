@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...utils.errors import Problem, WrongArguments
 from ..layer_mapping import parse_layer_mapping
 
 if TYPE_CHECKING:  # which asks here
-    from ..arguments import KavaTrainingArguments
+    from ..arguments import KavaArguments, KavaTrainingArguments
+    from ..model_arguments import ModelArguments
 
 EXAMPLE = '[{"model": "org/first", "weight": 2}, {"model": "org/second", "layers": "uniform:2"}]'
 
@@ -43,17 +45,16 @@ class TeacherChoice:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What of it stands in the place of arguments for one teacher, where it says anything."""
-        given = {name: getattr(self, own) for own, name in OF_FIRST.items()}
-        return {name: value for name, value in given.items() if value is not None}
+        """What of it stands in the place of the arguments for one teacher."""
+        return {name: getattr(self, own) for own, name in OF_FIRST.items()}
 
 
 _KEYS = tuple(f.name for f in fields(TeacherChoice))
 _TEXTS = ("model", "revision", "quantization", "dtype")
 
 
-def teachers_text(given: Any) -> Any:
-    """The argument `teachers` as the text that it is kept as, which a JSON file may give as a list."""
+def list_as_text(given: Any) -> Any:
+    """An argument as the text that it is kept as, which a JSON file may give as a list."""
     return json.dumps(given) if isinstance(given, list | tuple) else given
 
 
@@ -144,6 +145,20 @@ def first_teacher(values: Mapping[str, Any]) -> dict[str, Any]:
         what = f"{written[0]} is for one teacher, and teachers names several;"
         raise WrongArguments.of(Problem(written[0], what, "leave it out, and write it in the list of teachers."))
     return found[0].arguments
+
+
+def other_teachers(arguments: "KavaArguments") -> "list[ModelArguments]":
+    """The arguments for models as they would be with each of the other teachers, where there are several."""
+    return [replace(arguments.model, **choice.arguments) for choice in arguments.training.choices[1:]]
+
+
+def cache_folders(training: "KavaTrainingArguments") -> dict[int, Path]:
+    """Where the states of each teacher are, by its number: of several those that are not to be left out, in folders of
+    their own."""
+    folder = Path(training.teacher_cache_dir or "")
+    if not training.teachers:
+        return {0: folder}
+    return {n: folder / f"teacher{n + 1}" for n, choice in enumerate(training.choices) if choice.cached}
 
 
 def several_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:

@@ -70,6 +70,11 @@ def widest(ranges: torch.Tensor) -> int:
     return int((ranges[..., 1] - ranges[..., 0]).max()) if ranges.numel() else 0
 
 
+def tokens_of(parts: Parts) -> dict[int, list[torch.Tensor]]:
+    """The tokens of each example that each of these teachers reads [U]."""
+    return {number: [part.input_ids for part in own] for number, own in parts.items()}
+
+
 def padded(parts: Parts) -> dict[str, Any]:
     """Examples padded on the right: tokens and mask [B, U], and their ranges [B, T, 2]."""
     return _of_all({number: _padded(own) for number, own in parts.items()})

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from datasets import Features, List, Value
@@ -14,14 +15,14 @@ from ...utils.errors import BadRequest
 from ..rows.encoder import Encoder, RowText
 from ..rows.template import ChatTemplate, control_tokens
 from ..rows.turns import common_prefix
-from .ranges import NONE, OF_TEACHER, RANGES, count_kinds, overlapping
+from .ranges import NONE, OF_TEACHER, RANGES, count_kinds, overlapping, renamed
 from .shared_text import Place, Rendering, find_words, in_common, shared_parts
 from .spans import Span, TokenSpans
 
-VERSION = 1
+VERSION = 2
 """Part of the key of tokenised data sets; raised whenever the same texts are aligned in another way."""
 
-COUNTS = "token_alignment"
+COUNTS = "teacher_alignment"
 """How many of the student's tokens are aligned in each of the `KINDS`."""
 
 _READ = ("input_ids", "labels", "prompt_length")
@@ -60,6 +61,25 @@ class TeacherReading:
         text = [state | {"truncation": None, "padding": None}, str(self.tokenizer.chat_template), names]
         parts = [VERSION, content, text, self.max_length]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+Readings = Mapping[int, TeacherReading]
+"""How those teachers read the text whose tokens are others than the student's, by their numbers from 0."""
+
+
+NO_READINGS: Readings = MappingProxyType({})
+
+
+def readings_key(readings: Readings, content: str) -> str:
+    """A hash of what decides on the tokens and the alignment with every teacher, beside what the student reads."""
+    for number, reading in sorted(readings.items()):
+        content = reading.key(content if number == 0 else f"{content} {number}")
+    return content
+
+
+def pair_features(readings: Readings) -> dict[str, Any]:
+    """The columns of what the teachers read, with their types."""
+    return {name: kind for number in readings for name, kind in renamed(PAIR_FEATURES, number).items()}
 
 
 class PairEncoder:
@@ -145,6 +165,29 @@ def _before(ranges: list[Span], most: int) -> list[Span]:
     return kept
 
 
+class SeveralPairs:
+    """Turns rows into examples that say what each of several teachers reads of them.
+
+    Args:
+        encoders: one for each teacher with tokens of its own, by their numbers.
+    """
+
+    def __init__(self, encoders: Mapping[int, PairEncoder]) -> None:
+        self._encoders = encoders
+        first = next(iter(encoders.values()))
+        self.max_length, self.accepts_prompts = first.max_length, first.accepts_prompts
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Tokenise one row for all; what a teacher reads is named as `ranges.renamed` has it. Raises as one does."""
+        example: dict[str, Any] = {}
+        for number, encode in self._encoders.items():
+            example |= renamed(encode(row), number)
+        return example
+
+
+AnyEncoder = Encoder | PairEncoder | SeveralPairs
+
+
 def make_encoder(
     names: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
@@ -152,17 +195,21 @@ def make_encoder(
     assistant_turns: str = "last",
     features: Mapping[str, Any] | None = None,
     accepts_prompts: bool = False,
-    teacher: TeacherReading | None = None,
-) -> Encoder | PairEncoder:
-    """What turns rows into examples: of one tokenizer, see `Encoder`, or with a `teacher` that reads them in another.
+    readings: Readings = NO_READINGS,
+) -> AnyEncoder:
+    """What turns rows into examples: of one tokenizer, see `Encoder`, or with `readings` of teachers of others.
 
     Raises:
         BadRequest: as these.
     """
     student = Encoder(names, tokenizer, max_length, assistant_turns, features, accepts_prompts)
-    if teacher is None:
+    pairs = {
+        number: PairEncoder(student, Encoder(names, reading.tokenizer, sys.maxsize, assistant_turns, features), reading)
+        for number, reading in readings.items()
+    }
+    if not pairs:
         return student
-    return PairEncoder(student, Encoder(names, teacher.tokenizer, sys.maxsize, assistant_turns, features), teacher)
+    return pairs[0] if [*pairs] == [0] else SeveralPairs(pairs)
 
 
 def _messages(found: RowText) -> list[tuple[str, str]]:

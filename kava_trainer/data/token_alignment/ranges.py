@@ -40,6 +40,11 @@ def renamed(part: Mapping[str, Any], number: int) -> dict[str, Any]:
     }
 
 
+def is_pair_column(name: str) -> bool:
+    """Whether a column is one of `PAIR_COLUMNS`, of any teacher."""
+    return re.fullmatch("teacher[0-9]*_(input_ids|ranges)", name) is not None
+
+
 def readers(batch: Mapping[str, Any]) -> list[int]:
     """The numbers of the teachers that read tokens of their own of a batch or an example."""
     return _numbers(batch, "ranges")
@@ -109,13 +114,12 @@ def aligned_tokens(examples: Sequence[Mapping[str, Any]]) -> int:
 
 
 def as_the_teacher_reads(examples: Dataset) -> Dataset:
-    """Examples of `encode_dataset` in the teacher's tokens; as they are, where these are the student's."""
-    theirs = [name for name in examples.column_names if name.startswith(OF_TEACHER) and name != RANGES]
-    if not theirs:
-        return examples
-    names = {name: name.removeprefix(OF_TEACHER) for name in theirs}
-    others = [*(name for name in names.values() if name in examples.column_names), RANGES]
-    return examples.remove_columns([name for name in others if name in examples.column_names]).rename_columns(names)
+    """Examples of `encode_dataset` in the first teacher's tokens; as they are, where these are the student's."""
+    columns = examples.column_names
+    names = {name: name.removeprefix(OF_TEACHER) for name in columns if name.startswith(OF_TEACHER) and name != RANGES}
+    beside = [name for name in columns if _OF_ANY.match(name) and name not in names]
+    beside += [name for name in names.values() if name in columns]
+    return examples.remove_columns(beside).rename_columns(names)
 
 
 def read_by_the_teacher(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -123,7 +127,7 @@ def read_by_the_teacher(examples: Sequence[Mapping[str, Any]]) -> list[dict[str,
     columns = {f"{OF_TEACHER}{name}": name for name in ("input_ids", "labels", "prompt_length")}
     return [
         {
-            **{name: own for name, own in example.items() if not name.startswith(OF_TEACHER)},
+            **{name: own for name, own in example.items() if not _OF_ANY.match(name)},
             **{name: example[column] for column, name in columns.items() if column in example},
         }
         for example in examples

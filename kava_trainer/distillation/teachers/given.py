@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, check_rows
 from ...data.token_alignment.pair_encoder import tokenizers_agree
-from ...data.token_alignment.ranges import RANGES
+from ...data.token_alignment.ranges import of_teacher, readers
 from ...models.teacher import TeacherSource
 from ..teacher_cache import CachedTeacher, is_released
 
@@ -65,8 +65,7 @@ def check_rollouts(args: Any, dataset: Any) -> None:
 
 def check_two_tokenizers(args: KavaTrainingArguments, options: dict[str, Any]) -> None:
     """Raise `ValueError` for examples without what a teacher of other tokens reads, or what does not go with them."""
-    own, other = options.get("processing_class"), options.get("teacher_tokenizer")
-    differ = own is not None and other is not None and not tokenizers_agree(own, other)
+    differing = _differing(options.get("processing_class"), options.get("teacher_tokenizer"))
     evaluated = options.get("eval_dataset")
     given = {"train_dataset": options.get("train_dataset")}
     given |= evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
@@ -74,13 +73,23 @@ def check_two_tokenizers(args: KavaTrainingArguments, options: dict[str, Any]) -
         columns = getattr(dataset, "column_names", None)
         if not columns:
             continue
-        if differ and RANGES not in columns:
+        lacking = [f"{of_teacher(number)}ranges" for number in differing]
+        if lacking := [column for column in lacking if column not in columns]:
             raise ValueError(
-                f"{name} has no {RANGES}, but teacher_tokenizer has other tokens than processing_class; make it with "
-                "kava_trainer.encode(dataset, tokenizer, teacher_tokenizer=...)."
+                f"{name} has no {lacking[0]}, but teacher_tokenizer has other tokens than processing_class; make it "
+                "with kava_trainer.encode(dataset, tokenizer, teacher_tokenizer=...)."
             )
-        if RANGES in columns and (refused := _refused_of_two(args)):
-            raise ValueError(f"{name} holds {RANGES}, for a teacher of another tokenizer, which {refused}.")
+        found = [f"{of_teacher(number)}ranges" for number in readers(dict.fromkeys(columns))]
+        if found and (refused := _refused_of_two(args)):
+            raise ValueError(f"{name} holds {found[0]}, for a teacher of another tokenizer, which {refused}.")
+
+
+def _differing(own: Any, teachers: Any) -> list[int]:
+    """The numbers of the teachers whose tokens are others than the student's, of one tokenizer or several."""
+    if own is None or teachers is None:
+        return []
+    given = teachers if isinstance(teachers, list | tuple) else [teachers]
+    return [number for number, other in enumerate(given) if not tokenizers_agree(own, other)]
 
 
 def _refused_of_two(args: KavaTrainingArguments) -> str | None:
@@ -91,6 +100,8 @@ def _refused_of_two(args: KavaTrainingArguments) -> str | None:
         return "layer_mapping cka does not go with; write last, uniform:2 or pairs of layers"
     if args.on_policy_fraction > 0:
         return "on_policy_fraction does not go with; write 0"
+    if args.teacher_routing != "fixed" and args.kd_weight > 0:
+        return f"teacher_routing {args.teacher_routing} beside kd_weight does not go with; write fixed"
     return None
 
 
@@ -99,10 +110,11 @@ def check_keeps_ranges(collator: Any, options: dict[str, Any]) -> None:
     if collator is None or isinstance(collator, DistillationCollator):
         return
     for name in ("train_dataset", "eval_dataset"):
-        if RANGES in (getattr(options.get(name), "column_names", None) or ()):
+        columns = getattr(options.get(name), "column_names", None) or ()
+        if numbers := readers(dict.fromkeys(columns)):
             raise ValueError(
-                f"{name} holds {RANGES}, because the teacher reads other tokens, which DistillationCollator alone "
-                "passes on; leave data_collator out."
+                f"{name} holds {of_teacher(numbers[0])}ranges, because the teacher reads other tokens, which "
+                "DistillationCollator alone passes on; leave data_collator out."
             )
 
 

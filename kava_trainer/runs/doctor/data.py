@@ -1,7 +1,7 @@
 """Checks of the data: the rows, what becomes of the first of them, what is held out."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, cast
 
@@ -18,13 +18,14 @@ from ...data.rows.remarks import remark_problems
 from ...data.splits import HELD_OUT_SHARE, has_test_split, load_splits
 from ...data.stream_sources import open_rows
 from ...data.streaming import ExampleStream, open_stream
-from ...data.token_alignment.pair_encoder import COUNTS, TeacherReading, make_encoder
-from ...data.token_alignment.ranges import add_counts
+from ...data.token_alignment.pair_encoder import COUNTS, Readings, make_encoder
+from ...data.token_alignment.ranges import add_counts, seen_by
 from ...distillation.rollouts.files import mixed_counts
+from ...distillation.teachers.several import role_of
 from ...reports.verdict import FEW_EXAMPLES, few_examples
 from ..advice import check_evaluation, on_format
 from ..identity import data_digest
-from ..pair.tokenizers import alignment_shares, describe_shares, few_aligned, teacher_reading
+from ..pair.tokenizers import alignment_shares, describe_shares, few_aligned, teacher_readings
 from ..rollouts.examples import check_prompts, describe_rollouts, load_rollouts, with_rollouts
 from .findings import Checkup
 
@@ -55,8 +56,8 @@ class Examples:
     """What is trained on of a file of rollouts."""
     written: int = 0
     """Training examples of the data, each counted once."""
-    teacher: TeacherReading | None = None
-    """How the teacher reads them, where its tokens are others."""
+    readings: Readings = field(default_factory=dict)
+    """How those teachers read them whose tokens are others."""
 
     def tokens(self) -> int:
         """About how many tokens all training examples hold, each counted once, by the mean of the sample."""
@@ -77,15 +78,15 @@ class Examples:
             told,
             assistant_turns=turns,
             accepts_prompts=asked.accepts_prompts,
-            teacher=self.teacher,
+            readings=self.readings,
         ).dataset
         return data_digest(encoded if self.rollouts is None else with_rollouts(arguments, encoded, self.rollouts))
 
 
 def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> Examples:
     """Load the data, tokenise the first rows of both splits, and show one of them."""
-    teacher = teacher_reading(arguments, tokenizer)
-    examples, train, held_out = _open(arguments, tokenizer, teacher)
+    readings = teacher_readings(arguments, tokenizer)
+    examples, train, held_out = _open(arguments, tokenizer, readings)
     names = find_format(train.column_names)
     columns = " + ".join(names)
     streamed = isinstance(examples.train, ExampleStream)
@@ -96,10 +97,11 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
         checkup.ok(f"{note[0].lower()}{note[1:]}")
     for problem in problems:
         checkup.warn_of(problem)
-    answered = _check_sample(checkup, train, "training", arguments, tokenizer, teacher)
-    if teacher is not None and answered:
-        shares = alignment_shares(add_counts(example[COUNTS] for example in answered))
-        checkup.ok(f"{describe_shares(shares)}.")
+    answered = _check_sample(checkup, train, "training", arguments, tokenizer, readings)
+    for number in readings if answered else ():
+        shares = alignment_shares(add_counts(seen_by(example, number)[COUNTS] for example in answered))
+        which = "" if len(readings) == 1 else f"{role_of(number)}: "
+        checkup.ok(f"{which}{describe_shares(shares)}.")
         if (scarce := few_aligned(shares)) is not None:
             checkup.warn_of(scarce)
     if not streamed:
@@ -114,8 +116,8 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
     if answered and examples.written:
         _show(checkup, answered[0], tokenizer)
     if held_out:
-        _check_sample(checkup, held_out, "held-out", arguments, tokenizer, teacher)
-    if of := describe_retention(arguments.data, load_retention(arguments.data, held_out, tokenizer, teacher)):
+        _check_sample(checkup, held_out, "held-out", arguments, tokenizer, readings)
+    if of := describe_retention(arguments.data, load_retention(arguments.data, held_out, tokenizer, readings.get(0))):
         checkup.ok(f"retained language is measured on {of['tokens']} tokens of {of['texts']} texts ({of['source']}).")
     check_evaluation(arguments.training, examples.held_out > 0)
     if not held_out:
@@ -148,22 +150,26 @@ def _more_held_out(asked: DataArguments, held_out: int) -> str:
 
 
 def _open(
-    arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, teacher: TeacherReading | None
+    arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase, readings: Readings
 ) -> tuple[Examples, Dataset, Dataset | None]:
     """What is known so far, the rows to train on (of a stream the first ones), and those held out."""
     asked, training = arguments.data, arguments.training
     if not asked.streaming:
         train, held_out, _ = load_splits(asked)
         check_prompts(arguments, train)
-        found = Examples(train, [], len(train), len(held_out or []), train.column_names, teacher=teacher)
+        found = Examples(train, [], len(train), len(held_out or []), train.column_names, readings=readings)
         return found, train, held_out
     rows, held_out = open_rows(asked)
     check_prompts(arguments, rows.first(1))
     turns = asked.assistant_turns
-    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed, turns, teacher)
+    stream = open_stream(rows, tokenizer, asked.max_length, asked.shuffle_buffer, training.seed, turns, readings)
     steps = training.max_steps * training.gradient_accumulation_steps * training.world_size
     count = stream.count_rows(steps * training.per_device_train_batch_size)
-    return Examples(stream, [], count, len(held_out), rows.column_names, teacher=teacher), rows.first(SAMPLE), held_out
+    return (
+        Examples(stream, [], count, len(held_out), rows.column_names, readings=readings),
+        rows.first(SAMPLE),
+        held_out,
+    )
 
 
 def _check_sample(
@@ -172,14 +178,14 @@ def _check_sample(
     which: str,
     arguments: KavaArguments,
     tokenizer: PreTrainedTokenizerBase,
-    teacher: TeacherReading | None,
+    readings: Readings,
 ) -> list[dict[str, Any]]:
     """The first rows that have an answer, tokenised; how many were cut and dropped."""
     length = arguments.data.max_length
     name = cast(str, arguments.data.dataset_name)
     turns = arguments.data.assistant_turns
     prompts = arguments.data.accepts_prompts and which == "training"
-    encoder = make_encoder(find_format(rows.column_names), tokenizer, length, turns, rows.features, prompts, teacher)
+    encoder = make_encoder(find_format(rows.column_names), tokenizer, length, turns, rows.features, prompts, readings)
     sample = encode_first(rows, SAMPLE, encoder, name)
     answered = [example for example in sample if example["answered"]]
     empty = [] if prompts else source_rows(rows, empty_answers(sample))

@@ -26,6 +26,7 @@ from .machine import (
 from .models import (
     check_embedded_teacher,
     check_fit,
+    check_other_teachers,
     check_start,
     check_student_model,
     check_teacher_model,
@@ -78,13 +79,14 @@ def _examine(checkup: Checkup, arguments: KavaArguments) -> None:
         check("Hub", check_hub)
     tokenizer = check("Tokenizers", check_tokenizers)
     teacher = check("Teacher", check_teacher_model)
+    others = check("Other teachers", check_other_teachers) if training.teachers else []
     student = check("Student", check_student_model, teacher)
     examples = check("Data", check_data, tokenizer)
     if examples is not None:
         check("Own answers", check_own_answers, examples)
     if arguments.model.teacher_model_name_or_path == QUICKSTART and teacher is not None and examples is not None:
         check("Teacher", check_embedded_teacher, tokenizer, examples)
-    pair = check("Alignment", check_fit, teacher, student, tokenizer)
+    pair = check("Alignment", check_fit, teacher, others, student, tokenizer)
     if training.calibrates:
         check("Start", check_start, pair, examples)
     trainer = checkup.check("Trainer", lambda known: check_trainer(checkup, arguments, known, examples), tokenizer)

@@ -4,11 +4,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 
+from ...config.alignment.teachers import cache_folders, other_teachers
 from ...config.arguments import KavaArguments
 from ...config.launcher import is_fsdp_asked
 from ...distillation.loss_terms import needed_teacher_layers
@@ -75,28 +75,31 @@ def check_cache(
     checkup: Checkup, arguments: KavaArguments, pair: Pair, examples: Examples, trainer: KavaTrainer
 ) -> None:
     """Whether the teacher cache is this teacher's and whole, and its disk holds what is missing, as far as known."""
-    training, folder = arguments.training, Path(cast(str, arguments.training.teacher_cache_dir))
-    layers = hidden_layers(needed_teacher_layers(training, pair.target, number_of_layers(pair.teacher)))
-    if not layers:
-        checkup.ok("no loss term reads the teacher, so nothing is cached.")
-        return
-    if training.aligns and training.layer_mapping == "cka":
-        checkup.ok(f"{folder} will hold the layers that the run chooses by CKA.")
-        return
-    there = 0
-    if (folder.exists() and not folder.is_dir()) or not folder.exists() or not any(folder.iterdir()):
-        check_folder("teacher_cache_dir", folder)
-    else:  # which a cache only reads
-        identity = teacher_identity(arguments.model, pair.teacher, trainer.accelerator.mixed_precision)
-        if arguments.model.teacher_quantization != "none" and (folder / MANIFEST).is_file():
-            identity["dtype"] = _written_dtype(folder / MANIFEST, identity["dtype"])
-        cache = TeacherCache(folder, identity, layers, training.teacher_cache_dtype)
-        cache.verify()
-        layers, there = cache.layers, sum(path.stat().st_size for path in cache.shards.paths)
-    tokens = examples.tokens()
-    size = tokens * bytes_per_token(state_width(pair.teacher, layers), len(layers), training.teacher_cache_dtype)
-    check_cache_space(folder, max(size - there, 0))
-    checkup.ok(f"about {size_text(size)} in {folder} for {tokens} tokens; {size_text(there)} are there already.")
+    training = arguments.training
+    named, parts = [arguments.model, *other_teachers(arguments)], pair.target.parts
+    for number, folder in cache_folders(training).items():
+        teacher = pair.teachers[number]
+        layers = hidden_layers(needed_teacher_layers(training, parts[number], number_of_layers(teacher)))
+        if not layers:
+            checkup.ok("no loss term reads the teacher, so nothing is cached.")
+            return
+        if training.aligns and training.layer_mapping == "cka":
+            checkup.ok(f"{folder} will hold the layers that the run chooses by CKA.")
+            return
+        there = 0
+        if (folder.exists() and not folder.is_dir()) or not folder.exists() or not any(folder.iterdir()):
+            check_folder("teacher_cache_dir", folder)
+        else:  # which a cache only reads
+            identity = teacher_identity(named[number], teacher, trainer.accelerator.mixed_precision)
+            if named[number].teacher_quantization != "none" and (folder / MANIFEST).is_file():
+                identity["dtype"] = _written_dtype(folder / MANIFEST, identity["dtype"])
+            cache = TeacherCache(folder, identity, layers, training.teacher_cache_dtype)
+            cache.verify()
+            layers, there = cache.layers, sum(path.stat().st_size for path in cache.shards.paths)
+        tokens = examples.tokens()
+        size = tokens * bytes_per_token(state_width(teacher, layers), len(layers), training.teacher_cache_dtype)
+        check_cache_space(folder, max(size - there, 0))
+        checkup.ok(f"about {size_text(size)} in {folder} for {tokens} tokens; {size_text(there)} are there already.")
 
 
 def _written_dtype(manifest: Path, expected: str) -> str:

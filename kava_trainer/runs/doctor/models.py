@@ -21,12 +21,15 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ...config.alignment.teachers import other_teachers
 from ...config.arguments import KavaArguments
+from ...config.model_arguments import ModelArguments
 from ...config.optimizer_names import optimizer_name
 from ...data.collators import DistillationCollator
 from ...data.token_alignment.ranges import read_by_the_teacher
 from ...distillation.calibration import check_enough_tokens
-from ...distillation.targets import AlignmentTarget, build_target
+from ...distillation.targets import AlignmentTarget, build_targets
+from ...distillation.teachers.several import role_of
 from ...models.attention.capture import layer_of
 from ...models.layers import find_blocks, hidden_size, number_of_layers
 from ...models.loading import (
@@ -47,7 +50,7 @@ from ...utils.files import existing_folder
 from ...utils.hub import hub_reason
 from ..advice import long_warmup, loose_projector, planned_steps, precision_problems
 from ..pair.models import Models
-from ..pair.tokenizers import check_role_reads, load_tokenizers, teacher_reading
+from ..pair.tokenizers import check_role_reads, load_tokenizers, teacher_reading, teacher_readings
 from ..setup import Data, make_trainer, measure_teacher
 from .data import Examples
 from .findings import Checkup
@@ -62,9 +65,9 @@ HUB_SECONDS = 20
 
 @dataclass
 class Pair:
-    """Teacher and student without storage, and what is aligned of them."""
+    """Teachers and student without storage, and what is aligned of them."""
 
-    teacher: PreTrainedModel
+    teachers: list[PreTrainedModel]
     student: PreTrainedModel
     target: AlignmentTarget
 
@@ -82,12 +85,21 @@ def check_tokenizers(checkup: Checkup, arguments: KavaArguments) -> PreTrainedTo
 
 def check_teacher_model(checkup: Checkup, arguments: KavaArguments) -> PreTrainedModel:
     """Whether the teacher's config makes a model and its weights are there; the model without storage."""
-    model = arguments.model
-    config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
+    return _check_teacher(checkup, arguments.model, role_of(0))
+
+
+def check_other_teachers(checkup: Checkup, arguments: KavaArguments) -> list[PreTrainedModel]:
+    """The same of the others, where there are several."""
+    found = enumerate(other_teachers(arguments), start=1)
+    return [_check_teacher(checkup, model, role_of(number)) for number, model in found]
+
+
+def _check_teacher(checkup: Checkup, model: ModelArguments, role: str) -> PreTrainedModel:
+    config = load_config(model.teacher_name, role, model.teacher_revision, model)
     with torch.device("meta"):
-        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, "teacher"))
+        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, role))
     name, revision = model.teacher_name, model.teacher_revision
-    weights = _check_weights(name, "teacher", revision, teacher)
+    weights = _check_weights(name, role, revision, teacher)
     checkup.ok(f"{_describe(teacher, name, revision)}, {weights}.")
     return teacher
 
@@ -255,17 +267,20 @@ def check_fit(
     checkup: Checkup,
     arguments: KavaArguments,
     teacher: PreTrainedModel,
+    others: list[PreTrainedModel],
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Pair:
     """Whether both models read the text, and have the layers that the arguments name."""
-    training = arguments.training
-    reading = teacher_reading(arguments, tokenizer)
-    for role, model in (("teacher", teacher), ("student", student)):
-        check_role_reads(model, role, tokenizer, arguments.data.max_length, reading)
+    training, teachers = arguments.training, [teacher, *others]
+    readings = teacher_readings(arguments, tokenizer)
+    check_role_reads(student, "student", tokenizer, arguments.data.max_length, None)
+    for number, model in enumerate(teachers):
+        check_role_reads(model, role_of(number), tokenizer, arguments.data.max_length, readings.get(number))
     inherited = foreseen_layers(arguments.model)
-    target = build_target(training, student, teacher, inherited)
-    for model, features in ((student, target.student_features), (teacher, target.teacher_features)):
+    target = build_targets(training, student, teachers, inherited)
+    of_teachers = [(model, part.teacher_features) for model, part in zip(teachers, target.parts, strict=True)]
+    for model, features in ((student, target.student_features), *of_teachers):
         if min(map(layer_of, features)) < number_of_layers(model):
             find_blocks(model)
     if training.aligns:
@@ -278,7 +293,7 @@ def check_fit(
         checkup.ok("no hidden states are aligned.")
     if problem := loose_projector(training):
         checkup.warn_of(problem)
-    return Pair(teacher, student, target)
+    return Pair(teachers, student, target)
 
 
 def check_start(checkup: Checkup, arguments: KavaArguments, pair: Pair, examples: Examples) -> None:
@@ -299,6 +314,7 @@ def check_trainer(
     held_out = examples is None or examples.held_out > 0
     training.push_to_hub, training.report_to = False, []  # both have a check of their own
     training.layer_mapping, training.layer_weights = "last", None
+    training.teachers, training.teacher_routing = None, "fixed"  # of two tiny models one is the teacher
     if training.rollouts_from is not None:  # which has a check with the data
         training.rollouts_from, training.on_policy_fraction = None, 0.0
     training.projector_rank = None if training.projector_rank is None else 1

@@ -1,13 +1,16 @@
 """Teacher and student of a run, and their tokenizers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ...config.alignment.teachers import other_teachers
 from ...config.arguments import KavaArguments
 from ...data.collators import DistillationCollator
 from ...data.streaming import ExampleStream
+from ...data.token_alignment.pair_encoder import Readings
+from ...distillation.teachers.several import role_of
 from ...models.layers import hidden_size, number_of_layers
 from ...models.lora import trained_parameters
 from ...models.pruning.cut import Cut
@@ -16,7 +19,7 @@ from ...models.teacher import load_teacher
 from ...utils.console import Console
 from ...utils.progress_bar import working
 from .choice import find_cut
-from .tokenizers import check_role_reads, teacher_reading
+from .tokenizers import check_role_reads, teacher_readings
 
 _BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
 """Parts of the names of parameters that peft adds to a model's own."""
@@ -34,13 +37,28 @@ class Models:
     """What the student was made of, where it was cut out of the teacher."""
     chosen_layers: list[int] | None = None
     """The teacher's layer for each of the student's, where `layer_mapping` cka chose them."""
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None
-    """The teacher's, where its tokens are others."""
+    readings: Readings = field(default_factory=dict)
+    """How those teachers read whose tokens are others."""
+    others: list[PreTrainedModel] = field(default_factory=list)
+    """The teachers behind the first one, where there are several."""
+
+    @property
+    def teachers(self) -> list[PreTrainedModel]:
+        """All of them."""
+        return [self.teacher, *self.others]
 
     def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
         """What the teacher reads with where `role` is `teacher`, else what the student does."""
-        own = self.teacher_tokenizer if role == "teacher" else None
-        return self.tokenizer if own is None else own
+        own = self.readings.get(0) if role == "teacher" else None
+        return self.tokenizer if own is None else own.tokenizer
+
+    @property
+    def teacher_tokenizers(self) -> list[PreTrainedTokenizerBase] | None:
+        """What each teacher reads with; None where all read the student's tokens."""
+        if not self.readings:
+            return None
+        found = (self.readings.get(number) for number in range(len(self.teachers)))
+        return [self.tokenizer if own is None else own.tokenizer for own in found]
 
     @property
     def inherited_layers(self) -> list[int] | None:
@@ -75,14 +93,19 @@ def load_models(
     Raises:
         BadRequest: where one cannot be had, or does not fit tokenizer or lengths.
     """
-    reading = teacher_reading(arguments, tokenizer)
+    readings = teacher_readings(arguments, tokenizer)
     with working("Loading the teacher"):
         teacher = load_teacher(arguments.model, arguments.training.device)
+    others = []
+    for number, named in enumerate(other_teachers(arguments), start=1):
+        with working(f"Loading the {role_of(number)}"):
+            others.append(load_teacher(named, arguments.training.device, role_of(number)))
     cut = find_cut(console, arguments, teacher, train, DistillationCollator(tokenizer), earlier)
     set_seed(arguments.training.seed)
     with working("Loading the student"):
         student = load_student(arguments.model, teacher, arguments.training.device, cut)
-    for role, model in (("teacher", teacher), ("student", student)):
+    teachers = [(role_of(number), own, readings.get(number)) for number, own in enumerate([teacher, *others])]
+    for role, model, reading in (*teachers, ("student", student, None)):
         check_role_reads(model, role, tokenizer, arguments.data.max_length, reading)
         width, depth = hidden_size(model), number_of_layers(model)
         console.print(
@@ -92,4 +115,4 @@ def load_models(
     if arguments.model.use_peft:
         trained = trained_parameters(student)
         console.print(f"LoRA: rank {arguments.model.lora_r}, {trained / 1e6:.2f} M parameters are trained")
-    return Models(teacher, student, tokenizer, cut, teacher_tokenizer=None if reading is None else reading.tokenizer)
+    return Models(teacher, student, tokenizer, cut, readings=readings, others=others)

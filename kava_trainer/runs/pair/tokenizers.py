@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...config.alignment.teachers import other_teachers
 from ...config.arguments import KavaArguments, KavaTrainingArguments
+from ...config.model_arguments import ModelArguments
 from ...data.formats import IGNORED
 from ...data.token_alignment.pair_encoder import TeacherReading, tokenizers_agree
 from ...data.token_alignment.ranges import KINDS
 from ...data.token_alignment.spans import TokenSpans
+from ...distillation.teachers.several import role_of
 from ...models.loading import check_reads, load_config, load_tokenizer
 from ...utils.console import Console
 from ...utils.errors import BadRequest, Problem
@@ -49,7 +52,7 @@ def weights_that_stand(arguments: KavaArguments) -> dict[str, float]:
 
 
 def teacher_reading(arguments: KavaArguments, student: PreTrainedTokenizerBase) -> TeacherReading | None:
-    """How the teacher reads the text where its tokens are others than the student's; None where they are the same.
+    """How the teacher, of several the first one, reads the text; None where its tokens are the student's.
 
     Args:
         arguments: of the run.
@@ -59,16 +62,38 @@ def teacher_reading(arguments: KavaArguments, student: PreTrainedTokenizerBase) 
         BadRequest: if the teacher's tokenizer cannot be had, a tokenizer has no offsets, or a term is asked for that
             other tokens do not allow.
     """
-    model = arguments.model
-    if model.student_model_name_or_path is None:
+    if arguments.model.student_model_name_or_path is None:
         return None
-    teacher = load_tokenizer(model.teacher_name, "teacher", model.teacher_revision, model)
+    return _reading(arguments, arguments.model, student, "teacher")
+
+
+def teacher_readings(arguments: KavaArguments, student: PreTrainedTokenizerBase) -> dict[int, TeacherReading]:
+    """How each teacher whose tokens are others reads the text, by its number from 0. As `teacher_reading`."""
+    found = {0: teacher_reading(arguments, student)}
+    for number, model in enumerate(other_teachers(arguments), start=1):
+        found[number] = _reading(arguments, model, student, role_of(number))
+    readings = {number: own for number, own in found.items() if own is not None}
+    training = arguments.training
+    if readings and training.teachers and training.teacher_routing != "fixed" and training.kd_weight > 0:
+        raise BadRequest(
+            f"teacher_routing is {training.teacher_routing} and kd_weight above 0, but the tokens of "
+            f"{' and '.join(map(role_of, readings))} are not the student's, so nobody knows how far their next tokens "
+            "agree with its own;",
+            "write teacher_routing fixed, or kd_weight 0.",
+        )
+    return readings
+
+
+def _reading(
+    arguments: KavaArguments, model: ModelArguments, student: PreTrainedTokenizerBase, role: str
+) -> TeacherReading | None:
+    teacher = load_tokenizer(model.teacher_name, role, model.teacher_revision, model)
     if tokenizers_agree(student, teacher):
         return None
-    _check_terms(arguments)
-    for role, tokenizer in (("student", student), ("teacher", teacher)):
-        TokenSpans(tokenizer, role)
-    config = load_config(model.teacher_name, "teacher", model.teacher_revision, model)
+    _check_terms(arguments, role)
+    for name, tokenizer in (("student", student), (role, teacher)):
+        TokenSpans(tokenizer, name)
+    config = load_config(model.teacher_name, role, model.teacher_revision, model)
     return TeacherReading(teacher, getattr(config.get_text_config(decoder=True), "max_position_embeddings", None))
 
 
@@ -86,18 +111,18 @@ def check_role_reads(
         role: which of them.
         student: its tokenizer.
         max_length: longest example in its tokens.
-        reading: of the teacher, where its tokens are others; as long as it reads at most.
+        reading: of a teacher whose tokens are others; as long as it reads at most.
     """
-    if role == "teacher" and reading is not None:
+    if reading is not None:
         check_reads(model, role, reading.tokenizer, 0)
     else:
         check_reads(model, role, student, max_length)
 
 
-def _check_terms(arguments: KavaArguments) -> None:
-    """Raise `BadRequest` for what is not to be had where teacher and student read other tokens."""
+def _check_terms(arguments: KavaArguments, role: str) -> None:
+    """Raise `BadRequest` for what is not to be had where a teacher, named by its role, reads other tokens."""
     training = arguments.training
-    if arguments.model.is_cut:
+    if arguments.model.is_cut and role == role_of(0):
         raise BadRequest(
             "student_init is teacher_layers, which takes the teacher's embeddings over, but the tokenizer of "
             f"{arguments.model.student_model_name_or_path} has other tokens;",
@@ -105,19 +130,19 @@ def _check_terms(arguments: KavaArguments) -> None:
         )
     if training.aligns and training.alignment_target != "hidden":
         raise BadRequest(
-            f"alignment_target is {training.alignment_target}, but the tokenizers of teacher and student differ, and "
+            f"alignment_target is {training.alignment_target}, but the tokenizers of {role} and student differ, and "
             "only hidden states are aligned by their text;",
             "write alignment_target hidden, or name a student of the teacher's family.",
         )
     if training.aligns and training.layer_mapping == "cka":
         raise BadRequest(
-            "layer_mapping is cka, which compares the layers token by token, but the tokenizers of teacher and student "
+            f"layer_mapping is cka, which compares the layers token by token, but the tokenizers of {role} and student "
             "differ;",
             "write last, uniform:2 or pairs of layers.",
         )
     if training.on_policy_fraction > 0:
         raise BadRequest(
-            f"on_policy_fraction is {training.on_policy_fraction:g}, but the tokenizers of teacher and student differ, "
+            f"on_policy_fraction is {training.on_policy_fraction:g}, but the tokenizers of {role} and student differ, "
             "and the teacher cannot read what the student writes;",
             "write on_policy_fraction 0, or name a student of the teacher's family.",
         )
@@ -172,24 +197,27 @@ def few_aligned(shares: dict[str, float]) -> Problem | None:
 
 
 def tell_tokenizers(
-    console: Console, counts: list[int] | None, weights: Mapping[str, float] | None = None
+    console: Console, counts: Mapping[int, list[int]], weights: Mapping[str, float] | None = None
 ) -> dict[str, float] | None:
-    """Say how the tokens of teacher and student belong together; the shares, None where they are the same ones.
+    """Say how the tokens of each teacher and the student belong together.
 
     Args:
         console: prints.
-        counts: of `count_kinds`; None where the tokens are the same ones.
+        counts: of `count_kinds`, by the number of the teacher; of those whose tokens are others.
         weights: of `weights_that_stand`.
+
+    Returns:
+        The shares of the first of these teachers; None where the tokens are the same ones.
     """
-    if counts is None:
-        return None
-    shares = alignment_shares(counts)
-    if weights:
+    shares = {number: alignment_shares(own) for number, own in sorted(counts.items())}
+    if shares and weights:
         told = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
         console.print(
             f"No divergence was measured between next tokens of two tokenizers, so the defaults here are {told}"
         )
-    console.print(f"The tokenizers of teacher and student differ; by their text, {describe_shares(shares)}.")
-    if problem := few_aligned(shares):
-        console.warn(str(problem))
-    return shares
+    for number, own in shares.items():
+        role = role_of(number)
+        console.print(f"The tokenizers of {role} and student differ; by their text, {describe_shares(own)}.")
+        if problem := few_aligned(own):
+            console.warn(str(problem))
+    return next(iter(shares.values()), None)
