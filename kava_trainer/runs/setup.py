@@ -68,8 +68,8 @@ class Data:
     """See `retention.load_retention`."""
     of_the_data: datasets.Dataset | None = None
     """The training examples of the data set alone, where `train` holds rollouts from a file too."""
-    token_alignment: dict[str, float] | None = None
-    """See `tokenizers.alignment_shares`; None where teacher and student read the same tokens."""
+    token_alignment: dict[int, dict[str, float]] = field(default_factory=dict)
+    """See `tokenizers.alignment_shares`, of each teacher that reads other tokens than the student."""
 
     @property
     def written(self) -> datasets.Dataset | ExampleStream:

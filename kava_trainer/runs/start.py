@@ -178,7 +178,7 @@ def load_pair(run: Run) -> None:
         if models.cut is not None:
             run.identity[CUT], summary.content.cut = models.cut.to_dict(), described(models.cut)
         summary.content.prompt_kind = data.prompt_kind
-        summary.content.token_alignment = data.token_alignment
+        summary.content.note_token_alignment(data.token_alignment)
         summary.content.student_parameters = own_parameters(models.student)
         summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
         summary.content.retention = describe_retention(arguments.data, data.retention, chance_of(models.teacher))

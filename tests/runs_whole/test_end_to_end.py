@@ -72,8 +72,8 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     assert list(summary) == [
         *("schema_version", "status", "started_at", "finished_at", "duration_seconds", "environment"),
         *("arguments", "command", "global_step", "cos_sim_at", "final", "alignment", "evaluation"),
-        *("retention", "samples", "rollouts", "teacher_fidelity", "cut", "token_alignment", "prompt_kind"),
-        *("held_out_examples", "student_parameters"),
+        *("retention", "samples", "rollouts", "teacher_fidelity", "cut", "token_alignment", "other_token_alignments"),
+        *("prompt_kind", "held_out_examples", "student_parameters"),
         *("final_checksums", "verdict", "throughput", "problems", "checkpoints"),
     ]
     assert (summary["schema_version"], summary["status"], summary["global_step"]) == (1, "completed", 51)

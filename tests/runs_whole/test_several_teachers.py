@@ -1,16 +1,26 @@
 """Several teachers for one student: a training learns from all, goes on bit-equal, and leaves a plain student."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
 from helpers.hashes import weight_hash
-from helpers.library import DATA, arguments, make, new_student, new_teacher
+from helpers.library import DATA, EVERY_STEP, arguments, make, new_student, new_teacher
 from helpers.models import tiny_llama
+from helpers.programs import QUICKSTART, SHORT, summary_of, words
+from helpers.small_tokenizers import byte_level, sentence_pieces
 from helpers.trainers import loss_lines
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from kava_trainer import KavaTrainer
+import run_kava
+from kava_trainer import KavaTrainer, cli, encode
 from kava_trainer.distillation.teachers.several import SeveralTeachers
+
+ROWS = [{"question": f"What is {a} + {b}?", "answer": f"{a + b} 😀 apples"} for a in range(4) for b in range(4)]
+
+byte_level_of_more = partial(byte_level, 40)
 
 WAYS = {
     "fixed": {"teachers": [{"weight": 2}, {"layers": "uniform:2"}]},
@@ -122,6 +132,126 @@ def test_the_student_answers_itself_and_both_teachers_correct_it(tmp_path, token
     trainer = trainer_of(tmp_path, tokenizer, **settings)
     trainer.train()
     assert all({"rollout_agreement", "teacher2_cos_sim"} <= line.keys() for line in loss_lines(trainer))
+
+
+def reading(folder, student, others, **changes):
+    """A student that reads with one tokenizer, and teachers with others, of which some may be its own."""
+    data = encode(Dataset.from_list(ROWS), student, 64, teacher_tokenizer=others)
+    return KavaTrainer(
+        new_student(),
+        teachers(),
+        args=arguments(folder, **{"kd_weight": 0.5, "lm_weight": 0.5, **changes}),
+        train_dataset=data,
+        eval_dataset=data.select(range(7)),
+        processing_class=student,
+        teacher_tokenizer=others,
+    )
+
+
+READERS = {
+    "second": (byte_level, [byte_level, sentence_pieces]),
+    "first": (byte_level, [sentence_pieces, byte_level]),
+    "both": (byte_level, [sentence_pieces, byte_level_of_more]),
+}
+
+
+@pytest.mark.parametrize("readers", READERS.values(), ids=READERS)
+def test_teachers_may_read_other_tokens(tmp_path, readers):
+    student, others = readers[0](), [own() for own in readers[1]]
+    ways = {"padded": {"max_tokens_per_batch": 0}, "packed": {}, "small": {"per_device_train_batch_size": 2}}
+    lines = {}
+    for name, changes in ways.items():
+        steps = {"gradient_accumulation_steps": 4 if name == "small" else 2}
+        trainer = reading(tmp_path / name, student, others, max_steps=3, **steps, **changes)
+        trainer.train()
+        lines[name] = loss_lines(trainer)
+    for name in ("packed", "small"):
+        for line, expected in zip(lines[name], lines["padded"], strict=True):
+            for figure in ("loss", "mercator_loss", "cos_sim", "teacher1_cos_sim", "teacher2_cos_sim", "kd_loss"):
+                assert line[figure] == pytest.approx(expected[figure], rel=1e-3), (name, figure)
+    whole, again = (reading(tmp_path / "resumed", student, others, **EVERY_STEP) for _ in range(2))
+    whole.train()
+    again.train(str(tmp_path / "resumed" / "checkpoint-1"))
+    assert weight_hash(again.model) == weight_hash(whole.model)
+
+
+def test_a_teacher_of_other_tokens_counts_as_it_does_alone(tmp_path):
+    """Beside one of the student's own tokens, at the tokens that both have something to say of."""
+    student, other = byte_level(), sentence_pieces()
+    settings = {"max_steps": 1, "learning_rate": 0.0, "projector_learning_rate": 0.0, "lm_weight": 0.0}
+    both = reading(tmp_path / "both", student, [student, other], **settings)
+    both.train()
+    data = encode(Dataset.from_list(ROWS), student, 64, teacher_tokenizer=other)
+    alone = KavaTrainer(
+        new_student(),
+        teachers()[1],
+        both.target.parts[1],
+        arguments(tmp_path / "alone", kd_weight=0.5, **settings),
+        train_dataset=data,
+        processing_class=student,
+        teacher_tokenizer=other,
+    )
+    alone.train()
+    assert loss_lines(both)[0]["teacher2_cos_sim"] == pytest.approx(loss_lines(alone)[0]["cos_sim"], rel=1e-4)
+
+
+def test_routing_by_logits_of_other_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher_routing agreement beside kd_weight does not go with; write fixed"):
+        reading(tmp_path, byte_level(), [byte_level(), sentence_pieces()], teacher_routing="agreement")
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A run with the quickstart's teacher and another one, which reads other tokens."""
+    folder = tmp_path / "second"
+    tokenizer = byte_level(60, template=None)
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(**{**tiny_llama(48, 3).config.to_dict(), "vocab_size": len(tokenizer)})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    named = [{"model": "quickstart", "weight": 2}, {"model": str(folder), "layers": "uniform:2"}]
+    asked = {name: value for name, value in QUICKSTART.items() if not name.startswith("teacher_")}
+    places = {"output_dir": str(tmp_path / "out"), "final_dir": str(tmp_path / "out")}
+    return {**asked, **SHORT, **places, "teachers": json.dumps(named), "kd_weight": 0.5}
+
+
+def run(asked, **changes):
+    return run_kava.main(words({**asked, **changes}))
+
+
+def test_a_run_with_caches_tells_of_both_teachers_and_resumes_bit_equal(tmp_path, asked, capsys):
+    asked |= {"teacher_cache_dir": tmp_path / "cache", "save_steps": 2, "max_steps": 4}
+    assert run(asked) == 0
+    told = capsys.readouterr().out
+    assert "Teacher 2: d_model=48, 3 layers" in told
+    assert "teacher 1: (3, 4); teacher 2: (1, 1), (3, 3)" in told
+    assert "The tokenizers of teacher 2 and student differ" in told
+    assert "The states of teacher and teacher 2 come from there" in told
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"teacher1", "teacher2"}
+    summary = summary_of(tmp_path / "out")
+    assert summary["token_alignment"] is None
+    assert summary["other_token_alignments"]["teacher 2"]["tokens"] > 0
+    assert {pair["part"] for pair in summary["final"]["pairs"]} == {"teacher 1", "teacher 2"}
+    last = weight_hash(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final_student"))
+    assert run(asked, resume_from_checkpoint=tmp_path / "out" / "checkpoint-2") == 0
+    assert weight_hash(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final_student")) == last
+    assert "0 of 72 examples are to be written" in capsys.readouterr().out
+
+
+def test_one_teacher_may_run_beside_the_cache_of_the_other(tmp_path, asked, capsys):
+    named = json.loads(asked["teachers"])
+    named[0]["cached"] = False
+    cache = tmp_path / "cache"
+    assert run(asked, teachers=json.dumps(named), teacher_cache_dir=cache, run_control=True) == 0
+    assert [path.name for path in cache.iterdir()] == ["teacher2"]
+    assert "The states of teacher 2 come from there" in capsys.readouterr().out
+
+
+def test_the_doctor_looks_at_both_teachers(asked, capsys):
+    assert cli.main(["doctor", *words(asked)]) == 0
+    assert "Other teachers" in capsys.readouterr().out
+    named = json.loads(asked["teachers"])
+    named[1]["layers"] = "[[1, 9]]"
+    assert cli.main(["doctor", *words({**asked, "teachers": json.dumps(named)})]) == 2
 
 
 @pytest.mark.parametrize(

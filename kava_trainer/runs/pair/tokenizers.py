@@ -198,7 +198,7 @@ def few_aligned(shares: dict[str, float]) -> Problem | None:
 
 def tell_tokenizers(
     console: Console, counts: Mapping[int, list[int]], weights: Mapping[str, float] | None = None
-) -> dict[str, float] | None:
+) -> dict[int, dict[str, float]]:
     """Say how the tokens of each teacher and the student belong together.
 
     Args:
@@ -207,7 +207,7 @@ def tell_tokenizers(
         weights: of `weights_that_stand`.
 
     Returns:
-        The shares of the first of these teachers; None where the tokens are the same ones.
+        The shares of each of these teachers.
     """
     shares = {number: alignment_shares(own) for number, own in sorted(counts.items())}
     if shares and weights:
@@ -220,4 +220,4 @@ def tell_tokenizers(
         console.print(f"The tokenizers of {role} and student differ; by their text, {describe_shares(own)}.")
         if problem := few_aligned(own):
             console.warn(str(problem))
-    return next(iter(shares.values()), None)
+    return shares

@@ -37,7 +37,7 @@ def check_against_bytes(student, teacher, text):
         assert set(range(start, end)) == expected or not places  # a space before the text stands for nothing of it
     last = len(example["teacher_input_ids"])
     assert example["teacher_ranges"][-1] == [last - 1, last]  # the end of text stands for the end of text
-    assert sum(example["token_alignment"]) == len(example["input_ids"]) == len(example["teacher_ranges"])
+    assert sum(example["teacher_alignment"]) == len(example["input_ids"]) == len(example["teacher_ranges"])
 
 
 @pytest.mark.parametrize("text", PLAIN)
@@ -101,7 +101,7 @@ def test_what_is_behind_the_teachers_limit_is_left_out():
     assert example["teacher_input_ids"] == whole["teacher_input_ids"][:5]
     assert example["teacher_ranges"] == [own if own[1] <= 5 else [0, 0] for own in whole["teacher_ranges"]]
     assert example["input_ids"] == whole["input_ids"]
-    assert example["token_alignment"][2] == sum(end > 5 for _, end in whole["teacher_ranges"]) > 0
+    assert example["teacher_alignment"][2] == sum(end > 5 for _, end in whole["teacher_ranges"]) > 0
 
 
 CHAT = {
@@ -159,7 +159,7 @@ def test_the_words_of_all_turns_are_aligned_by_their_bytes(student, teacher):
 def test_templates_that_write_the_same_are_aligned_as_text():
     student, teacher = byte_level(), byte_level(5)
     example = encoded(student, teacher, CHAT)
-    assert example["token_alignment"][2] == 0
+    assert example["teacher_alignment"][2] == 0
 
 
 def test_what_only_one_template_says_is_left_out():
