@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from .distillation.targets import HiddenStateTarget as HiddenStateTarget
     from .distillation.targets import KeyValueTarget as KeyValueTarget
     from .distillation.targets import RelationsTarget as RelationsTarget
+    from .distillation.targets import SeveralTargets as SeveralTargets
     from .distillation.targets import build_target as build_target
+    from .distillation.targets import build_targets as build_targets
+    from .distillation.teachers.several import SeveralTeachers as SeveralTeachers
     from .evaluation.final_answer_match import metric_path as metric_path
     from .models.hidden_states import HiddenStateCapture as HiddenStateCapture
     from .models.teacher import OnlineTeacher as OnlineTeacher
@@ -51,8 +54,11 @@ _HOMES = {
         "HiddenStateTarget",
         "KeyValueTarget",
         "RelationsTarget",
+        "SeveralTargets",
         "build_target",
+        "build_targets",
     ],
+    "distillation.teachers.several": ["SeveralTeachers"],
     "models.teacher": ["OnlineTeacher"],
     "runs.pair.library": ["cut_student"],
     "runs.finish": ["write_report"],

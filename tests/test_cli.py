@@ -227,7 +227,7 @@ def test_a_signal_ends_the_filling_and_the_next_one_goes_on(tmp_path, monkeypatc
         raise Interrupted(signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "write_cache", interrupted)
+        patch.setattr(measure, "write_caches", interrupted)
         options = {**TINY, "teacher_cache_dir": tmp_path / "cache", "output_dir": tmp_path / "out"}
         assert main(["cache", RECIPE, *words(options)]) == 138
     assert "the same command goes on from there" in capsys.readouterr().err

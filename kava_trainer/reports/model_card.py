@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..config.alignment.teachers import teacher_names
 from ..config.checks import is_aligned
 from ..config.model_arguments import QUICKSTART
 from ..data.files import is_file_name
@@ -76,6 +77,16 @@ def _named(name: str | None, argument: str, summary: Summary, kind: str = "") ->
         return "its embedded word problems" if kind else "its embedded teacher"
     known = hub_id(name, argument, summary)
     return f"[{known}](https://huggingface.co/{kind}{known})" if known else as_code(str(name))
+
+
+def _teachers(summary: Summary) -> str:
+    """All teachers in the text; that any of several is no repository on the hub is seen by its name alone."""
+    first, *others = teacher_names(summary.arguments) or ["unknown"]
+    named = [
+        _named(first, "teacher_model_name_or_path", summary),
+        *(_named(own, "teachers", summary) for own in others),
+    ]
+    return " and ".join(named)
 
 
 def as_code(text: str) -> str:
@@ -181,7 +192,7 @@ def render_model_card(
         arguments=arguments,
         aligns=is_aligned(arguments),
         picture=REPORT_PICTURE if picture else None,
-        teacher=_named(arguments["teacher_model_name_or_path"], "teacher_model_name_or_path", summary),
+        teacher=_teachers(summary),
         dataset=_named(arguments["dataset_name"], "dataset_name", summary, "datasets/"),
         start=_start(summary),
         is_adapter=exports_adapter(arguments),

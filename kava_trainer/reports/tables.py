@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from ..config.alignment.teachers import teacher_names
 from ..evaluation.diagnostics import COLLAPSED, MINIMUM_MARGIN
 from ..utils.console import size_text
 from .charts import number_text
@@ -332,6 +333,6 @@ def model_names(summary: Summary) -> tuple[str, str, str]:
     student = asked.get("student_model_name_or_path") or asked.get("student_config_name")
     if student is None and (cut := summary.cut) is not None:
         student = f"{len(cut['kept'])} of its {cut['teacher_layers']} layers"
-    names = (asked.get("teacher_model_name_or_path"), student, asked.get("dataset_name"))
+    names = (" + ".join(teacher_names(asked)) or None, student, asked.get("dataset_name"))
     teacher, student, data = ("unknown" if name is None else str(name) for name in names)
     return teacher, student, data

@@ -13,6 +13,7 @@ import psutil
 import torch
 import transformers
 
+from ..config.alignment.teachers import other_teachers
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.data_arguments import DataArguments
 from ..config.launcher import describe_engine
@@ -20,6 +21,7 @@ from ..data.encoding import Encoded
 from ..data.retention import describe_retention
 from ..data.row_locations import empty_problem
 from ..data.rows.remarks import remark_problems
+from ..distillation.teachers.several import role_of
 from ..evaluation.diagnostics import COLLAPSED, alignment_status
 from ..reports.findings.alignment import Measured, PairFigures, told_of_pairs, worst_first
 from ..reports.summary import ModelFigures, RunSummary
@@ -43,9 +45,10 @@ def show_configuration(console: Console, arguments: KavaArguments, resumption: R
     """Which models, data and batch, and where the run goes on from."""
     model, training = arguments.model, arguments.training
     batch = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.world_size)
-    quantization = "" if model.teacher_quantization == "none" else f" ({model.teacher_quantization})"
     console.stage("Configuration")
-    console.print(f"Teacher: {model.teacher_model_name_or_path}{quantization}")
+    for number, own in enumerate([model, *other_teachers(arguments)]):
+        quantization = "" if own.teacher_quantization == "none" else f" ({own.teacher_quantization})"
+        console.print(f"{role_of(number).capitalize()}: {own.teacher_model_name_or_path}{quantization}")
     quantized = [] if model.student_quantization == "none" else [model.student_quantization]
     how = ", ".join([model.student_init, *quantized, *(["LoRA"] if model.use_peft else [])])
     named = model.student_model_name_or_path or model.student_config_name or "cut out of the teacher"

@@ -18,6 +18,7 @@ from ..config.student_cut import CUT_ARGUMENTS
 from ..data.streaming import ExampleStream
 from ..data.token_alignment.ranges import PAIR_COLUMNS, is_pair_column
 from ..distillation.teacher_cache import weights_digest
+from ..distillation.teachers.several import role_of
 from ..models.loading import model_folder
 from ..reports.summary import SUMMARY_FILE
 from ..trainer.checkpoint import list_checkpoints, read_manifest
@@ -25,7 +26,7 @@ from ..utils.errors import BadRequest
 from ..utils.progress_bar import progress_bar
 
 _SAME = {
-    "sharded", "data", "teacher", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
+    "sharded", "data", "teacher", "other_teachers", "student", "teacher_quantization", "teacher_dtype", "student_dtype",
     "student_init", "alignment_target", "kv_shape", "projector_sharing", "layer_mapping", "projector_direction",
     "projector_anchor", "projector_mlp_ratio", "projector_rank", "use_peft", "student_quantization", "lora_r",
     "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "dataloader_drop_last",
@@ -56,9 +57,12 @@ _HARMLESS_PREFIXES = (
 
 _BEFORE = {
     "relative_mse_weight": 0.0, "kd_tokens": "answers", "lm_tokens": "answers", "alignment_target": "hidden",
-    "projector_sharing": "none",
+    "projector_sharing": "none", "teachers": None, "other_teachers": [],
 }  # fmt: skip
 """What a run did that was written before these arguments were there; by the kind of student they may be others now."""
+
+_BY_CONTENT = ("data", "teacher", "other_teachers", "student")
+"""Hashes, which tell people nothing."""
 
 _NOT_COMPARED = ("resume_from_checkpoint", "hub_token", "local_rank", "logging_dir")
 
@@ -98,6 +102,17 @@ def _model(name: str | None, role: str, revision: str | None) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else f"{name}@{revision or 'main'}"
 
 
+def _teachers(arguments: KavaArguments) -> dict[str, Any]:
+    """How several teachers are weighed, and what the others behind the first are; of one teacher nothing of both."""
+    choices = arguments.training.choices
+    others = [
+        [_model(own.model, role_of(number), own.revision), own.quantization, own.dtype, own.layers]
+        for number, own in enumerate(choices[1:], start=1)
+    ]
+    first = [[choice.layers] for choice in choices[:1]]
+    return {"teachers": [choice.weight for choice in choices] or None, "other_teachers": [*first, *others]}
+
+
 def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
     """All that a run was asked for, and what models and data (their `data_digest`), of plain JSON types."""
     model = arguments.model
@@ -111,6 +126,7 @@ def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
         "student": _model(
             model.student_model_name_or_path or model.student_config_name, "student", model.student_revision
         ),
+        **_teachers(arguments),
         "world_size": arguments.training.world_size,
         "sharded": is_fsdp_asked(),
     }
@@ -162,7 +178,7 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
             continue
         kind = "harmless" if name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) else "training"
         kind = "incompatible" if name in same or (name in _SPLIT and not split_alike) else kind
-        shown = "differs" if name in ("data", "teacher", "student") else f"was {there[name]}, is {here[name]}"
+        shown = "differs" if name in _BY_CONTENT else f"was {there[name]}, is {here[name]}"
         if name == "data" and here.get("streaming"):
             shown += " (of a stream the names, the sizes and both ends of its files are compared)"
         found[kind].append(f"{name} {shown}")

@@ -93,8 +93,11 @@ def run(tmp_path, tokenizer):
             retention=trainer.train_dataset.select(range(3)),
         )  # fmt: skip
         return SimpleNamespace(
-            training=trainer.args, data=data, trainer=trainer, cache=None, checkpoint=None, tokenizer=tokenizer,
-            models=SimpleNamespace(teacher=trainer.teacher.model, student=trainer.student), console=Console(plain=True),
+            training=trainer.args, data=data, trainer=trainer, caches={}, checkpoint=None, tokenizer=tokenizer,
+            models=SimpleNamespace(
+                teacher=trainer.teacher.model, teachers=[trainer.teacher.model], student=trainer.student
+            ),
+            console=Console(plain=True),
         )  # fmt: skip
 
     return make

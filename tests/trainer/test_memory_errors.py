@@ -96,7 +96,7 @@ def test_in_an_evaluation(tmp_path, tokenizer, monkeypatch, name, stage):
             "Out of memory while the cache was written (tried to allocate 2 GiB). Lower max_tokens_per_batch (now 300)",
         ),
         (
-            "start.open_cache",
+            "start.open_caches",
             "Out of memory (tried to allocate 2 GiB). Let nothing else use the device, or choose smaller",
         ),
     ],

@@ -140,11 +140,18 @@ def first_teacher(values: Mapping[str, Any]) -> dict[str, Any]:
     if nameless := [number for number, own in enumerate(found, 1) if not own.model]:
         what = f"Number {nameless[0]} of teachers names no model;"
         raise WrongArguments.of(Problem("teachers", what, "write a hub id, a local folder or 'quickstart'."))
-    written = [name for name in OF_FIRST.values() if values.get(name) is not None]
+    first = found[0].arguments  # the record of a run has both
+    written = [name for name in first if values.get(name) is not None and values[name] != first[name]]
     if written:
         what = f"{written[0]} is for one teacher, and teachers names several;"
         raise WrongArguments.of(Problem(written[0], what, "leave it out, and write it in the list of teachers."))
-    return found[0].arguments
+    return first
+
+
+def teacher_names(arguments: Mapping[str, Any]) -> list[str]:
+    """What the teachers are loaded from, of arguments by name, as a run records them; one where there is one."""
+    found = [choice.model for choice in read_teachers(arguments.get("teachers"))]
+    return [name for name in found or [arguments.get("teacher_model_name_or_path")] if name is not None]
 
 
 def other_teachers(arguments: "KavaArguments") -> "list[ModelArguments]":

@@ -71,7 +71,7 @@ def _examine(checkup: Checkup, arguments: KavaArguments) -> None:
 
     checkup.check("Packages", lambda: check_packages(checkup))
     check("Device", check_device)
-    if quantizes(arguments.model):
+    if quantizes(arguments):
         check("Quantisation", check_quantization)
     check("Processes", check_parallelism)
     check("Trackers", check_trackers)

@@ -14,9 +14,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
 
+from ...config.alignment.teachers import other_teachers
 from ...config.arguments import KavaArguments, KavaTrainingArguments
 from ...config.launcher import describe_engine
-from ...config.model_arguments import ModelArguments
+from ...distillation.teachers.several import role_of
 from ...models.teacher import quantization_config
 from ...trainer.callbacks.hub import no_repository
 from ...trainer.callbacks.trackers import tracker_problem
@@ -86,6 +87,8 @@ def check_device(checkup: Checkup, arguments: KavaArguments) -> None:
 def check_quantization(checkup: Checkup, arguments: KavaArguments) -> None:
     """Whether bitsandbytes can hold a layer as asked on this device, tried out on a tiny one."""
     asked = {role: getattr(arguments.model, f"{role}_quantization") for role in ("teacher", "student")}
+    others = enumerate(other_teachers(arguments), start=1)
+    asked |= {role_of(number): model.teacher_quantization for number, model in others}
     tried = {role: kind for role, kind in asked.items() if kind != "none"}
     for role, kind in tried.items():
         quantization_config(kind, role)
@@ -93,16 +96,17 @@ def check_quantization(checkup: Checkup, arguments: KavaArguments) -> None:
             _try_layer(kind, arguments.training.device)
         except Exception as error:  # a library that was built for other devices fails in many ways
             raise BadRequest(
-                f"{role}_quantization {kind} does not work on this device ({reason_of(error)});",
+                f"{role.replace(' ', '_')}_quantization {kind} does not work on this device ({reason_of(error)});",
                 "install a bitsandbytes that supports it, or write none.",
             ) from error
     shown = ", ".join(f"{role} {kind}" for role, kind in tried.items())
     checkup.ok(f"{shown}, by bitsandbytes {version('bitsandbytes')}.")
 
 
-def quantizes(model: ModelArguments) -> bool:
+def quantizes(arguments: KavaArguments) -> bool:
     """Whether bitsandbytes is asked for."""
-    return {model.teacher_quantization, model.student_quantization} != {"none"}
+    asked = [arguments.model, *other_teachers(arguments)]
+    return {own.teacher_quantization for own in asked} | {arguments.model.student_quantization} != {"none"}
 
 
 def _try_layer(kind: str, device: torch.device) -> None:

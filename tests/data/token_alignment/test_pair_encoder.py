@@ -10,7 +10,7 @@ PLAIN = [name for name in TEXTS if name not in ("marks", "mixed")]
 
 
 def encoded(student, teacher, row, length=400, limit=None):
-    encoder = make_encoder(tuple(row), student, length, teacher=TeacherReading(teacher, limit))
+    encoder = make_encoder(tuple(row), student, length, readings={0: TeacherReading(teacher, limit)})
     return encoder(row)
 
 

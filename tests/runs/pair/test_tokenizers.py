@@ -19,12 +19,14 @@ ROWS = Dataset.from_list([{"prompt": "Tom has 12 apples.", "completion": " 7 ðŸ˜
 
 
 def test_shares_are_told(capsys):
-    shares = tell_tokenizers(Console(plain=True), [60, 30, 10])
-    assert shares == {"one_to_one": 0.6, "merged": 0.3, "left_out": 0.1, "tokens": 100}
+    shares = tell_tokenizers(Console(plain=True), {0: [60, 30, 10], 2: [1, 0, 3]})
+    assert shares[0] == {"one_to_one": 0.6, "merged": 0.3, "left_out": 0.1, "tokens": 100}
+    assert shares[2]["left_out"] == 0.75
     out = capsys.readouterr().out
     assert "of 100 tokens of the student 60.0 % are aligned one to one, 30.0 % merged, 10.0 % left out." in out
-    assert "teaches little" not in out
-    assert tell_tokenizers(Console(plain=True), None) is None
+    assert "The tokenizers of teacher 3 and student differ" in out
+    assert out.count("teaches little") == 1
+    assert tell_tokenizers(Console(plain=True), {}) == {}
     assert capsys.readouterr().out == ""
 
 
@@ -48,7 +50,7 @@ def test_data_of_another_teacher_are_others():
 @pytest.mark.parametrize(("limit", "refused"), [(4, True), (10, True), (40, False), (None, False)])
 def test_a_teacher_that_reads_no_answer_is_refused(limit, refused):
     reading = TeacherReading(sentence_pieces(), limit)
-    encoded = encode_dataset(ROWS.select([0]), byte_level(), 64, "Tokenizing", teacher=reading)
+    encoded = encode_dataset(ROWS.select([0]), byte_level(), 64, "Tokenizing", readings={0: reading})
     with pytest.raises(BadRequest, match=f"reads {limit} tokens at most") if refused else nullcontext():
         check_teacher_answers(encoded.dataset, reading)
     check_teacher_answers(None, reading)
@@ -60,7 +62,7 @@ def test_a_teacher_that_cannot_read_one_of_the_prompts_is_refused():
     rows = Dataset.from_list(
         [{"prompt": "Tom has 12 apples. " * 8, "completion": " 7"}, {"prompt": "a", "completion": "b"}]
     )
-    encoded = encode_dataset(rows, byte_level(), 400, "Tokenizing", teacher=reading)
+    encoded = encode_dataset(rows, byte_level(), 400, "Tokenizing", readings={0: reading})
     with pytest.raises(BadRequest, match="a held-out prompt takes"):
         check_teacher_answers(encoded.dataset, reading)
     check_teacher_answers(encoded.dataset.select([1]), reading)
