@@ -94,7 +94,7 @@ def opt(width: int = WIDTH) -> PreTrainedModel:
 @family
 def opt_350m(width: int = WIDTH) -> PreTrainedModel:
     """A last state of half the width, and norms behind the layers."""
-    narrow = {"word_embed_proj_dim": width // 2, "do_layer_norm_before": False}
+    narrow = {"word_embed_proj_dim": width // 2, "do_layer_norm_before": False, "dropout": 0.0}
     return build("opt", **plain_sizes(width), ffn_dim=2 * width, **narrow)
 
 

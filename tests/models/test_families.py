@@ -2,8 +2,8 @@
 shows of its attention."""
 
 import copy
-import functools
 import random
+from functools import cache, partial
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ ROWS = _rows()
 
 IDS = torch.arange(3, 3 + 3 * WINDOW).unsqueeze(0)
 
-_first = functools.cache(lambda name, width: FAMILIES[name](width))
+_first = cache(lambda name, width: FAMILIES[name](width))
 
 
 def model_of(name, width=32):
@@ -95,8 +95,8 @@ def test_states_are_those_of_transformers_and_the_last_one_gives_the_logits(toke
     assert number_of_layers(model) == LAYERS == len(own.hidden_states) - 1
     teacher = OnlineTeacher(model_of(name), layers)
     student = DistillationModel(model_of(name), RelationsTarget([(layer, layer) for layer in layers])).eval()
-    real, sides = mask.bool(), [(student.student, lambda batch: as_student(student, batch))]
-    for model, states_of in [*sides, (teacher.model, teacher.features)]:
+    real = mask.bool()
+    for model, states_of in ((student.student, partial(as_student, student)), (teacher.model, teacher.features)):
         found = states_of(padded)
         assert sorted(found) == layers
         for layer in layers:
@@ -191,19 +191,19 @@ def test_as_a_student_it_learns_and_goes_on_from_a_checkpoint_and_is_loaded_as_i
     assert "another token" in collapsed(straight)
 
 
+@torch.no_grad()
 def assert_is_loaded_as_it_was(trainer, folder):
     student, ask = trainer.student.eval(), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    with torch.no_grad():
-        logits, answer = student(IDS).logits, student.generate(IDS, attention_mask=torch.ones_like(IDS), **ask)
-        trainer.save_student(folder)
-        again, found = type(student).from_pretrained(folder, output_loading_info=True)
-        assert not found["missing_keys"]
-        assert not found["unexpected_keys"]
-        assert torch.equal(again(IDS).logits, logits)
-        assert torch.equal(again.generate(IDS, attention_mask=torch.ones_like(IDS), **ask), answer)
-        for _ in range(ask["max_new_tokens"]):  # what a cache gives is what the whole text gives
-            length = IDS.shape[1] + _
-            assert again(answer[:, :length], use_cache=False).logits[0, -1].argmax() == answer[0, length]
+    ask["attention_mask"] = torch.ones_like(IDS)
+    logits, answer = student(IDS).logits, student.generate(IDS, **ask)
+    trainer.save_student(folder)
+    again, found = type(student).from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert torch.equal(again(IDS).logits, logits)
+    assert torch.equal(again.generate(IDS, **ask), answer)
+    whole = again(answer, use_cache=False).logits.argmax(dim=-1)  # without the cache that it was written with
+    assert torch.equal(whole[:, IDS.shape[1] - 1 : -1], answer[:, IDS.shape[1] :])
 
 
 @each
@@ -220,13 +220,15 @@ def test_as_a_teacher_it_is_learned_from_and_left_as_it_is(tmp_path, tokenizer, 
     assert "another token" in collapsed(trainer)
 
 
-@each
+ATTENDING = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAMILIES if SHOWN.get(name) != ()
+]
+
+
+@pytest.mark.parametrize("name", ATTENDING)
 @torch.no_grad()
 def test_keys_and_attention_are_the_models_own_in_the_layers_that_show_them(name):
-    if name == "gemma2":
-        return  # refused, see above
-    model = model_of(name)
-    eager = model_of(name)
+    model, eager = model_of(name), model_of(name)
     eager.set_attn_implementation("eager")
     cache, attentions = model(IDS, use_cache=True).past_key_values, eager(IDS, output_attentions=True).attentions
     for layer in range(1, LAYERS + 1):
@@ -245,7 +247,7 @@ def test_keys_and_attention_are_the_models_own_in_the_layers_that_show_them(name
         heads = Heads(query_heads(model), key_value_shape(model)[0], window_of(model, layer))
         both = torch.cat([found[part] for part in parts[:2]], dim=2)[0]
         ours = log_attention(both, heads, 0, IDS.shape[1], merged=False).exp()
-        own = attentions[layer - 1] if len(attentions) == LAYERS else attentions[SHOWN[name].index(layer)]
+        own = attentions[SHOWN.get(name, (1, 2, 3)).index(layer)]
         torch.testing.assert_close(ours, own[0], rtol=1e-4, atol=1e-5)
 
 
@@ -258,14 +260,11 @@ def test_the_auxiliary_loss_of_a_mixture_is_in_the_loss_of_the_student_with_its_
     student.router_aux_loss_coef = student.config.router_aux_loss_coef = coefficient
     trainer = trainer_of(tmp_path, tokenizer, student, model_of(name, TEACHER_WIDTH), kd_weight=0.0)
     padded, _ = padded_and_packed(tokenizer)
-    asked = {own: padded[own] for own in ("input_ids", "attention_mask", "labels")}
-    own = student.eval()(**asked).loss
-    plain = trainer.terms.full_weights
-    assert "router" not in plain
-    with torch.no_grad():
-        loss = trainer.compute_loss(trainer.model.eval(), padded)
-        student.config.output_router_logits = False
-        without = trainer.compute_loss(trainer.model, padded)
-        silent = student(**asked).loss
-    torch.testing.assert_close(loss - without, own - silent, rtol=1e-4, atol=1e-5)
-    assert (loss - without > 0.4 * coefficient) == (coefficient > 0)
+    asked, found = {own: padded[own] for own in ("input_ids", "attention_mask", "labels")}, []
+    for asks in (True, False):
+        student.config.get_text_config().output_router_logits = asks
+        with torch.no_grad():
+            found.append((trainer.compute_loss(trainer.model.eval(), padded), student(**asked).loss))
+    (ours, own), (ours_without, own_without) = found
+    torch.testing.assert_close(ours - ours_without, own - own_without, rtol=1e-4, atol=1e-5)
+    assert (ours - ours_without > 0.4 * coefficient) == (coefficient > 0)

@@ -286,8 +286,9 @@ ROUTERS = (
     "micro-batches, so it has `gradient_accumulation_steps` times the config's weight there."
 )
 RELOADED = (
-    "A checkpoint of a mixture of experts, or of a model that reads images too, is loaded whole. Trainer leaves weights "
-    "as they are before the training where `save_pretrained` names them otherwise than the model (transformers 5.23)."
+    "A checkpoint of a mixture of experts, or of a model that reads images too, is loaded whole. Trainer leaves "
+    "weights as they are before the training where `save_pretrained` names them otherwise than the model does "
+    "(transformers 5.23)."
 )
 FLOPS = (
     "Packed rows, the default, have no padding: losses, gradients and weights are those of padded ones, where the "
