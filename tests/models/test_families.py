@@ -11,6 +11,7 @@ from datasets import Dataset
 from helpers.families import FAMILIES, LAYERS, VOCABULARY, WINDOW
 from helpers.hashes import weight_hash
 from helpers.trainers import SETTINGS, loss_lines
+from transformers import GenerationConfig
 
 from kava_trainer import KavaTrainer, KavaTrainingArguments
 from kava_trainer.data.collators import DistillationCollator, JoiningCollator
@@ -26,6 +27,7 @@ from kava_trainer.models.attention.capture import (
     query_heads,
     window_of,
 )
+from kava_trainer.models.generation.generate import continue_prompts
 from kava_trainer.models.hidden_states import run_decoder
 from kava_trainer.models.layers import number_of_layers
 from kava_trainer.models.lm_head import vocabulary_logits
@@ -102,6 +104,8 @@ def test_states_are_those_of_transformers_and_the_last_one_gives_the_logits(toke
         for layer in layers:
             torch.testing.assert_close(found[layer][real], own.hidden_states[layer][real], rtol=0, atol=0)
         torch.testing.assert_close(vocabulary_logits(model, found[LAYERS])[real], own.logits[real])
+        alone = torch.cat([run_decoder(model, torch.tensor([row["input_ids"]])) for row in ROWS], dim=1)
+        torch.testing.assert_close(found[LAYERS][real], alone[0], rtol=1e-5, atol=1e-5)
         if name in PADDED:
             continue
         enable_packing(model)
@@ -204,6 +208,16 @@ def assert_is_loaded_as_it_was(trainer, folder):
     assert torch.equal(again.generate(IDS, **ask), answer)
     whole = again(answer, use_cache=False).logits.argmax(dim=-1)  # without the cache that it was written with
     assert torch.equal(whole[:, IDS.shape[1] - 1 : -1], answer[:, IDS.shape[1] :])
+
+
+@each
+def test_prompts_of_different_lengths_are_continued_as_each_alone(name):
+    model, config = model_of(name), GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    asks = getattr(model.config.get_text_config(), "output_router_logits", None)
+    prompts = [row["input_ids"][:length] for row, length in zip(ROWS, (3, 12, 7), strict=False)]
+    together = continue_prompts(model, prompts, config)
+    assert torch.equal(together, torch.cat([continue_prompts(model, [prompt], config) for prompt in prompts]))
+    assert getattr(model.config.get_text_config(), "output_router_logits", None) == asks
 
 
 @each
