@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -63,8 +63,9 @@ def load_weights(folder: str | Path, student: PreTrainedModel) -> None:
     """
     kinds = {weight.dtype for weight in student.parameters()}
     exact = kinds.pop() if len(kinds) == 1 else torch.float32
+    kind: Any = type(student)
     with torch.random.fork_rng([]):
-        saved, found = type(student).from_pretrained(str(folder), dtype=exact, output_loading_info=True)
+        saved, found = kind.from_pretrained(str(folder), dtype=exact, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{missing[0]}{more} of the student's weights are not in it")
