@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -49,6 +49,27 @@ def save_weights(
     student.peft_config[ADAPTER].save_pretrained(str(folder))
     save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     student.generation_config.save_pretrained(folder)
+
+
+def load_weights(folder: str | Path, student: PreTrainedModel) -> None:
+    """Put the weights of a saved student without adapters into one like it.
+
+    Transformers writes many families (mixtures of experts, models that read images) as their first checkpoints were
+    named and laid out, and only `from_pretrained` reads that: Trainer would leave their weights as they are.
+
+    Raises:
+        OSError, SafetensorError: if they cannot be read.
+        RuntimeError, ValueError: if they are another model's.
+    """
+    kinds = {weight.dtype for weight in student.parameters()}
+    exact = kinds.pop() if len(kinds) == 1 else torch.float32
+    kind: Any = type(student)
+    with torch.random.fork_rng([]):
+        saved, found = kind.from_pretrained(str(folder), dtype=exact, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{missing[0]}{more} of the student's weights are not in it")
+    student.load_state_dict(saved.state_dict())
 
 
 def load_adapter(folder: str | Path, student: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from ..distillation.model import DistillationModel
 from ..distillation.projector_files import projector_content, restore_projectors, write_projectors
 from ..models.loading import on_device
 from ..models.lora import has_adapter
-from ..models.lora_files import adapter_weights, load_adapter, reload_problem, save_weights
+from ..models.lora_files import adapter_weights, load_adapter, load_weights, reload_problem, save_weights
 from ..models.student import mend_generation_config
 from ..utils.distributed import any_rank, is_sharded, own_part, whole_state
 from ..utils.errors import BadRequest, reason_of
@@ -151,14 +151,16 @@ class Weights:
 
         Args:
             checkpoint: its folder.
-            load_model: reads a whole model's weights, as Trainer does.
+            load_model: reads the weights of student and projectors together, as Trainer does.
             sharded: whether Trainer wrote student and projectors together.
         """
         student, target = self.model.student, self.model.target
         if has_adapter(student):
             load_adapter(checkpoint, student)
+        elif sharded:
+            load_model(self.model)
         else:
-            load_model(self.model if sharded else student)
+            load_weights(checkpoint, student)
         if not sharded:
             file = Path(checkpoint) / PROJECTOR_FILE
             with torch.random.fork_rng([]):  # new projectors are drawn, and overwritten

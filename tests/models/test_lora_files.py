@@ -10,7 +10,7 @@ import torch
 from helpers.models import STUDENT_SIZE, tiny_llama
 from helpers.programs import QUICKSTART, SHORT, summary_of, words
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import run_kava
@@ -18,7 +18,7 @@ from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.models import student, teacher
 from kava_trainer.models.lora import add_adapter
-from kava_trainer.models.lora_files import adapter_weights, save_weights
+from kava_trainer.models.lora_files import adapter_weights, load_weights, save_weights
 from kava_trainer.models.teacher import quantization_config
 from kava_trainer.quickstart import STUDENT_FOLDER, TEACHER_FOLDER
 from kava_trainer.trainer.checkpoint import broken_reason
@@ -297,3 +297,38 @@ def test_lists_come_from_json_and_the_command_line(tmp_path):
     assert parse_arguments([*argv, "all-linear"]).model.lora_target_modules == "all-linear"
     both = parse_arguments([*argv, "k_proj", "--lora_modules_to_save", "lm_head", "--no_merge_adapter"]).model
     assert (both.lora_modules_to_save, both.merge_adapter) == (["lm_head"], False)
+
+
+def two_kinds(seed):
+    """A model in bfloat16 but for its norms."""
+    model = tiny_llama(STUDENT_SIZE, 2, seed=seed).bfloat16()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+@pytest.mark.parametrize("make", [two_kinds, lambda seed: tiny_llama(STUDENT_SIZE, 2, seed=seed, tie=False)])
+def test_saved_weights_are_loaded_bit_by_bit_and_no_random_number_is_drawn(tmp_path, make):
+    saved, other = make(1), make(2)
+    save_weights(saved, tmp_path)
+    torch.manual_seed(5)
+    load_weights(tmp_path, other)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    for (name, weight), (_, own) in zip(saved.named_parameters(), other.named_parameters(), strict=True):
+        assert weight.dtype == own.dtype, name
+        assert torch.equal(weight, own), name
+
+
+def test_weights_that_are_not_in_the_file_are_named(tmp_path):
+    model = tiny_llama(STUDENT_SIZE, 2)
+    save_weights(model, tmp_path)
+    kept = {
+        name: weight for name, weight in load_file(tmp_path / "model.safetensors").items() if "layers.1" not in name
+    }
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    told = r"model.layers.1.input_layernorm.weight and 8 more of the student's weights are not in it"
+    with pytest.raises(ValueError, match=told):
+        load_weights(tmp_path, model)

@@ -142,6 +142,20 @@ def test_a_model_that_reads_images_too_is_a_teacher(tmp_path, tokenizer, kind):
     assert all(line["loss"] == line["loss"] for line in loss_lines(trainer))
 
 
+@pytest.mark.parametrize("kind", ["mixture", *IMAGES])
+def test_the_best_checkpoint_is_loaded_whole_whatever_names_its_weights_have(tmp_path, tokenizer, kind):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    steps = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    learner = mixture() if kind == "mixture" else with_images(kind)
+    trainer = trainer_of(tmp_path, tokenizer, learner, lm_weight=1.0, learning_rate=1e-2, **steps, **best)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    saved = type(learner).from_pretrained(tmp_path / "checkpoint-1").state_dict()
+    assert all(torch.equal(weight, saved[name]) for name, weight in trainer.student.state_dict().items())
+    last = type(learner).from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    assert any("experts" in name or kind != "mixture" for name in saved if not torch.equal(last[name], saved[name]))
+
+
 def adapted(model, **changes):
     options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **changes}
     return get_peft_model(model, LoraConfig(**options))

@@ -246,10 +246,7 @@ def settings_of_the_trainer():
 
 ONE_BATCH = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
 
-MIXTURES = [
-    {**EVERY, **ONE_BATCH, "student": tiny_mixture},
-    {**EVERY, **ONE_BATCH, "student": tiny_mixture, "resume": 2},
-]
+MIXTURES = [{**EVERY, **ONE_BATCH, "student": tiny_mixture}]
 """Mixtures of experts, with the auxiliary loss of their routers."""
 
 MANY = [*schedules(), *batches(), *intervals(), *resumed()]
@@ -288,6 +285,11 @@ ROUTERS = (
     "The auxiliary loss of a mixture's routers is a mean over the tokens of a step. Trainer adds up those of the "
     "micro-batches, so it has `gradient_accumulation_steps` times the config's weight there."
 )
+RELOADED = (
+    "A checkpoint of a mixture of experts, or of a model that reads images too, is loaded whole. Trainer leaves "
+    "weights as they are before the training where `save_pretrained` names them otherwise than the model does "
+    "(transformers 5.23)."
+)
 FLOPS = (
     "Packed rows, the default, have no padding: losses, gradients and weights are those of padded ones, where the "
     "model has no dropout, but `total_flos` counts real tokens alone."
@@ -307,6 +309,11 @@ BY_DESIGN = [
     ),
     ({**EVERY, "neftune_noise_alpha": 5.0}, RANDOM, {"log", "weights", "metrics", "evaluation"}),
     ({**EVERY, "student": tiny_mixture}, ROUTERS, {"log", "weights", "metrics", "evaluation"}),
+    (
+        {**EVERY, **ONE_BATCH, "student": tiny_mixture, "resume": 2},
+        RELOADED,
+        {"log", "weights", "metrics", "evaluation"},
+    ),
     ({**EVERY, "ours": {"max_tokens_per_batch": None}}, FLOPS, {"log"}),
 ]
 """Cases that differ, why, and in what."""

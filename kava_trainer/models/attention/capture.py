@@ -33,8 +33,10 @@ class AttentionPart(NamedTuple):
 _BESIDE_PRODUCTS = ("s_aux", "position_bias", "softcap")
 """Arguments of attention functions that change its distribution (read in transformers 5.23.0)."""
 
-_KNOWN_KINDS = ("full_attention", "sliding_attention")
-"""Values of `layer_types` whose masks are computed again from `window_of`."""
+_SLIDING_KINDS = ("sliding_attention", "hybrid_sliding")
+
+_KNOWN_KINDS = ("full_attention", "hybrid", *_SLIDING_KINDS)
+"""Values of `layer_types` whose masks are computed again from `window_of`; hybrid layers have a state space besides."""
 
 
 class OfTeacher(NamedTuple):
@@ -109,7 +111,7 @@ def window_of(model: PreTrainedModel, layer: int) -> int | None:
     """How many tokens back, itself included, a token attends in a layer, by a model's config; None for all."""
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or kinds[layer - 1] == "sliding_attention"
+    slides = kinds is None or kinds[layer - 1] in _SLIDING_KINDS
     return getattr(config, "sliding_window", None) or None if slides else None
 
 

@@ -37,12 +37,21 @@ def continue_prompts(
 
 @contextmanager
 def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills what a config leaves open from the model's own, such as a repetition penalty; not in here."""
+    """Within the `with` block `generate` takes up none of a model's own defaults.
+
+    Those are what a config of generation leaves open, such as a repetition penalty, and `output_router_logits`: a
+    mixture of experts would compute the auxiliary loss of each new token with the mask of the whole text, and fail.
+    """
     own, model.generation_config = model.generation_config, GenerationConfig()
+    config = model.config.get_text_config(decoder=True)
+    if asks := getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
     try:
         yield
     finally:
         model.generation_config = own
+        if asks:
+            config.output_router_logits = asks
 
 
 def known_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None) -> int:
