@@ -5,7 +5,7 @@ A figure that was not measured is null.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -194,12 +194,6 @@ class Summary:
     problems: list[dict[str, Any]] = field(default_factory=list, metadata={"validator": _check_problems})
     """As the trainer notes them: `step`, `kind` and `action`."""
     checkpoints: list[str] = field(default_factory=list)
-
-    def note_token_alignment(self, shares: Mapping[int, dict[str, float]]) -> None:
-        """Note the shares of the teachers that read other tokens, by their numbers from 0."""
-        self.token_alignment = shares.get(0)
-        others = {f"teacher {number + 1}": own for number, own in shares.items() if number > 0}
-        self.other_token_alignments = others or None
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Summary":

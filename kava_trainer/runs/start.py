@@ -9,6 +9,7 @@ from ..data.retention import describe_retention
 from ..data.selection import choose_examples, first_examples, mean_length
 from ..data.streaming import ExampleStream
 from ..distillation.calibration import inputs_of_fit
+from ..distillation.teachers.several import role_of
 from ..evaluation.probe import PROBE_TOKENS
 from ..evaluation.teacher_fidelity import TeacherFidelity
 from ..reports.cut.table import described
@@ -178,7 +179,9 @@ def load_pair(run: Run) -> None:
         if models.cut is not None:
             run.identity[CUT], summary.content.cut = models.cut.to_dict(), described(models.cut)
         summary.content.prompt_kind = data.prompt_kind
-        summary.content.note_token_alignment(data.token_alignment)
+        shares = {role_of(number): own for number, own in data.token_alignment.items()}
+        summary.content.token_alignment = shares.pop(role_of(0), None)
+        summary.content.other_token_alignments = shares or None
         summary.content.student_parameters = own_parameters(models.student)
         summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
         summary.content.retention = describe_retention(arguments.data, data.retention, chance_of(models.teacher))
