@@ -32,6 +32,13 @@ def test_the_first_stands_in_the_place_of_the_one_teacher(tmp_path):
     assert json.loads(arguments.to_dict()["teachers"]) == TWO
 
 
+def test_the_record_of_a_run_is_read_again(tmp_path):
+    """It has the list, and what the first of it stands for."""
+    once = parsed(tmp_path, teachers=TWO)
+    again = parsed(tmp_path, teachers=json.loads(once.to_dict()["teachers"]), teacher_model_name_or_path="quickstart")
+    assert again.to_dict() == once.to_dict()
+
+
 def test_a_command_line_gives_the_list_as_text(tmp_path):
     options = words({**BASE, "output_dir": tmp_path, "teachers": json.dumps(TWO)})
     assert len(parse_arguments(options).training.choices) == 2
