@@ -85,7 +85,7 @@ def test_what_is_no_list_of_two_is_refused(given):
     ("changes", "message"),
     [
         (
-            {"teachers": TWO, "teacher_model_name_or_path": "quickstart"},
+            {"teachers": TWO, "teacher_model_name_or_path": "org/c"},
             "is for one teacher, and teachers names several",
         ),
         ({"teachers": TWO, "teacher_quantization": "4bit"}, "teacher_quantization is for one teacher"),
