@@ -185,6 +185,8 @@ class Summary:
     None where teacher and student read the same ones."""
     prompt_kind: str | None = None
     held_out_examples: int | None = None
+    held_out_tokens: int | None = None
+    """Tokens of the student that their answers have, over which `cross_entropy` is a mean."""
     student_parameters: int | None = None
     final_checksums: dict[str, str] | None = None
     verdict: Verdict = field(default_factory=Verdict)
