@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from .formats import IGNORED
 from .streaming import ExampleStream
 
 
@@ -13,6 +14,13 @@ def first_examples(examples: Dataset | ExampleStream, number: int) -> Dataset:
     if isinstance(examples, ExampleStream):
         return Dataset.from_list(list(islice(examples.one_pass(), number)))
     return examples.select(range(min(number, len(examples))))
+
+
+def learned_tokens(examples: Any) -> int | None:
+    """How many tokens of a data set have labels that a model predicts; None of anything but a data set with labels."""
+    if not isinstance(examples, Dataset) or "labels" not in examples.column_names:
+        return None
+    return sum(label != IGNORED for labels in examples["labels"] for label in labels[1:])
 
 
 SAMPLE = 256

@@ -84,7 +84,21 @@ class Cell:
     best: bool
 
 
-def _cells(row: Sequence[Figure]) -> list[Cell]:
+_OF_A_TOKEN = ("loss", "cross_entropy", "perplexity")
+"""Ends of the names of figures that are means over tokens, and of no use beside those of other tokens."""
+
+
+def read_other_tokens(summaries: Sequence[Summary]) -> bool:
+    """Whether the students of some runs read the same held-out answers in other tokens than those of others.
+
+    That is told by how many these are; a run that does not tell is taken for one of the same tokens.
+    """
+    return len({one.held_out_tokens for one in summaries if one.held_out_tokens is not None}) > 1
+
+
+def _cells(row: Sequence[Figure], other_tokens: bool = False) -> list[Cell]:
+    if other_tokens and row[0].name.endswith(_OF_A_TOKEN):
+        return [Cell(figure, "", False) for figure in row]
     best = best_of(row)
     return [Cell(figure, difference_text(figure, row[0]) if n else "", n == best) for n, figure in enumerate(row)]
 
@@ -110,6 +124,9 @@ def better_run(summaries: Sequence[Summary]) -> tuple[int | None, str]:
     asked = [tuple(str(one.arguments.get(name)) for name in _MEASURED_ON) for one in summaries]
     if len({*zip(asked, [one.held_out_examples for one in summaries], strict=True)}) > 1:
         return None, "No run is marked as the better one: their students were measured on different data."
+    if read_other_tokens(summaries):
+        told = "their students read the answers in other tokens, and cross-entropies are those of a token"
+        return None, f"No run is marked as the better one: {told}."
     best = best_of(figures)
     if best is None:
         return None, f"No run is marked as the better one: cross-entropies within {100 * TIE:.0f} % count as equal."
@@ -144,7 +161,7 @@ def comparison_page(records: Sequence[RunRecord]) -> str:
         notes=[(name, record.note) for name, record in zip(names, records, strict=True) if record.note],
         better=better,
         told=told,
-        results=[_cells(row) for row in compared_rows(summaries)],
+        results=[_cells(row, read_other_tokens(summaries)) for row in compared_rows(summaries)],
         arguments=differing_arguments(summaries),
         charts=drawn(found),
     )

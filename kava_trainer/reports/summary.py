@@ -187,6 +187,8 @@ class Summary:
     """The same of the other teachers that read other tokens, as `teacher 2` and so on; None where there are none."""
     prompt_kind: str | None = None
     held_out_examples: int | None = None
+    held_out_tokens: int | None = None
+    """Tokens of the student that their answers have, over which `cross_entropy` is a mean."""
     student_parameters: int | None = None
     final_checksums: dict[str, str] | None = None
     verdict: Verdict = field(default_factory=Verdict)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.launcher import resume_command
+from ..data.selection import learned_tokens
 from ..models.teacher import OnlineTeacher
 from ..reports.findings.rollouts import RolloutPair, excerpt
 from ..reports.next_steps import IN_A_SCRIPT
@@ -232,6 +233,7 @@ def _summary_of(trainer: KavaTrainer) -> RunSummary:
     content.problems, content.student_parameters = trainer.problems, own_parameters(student)
     prefix, held_out = _held_out(trainer)
     content.held_out_examples = len(held_out) if isinstance(held_out, Sized) else None
+    content.held_out_tokens = learned_tokens(held_out)
     peaks = [line["peak_memory_bytes"] for line in history if line.get("peak_memory_bytes")]
     content.throughput = replace(content.throughput, **trainer.throughput(), peak_memory_bytes=max(peaks, default=None))
     starts = (line for line in history if line["step"] == 0 and f"{prefix}_runtime" in line)

@@ -6,7 +6,7 @@ from typing import Any, cast
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import run_command
 from ..data.retention import describe_retention
-from ..data.selection import choose_examples, first_examples, mean_length
+from ..data.selection import choose_examples, first_examples, learned_tokens, mean_length
 from ..data.streaming import ExampleStream
 from ..distillation.calibration import inputs_of_fit
 from ..distillation.teachers.several import role_of
@@ -184,6 +184,7 @@ def load_pair(run: Run) -> None:
         summary.content.other_token_alignments = shares or None
         summary.content.student_parameters = own_parameters(models.student)
         summary.content.held_out_examples = None if data.evaluation is None else len(data.evaluation)
+        summary.content.held_out_tokens = learned_tokens(data.evaluation)
         summary.content.retention = describe_retention(arguments.data, data.retention, chance_of(models.teacher))
         summary.content.teacher_fidelity = fidelity.compare(models.teacher)
         run.trainer = build_trainer(run)

@@ -1,5 +1,7 @@
 """One optimizer step for `outcomes.one_step`, in one process or one of several ranks; rank 0 writes the weights."""
 
+import json
+
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -35,6 +37,7 @@ def main(
     student: str = "tiny_llama",
     tokens: str = "",
     on_policy: str = "",
+    changes: str = "{}",
 ) -> None:
     mercator_weight, lm_weight = map(float, weighting.split(","))
     tokenizer, given = AutoTokenizer.from_pretrained(STUDENT_FOLDER), {}
@@ -60,7 +63,13 @@ def main(
         lm_weight=lm_weight,
         **given,
         **({"kd_weight": 0.5, "kd_tokens": tokens, "relative_mse_weight": 0.5} if tokens else {}),
+        **json.loads(changes),
     )
+    write_step(trainer, output)
+
+
+def write_step(trainer, output: str) -> None:
+    """Train, and write what `outcomes.assert_same_step` compares."""
     trainer.train()
     metrics = trainer.evaluate()
     weights = {name: whole(parameter.detach()) for name, parameter in trainer.model.named_parameters()}

@@ -1,5 +1,7 @@
 """What steps and trainings in processes of their own end with."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,11 +9,11 @@ from helpers import ddp_step, fault_child
 from helpers.processes import Run
 
 
-def one_step(folder, batch_size, accumulation, ranks, weights="1.0,1.0", tokens="", on_policy=""):
-    """What `ddp_step` writes of a step."""
+def one_step(folder, batch_size, accumulation, ranks, weights="1.0,1.0", tokens="", on_policy="", **changes):
+    """What `ddp_step` writes of a step; `changes` are arguments of the training."""
     output = folder / f"{ranks}x{batch_size}x{accumulation}"
     asked = (str(output), str(batch_size), str(accumulation), weights, "tiny_llama", tokens, on_policy)
-    run = Run(ddp_step.main, folder, *asked, ranks=ranks)
+    run = Run(ddp_step.main, folder, *asked, json.dumps(changes), ranks=ranks)
     assert run.wait() == [0] * ranks, run.output()
     return torch.load(f"{output}.pt", weights_only=True)
 
@@ -23,7 +25,8 @@ def assert_same_step(split, whole_batch):
         torch.testing.assert_close(
             split["weights"][name], parameter, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
-    for name in ("loss", "cos_sim", "mercator_loss", "lm_loss"):
+    names = {"loss", "cos_sim", "mercator_loss", "attention_loss", "relations_loss", "lm_loss"}
+    for name in names & whole_batch["line"].keys():
         assert split["line"][name] == pytest.approx(whole_batch["line"][name], rel=1e-5), name
     assert split["evaluation"] == pytest.approx(whole_batch["evaluation"], rel=1e-4)
 

@@ -81,8 +81,10 @@ def test_differences_are_told_with_sign_and_unit(place, values, shown):
     assert difference_text(*(Figure(place, "", value) for value in values)) == shown
 
 
-def student_of(loss, collapsed=False, examples=200, **arguments):
-    summary = Summary(arguments={"dataset_name": "data", **arguments}, held_out_examples=examples)
+def student_of(loss, collapsed=False, examples=200, tokens=None, **arguments):
+    summary = Summary(
+        arguments={"dataset_name": "data", **arguments}, held_out_examples=examples, held_out_tokens=tokens
+    )
     summary.verdict.collapsed = collapsed
     if loss is not None:
         summary.evaluation.student_after = ModelFigures(cross_entropy=loss, perplexity=math.exp(loss), exact_match=None)
@@ -98,11 +100,29 @@ def student_of(loss, collapsed=False, examples=200, **arguments):
         ((student_of(0.5), student_of(0.4, dataset_name="other")), None, "measured on different data"),
         ((student_of(0.5), student_of(0.4, examples=20)), None, "measured on different data"),
         ((student_of(0.5), student_of(0.4, collapsed=True)), None, "collapsed"),
+        ((student_of(0.5, tokens=900), student_of(0.4, tokens=900)), 1, "lowest cross-entropy"),
+        ((student_of(0.5), student_of(0.4, tokens=900)), 1, "lowest cross-entropy"),
+        ((student_of(0.5, tokens=400), student_of(0.4, tokens=900)), None, "read the answers in other tokens"),
     ],
 )
 def test_the_better_run_is_the_one_with_the_better_student(tmp_path, runs, better, told):
     assert better_run(runs)[0] == better
     assert told in better_run(runs)[1]
+
+
+def test_figures_of_a_token_are_not_compared_with_those_of_other_tokens(tmp_path):
+    for name, loss, tokens in (("a", 0.5, 400), ("b", 0.25, 900)):
+        summary = RunSummary({"dataset_name": "data"}, {})
+        figures = {"cross_entropy": loss, "perplexity": math.exp(loss), "exact_match": loss}
+        summary.add_evaluation("student_after", figures)
+        summary.content.held_out_tokens = tokens
+        summary.write(tmp_path / name, "completed")
+    text = comparison_page([read_run(tmp_path / name) for name in "ab"])
+    cells = re.findall(r'<td class="best">✓ <data[^>]*data-figure="evaluation.student_after.(\w+)">', text)
+    assert cells == ["exact_match"]
+    assert "in other tokens" in text
+    assert "(−0.25)" not in text
+    assert "(−25 points)" in text
 
 
 def test_the_comparison_marks_the_better_run_and_its_figures(tmp_path):

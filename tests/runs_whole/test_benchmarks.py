@@ -1,16 +1,27 @@
 """The benchmarks measure what they say: every way of doing a step does the same work."""
 
 import csv
+import math
 import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.data import write_problems
+from helpers.models import STUDENT_LAYERS, STUDENT_SIZE, tiny_llama
 from helpers.places import ROOT
+from transformers import AutoTokenizer
+
+from kava_trainer.data.collators import DistillationCollator
+from kava_trainer.data.encoding import encode_dataset
+from kava_trainer.data.token_alignment.pair_encoder import tokenizers_agree
+from kava_trainer.quickstart import STUDENT_FOLDER
+from kava_trainer.runs.setup import Data
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_updates
 import matrix
+import pair_kinds
 import step
 
 from benchmarks import step_rollouts
@@ -114,3 +125,27 @@ def test_a_cell_of_the_support_matrix_is_run_or_refused(tmp_path):
     assert outcomes["one process"] == ("run", "resumed")
     assert outcomes["DeepSpeed"][0].startswith("refused: deepspeed is not supported")
     assert outcomes["DDP"][0].startswith("refused: optim is ")
+
+
+@pytest.mark.parametrize(("reader", "size"), [(pair_kinds.CHARACTERS, 67), (pair_kinds.PIECES, 320)])
+def test_students_of_other_tokenizers_read_the_quickstarts_text_in_their_own_tokens(reader, size):
+    tokenizer = pair_kinds.train_tokenizer(reader)
+    text = "Question: Ava has 12 pears.\nAnswer: 12-5=<<12-5=7>>7 pears\n#### 7"
+    ids = tokenizer(text)["input_ids"]
+    assert len(tokenizer) == size
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == len(text) if reader == pair_kinds.CHARACTERS else len(ids) < len(text)
+    assert not tokenizers_agree(tokenizer, AutoTokenizer.from_pretrained(STUDENT_FOLDER))
+
+
+def test_what_a_character_costs_counts_the_end_of_text_but_as_no_character():
+    """A model that finds all of V tokens alike pays log V for each token of an answer, its end too."""
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT_FOLDER)
+    rows = Dataset.from_list([{"question": "1 + 1?", "answer": "2"}, {"question": "Who?", "answer": "you and I"}])
+    held_out = encode_dataset(rows, tokenizer, 64, "test").dataset
+    model = tiny_llama(STUDENT_SIZE, STUDENT_LAYERS)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    answers = [" 2", " you and I"]  # the space behind the prompt is predicted too
+    tokens = sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)
+    found = pair_kinds.nats_of_a_character(model, Data(held_out, held_out, DistillationCollator(tokenizer)), 2)
+    assert found == pytest.approx(math.log(512) * tokens / len("".join(answers)), rel=1e-4)

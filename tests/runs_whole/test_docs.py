@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_table
 import effectiveness
 import on_policy
+import pair_kinds
 import performance
 import real_pair
 import scaling
@@ -60,6 +61,11 @@ def test_the_tables_of_where_own_answers_pay_are_those_of_its_measurements():
 def test_the_tables_of_a_real_pair_are_those_of_its_measurements():
     text = real_pair.DOCUMENT.read_text(encoding="utf-8")
     assert real_pair.document(text, effectiveness.read_rows(real_pair.CSV_FILE)) == text
+
+
+def test_the_tables_of_every_kind_of_pair_are_those_of_its_measurements():
+    text = pair_kinds.DOCUMENT.read_text(encoding="utf-8")
+    assert pair_kinds.document(text, effectiveness.read_rows(pair_kinds.CSV_FILE)) == text
 
 
 def test_the_tables_of_performance_are_those_of_its_measurements():

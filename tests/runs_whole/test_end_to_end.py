@@ -73,7 +73,7 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
         *("schema_version", "status", "started_at", "finished_at", "duration_seconds", "environment"),
         *("arguments", "command", "global_step", "cos_sim_at", "final", "alignment", "evaluation"),
         *("retention", "samples", "rollouts", "teacher_fidelity", "cut", "token_alignment", "other_token_alignments"),
-        *("prompt_kind", "held_out_examples", "student_parameters"),
+        *("prompt_kind", "held_out_examples", "held_out_tokens", "student_parameters"),
         *("final_checksums", "verdict", "throughput", "problems", "checkpoints"),
     ]
     assert (summary["schema_version"], summary["status"], summary["global_step"]) == (1, "completed", 51)
@@ -97,6 +97,7 @@ def test_the_summary_has_the_agreed_shape(tmp_path):
     assert summary["throughput"]["tokens_per_second"] > 0
     assert summary["arguments"]["max_steps"] == 51
     assert summary["held_out_examples"] == 8
+    assert 8 * 20 < summary["held_out_tokens"] < 8 * 120
     assert summary["checkpoints"] == [str(tmp_path / "checkpoint-51")]
     check_samples(summary)
     check_log_lines(json.loads((tmp_path / "log_history.json").read_text()), summary)

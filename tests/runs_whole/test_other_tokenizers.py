@@ -8,8 +8,11 @@ import torch
 from datasets import Dataset
 from helpers.data import write_dataset
 from helpers.hashes import weight_hash
-from helpers.library import EVERY_STEP, arguments
-from helpers.models import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, tiny_llama
+from helpers.library import arguments
+from helpers.models import STUDENT_LAYERS, STUDENT_SIZE, TEACHER_LAYERS, TEACHER_SIZE, tiny_llama, tiny_lora_llama
+from helpers.other_tokens import ROWS, make_of_other_tokens, step
+from helpers.outcomes import assert_same_step
+from helpers.processes import Run
 from helpers.programs import QUICKSTART, SHORT, summary_of, words
 from helpers.small_tokenizers import byte_level, sentence_pieces
 from helpers.trainers import loss_lines
@@ -20,33 +23,11 @@ from kava_trainer import KavaTrainer, KavaTrainingArguments, cli, encode
 from kava_trainer.distillation.teacher_cache import CachedTeacher
 from kava_trainer.models.teacher import OnlineTeacher
 
-ROWS = [{"question": f"What is {a} + {b}?", "answer": f"{a + b} 😀 apples"} for a in range(4) for b in range(4)]
-
-
-def decided_teacher():
-    """A random one that is sure of its next tokens, so that there is something to learn of them."""
-    teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1, tie=False)
-    with torch.no_grad():
-        teacher.lm_head.weight.mul_(20)
-    return teacher
-
-
-def make(folder, teacher=None, student_tokenizer=None, **changes):
-    tokenizer = student_tokenizer or byte_level()
-    data = encode(Dataset.from_list(ROWS), tokenizer, 64, teacher_tokenizer=sentence_pieces())
-    return KavaTrainer(
-        tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2),
-        teacher or decided_teacher(),
-        args=arguments(folder, **{"lm_weight": 0.5, "kd_weight": 0.5, **changes}),
-        train_dataset=data,
-        eval_dataset=data.select(range(7)),
-        processing_class=tokenizer,
-        teacher_tokenizer=sentence_pieces(),
-    )
-
 
 def test_training_lowers_the_loss_and_leaves_the_teacher_alone(tmp_path):
-    trainer = make(tmp_path, max_steps=12, learning_rate=1e-2, projector_learning_rate=1e-2, kd_weight=3.0)
+    trainer = make_of_other_tokens(
+        tmp_path, max_steps=12, learning_rate=1e-2, projector_learning_rate=1e-2, kd_weight=3.0
+    )
     before = weight_hash(trainer.teacher.model)
     first = trainer.evaluate()
     trainer.train()
@@ -67,7 +48,7 @@ def test_padded_packed_and_smaller_batches_learn_the_same(tmp_path, reader):
     }
     lines = {}
     for name, changes in ways.items():
-        trainer = make(tmp_path / name, student_tokenizer=reader(), max_steps=3, **changes)
+        trainer = make_of_other_tokens(tmp_path / name, student_tokenizer=reader(), max_steps=3, **changes)
         trainer.train()
         lines[name] = loss_lines(trainer)
     for name in ("packed", "small"):
@@ -78,7 +59,7 @@ def test_padded_packed_and_smaller_batches_learn_the_same(tmp_path, reader):
 
 def test_a_loss_is_the_mean_over_the_tokens_that_are_aligned(tmp_path):
     """Against a pass over the examples one by one."""
-    trainer = make(tmp_path, lm_weight=0.0, kd_weight=0.0)
+    trainer = make_of_other_tokens(tmp_path, lm_weight=0.0, kd_weight=0.0)
     total = count = 0.0
     student, teacher, target = trainer.student.eval(), trainer.teacher, trainer.target.eval()
     for example in trainer.eval_dataset:
@@ -95,14 +76,74 @@ def test_a_loss_is_the_mean_over_the_tokens_that_are_aligned(tmp_path):
     assert trainer.evaluate()["eval_cos_sim"] == pytest.approx(1 - total / count, abs=1e-4)
 
 
-def test_a_resumed_training_goes_the_same_way(tmp_path):
-    whole, cut = make(tmp_path / "whole", **EVERY_STEP), make(tmp_path / "cut", **EVERY_STEP)
+PCA = {"projector_direction": "teacher_to_student", "projector_anchor": "pca"}
+
+SETTINGS = {
+    "last": {},
+    "uniform": {"layer_mapping": "uniform:2"},
+    "all, shared": {"layer_mapping": "all", "projector_sharing": "all", "projector_init": "least_squares"},
+    "into the student": PCA,
+    "bridge": {**PCA, "projector_rank": 8, "projector_init": "least_squares"},
+}
+"""Of what is aligned."""
+
+each = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+@each
+@pytest.mark.parametrize("reader", [byte_level, pytest.param(lambda: byte_level(5), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("student", [tiny_llama, tiny_lora_llama])
+def test_every_setting_is_learned_resumed_bit_equal_and_exported(tmp_path, settings, reader, student):
+    asked = settings | {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2}
+    asked |= {"lr_scheduler_type": "cosine", "mercator_weight": 10.0}
+    whole, again = (
+        make_of_other_tokens(
+            tmp_path / name, student_tokenizer=reader(), student=student(STUDENT_SIZE, STUDENT_LAYERS, seed=2), **asked
+        )
+        for name in ("whole", "again")
+    )
+    before = whole.evaluate()
     whole.train()
-    cut.train()
-    again = make(tmp_path / "cut", **EVERY_STEP)
-    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-1"))
+    after = whole.evaluate()
+    assert after["eval_mercator_loss"] < 0.95 * before["eval_mercator_loss"]
+    assert after["eval_cos_sim"] > before["eval_cos_sim"]
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert weight_hash(again.model) == weight_hash(whole.model)
-    assert loss_lines(again)[-1] == loss_lines(whole)[-1]
+    assert loss_lines(again) == loss_lines(whole)
+    whole.save_finals(tmp_path / "final_student", tmp_path / "final_projector.pth")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final_student", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.arange(1, 9).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, whole.student.eval()(ids).logits)
+
+
+@each
+def test_a_planted_collapse_is_called(tmp_path, settings):
+    asked = {**settings, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "max_steps": 1}
+    trainer = make_of_other_tokens(tmp_path, **asked)
+    with torch.no_grad():
+        trainer.student.get_input_embeddings().weight.fill_(1.0)
+        for projector in trainer.target.projectors:
+            for weight in projector.parameters():
+                weight.zero_()
+    trainer.train()
+    assert "another token" in trainer.collapse
+    assert trainer.pair_figures()[0]["collapsed"]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((4, 2, 1), marks=pytest.mark.slow)])
+def test_one_step_does_not_depend_on_how_the_batch_is_split(tmp_path, sizes):
+    found = []
+    for batch_size, accumulation, ranks in ((8, 1, 1), sizes):
+        output = str(tmp_path / f"{ranks}x{batch_size}")
+        run = Run(step, tmp_path, output, str(batch_size), str(accumulation), ranks=ranks)
+        assert run.wait() == [0] * ranks, run.output()
+        found.append(torch.load(f"{output}.pt", weights_only=True))
+    whole, split = found
+    assert split["world_size"] == sizes[-1]
+    assert_same_step(split, whole)
 
 
 class Noted(CachedTeacher):
@@ -122,7 +163,7 @@ class Noted(CachedTeacher):
 def test_states_of_a_cache_are_learned_from_alike(tmp_path, packs):
     lines = []
     for cached in (False, True):
-        trainer = make(tmp_path / str(cached), max_tokens_per_batch=None if packs else 0, max_steps=3)
+        trainer = make_of_other_tokens(tmp_path / str(cached), max_tokens_per_batch=None if packs else 0, max_steps=3)
         if cached:
             trainer.read_cache(Noted(trainer.teacher.model, trainer.train_dataset["teacher_input_ids"]))
         trainer.train()
@@ -142,14 +183,14 @@ def test_states_of_a_cache_are_learned_from_alike(tmp_path, packs):
     ],
 )
 def test_a_divergence_over_any_tokens_beside_any_terms_falls(tmp_path, changes):
-    trainer = make(tmp_path, max_steps=8, learning_rate=1e-2, **{"kd_weight": 5.0, **changes})
+    trainer = make_of_other_tokens(tmp_path, max_steps=8, learning_rate=1e-2, **{"kd_weight": 5.0, **changes})
     first = trainer.evaluate()
     trainer.train()
     assert trainer.evaluate()["eval_kd_loss"] < first["eval_kd_loss"]
 
 
 def test_a_divergence_without_the_teachers_tokenizer_is_refused(tmp_path):
-    made = make(tmp_path)
+    made = make_of_other_tokens(tmp_path)
     models = tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2), tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
     trainer = KavaTrainer(*models, args=made.args, train_dataset=made.train_dataset)
     with pytest.raises(ValueError, match="give KavaTrainer the tokenizers, as processing_class and teacher_tokenizer"):
@@ -187,7 +228,7 @@ def test_examples_without_what_the_teacher_reads_are_refused(tmp_path, names):
 def test_what_does_not_go_with_other_tokens_is_refused_in_a_script_too(tmp_path, changes):
     name = next(iter(changes))
     with pytest.raises(ValueError, match=f"^train_dataset holds teacher_ranges, .* {name} .*does not go with; write"):
-        make(tmp_path, **changes)
+        make_of_other_tokens(tmp_path, **changes)
 
 
 @pytest.fixture
