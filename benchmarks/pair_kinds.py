@@ -12,11 +12,13 @@ compare; exact match is counted on the first 200. Rows go to a CSV file, and wha
 import argparse
 import csv
 import itertools
+import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,41 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import datasets  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, logging, set_seed  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    logging,
+    set_seed,
+)
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.effectiveness import RECIPE, RememberedTeacher, read_rows  # noqa: E402
-from benchmarks.pair_kinds_arms import ARMS, BATCH, CHARACTERS, PIECES, QUICKSTART, READERS, ROWS, STEPS, TABLES, Table  # noqa: E402
+from benchmarks.pair_kinds_arms import (  # noqa: E402
+    ARMS,
+    BATCH,
+    CHARACTERS,
+    EMBEDDED,
+    PIECES,
+    QUICKSTART,
+    READERS,
+    ROWS,
+    SECOND,
+    SECOND_STEPS,
+    STEPS,
+    TABLES,
+    Table,
+)
 from benchmarks.tables import fill, markdown, mean_and_range  # noqa: E402
-from benchmarks.train_quickstart_teacher import END_OF_TEXT, student_config  # noqa: E402
+from benchmarks.train_quickstart_teacher import (  # noqa: E402
+    END_OF_TEXT,
+    build_tokenizer,
+    evaluate,
+    student_config,
+    teacher_config,
+    train,
+)
 from kava_trainer.config.arguments import KavaArguments  # noqa: E402
 from kava_trainer.config.parser import parse_arguments  # noqa: E402
 from kava_trainer.data.formats import PROMPT  # noqa: E402
@@ -41,14 +71,15 @@ from kava_trainer.data.selection import learned_tokens  # noqa: E402
 from kava_trainer.evaluation.answers import answer_cross_entropy, evaluate_model, longest_answer  # noqa: E402
 from kava_trainer.models.packed_attention import enable_packing  # noqa: E402
 from kava_trainer.models.student import load_student  # noqa: E402
-from kava_trainer.models.teacher import OnlineTeacher, load_teacher  # noqa: E402
+from kava_trainer.models.teacher import OnlineTeacher, freeze, load_teacher  # noqa: E402
 from kava_trainer.quickstart import SPLIT_SIZES  # noqa: E402
 from kava_trainer.quickstart.problems import generate_problems  # noqa: E402
 from kava_trainer.runs.pair.layers import with_chosen_layers  # noqa: E402
 from kava_trainer.runs.pair.models import Models  # noqa: E402
-from kava_trainer.runs.pair.tokenizers import load_tokenizers, teacher_reading  # noqa: E402
+from kava_trainer.runs.pair.tokenizers import load_tokenizers, teacher_readings  # noqa: E402
 from kava_trainer.runs.setup import Data, load_data, make_trainer  # noqa: E402
 from kava_trainer.trainer.trainer import KavaTrainer  # noqa: E402
+from kava_trainer.utils.atomic_files import write_folder_atomically  # noqa: E402
 from kava_trainer.utils.console import Console  # noqa: E402
 
 CSV_FILE, DOCUMENT = ROOT / "docs" / "pair_kinds.csv", ROOT / "docs" / "effectiveness.md"
@@ -93,10 +124,26 @@ def nats_of_a_character(model: PreTrainedModel, data: Data, batch_size: int) -> 
     return mean * learned_tokens(held_out) / sum(map(len, held_out["answer_text"]))
 
 
-class Bench:
-    """What all runs share: the teacher, its states of what it has read, and the data in each student's tokens."""
+def second_teacher(folder: Path) -> PreTrainedModel:
+    """A teacher of the embedded one's shape that began elsewhere and was trained for `SECOND_STEPS` steps alone."""
+    if not folder.exists():
+        torch.manual_seed(1)
+        model, tokenizer = Qwen2ForCausalLM(teacher_config()), build_tokenizer()
+        train(model, tokenizer, SECOND_STEPS)
+        print(f"The second teacher: {evaluate(model, tokenizer)}", flush=True)
+        write_folder_atomically(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+    return freeze(AutoModelForCausalLM.from_pretrained(folder))
 
-    def __init__(self) -> None:
+
+class Bench:
+    """What all runs share: the teachers, the states of the first, and the data in each student's tokens.
+
+    Args:
+        second: the folder of a second teacher, which is made where it is missing and wanted.
+    """
+
+    def __init__(self, second: Path) -> None:
+        self._second_folder = second
         logging.set_verbosity_error()
         disable_progress_bar()
         datasets.disable_progress_bars()
@@ -107,6 +154,10 @@ class Bench:
         enable_packing(self._teacher)
         self._data: dict[tuple[str, int | None], Data] = {}
         self._remembered: tuple[list[Any], RememberedTeacher] | None = None
+
+    @cached_property
+    def _second(self) -> PreTrainedModel:
+        return second_teacher(self._second_folder)
 
     def _student(self, reader: str) -> str:
         """The folder of a student's tokenizer and shape, which is the quickstart's but for the tokens."""
@@ -130,6 +181,9 @@ class Bench:
             "per_device_train_batch_size": BATCH, "max_train_samples": rows,
             "student_model_name_or_path": self._students[reader], **other, **ARMS[arm].changes,
         }  # fmt: skip
+        if len(ARMS[arm].teachers) > 1:
+            places = {EMBEDDED: QUICKSTART, SECOND: str(self._second_folder)}
+            given["teachers"] = json.dumps([{"model": places[name]} for name in ARMS[arm].teachers])
         return parse_arguments([str(RECIPE), *itertools.chain(*((f"--{k}", str(v)) for k, v in given.items()))])
 
     def _read(self, reader: str, arguments: KavaArguments) -> Data:
@@ -138,15 +192,16 @@ class Bench:
             self._data[key] = load_data(Console(plain=True), arguments, load_tokenizers(arguments))
         return self._data[key]
 
-    def _trainer(self, arguments: KavaArguments, data: Data) -> KavaTrainer:
+    def _trainer(self, arm: str, arguments: KavaArguments, data: Data) -> KavaTrainer:
         training, tokenizer = arguments.training, load_tokenizers(arguments)
-        reading = teacher_reading(arguments, tokenizer)
+        readings = teacher_readings(arguments, tokenizer)
         set_seed(training.seed)
         student = load_student(arguments.model, self._teacher)
-        own = None if reading is None else reading.tokenizer
-        models = Models(self._teacher, student, tokenizer, teacher_tokenizer=own)
+        others = [self._second] if training.choices else []
+        first = self._second if ARMS[arm].teachers == (SECOND,) else self._teacher
+        models = Models(first, student, tokenizer, readings=readings, others=others)
         trainer = make_trainer(training, with_chosen_layers(training, models, data.train, data.collator, None), data)
-        if trainer.teacher is not None:
+        if isinstance(trainer.teacher, OnlineTeacher) and trainer.teacher.model is self._teacher:
             trainer.terms.teacher = self._remember(trainer.teacher.layers)
         return trainer
 
@@ -160,7 +215,7 @@ class Bench:
         """Train one student and measure it."""
         arguments = self.arguments(reader, arm, seed, steps, rows)
         data = self._read(reader, arguments)
-        trainer = self._trainer(arguments, data)
+        trainer = self._trainer(arm, arguments, data)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -174,14 +229,14 @@ class Bench:
             "reader": reader, "arm": arm, "seed": seed, "steps": steps, "rows": rows,
             "cross_entropy": nats_of_a_character(trainer.student, data, size), "exact_match": figures["exact_match"],
             **{name: metrics.get(f"eval_{name}") for name in MEASURED},
-            **{name: (data.token_alignment or {}).get(name) for name in ("one_to_one", "merged", "left_out")},
+            **{name: data.token_alignment.get(0, {}).get(name) for name in ("one_to_one", "merged", "left_out")},
             "seconds": round(seconds, 1),
         }  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
     """Run what is missing and append it to the CSV file, all seeds of one arm after another."""
-    bench = Bench()
+    bench = Bench(options.second)
     for reader, arm, seed in itertools.product(options.readers, options.arms, options.seeds):
         job, known = (
             dict(zip(KEY, (reader, arm, seed, options.steps, options.rows), strict=True)),
@@ -250,6 +305,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rows", type=int, default=ROWS, help="training examples")
+    parser.add_argument("--second", type=Path, default=Path(tempfile.gettempdir(), "kava-second-teacher"))
     parser.add_argument("--csv", type=Path, default=CSV_FILE)
     options = parser.parse_args()
     if options.command == "run":

@@ -21,6 +21,10 @@ ATTENTION = {**SFT, "alignment_target": "attention"}
 RELATIONS = {**SFT, "alignment_target": "relations"}
 
 
+EMBEDDED, SECOND, SECOND_STEPS = "embedded", "second", 800
+"""The embedded teacher, another one that is worse, and for how long that was trained."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training."""
@@ -29,6 +33,8 @@ class Arm:
     """Of the quickstart's recipe."""
     readers: tuple[str, ...] = (QUICKSTART,)
     """The students that it is tried with."""
+    teachers: tuple[str, ...] = (EMBEDDED,)
+    """Whom it learns from."""
 
 
 def _weighted(name: str, changes: dict[str, Any], weight: str, values: tuple[float, ...]) -> dict[str, Arm]:
@@ -46,6 +52,9 @@ ARMS = {
     **_weighted("relations", RELATIONS, "relations_weight", (3.0, 30.0, 300.0)),
     "hidden, weight 30, last": Arm({**HIDDEN, "layer_mapping": "last"}),
     "hidden, weight 30, cka": Arm({**HIDDEN, "layer_mapping": "cka"}),
+    "the second teacher alone": Arm(HIDDEN, teachers=(SECOND,)),
+    "both teachers": Arm(HIDDEN, teachers=(EMBEDDED, SECOND)),
+    "both teachers, routed": Arm({**HIDDEN, "teacher_routing": "agreement"}, teachers=(EMBEDDED, SECOND)),
 }
 
 
@@ -60,13 +69,14 @@ class Table:
 
 
 _LAYERS = ("hidden, weight 30, last", "hidden, weight 30, cka")
+_TEACHERS = tuple(name for name, arm in ARMS.items() if arm.teachers != (EMBEDDED,))
 
 TABLES = {
     "what is aligned": Table(
-        tuple(name for name, arm in ARMS.items() if QUICKSTART in arm.readers and name not in _LAYERS)
+        tuple(name for name, arm in ARMS.items() if QUICKSTART in arm.readers and name not in (*_LAYERS, *_TEACHERS))
     ),
     "which layers": Table(("SFT", "hidden, weight 30", *_LAYERS)),
-    "several teachers": Table(()),
+    "several teachers": Table(("SFT", "hidden, weight 30", *_TEACHERS)),
     "which tokens": Table(
         tuple(name for name, arm in ARMS.items() if arm.readers == READERS), READERS, (300, 800, 1600)
     ),
