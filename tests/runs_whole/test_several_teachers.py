@@ -9,7 +9,11 @@ from datasets import Dataset
 from helpers.hashes import weight_hash
 from helpers.library import DATA, EVERY_STEP, arguments, make, new_student, new_teacher
 from helpers.models import tiny_llama
+from helpers.other_tokens import ROWS
+from helpers.outcomes import assert_same_step
+from helpers.processes import Run
 from helpers.programs import QUICKSTART, SHORT, summary_of, words
+from helpers.several import make_reading, new_teachers, step
 from helpers.small_tokenizers import byte_level, sentence_pieces
 from helpers.trainers import loss_lines
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -17,8 +21,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import run_kava
 from kava_trainer import KavaTrainer, cli, encode
 from kava_trainer.distillation.teachers.several import SeveralTeachers
-
-ROWS = [{"question": f"What is {a} + {b}?", "answer": f"{a + b} 😀 apples"} for a in range(4) for b in range(4)]
 
 byte_level_of_more = partial(byte_level, 40)
 
@@ -30,12 +32,8 @@ WAYS = {
 }
 
 
-def teachers():
-    return [new_teacher(), tiny_llama(48, 3, seed=7)]
-
-
 def trainer_of(folder, tokenizer, given=None, **changes):
-    return make(folder, tokenizer, {"teacher": teachers(), **(given or {})}, **changes)
+    return make(folder, tokenizer, {"teacher": new_teachers(), **(given or {})}, **changes)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -134,20 +132,6 @@ def test_the_student_answers_itself_and_both_teachers_correct_it(tmp_path, token
     assert all({"rollout_agreement", "teacher2_cos_sim"} <= line.keys() for line in loss_lines(trainer))
 
 
-def reading(folder, student, others, **changes):
-    """A student that reads with one tokenizer, and teachers with others, of which some may be its own."""
-    data = encode(Dataset.from_list(ROWS), student, 64, teacher_tokenizer=others)
-    return KavaTrainer(
-        new_student(),
-        teachers(),
-        args=arguments(folder, **{"kd_weight": 0.5, "lm_weight": 0.5, **changes}),
-        train_dataset=data,
-        eval_dataset=data.select(range(7)),
-        processing_class=student,
-        teacher_tokenizer=others,
-    )
-
-
 READERS = {
     "second": (byte_level, [byte_level, sentence_pieces]),
     "first": (byte_level, [sentence_pieces, byte_level]),
@@ -162,14 +146,14 @@ def test_teachers_may_read_other_tokens(tmp_path, readers):
     lines = {}
     for name, changes in ways.items():
         steps = {"gradient_accumulation_steps": 4 if name == "small" else 2}
-        trainer = reading(tmp_path / name, student, others, max_steps=3, **steps, **changes)
+        trainer = make_reading(tmp_path / name, student, others, max_steps=3, **steps, **changes)
         trainer.train()
         lines[name] = loss_lines(trainer)
     for name in ("packed", "small"):
         for line, expected in zip(lines[name], lines["padded"], strict=True):
             for figure in ("loss", "mercator_loss", "cos_sim", "teacher1_cos_sim", "teacher2_cos_sim", "kd_loss"):
                 assert line[figure] == pytest.approx(expected[figure], rel=1e-3), (name, figure)
-    whole, again = (reading(tmp_path / "resumed", student, others, **EVERY_STEP) for _ in range(2))
+    whole, again = (make_reading(tmp_path / "resumed", student, others, **EVERY_STEP) for _ in range(2))
     whole.train()
     again.train(str(tmp_path / "resumed" / "checkpoint-1"))
     assert weight_hash(again.model) == weight_hash(whole.model)
@@ -179,12 +163,12 @@ def test_a_teacher_of_other_tokens_counts_as_it_does_alone(tmp_path):
     """Beside one of the student's own tokens, at the tokens that both have something to say of."""
     student, other = byte_level(), sentence_pieces()
     settings = {"max_steps": 1, "learning_rate": 0.0, "projector_learning_rate": 0.0, "lm_weight": 0.0}
-    both = reading(tmp_path / "both", student, [student, other], **settings)
+    both = make_reading(tmp_path / "both", student, [student, other], **settings)
     both.train()
     data = encode(Dataset.from_list(ROWS), student, 64, teacher_tokenizer=other)
     alone = KavaTrainer(
         new_student(),
-        teachers()[1],
+        new_teachers()[1],
         both.target.parts[1],
         arguments(tmp_path / "alone", kd_weight=0.5, **settings),
         train_dataset=data,
@@ -195,9 +179,21 @@ def test_a_teacher_of_other_tokens_counts_as_it_does_alone(tmp_path):
     assert loss_lines(both)[0]["teacher2_cos_sim"] == pytest.approx(loss_lines(alone)[0]["cos_sim"], rel=1e-4)
 
 
+def test_two_ranks_take_the_step_of_one_process(tmp_path):
+    steps = []
+    for ranks, batch_size, accumulation in ((1, 8, 1), (2, 2, 2)):
+        output = tmp_path / f"{ranks}x{batch_size}x{accumulation}"
+        run = Run(step, tmp_path, str(output), str(batch_size), str(accumulation), ranks=ranks)
+        assert run.wait() == [0] * ranks, run.output()
+        steps.append(torch.load(f"{output}.pt", weights_only=True))
+    whole_batch, split = steps
+    assert split["world_size"] == 2
+    assert_same_step(split, whole_batch)
+
+
 def test_routing_by_logits_of_other_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match="teacher_routing agreement beside kd_weight does not go with; write fixed"):
-        reading(tmp_path, byte_level(), [byte_level(), sentence_pieces()], teacher_routing="agreement")
+        make_reading(tmp_path, byte_level(), [byte_level(), sentence_pieces()], teacher_routing="agreement")
 
 
 @pytest.fixture
