@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..data.collators import completed
+from ..data.collators import DistillationCollator, completed
 from ..data.formats import IGNORED
 from ..distillation.loss_terms import LossTerms
 from ..distillation.rollouts.sampling import RolloutFn
@@ -53,7 +53,8 @@ class StudentTrainer(SavingTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # Trainer keeps the columns that forward names, which are of one teacher; KAVA's collator passes no others on.
-        self.args.remove_unused_columns &= len(self.target.parts) == 1
+        if isinstance(self.data_collator, DistillationCollator):
+            self.args.remove_unused_columns &= len(self.target.parts) == 1
         self.eval_means = TokenMeans()
 
     @property
