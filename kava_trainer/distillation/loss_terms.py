@@ -176,6 +176,10 @@ class LossTerms:
         scaled = {name: weight * ratio_to_widest(inputs, num_items, kinds, name) for name, weight in weights.items()}
         teachers = list(self._teacher_logits(inputs, teacher_states or {})) if "kd" in weights else []
         others = [own for own in teachers if RANGES in own.inputs]
+        if others and self._routing is not None:
+            raise ValueError(
+                f"teacher_routing {args.teacher_routing} beside kd_weight needs teachers of one tokenizer."
+            )
         joined: list[Any] = []
         options = self._vocabulary, args.kd_temperature, args.kd_beta
         if others:

@@ -49,7 +49,9 @@ def _number(value: Measured) -> str:
 def local_sources(arguments: dict[str, Any]) -> list[str]:
     """The arguments that name a local file or folder as model or data set, for a card that is rendered elsewhere."""
     names = ("teacher_model_name_or_path", "student_model_name_or_path", "dataset_name")
-    return [name for name in names if arguments[name] and Path(arguments[name]).expanduser().exists()]
+    named = {name: arguments[name] for name in names}
+    named |= {f"teachers[{number}]": own for number, own in enumerate(teacher_names(arguments)) if number}
+    return [name for name, own in named.items() if own and Path(own).expanduser().exists()]
 
 
 def hub_id(name: str | None, argument: str, summary: Summary) -> str | None:
@@ -80,11 +82,11 @@ def _named(name: str | None, argument: str, summary: Summary, kind: str = "") ->
 
 
 def _teachers(summary: Summary) -> str:
-    """All teachers in the text; that any of several is no repository on the hub is seen by its name alone."""
+    """All teachers in the text."""
     first, *others = teacher_names(summary.arguments) or ["unknown"]
     named = [
         _named(first, "teacher_model_name_or_path", summary),
-        *(_named(own, "teachers", summary) for own in others),
+        *(_named(own, f"teachers[{number}]", summary) for number, own in enumerate(others, start=1)),
     ]
     return " and ".join(named)
 

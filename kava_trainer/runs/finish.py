@@ -1,5 +1,6 @@
 """The end of a run: its verdict, and the files that tell of it."""
 
+import json
 from collections.abc import Sized
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -8,9 +9,10 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config.alignment.teachers import TeacherChoice
 from ..config.launcher import resume_command
 from ..data.selection import learned_tokens
-from ..models.teacher import OnlineTeacher
+from ..distillation.teachers.several import online_teachers
 from ..reports.findings.rollouts import RolloutPair, excerpt
 from ..reports.next_steps import IN_A_SCRIPT
 from ..reports.publish import CARD_FILE, publish, write_card
@@ -220,8 +222,13 @@ def _summary_of(trainer: KavaTrainer) -> RunSummary:
     """What a trainer knows of its training."""
     teacher, student, history = trainer.teacher, trainer.student, trainer.state.log_history
     arguments = {**trainer.args.to_dict(), "student_model_name_or_path": _name_of(student)}
-    if isinstance(teacher, OnlineTeacher):
-        arguments["teacher_model_name_or_path"] = _name_of(teacher.model)
+    names = [_name_of(own.model) for own in online_teachers(teacher)]
+    if names:
+        arguments["teacher_model_name_or_path"] = names[0]
+    if len(names) > 1:
+        choices = trainer.args.choices or [TeacherChoice()] * len(names)
+        named = zip(names, choices, strict=True)
+        arguments["teachers"] = json.dumps([{"model": name, "weight": own.weight} for name, own in named])
     if name := getattr(getattr(trainer.train_dataset, "info", None), "dataset_name", None):
         arguments["dataset_name"] = name
     summary = RunSummary(arguments, describe_environment(trainer.args.device))

@@ -282,7 +282,7 @@ def build_trainer(run: Run) -> KavaTrainer:
     check_processes(training)
     check_evaluation(training, data.evaluation is not None)
     if data.of_the_data is not None:
-        check_rollouts_fit(cast(datasets.Dataset, data.train), {"teacher": models.teacher, "student": models.student})
+        check_rollouts_fit(cast(datasets.Dataset, data.train), models.by_role)
     models = run.models = with_chosen_layers(training, models, data.train, data.collator, run.checkpoint)
     with working("Trying out the models"):
         trainer = make_trainer(training, models, data)

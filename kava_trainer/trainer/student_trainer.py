@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..data.collators import DistillationCollator, completed
+from ..data.collators import completed
 from ..data.formats import IGNORED
+from ..data.token_alignment.ranges import readers
 from ..distillation.loss_terms import LossTerms
 from ..distillation.rollouts.sampling import RolloutFn
 from ..distillation.targets import AlignmentTarget
@@ -53,8 +54,8 @@ class StudentTrainer(SavingTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # Trainer keeps the columns that forward names, which are of one teacher; KAVA's collator passes no others on.
-        if isinstance(self.data_collator, DistillationCollator):
-            self.args.remove_unused_columns &= len(self.target.parts) == 1
+        columns = dict.fromkeys(getattr(self.train_dataset, "column_names", None) or ())
+        self.args.remove_unused_columns &= max(readers(columns), default=0) == 0
         self.eval_means = TokenMeans()
 
     @property

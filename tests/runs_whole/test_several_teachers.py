@@ -19,7 +19,7 @@ from helpers.trainers import loss_lines
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import run_kava
-from kava_trainer import KavaTrainer, cli, encode
+from kava_trainer import KavaTrainer, cli, encode, write_report
 from kava_trainer.distillation.teachers.several import SeveralTeachers
 
 byte_level_of_more = partial(byte_level, 40)
@@ -261,6 +261,44 @@ def test_the_doctor_looks_at_both_teachers(asked, capsys):
 def test_what_does_not_go_with_several_is_refused(tmp_path, tokenizer, given, changes, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, tokenizer, given, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers": [{"weight": 5}, {}]}, "There is 1 teacher, but teachers has 2 entries"),
+        ({"teacher_routing": "agreement"}, "chooses among several teachers, and there is one"),
+    ],
+)
+def test_what_is_for_several_is_refused_beside_one(tmp_path, tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, tokenizer, **changes)
+
+
+@pytest.mark.parametrize("given", [sentence_pieces(), [sentence_pieces()]])
+def test_tokenizers_are_counted_against_teachers(tmp_path, given):
+    with pytest.raises(ValueError, match="teacher_tokenizer is 1 for 2 teachers; give a list with one for each"):
+        make_reading(tmp_path, byte_level(), given)
+
+
+def test_none_stands_for_the_students_own_tokens(tmp_path):
+    trainer = make_reading(tmp_path, byte_level(), [None, sentence_pieces()], max_steps=1)
+    trainer.train()
+    assert trainer.train_dataset.column_names == ["input_ids", "labels", "teacher2_input_ids", "teacher2_ranges"]
+
+
+def test_routing_by_logits_of_other_tokens_is_refused_whatever_holds_the_examples(tmp_path):
+    made = make_reading(tmp_path, byte_level(), [byte_level(), sentence_pieces()])
+    args = arguments(tmp_path, kd_weight=0.5, teacher_routing="agreement")
+    tokenizers = {"processing_class": byte_level(), "teacher_tokenizer": [byte_level(), sentence_pieces()]}
+    with pytest.raises(ValueError, match="teacher_routing agreement beside kd_weight does not go with; write fixed"):
+        KavaTrainer(new_student(), new_teachers(), args=args, train_dataset=list(made.train_dataset), **tokenizers)
+
+
+def test_a_report_of_a_script_names_all_teachers(tmp_path, tokenizer):
+    trainer = trainer_of(tmp_path, tokenizer, teachers=[{"weight": 2}, {}], max_steps=1)
+    trainer.train()
+    assert "LlamaForCausalLM + LlamaForCausalLM" in write_report(trainer).read_text()
 
 
 def test_a_student_that_is_one_of_the_teachers_is_refused(tmp_path, tokenizer):

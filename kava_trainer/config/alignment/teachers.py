@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...utils.errors import Problem, WrongArguments
+from ...utils.files import missing_path
 from ..layer_mapping import parse_layer_mapping
 
 if TYPE_CHECKING:  # which asks here
@@ -14,6 +15,9 @@ if TYPE_CHECKING:  # which asks here
     from ..model_arguments import ModelArguments
 
 EXAMPLE = '[{"model": "org/first", "weight": 2}, {"model": "org/second", "layers": "uniform:2"}]'
+
+LOWEST_TEMPERATURE = 1e-4
+"""Of the router; at a lower one the agreements are no finite numbers any more."""
 
 QUANTIZATIONS, DTYPES = ("none", "8bit", "4bit"), ("auto", "float32", "bfloat16")
 """Values of `teacher_quantization` and of `teacher_dtype`."""
@@ -73,6 +77,7 @@ def read_teachers(given: Any) -> list[TeacherChoice]:
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(own, Mapping) for own in found):
         remedy = f"write a list of two or more, such as {EXAMPLE}."
         raise WrongArguments.of(Problem.of_value("teachers", _shown(given), remedy))
+    found = [{name: value for name, value in own.items() if value is not None} for own in found]
     problems = [problem for number, own in enumerate(found, 1) for problem in _problems(number, own)]
     if problems:
         raise WrongArguments.of(*problems)
@@ -93,7 +98,7 @@ def _problems(number: int, given: Mapping[str, Any]) -> Iterator[Problem]:
     which = f"Number {number} of teachers"
     for name in (name for name in given if name not in _KEYS):
         yield Problem("teachers", f"{which} has the unknown key {name};", f"write one of {', '.join(_KEYS)}.")
-    for name in (name for name in _TEXTS if not isinstance(given.get(name), str | None)):
+    for name in (name for name in _TEXTS if not isinstance(given.get(name, ""), str)):
         yield Problem("teachers", f"{which} has the {name} {json.dumps(given[name])};", "write it in quotes.")
     weight = given.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
@@ -112,8 +117,8 @@ def _layer_problems(which: str, given: Any) -> Iterator[Problem]:
     if text is None:
         return
     try:
-        mapping = parse_layer_mapping(text)
-    except (WrongArguments, TypeError):
+        mapping = parse_layer_mapping(text) if isinstance(text, str) else None
+    except WrongArguments:
         mapping = None
     if mapping is None or mapping in ("inherited", "cka"):
         remedy = "write last, all, uniform:2 or pairs of a student and a teacher layer, such as [[12, 14], [24, 28]]."
@@ -150,8 +155,8 @@ def first_teacher(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def teacher_names(arguments: Mapping[str, Any]) -> list[str]:
     """What the teachers are loaded from, of arguments by name, as a run records them; one where there is one."""
-    found = [choice.model for choice in read_teachers(arguments.get("teachers"))]
-    return [name for name in found or [arguments.get("teacher_model_name_or_path")] if name is not None]
+    found = [choice.model for choice in read_teachers(arguments.get("teachers")) if choice.model]
+    return found or [name for name in [arguments.get("teacher_model_name_or_path")] if name is not None]
 
 
 def other_teachers(arguments: "KavaArguments") -> "list[ModelArguments]":
@@ -170,12 +175,17 @@ def cache_folders(training: "KavaTrainingArguments") -> dict[int, Path]:
 
 def several_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
     """What does not go with several teachers."""
-    if training.teacher_routing_temperature <= 0:
-        yield Problem.of_value(
-            "teacher_routing_temperature", training.teacher_routing_temperature, "write a number above 0, such as 0.1."
-        )
+    if training.teacher_routing_temperature < LOWEST_TEMPERATURE:
+        remedy = f"write {LOWEST_TEMPERATURE} or more, such as 0.1."
+        yield Problem.of_value("teacher_routing_temperature", training.teacher_routing_temperature, remedy)
     if not training.teachers:
         return
+    for choice in training.choices[1:]:
+        if problem := missing_path("teachers", choice.model):
+            yield problem
+    if training.teacher_cache_dir and not cache_folders(training):
+        what = "teacher_cache_dir is given, but all of the teachers have cached false;"
+        yield Problem("teacher_cache_dir", what, "leave it out, or let one of them be cached.")
     if training.layer_mapping == "cka":
         what = "layer_mapping cka chooses the layers of one teacher, and teachers names several;"
         yield Problem("layer_mapping", what, "write last, all or uniform:2, or pairs for each as its layers.")

@@ -75,23 +75,32 @@ def build_targets(
         BadRequest: as `build_target`.
         ValueError: if `args.teachers` names another number of teachers.
     """
+    choices = choices_for(args, len(teachers))
     if len(teachers) == 1:
         return build_target(args, student, teachers[0], inherited)
-    choices = choices_for(args, len(teachers))
+    if args.layer_weights is not None or args.projector_rank is not None:
+        raise ValueError("layer_weights and projector_rank are for one teacher, and there are several; leave them out.")
     parts = []
     for number, (choice, teacher) in enumerate(zip(choices, teachers, strict=True)):
         own = copy(args)
         own.layer_mapping = choice.layers or args.layer_mapping
-        parts.append(build_target(own, student, teacher, inherited if number == 0 else None))
+        try:
+            parts.append(build_target(own, student, teacher, inherited if number == 0 else None))
+        except BadRequest as error:
+            raise BadRequest(f"Of number {number + 1} of the teachers: {error}") from error
     temperature = args.teacher_routing_temperature if args.teacher_routing == "agreement" else None
     return SeveralTargets(parts, [choice.weight for choice in choices], temperature)
 
 
 def choices_for(args: KavaTrainingArguments, count: int) -> list[TeacherChoice]:
-    """What the arguments say of each of so many teachers. Raises `ValueError` if that is of another number."""
+    """What the arguments say of each of so many teachers. Raises `ValueError` if that is of another number, or there is
+    one and tokens are to choose among several."""
     choices = args.choices or [TeacherChoice()] * count
     if len(choices) != count:
-        raise ValueError(f"There are {count} teachers, but teachers has {len(choices)} entries; give one for each.")
+        told = "is 1 teacher" if count == 1 else f"are {count} teachers"
+        raise ValueError(f"There {told}, but teachers has {len(choices)} entries; give one for each.")
+    if count == 1 and args.teacher_routing != "fixed":
+        raise ValueError(f"teacher_routing {args.teacher_routing} chooses among several teachers, and there is one.")
     return choices
 
 

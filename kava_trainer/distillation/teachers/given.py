@@ -11,6 +11,7 @@ from ...data.token_alignment.pair_encoder import tokenizers_agree
 from ...data.token_alignment.ranges import of_teacher, readers
 from ...models.teacher import TeacherSource
 from ..teacher_cache import CachedTeacher, is_released
+from .several import each_teacher
 
 _OWN_NAMES = {"model": "student", "teacher_model": "teacher", "ref_model": "teacher", "tokenizer": "processing_class"}
 """Parameters as other trainers call them, and as they are called here."""
@@ -42,7 +43,7 @@ def check_given(
     check_keeps_ranges(options.get("data_collator"), options)
     if not isinstance(args, KavaTrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}; write KavaTrainingArguments, which takes the same.")
-    check_two_tokenizers(args, options)
+    check_tokenizers(args, options, _count(others[0]))
     if options.get("compute_loss_func") is not None:
         raise ValueError("The loss is the sum of KAVA's terms; leave compute_loss_func out and set their weights.")
     if model_init is not None and options.get("optimizers", (None, None)) != (None, None):
@@ -63,9 +64,27 @@ def check_rollouts(args: Any, dataset: Any) -> None:
         )
 
 
-def check_two_tokenizers(args: KavaTrainingArguments, options: dict[str, Any]) -> None:
-    """Raise `ValueError` for examples without what a teacher of other tokens reads, or what does not go with them."""
+def _count(teacher: Any) -> int:
+    return len(teacher) if isinstance(teacher, list | tuple) else len(each_teacher(teacher))
+
+
+def check_tokenizers(args: KavaTrainingArguments, options: dict[str, Any], teachers: int) -> None:
+    """Raise `ValueError` for examples without what a teacher of other tokens reads, or what does not go with them.
+
+    Args:
+        args: of the training.
+        options: hold the data sets and the tokenizers.
+        teachers: how many there are; 0 where no term reads any.
+    """
+    tokenizers = options.get("teacher_tokenizer")
+    count = len(tokenizers) if isinstance(tokenizers, list | tuple) else 1
+    if tokenizers is not None and teachers and count != teachers:
+        raise ValueError(
+            f"teacher_tokenizer is {count} for {teachers} teachers; give a list with one for each, here and to encode."
+        )
     differing = _differing(options.get("processing_class"), options.get("teacher_tokenizer"))
+    if differing and (refused := _refused_of_two(args)):
+        raise ValueError(f"teacher_tokenizer has other tokens than processing_class, which {refused}.")
     evaluated = options.get("eval_dataset")
     given = {"train_dataset": options.get("train_dataset")}
     given |= evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
@@ -89,7 +108,7 @@ def _differing(own: Any, teachers: Any) -> list[int]:
     if own is None or teachers is None:
         return []
     given = teachers if isinstance(teachers, list | tuple) else [teachers]
-    return [number for number, other in enumerate(given) if not tokenizers_agree(own, other)]
+    return [n for n, other in enumerate(given) if other is not None and not tokenizers_agree(own, other)]
 
 
 def _refused_of_two(args: KavaTrainingArguments) -> str | None:

@@ -47,6 +47,11 @@ class Models:
         """All of them."""
         return [self.teacher, *self.others]
 
+    @property
+    def by_role(self) -> dict[str, PreTrainedModel]:
+        """All models by what they are called."""
+        return {**{role_of(number): own for number, own in enumerate(self.teachers)}, "student": self.student}
+
     def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
         """What the teacher reads with where `role` is `teacher`, else what the student does."""
         own = self.readings.get(0) if role == "teacher" else None

@@ -35,10 +35,15 @@ def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
     """
     model = arguments.model
     teacher = load_tokenizer(model.teacher_name, "teacher", model.teacher_revision, model)
-    if model.student_model_name_or_path is None:
-        return teacher
-    student = load_tokenizer(model.student_model_name_or_path, "student", model.student_revision, model)
-    if not tokenizers_agree(student, teacher) and "kd_weight" in arguments.by_kind and not model.is_cut:
+    student = teacher
+    if model.student_model_name_or_path is not None:
+        student = load_tokenizer(model.student_model_name_or_path, "student", model.student_revision, model)
+    others = [
+        load_tokenizer(own.teacher_name, role_of(number), own.teacher_revision, own)
+        for number, own in enumerate(other_teachers(arguments), start=1)
+    ]
+    agree = all(tokenizers_agree(student, own) for own in (teacher, *others))
+    if not agree and "kd_weight" in arguments.by_kind and not model.is_cut:
         for name in _OF_LOGITS:
             if name in arguments.by_kind:
                 setattr(arguments.training, name, getattr(KavaTrainingArguments, name))
@@ -47,7 +52,7 @@ def load_tokenizers(arguments: KavaArguments) -> PreTrainedTokenizerBase:
 
 def weights_that_stand(arguments: KavaArguments) -> dict[str, float]:
     """What stands in the place of defaults of a kind of student where tokenizers differ; nothing where nothing does."""
-    names = _OF_LOGITS if "kd_weight" in arguments.by_kind else ()
+    names = _OF_LOGITS if "kd_weight" in arguments.by_kind and not arguments.model.is_cut else ()
     return {name: getattr(arguments.training, name) for name in names if name in arguments.by_kind}
 
 

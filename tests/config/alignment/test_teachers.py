@@ -39,6 +39,13 @@ def test_the_record_of_a_run_is_read_again(tmp_path):
     assert again.to_dict() == once.to_dict()
 
 
+def test_null_in_an_entry_is_its_default(tmp_path):
+    first, other = ({**own, "quantization": None, "dtype": None, "weight": None} for own in TWO)
+    arguments = parsed(tmp_path, teachers=[first, other])
+    assert arguments.training.choices == [TeacherChoice("quickstart"), TeacherChoice("org/b", layers="[[1, 2]]")]
+    assert arguments.model.teacher_quantization == "none"
+
+
 def test_a_command_line_gives_the_list_as_text(tmp_path):
     options = words({**BASE, "output_dir": tmp_path, "teachers": json.dumps(TWO)})
     assert len(parse_arguments(options).training.choices) == 2
@@ -66,6 +73,8 @@ def test_each_teacher_has_a_cache_of_its_own_unless_it_is_left_out(tmp_path):
         ({"model": "a", "cached": "no"}, 'has cached "no"; write true or false'),
         ({"model": "a", "layers": "cka"}, 'has the layers "cka"; write last'),
         ({"model": "a", "layers": [[0, 1]]}, "has the layers [[0, 1]]; write last"),
+        ({"model": "a", "layers": 5}, "has the layers 5; write last"),
+        ({"model": "./nowhere"}, "teachers names"),
         ({}, "Number 2 of teachers names no model"),
     ],
 )
@@ -93,6 +102,11 @@ def test_what_is_no_list_of_two_is_refused(given):
         ({"teachers": TWO, "layer_weights": [1]}, "layer_weights weighs the pairs of one teacher"),
         ({"teachers": TWO, "projector_rank": 4}, "projector_rank fits a bridge between a student and one teacher"),
         ({"teachers": TWO, "teacher_routing_temperature": 0}, "teacher_routing_temperature"),
+        ({"teachers": TWO, "teacher_routing_temperature": 1e-9}, "write 0.0001 or more"),
+        (
+            {"teachers": [{**own, "cached": False} for own in TWO], "teacher_cache_dir": "c"},
+            "teacher_cache_dir is given, but all of the teachers have cached false",
+        ),
         (
             {"teachers": TWO, "on_policy_fraction": 0.5, "kd_weight": 1, "teacher_cache_dir": "c"},
             "teacher_cache_dir holds no states of what the student writes",
