@@ -83,8 +83,6 @@ def check_tokenizers(args: KavaTrainingArguments, options: dict[str, Any], teach
             f"teacher_tokenizer is {count} for {teachers} teachers; give a list with one for each, here and to encode."
         )
     differing = _differing(options.get("processing_class"), options.get("teacher_tokenizer"))
-    if differing and (refused := _refused_of_two(args)):
-        raise ValueError(f"teacher_tokenizer has other tokens than processing_class, which {refused}.")
     evaluated = options.get("eval_dataset")
     given = {"train_dataset": options.get("train_dataset")}
     given |= evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
@@ -101,6 +99,8 @@ def check_tokenizers(args: KavaTrainingArguments, options: dict[str, Any], teach
         found = [f"{of_teacher(number)}ranges" for number in readers(dict.fromkeys(columns))]
         if found and (refused := _refused_of_two(args)):
             raise ValueError(f"{name} holds {found[0]}, for a teacher of another tokenizer, which {refused}.")
+    if differing and (refused := _refused_of_two(args)):
+        raise ValueError(f"teacher_tokenizer has other tokens than processing_class, which {refused}.")
 
 
 def _differing(own: Any, teachers: Any) -> list[int]:
