@@ -1,17 +1,27 @@
+import json
 from contextlib import nullcontext
 
 import pytest
 from datasets import Dataset, DatasetDict
+from helpers.programs import words
 from helpers.small_tokenizers import byte_level, sentence_pieces
+from transformers import LlamaConfig
 
 from kava_trainer import encode
 from kava_trainer.config.data_arguments import DataArguments
+from kava_trainer.config.parser import parse_arguments
 from kava_trainer.data.encoding import encode_dataset
 from kava_trainer.data.retention import load_retention
 from kava_trainer.data.token_alignment.pair_encoder import TeacherReading
 from kava_trainer.data.token_alignment.ranges import as_the_teacher_reads, read_by_the_teacher
 from kava_trainer.runs.identity import data_digest
-from kava_trainer.runs.pair.tokenizers import alignment_shares, check_teacher_answers, few_aligned, tell_tokenizers
+from kava_trainer.runs.pair.tokenizers import (
+    alignment_shares,
+    check_teacher_answers,
+    few_aligned,
+    load_tokenizers,
+    tell_tokenizers,
+)
 from kava_trainer.utils.console import Console
 from kava_trainer.utils.errors import BadRequest
 
@@ -100,3 +110,17 @@ def test_the_teacher_reads_its_own_columns():
     plain = {"input_ids": [1], "labels": [1]}
     assert read_by_the_teacher([plain]) == [plain]
     assert as_the_teacher_reads(Dataset.from_list([plain]))[0] == plain
+
+
+@pytest.mark.parametrize("second", ["quickstart", "other"])
+def test_a_default_divergence_stands_aside_for_any_teacher_of_other_tokens(tmp_path, second):
+    tokenizer, folder = byte_level(60, template=None), tmp_path / "other"
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(folder)
+    named = [{"model": "quickstart"}, {"model": "quickstart" if second == "quickstart" else str(folder)}]
+    asked = {"student_config_name": "quickstart", "dataset_name": "quickstart", "output_dir": tmp_path, "use_cpu": True}
+    arguments = parse_arguments(words({**asked, "teachers": json.dumps(named)}))
+    before = arguments.training.kd_weight
+    load_tokenizers(arguments)
+    assert before > 0
+    assert arguments.training.kd_weight == (before if second == "quickstart" else 0.0)
