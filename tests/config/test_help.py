@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from kava_trainer.cli import main
 from kava_trainer.config import argument_table, help
+from kava_trainer.config.alignment.teacher_arguments import SeveralTeachersArguments
 from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.config.help import INHERITED, NOTES, all_arguments, as_markdown, find_arguments, short_help
@@ -20,7 +21,7 @@ from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.utils.errors import BadRequest
 
 OWN = {field.name for owner in (ModelArguments, DataArguments) for field in fields(owner)}
-OWN |= set(KavaTrainingArguments.__annotations__)
+OWN |= set(KavaTrainingArguments.__annotations__) | {field.name for field in fields(SeveralTeachersArguments)}
 
 
 def test_the_document_is_what_the_code_says():
@@ -49,7 +50,8 @@ def test_a_table_of_another_transformers_or_of_other_arguments_is_not_read(tmp_p
         assert argument_table.read_table() is None
         assert all_arguments() == help.read_fields()
     for name in (*argument_table._SOURCES, argument_table.TABLE.name):
-        (tmp_path / name).write_bytes(argument_table.TABLE.with_name(name).read_bytes())
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((argument_table.TABLE.parent / name).read_bytes())
     monkeypatch.setattr(argument_table, "TABLE", tmp_path / argument_table.TABLE.name)
     assert argument_table.read_table() is not None
     source = (tmp_path / "data_arguments.py").read_text(encoding="utf-8")
