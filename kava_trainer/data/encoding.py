@@ -15,17 +15,18 @@ from .formats import CELL_VERSION, PROMPT, check_types, find_format
 from .row_locations import empty_answers, locate_rows, source_rows
 from .rows.remarks import Found, as_text, gather, remark_problems
 from .token_alignment.pair_encoder import (
-    COUNTS,
     NO_READINGS,
     AnyEncoder,
     Readings,
     TeacherReading,
+    TeacherTokenizers,
+    counts_column,
     make_encoder,
+    of_other_tokens,
     pair_features,
     readings_key,
-    tokenizers_agree,
 )
-from .token_alignment.ranges import add_counts, is_pair_column, renamed
+from .token_alignment.ranges import add_counts, is_pair_column
 
 FORMAT_VERSION = 1
 """Part of the preprocessing's cache key; raised whenever the same text is turned into other tokens."""
@@ -68,7 +69,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int = 512,
     assistant_turns: str = "last",
-    teacher_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase] | None = None,
+    teacher_tokenizer: TeacherTokenizers = None,
 ) -> _D:
     """Turn a data set of questions, prompts, conversations or plain text into one that `KavaTrainer` trains on.
 
@@ -101,13 +102,7 @@ def encode(
         asked = (max_length, assistant_turns, teacher_tokenizer)
         splits = {name: encode(rows, tokenizer, *asked) for name, rows in dataset.items()}
         return cast(_D, type(dataset)(cast(Any, splits)))
-    single = teacher_tokenizer is None or isinstance(teacher_tokenizer, PreTrainedTokenizerBase)
-    given = cast(Sequence[PreTrainedTokenizerBase | None], [teacher_tokenizer] if single else teacher_tokenizer)
-    readings = {
-        number: TeacherReading(own)
-        for number, own in enumerate(given)
-        if own is not None and not tokenizers_agree(tokenizer, own)
-    }
+    readings = {number: TeacherReading(own) for number, own in of_other_tokens(tokenizer, teacher_tokenizer).items()}
     if isinstance(dataset, IterableDataset):
         return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns, readings))
     if not isinstance(dataset, Dataset):
@@ -223,7 +218,7 @@ def encode_dataset(
     empty = source_rows(dataset, [row for row, text in zip(dropped, texts, strict=False) if not text.strip()])
     if not answered:
         raise no_prompts(max_length) if accepts_prompts else _no_answers(name, empty, len(encoded), max_length)
-    counts = {number: next(iter(renamed({COUNTS: None}, number))) for number in readings}
+    counts = {number: counts_column(number) for number in readings}
     told = ["truncated", "answered", "remarks", *counts.values()]
     return Encoded(
         dataset=encoded.select(answered).remove_columns(told),

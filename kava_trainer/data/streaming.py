@@ -23,8 +23,8 @@ from .row_locations import locate_rows
 from .rows.remarks import Found, gather
 from .stream_sources import Rows
 from .text_files import CHECKED_ROWS
-from .token_alignment.pair_encoder import COUNTS, NO_READINGS, Readings, make_encoder, readings_key
-from .token_alignment.ranges import add_counts, is_pair_column, renamed
+from .token_alignment.pair_encoder import NO_READINGS, Readings, counts_column, make_encoder, readings_key
+from .token_alignment.ranges import add_counts, is_pair_column
 
 
 class ExampleStream(IterableDataset[dict[str, Any]]):
@@ -66,7 +66,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         """Rows that were looked at by `check`."""
         self.remarks: Found = {}
         """What is to be told of these."""
-        self._counted = {number: next(iter(renamed({COUNTS: None}, number))) for number in readings}
+        self._counted = {number: counts_column(number) for number in readings}
         self.token_alignment: dict[int, list[int]] = {}
         """How many tokens of these are aligned in each of the `ranges.KINDS` with each teacher that reads others."""
         self._refused: list[str] = []

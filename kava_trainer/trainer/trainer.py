@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from ..config.arguments import KavaTrainingArguments
 from ..data.collators import choose_collator, completed
 from ..data.streaming import ExampleStream
+from ..data.token_alignment.pair_encoder import TeacherTokenizers
 from ..distillation.calibration import calibrate, calibration_examples
 from ..distillation.loss_terms import LossTerms
 from ..distillation.model import DistillationModel
@@ -88,7 +89,7 @@ class KavaTrainer(StudentTrainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         inherited_layers: Sequence[int] | None = None,
         rollout_fn: RolloutFn | None = None,
-        teacher_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase] | None = None,
+        teacher_tokenizer: TeacherTokenizers = None,
         **kwargs: Any,
     ) -> None:
         args = KavaTrainingArguments() if args is None else args

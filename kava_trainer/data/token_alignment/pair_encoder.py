@@ -3,10 +3,10 @@
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from ...utils.errors import BadRequest
 from ..rows.encoder import Encoder, RowText
 from ..rows.template import ChatTemplate, control_tokens
 from ..rows.turns import common_prefix
-from .ranges import NONE, OF_TEACHER, RANGES, count_kinds, overlapping, renamed
+from .ranges import NONE, OF_TEACHER, RANGES, count_kinds, of_teacher, overlapping, renamed
 from .shared_text import Place, Rendering, find_words, in_common, shared_parts
 from .spans import Span, TokenSpans
 
@@ -44,6 +44,23 @@ def tokenizers_agree(first: PreTrainedTokenizerBase, second: PreTrainedTokenizer
     Sizes are not compared: embeddings are often padded beyond the tokenizer's last id.
     """
     return first.get_vocab() == second.get_vocab()
+
+
+TeacherTokenizers = PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
+"""The tokenizer of a teacher, or those of several, of which None stands for the student's own."""
+
+
+def tokenizers_given(given: TeacherTokenizers) -> list[PreTrainedTokenizerBase | None]:
+    """The tokenizers of the teachers one by one; a single one is that of one teacher."""
+    return [*given] if isinstance(given, list | tuple) else [cast(PreTrainedTokenizerBase | None, given)]
+
+
+def of_other_tokens(
+    student: PreTrainedTokenizerBase, teachers: TeacherTokenizers
+) -> dict[int, PreTrainedTokenizerBase]:
+    """The tokenizers of those teachers whose tokens are others than the student's, by their numbers from 0."""
+    found = enumerate(tokenizers_given(teachers))
+    return {number: own for number, own in found if own is not None and not tokenizers_agree(student, own)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,11 @@ def readings_key(readings: Readings, content: str) -> str:
     for number, reading in sorted(readings.items()):
         content = reading.key(content if number == 0 else f"{content} {number}")
     return content
+
+
+def counts_column(number: int) -> str:
+    """Where the `COUNTS` of a teacher stand in an example."""
+    return of_teacher(number) + COUNTS.removeprefix(OF_TEACHER)
 
 
 def pair_features(readings: Readings) -> dict[str, Any]:

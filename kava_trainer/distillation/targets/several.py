@@ -8,7 +8,7 @@ from torch import nn
 
 from ...models.attention.capture import Feature, in_order, states_of_teacher
 from ..losses import token_sum
-from ..teachers.routing import routing_entropy, teacher_shares
+from ..teachers.routing import routing_entropy, shares_of_weights, teacher_shares
 from .base import AlignedStates, Alignment, AlignmentTarget, Comparison, Sides, of_each
 
 _ROUTING_ENTROPY = "teacher_routing_entropy"
@@ -33,15 +33,13 @@ class SeveralTargets(AlignmentTarget):
     def __init__(
         self, parts: Sequence[AlignmentTarget], weights: Sequence[float] | None = None, temperature: float | None = None
     ) -> None:
-        weights = [1.0] * len(parts) if weights is None else list(weights)
         if len(parts) < 2 or len({(part.name, part.direction) for part in parts}) > 1:
             raise ValueError("Give one target for each of several teachers, all of one kind and one direction.")
-        if len(weights) != len(parts) or min(weights) <= 0:
-            raise ValueError(f"There are {len(parts)} teachers; give each a weight above 0, not {weights}.")
-        shares = [weight * share for part, weight in zip(parts, weights, strict=True) for share in part.shares]
+        by_teacher = shares_of_weights(weights, len(parts))
+        shares = [own * share for part, own in zip(parts, by_teacher, strict=True) for share in part.shares]
         super().__init__([pair for part in parts for pair in part.pairs], shares)
         # Their projectors are modules of this target; in a list of modules they would be saved twice.
-        self._parts, self._weights = tuple(parts), [weight / sum(weights) for weight in weights]
+        self._parts, self._weights = tuple(parts), by_teacher
         self._temperature = temperature
         self.name, self.terms, self.within_examples = parts[0].name, parts[0].terms, parts[0].within_examples
         self.direction = parts[0].direction

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, check_rows
-from ...data.token_alignment.pair_encoder import tokenizers_agree
+from ...data.token_alignment.pair_encoder import of_other_tokens, tokenizers_given
 from ...data.token_alignment.ranges import of_teacher, readers
 from ...models.teacher import TeacherSource
 from ..teacher_cache import CachedTeacher, is_released
@@ -77,12 +77,13 @@ def check_tokenizers(args: KavaTrainingArguments, options: dict[str, Any], teach
         teachers: how many there are; 0 where no term reads any.
     """
     tokenizers = options.get("teacher_tokenizer")
-    count = len(tokenizers) if isinstance(tokenizers, list | tuple) else 1
+    count = len(tokenizers_given(tokenizers))
     if tokenizers is not None and teachers and count != teachers:
         raise ValueError(
             f"teacher_tokenizer is {count} for {teachers} teachers; give a list with one for each, here and to encode."
         )
-    differing = _differing(options.get("processing_class"), options.get("teacher_tokenizer"))
+    own = options.get("processing_class")
+    differing = {} if own is None else of_other_tokens(own, tokenizers)
     evaluated = options.get("eval_dataset")
     given = {"train_dataset": options.get("train_dataset")}
     given |= evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}
@@ -101,14 +102,6 @@ def check_tokenizers(args: KavaTrainingArguments, options: dict[str, Any], teach
             raise ValueError(f"{name} holds {found[0]}, for a teacher of another tokenizer, which {refused}.")
     if differing and (refused := _refused_of_two(args)):
         raise ValueError(f"teacher_tokenizer has other tokens than processing_class, which {refused}.")
-
-
-def _differing(own: Any, teachers: Any) -> list[int]:
-    """The numbers of the teachers whose tokens are others than the student's, of one tokenizer or several."""
-    if own is None or teachers is None:
-        return []
-    given = teachers if isinstance(teachers, list | tuple) else [teachers]
-    return [n for n, other in enumerate(given) if other is not None and not tokenizers_agree(own, other)]
 
 
 def _refused_of_two(args: KavaTrainingArguments) -> str | None:

@@ -9,6 +9,18 @@ from collections.abc import Sequence
 import torch
 
 
+def shares_of_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The shares of so many teachers by their weights, which sum to 1; equal ones by default.
+
+    Raises:
+        ValueError: if there are no teachers, or not as many weights above 0.
+    """
+    given = [1.0] * count if weights is None else list(weights)
+    if not given or len(given) != count or min(given) <= 0:
+        raise ValueError(f"There are {count} teachers; give each a weight above 0, not {given}.")
+    return [weight / sum(given) for weight in given]
+
+
 def teacher_shares(
     weights: Sequence[float],
     agreements: Sequence[torch.Tensor] | None,

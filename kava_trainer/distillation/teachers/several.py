@@ -1,14 +1,16 @@
 """Several teachers as one source of states, each of which reads the same text."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...data.collators import StatesReaders
+from ...data.token_alignment.ranges import seen_by
 from ...models.attention.capture import Feature, of_teacher
 from ...models.teacher import OnlineTeacher, TeacherSource
 from ..teacher_cache import CachedTeacher
+from .routing import shares_of_weights
 
 
 class SeveralTeachers:
@@ -25,20 +27,25 @@ class SeveralTeachers:
     """
 
     def __init__(self, sources: Sequence[TeacherSource], weights: Sequence[float] | None = None) -> None:
-        weights = [1.0] * len(sources) if weights is None else list(weights)
-        if not sources or len(weights) != len(sources) or min(weights) <= 0:
-            raise ValueError(f"There are {len(sources)} teachers; give each a weight above 0, not {weights}.")
         self.sources = list(sources)
-        self.shares = [weight / sum(weights) for weight in weights]
+        self.shares = shares_of_weights(weights, len(sources))
         """Weight of each teacher; they sum to 1."""
         self.hidden_size, self.num_layers = sources[0].hidden_size, sources[0].num_layers
 
     def features(self, inputs: Mapping[str, Any]) -> dict[Feature, torch.Tensor]:
         """What was asked of each teacher, by `capture.of_teacher`. They read the student's tokens."""
+        return self.gathered(inputs, lambda source, own: source.features(own))
+
+    def gathered(
+        self,
+        inputs: Mapping[str, Any],
+        read: Callable[[TeacherSource, Mapping[str, Any]], Mapping[Feature, torch.Tensor]],
+    ) -> dict[Feature, torch.Tensor]:
+        """What `read` makes of each teacher and of what it reads of a batch, by `capture.of_teacher`."""
         return {
             of_teacher(number, feature): states
             for number, source in enumerate(self.sources)
-            for feature, states in source.features(inputs).items()
+            for feature, states in read(source, seen_by(inputs, number)).items()
         }
 
     def head(self, states: torch.Tensor) -> torch.Tensor:

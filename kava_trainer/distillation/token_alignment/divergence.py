@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.formats import IGNORED
 from ...data.token_alignment.batching import PACKED_LENGTHS
-from ...data.token_alignment.pair_encoder import tokenizers_agree
+from ...data.token_alignment.pair_encoder import TeacherTokenizers, tokenizers_agree, tokenizers_given
 from ...data.token_alignment.ranges import RANGES, TEACHER_TOKENS
 from ...data.token_alignment.spans import TokenSpans
 from ..chunked_loss import sum_in_chunks
@@ -61,13 +61,9 @@ def shared_tokens(
     return SharedTokens(ids[:, 0], ids[:, 1], own_rest, other_rest, torch.tensor(ends[0]))
 
 
-def shared_with_each(
-    student: PreTrainedTokenizerBase | None,
-    teachers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase] | None,
-) -> list[SharedTokens | None]:
+def shared_with_each(student: PreTrainedTokenizerBase | None, teachers: TeacherTokenizers) -> list[SharedTokens | None]:
     """The `shared_tokens` of a student with each of its teachers."""
-    given = [teachers] if teachers is None or isinstance(teachers, PreTrainedTokenizerBase) else teachers
-    return [shared_tokens(student, own) for own in given]
+    return [shared_tokens(student, own) for own in tokenizers_given(teachers)]
 
 
 class Spans(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from ...data.formats import ASKED
 from ...data.token_alignment.batching import MASK, PACKED_LENGTHS, WIDEST
 from ...data.token_alignment.ranges import RANGES, TEACHER_TOKENS, readers, seen_by
-from ...models.attention.capture import Feature, of_teacher
+from ...models.attention.capture import Feature
 from ...models.teacher import TeacherSource
 from ..teachers.several import SeveralTeachers
 
@@ -30,11 +30,7 @@ def read_states(teacher: TeacherSource, inputs: Mapping[str, Any], own: bool = F
         own: whether the last layer's states at the teacher's own tokens [B, U, d_t] are wanted too, as `OWN_TOKENS`.
     """
     if isinstance(teacher, SeveralTeachers):
-        return {
-            of_teacher(number, feature): states
-            for number, source in enumerate(teacher.sources)
-            for feature, states in read_states(source, seen_by(inputs, number), own).items()
-        }
+        return teacher.gathered(inputs, lambda source, seen: read_states(source, seen, own))
     if RANGES not in inputs:
         return teacher.features(inputs)
     read = {"input_ids": inputs[TEACHER_TOKENS], "attention_mask": inputs[MASK]}
