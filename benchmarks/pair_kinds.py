@@ -152,7 +152,7 @@ class Bench:
         arguments = self.arguments(QUICKSTART, "SFT", 0, 1, 1)
         self._teacher = load_teacher(arguments.model, arguments.training.device)
         enable_packing(self._teacher)
-        self._data: dict[tuple[str, int | None], Data] = {}
+        self._data: dict[tuple[str, int | None, str], Data] = {}
         self._remembered: tuple[list[Any], RememberedTeacher] | None = None
 
     @cached_property
@@ -187,7 +187,7 @@ class Bench:
         return parse_arguments([str(RECIPE), *itertools.chain(*((f"--{k}", str(v)) for k, v in given.items()))])
 
     def _read(self, reader: str, arguments: KavaArguments) -> Data:
-        key = reader, arguments.data.max_train_samples
+        key = reader, arguments.data.max_train_samples, arguments.data.token_alignment
         if key not in self._data:
             self._data[key] = load_data(Console(plain=True), arguments, load_tokenizers(arguments))
         return self._data[key]

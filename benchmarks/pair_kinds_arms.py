@@ -21,6 +21,9 @@ ATTENTION = {**SFT, "alignment_target": "attention"}
 RELATIONS = {**SFT, "alignment_target": "relations"}
 
 
+CAUSAL = "hidden, weight 30, causal"
+"""Compared with those of the teacher's states alone that have read no further than the student."""
+
 EMBEDDED, SECOND, SECOND_STEPS = "embedded", "second", 800
 """The embedded teacher, another one that is worse, and for how long that was trained."""
 
@@ -45,6 +48,7 @@ ARMS = {
     "SFT": Arm(SFT, READERS),
     "hidden, weight 30": Arm(HIDDEN, READERS),
     "hidden, weight 30, linear to 0": Arm({**HIDDEN, "alignment_schedule": "linear"}, READERS),
+    CAUSAL: Arm({**HIDDEN, "token_alignment": "causal"}, (CHARACTERS, PIECES)),
     "hidden, weight 3": Arm({"mercator_weight": 3.0}, READERS),
     **_weighted("kv flat", KV, "mercator_weight", (10.0, 30.0, 100.0)),
     **_weighted("kv headwise", HEADWISE, "mercator_weight", (10.0, 30.0, 100.0)),
@@ -78,7 +82,7 @@ TABLES = {
     "which layers": Table(("SFT", "hidden, weight 30", *_LAYERS)),
     "several teachers": Table(("SFT", "hidden, weight 30", *_TEACHERS)),
     "which tokens": Table(
-        tuple(name for name, arm in ARMS.items() if arm.readers == READERS), READERS, (300, 800, 1600)
+        (*(name for name, arm in ARMS.items() if arm.readers == READERS), CAUSAL), READERS, (300, 800, 1600)
     ),
     "few examples": Table(("SFT", "hidden, weight 30"), (CHARACTERS, PIECES), (800,), (50, 100, 200)),
 }

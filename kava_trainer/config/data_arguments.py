@@ -34,6 +34,12 @@ class DataArguments:
     assistant_turns: Literal["last", "all"] = argument(
         "last", "Which answers of a conversation are learned: the last one, or each that the assistant gives."
     )
+    token_alignment: Literal["overlap", "causal"] = argument(
+        "overlap",
+        "Of which states of a teacher with other tokens a student's token learns the mean: of all whose text overlaps "
+        "its own (overlap), or of these only where their text ends with its own or before, so that the teacher has not "
+        "read ahead; tokens inside a longer one of the teacher's are then left out (causal).",
+    )
     max_train_samples: int | None = argument(None, "Use only the first so many examples.", unit="examples")
     max_eval_samples: int | None = argument(
         None,

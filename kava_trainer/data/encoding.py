@@ -70,6 +70,7 @@ def encode(
     max_length: int = 512,
     assistant_turns: str = "last",
     teacher_tokenizer: TeacherTokenizers = None,
+    token_alignment: str = "overlap",
 ) -> _D:
     """Turn a data set of questions, prompts, conversations or plain text into one that `KavaTrainer` trains on.
 
@@ -87,6 +88,7 @@ def encode(
         max_length: longest example in tokens of the student; longer ones are cut.
         assistant_turns: which answers of a conversation are learned, `last` or `all`.
         teacher_tokenizer: of the teacher, where its tokens are others; of several teachers a list.
+        token_alignment: of which of its states a token learns the mean, `overlap` or `causal`, see `DataArguments`.
 
     Returns:
         The same kind of data set, with `input_ids` and `labels` (-100 where nothing is learned). Where the teacher has
@@ -95,14 +97,18 @@ def encode(
         be used are left out; while it is read, the first row of each kind of warning is told.
 
     Raises:
-        BadRequest: as `encode_dataset`; of a stream, if its columns are not known or a chat has no template.
+        BadRequest: as `encode_dataset`; if `token_alignment` is neither; of a stream, if its columns are not known or a
+            chat has no template.
         ValueError: for anything that is no data set.
     """
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        asked = (max_length, assistant_turns, teacher_tokenizer)
+        asked = (max_length, assistant_turns, teacher_tokenizer, token_alignment)
         splits = {name: encode(rows, tokenizer, *asked) for name, rows in dataset.items()}
         return cast(_D, type(dataset)(cast(Any, splits)))
-    readings = {number: TeacherReading(own) for number, own in of_other_tokens(tokenizer, teacher_tokenizer).items()}
+    if token_alignment not in ("overlap", "causal"):
+        raise BadRequest(f"token_alignment is {token_alignment!r};", "write overlap or causal.")
+    others, causal = of_other_tokens(tokenizer, teacher_tokenizer), token_alignment == "causal"
+    readings = {number: TeacherReading(own, causal=causal) for number, own in others.items()}
     if isinstance(dataset, IterableDataset):
         return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns, readings))
     if not isinstance(dataset, Dataset):

@@ -18,6 +18,7 @@ from ..models.loading import load_tokenizer
 from ..utils.console import apart, size_text
 from ..utils.errors import BadRequest, Problem
 from ..utils.memory import free_memory_bytes
+from .pair.tokenizers import teacher_readings
 
 
 def precision_problems(
@@ -294,8 +295,8 @@ def on_format(
     if kind == "messages":
         dated = bool(tokenizer.chat_template) and ChatTemplate(tokenizer).dated()
         today = f"The chat template writes today's date, for which {DATE:%d %b %Y} stands on any day."
-        return [*notes, *([today] if dated else [])], []
-    problems = []
+        return [*notes, *([today] if dated else [])], _without_effect(arguments, tokenizer)
+    problems = _without_effect(arguments, tokenizer)
     if _has_chat_template(arguments.model, tokenizer):
         problems.append(
             Problem(
@@ -309,6 +310,15 @@ def on_format(
         what = "assistant_turns has no effect on data that is no chat."
         problems.append(Problem("assistant_turns", what, "Leave it out, or give the data as messages."))
     return notes, problems
+
+
+def _without_effect(arguments: KavaArguments, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """What is asked for of tokenizers that differ, where they are the same."""
+    asked = arguments.data.token_alignment
+    if asked == "overlap" or teacher_readings(arguments, tokenizer):
+        return []
+    what = f"token_alignment {asked} has no effect, for teacher and student read the same tokens."
+    return [Problem("token_alignment", what, "Leave it out.")]
 
 
 def _has_chat_template(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -20,9 +20,14 @@ def decided_teacher():
     return teacher
 
 
-def make_of_other_tokens(folder, teacher=None, student_tokenizer=None, student=None, **changes):
-    tokenizer = student_tokenizer or byte_level()
-    data = encode(Dataset.from_list(ROWS), tokenizer, 64, teacher_tokenizer=sentence_pieces())
+def make_of_other_tokens(
+    folder, teacher=None, student_tokenizer=None, student=None, token_alignment="overlap", **changes
+):
+    """Where the alignment is causal the student reads the smaller tokens, for which it makes a difference."""
+    both = [student_tokenizer or byte_level(), sentence_pieces()]
+    tokenizer, other = reversed(both) if token_alignment == "causal" else both
+    read = {"teacher_tokenizer": other, "token_alignment": token_alignment}
+    data = encode(Dataset.from_list(ROWS), tokenizer, 64, **read)
     return KavaTrainer(
         student or tiny_llama(STUDENT_SIZE, STUDENT_LAYERS, seed=2),
         teacher or decided_teacher(),
@@ -30,7 +35,7 @@ def make_of_other_tokens(folder, teacher=None, student_tokenizer=None, student=N
         train_dataset=data,
         eval_dataset=data.select(range(7)),
         processing_class=tokenizer,
-        teacher_tokenizer=sentence_pieces(),
+        teacher_tokenizer=other,
     )
 
 

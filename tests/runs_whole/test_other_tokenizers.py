@@ -38,8 +38,10 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_alone(tmp_path):
     assert weight_hash(trainer.teacher.model) == before
 
 
-@pytest.mark.parametrize("reader", [byte_level, sentence_pieces])
-def test_padded_packed_and_smaller_batches_learn_the_same(tmp_path, reader):
+@pytest.mark.parametrize(
+    ("reader", "rule"), [(byte_level, "overlap"), (byte_level, "causal"), (sentence_pieces, "overlap")]
+)
+def test_padded_packed_and_smaller_batches_learn_the_same(tmp_path, reader, rule):
     """Also with a student of the teacher's tokenizer, whose data say nothing of a teacher."""
     ways = {
         "padded": {"max_tokens_per_batch": 0},
@@ -48,7 +50,8 @@ def test_padded_packed_and_smaller_batches_learn_the_same(tmp_path, reader):
     }
     lines = {}
     for name, changes in ways.items():
-        trainer = make_of_other_tokens(tmp_path / name, student_tokenizer=reader(), max_steps=3, **changes)
+        read = {"student_tokenizer": reader(), "token_alignment": rule}
+        trainer = make_of_other_tokens(tmp_path / name, max_steps=3, **read, **changes)
         trainer.train()
         lines[name] = loss_lines(trainer)
     for name in ("packed", "small"):
@@ -57,16 +60,17 @@ def test_padded_packed_and_smaller_batches_learn_the_same(tmp_path, reader):
                 assert line[figure] == pytest.approx(expected[figure], rel=1e-3), (name, figure)
 
 
-def test_a_loss_is_the_mean_over_the_tokens_that_are_aligned(tmp_path):
+@pytest.mark.parametrize("rule", ["overlap", "causal"])
+def test_a_loss_is_the_mean_over_the_tokens_that_are_aligned(tmp_path, rule):
     """Against a pass over the examples one by one."""
-    trainer = make_of_other_tokens(tmp_path, lm_weight=0.0, kd_weight=0.0)
+    trainer = make_of_other_tokens(tmp_path, lm_weight=0.0, kd_weight=0.0, token_alignment=rule)
     total = count = 0.0
     student, teacher, target = trainer.student.eval(), trainer.teacher, trainer.target.eval()
     for example in trainer.eval_dataset:
         ids, others = (torch.tensor([example[name]]) for name in ("input_ids", "teacher_input_ids"))
         features = teacher.features({"input_ids": others, "attention_mask": torch.ones_like(others)})
         states = student(ids, output_hidden_states=True).hidden_states
-        for place, (start, end) in enumerate(example["teacher_ranges"]):
+        for place, (start, *_, end) in enumerate(example["teacher_ranges"]):
             if start == end:
                 continue
             for own, layer in target.pairs:
@@ -84,6 +88,7 @@ SETTINGS = {
     "all, shared": {"layer_mapping": "all", "projector_sharing": "all", "projector_init": "least_squares"},
     "into the student": PCA,
     "bridge": {**PCA, "projector_rank": 8, "projector_init": "least_squares"},
+    "causal": {"token_alignment": "causal", "projector_init": "least_squares"},
 }
 """Of what is aligned."""
 

@@ -22,7 +22,7 @@ class TeacherPart(NamedTuple):
     input_ids: torch.Tensor
     """[U]."""
     ranges: torch.Tensor
-    """[T, 2], within these."""
+    """[T, 2] or [T, 3], within these."""
 
 
 Parts = dict[int, list[TeacherPart]]
@@ -53,11 +53,13 @@ def _parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[torch.Tens
     filled = [example for example in examples if len(example["input_ids"])] or [{}]
     if len(filled) != len(input_ids):  # those of no tokens are kept
         filled = [example if len(example["input_ids"]) else {} for example in examples]
+    numbers = max((len(span) for example in filled for span in example.get(RANGES, ())[:1]), default=2)
+    no_text = dict(zip(PAIR_COLUMNS, ([0], [[0] * numbers]), strict=True))
     parts = []
     for example, own in zip(filled, input_ids, strict=True):
-        ids, ranges = (example.get(name, nothing) for name, nothing in zip(PAIR_COLUMNS, ([0], [[0, 0]]), strict=True))
+        ids, ranges = (example.get(name, nothing) for name, nothing in no_text.items())
         parts.append(TeacherPart(*(torch.as_tensor(given, dtype=torch.long) for given in (ids, ranges))))
-        if parts[-1].ranges.shape != (len(own), 2):
+        if parts[-1].ranges.shape != (len(own), numbers):
             raise ValueError(
                 f"An example has {len(own)} input_ids and {len(ranges)} {RANGES}. Give every token a range, without "
                 "padding."
@@ -66,8 +68,8 @@ def _parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[torch.Tens
 
 
 def widest(ranges: torch.Tensor) -> int:
-    """The most tokens of some ranges [..., 2]; 0 where there are none."""
-    return int((ranges[..., 1] - ranges[..., 0]).max()) if ranges.numel() else 0
+    """The most tokens of some ranges [..., 2] whose states are compared; 0 where there are none."""
+    return int((ranges[..., -1] - ranges[..., 0]).max()) if ranges.numel() else 0
 
 
 def tokens_of(parts: Parts) -> dict[int, list[torch.Tensor]]:
@@ -149,7 +151,7 @@ def _packed(parts: Sequence[TeacherPart]) -> dict[str, Any]:
 
 def _moved(ranges: torch.Tensor, by: int) -> torch.Tensor:
     """The same ranges further on; those of nothing stay what they are."""
-    return torch.where(ranges[..., 1:] > ranges[..., :1], ranges + by, 0)
+    return torch.where(ranges[..., 1:2] > ranges[..., :1], ranges + by, 0)
 
 
 def _cut(row: Mapping[str, Any], axis: int, tokens: tuple[int, int], examples: tuple[int, int]) -> dict[str, Any]:

@@ -70,13 +70,15 @@ class TeacherReading:
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = None
     """The most tokens that the teacher reads; what is behind them is left out."""
+    causal: bool = False
+    """Whether a token is compared with those of the teacher's alone that end where it ends, or before."""
 
     def key(self, content: str) -> str:
         """A hash of what decides on the tokens and the alignment, beside that of what the student reads."""
         state = json.loads(self.tokenizer.backend_tokenizer.to_str()) if self.tokenizer.is_fast else {}
         names = sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items())
         text = [state | {"truncation": None, "padding": None}, str(self.tokenizer.chat_template), names]
-        parts = [VERSION, content, text, self.max_length]
+        parts = [VERSION, content, text, self.max_length, *(["causal"] if self.causal else [])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -120,7 +122,7 @@ class PairEncoder:
     """
 
     def __init__(self, student: Encoder, teacher: Encoder, reading: TeacherReading) -> None:
-        self._encoders = student, teacher
+        self._encoders, self._causal = (student, teacher), reading.causal
         self.max_length, self._most = student.max_length, reading.max_length
         self.accepts_prompts = student.accepts_prompts
         self._sides = _Side(student, "student"), _Side(teacher, "teacher")
@@ -131,7 +133,8 @@ class PairEncoder:
         Returns:
             What the student's encoder gives; `teacher_input_ids`, `teacher_labels` and `teacher_prompt_length`, what
             the teacher reads; `teacher_ranges` [T, 2], from which of its tokens up to which each of the student's is
-            aligned with, (0, 0) where it is with none; and `token_alignment`, how many are in each of the `KINDS`.
+            aligned with, (0, 0) where it is with none, and up to which of them it is compared with where that is
+            `causal`; and `teacher_alignment`, how many are in each of the `KINDS`.
 
         Raises:
             ValueError, BadRequest: as an encoder, for either of them.
@@ -142,7 +145,7 @@ class PairEncoder:
             return {**example, **self._of_teacher(RowText(), 0), RANGES: [], COUNTS: [0, 0, 0]}
         other = self._read_by_teacher(row, found)
         ranges = self._ranges(found, other)[: len(example["input_ids"])]
-        most = max((end for _, end in ranges), default=0) if example["truncated"] else len(other.tokens)
+        most = max((end for _, end, *_ in ranges), default=0) if example["truncated"] else len(other.tokens)
         most = max(most if self._most is None else min(most, self._most), 1)
         ranges = _before(ranges, most)
         counts = count_kinds(ranges)
@@ -166,24 +169,24 @@ class PairEncoder:
         example = self._encoders[1].example(found, length)
         return {OF_TEACHER + name: example[name] for name in _READ}
 
-    def _ranges(self, found: RowText, other: RowText) -> list[Span]:
+    def _ranges(self, found: RowText, other: RowText) -> list[tuple[int, ...]]:
         (own, own_spans), (their, their_spans) = (
             side.rendered(text) for side, text in zip(self._sides, (found, other), strict=True)
         )
         parts = shared_parts(own, their, _messages(found))
-        return overlapping(in_common(own_spans, parts[0]), in_common(their_spans, parts[1]))
+        return overlapping(in_common(own_spans, parts[0]), in_common(their_spans, parts[1]), self._causal)
 
 
-def _before(ranges: list[Span], most: int) -> list[Span]:
+def _before(ranges: list[tuple[int, ...]], most: int) -> list[tuple[int, ...]]:
     """The ranges without those behind a cut after so many tokens, and those in front that share a token with one.
 
     Such a token stands for text that was cut away too, so a span that ends with it does not end where it seems to.
     """
     kept = list(ranges)
     for place in reversed(range(len(kept))):
-        start, end = kept[place]
+        start, end, *finished = kept[place]
         if end > most:
-            kept[place], most = NONE, min(most, start)
+            kept[place], most = (*NONE, *(0 for _ in finished)), min(most, start)
     return kept
 
 

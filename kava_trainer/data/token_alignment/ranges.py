@@ -14,7 +14,10 @@ OF_TEACHER = "teacher_"
 """Before the name of what the teacher reads of an example."""
 
 TEACHER_TOKENS, RANGES = PAIR_COLUMNS = (f"{OF_TEACHER}input_ids", f"{OF_TEACHER}ranges")
-"""Columns of an example: what the teacher reads, and of which of these tokens each of the student's is made."""
+"""Columns of an example: what the teacher reads, and of which of these tokens each of the student's is made.
+
+A range says from which token up to which, and may have a third number: up to which of them states are compared.
+"""
 
 _OF_ANY = re.compile("teacher[0-9]*_")
 
@@ -67,34 +70,47 @@ ONE_TO_ONE, MERGED, LEFT_OUT = KINDS = ("one_to_one", "merged", "left_out")
 """How a token is aligned: with one that is its alone, with several or with one that others share, or not at all."""
 
 
-def overlapping(student: Sequence[Span], teacher: Sequence[Span]) -> list[Span]:
+def overlapping(student: Sequence[Span], teacher: Sequence[Span], causal: bool = False) -> list[tuple[int, ...]]:
     """Of each student token the teacher tokens whose text overlaps its text: from which up to which.
 
     Args:
         student: from which byte up to which each of its tokens goes, in a text that both read.
         teacher: likewise; those that stand for any text are in order.
+        causal: also up to which of them end where the student's token ends, or before: their states know no text
+            that the student has not read.
 
     Returns:
-        `NONE` where there is none, as for a token that stands for no text.
+        Zeros where there is none, as for a token that stands for no text.
     """
     filled = [index for index, (start, end) in enumerate(teacher) if start < end]
     starts, ends = ([teacher[index][side] for index in filled] for side in (0, 1))
-    found = []
+    found: list[tuple[int, ...]] = []
     for start, end in student:
         first, last = bisect_right(ends, start), bisect_left(starts, end) - 1
-        found.append((filled[first], filled[last] + 1) if start < end and first <= last else NONE)
+        if start >= end or first > last:
+            found.append((*NONE, 0) if causal else NONE)
+            continue
+        whole = (filled[first], filled[last] + 1)
+        finished = bisect_right(ends, end) - 1
+        found.append((*whole, filled[finished] + 1 if first <= finished else whole[0]) if causal else whole)
     return found
+
+
+def compared_from_to(span: Sequence[int]) -> Span:
+    """From which of the teacher's tokens up to which the states of a range are compared."""
+    return span[0], span[-1]
 
 
 def count_kinds(ranges: Sequence[Sequence[int]]) -> list[int]:
     """How many tokens are aligned one to one, merged and left out, in the order of `KINDS`."""
-    changes = [0] * (max((end for _, end in ranges), default=0) + 1)
-    for start, end in ranges:
+    compared = [compared_from_to(own) for own in ranges]
+    changes = [0] * (max((end for _, end in compared), default=0) + 1)
+    for start, end in compared:
         changes[start] += 1
         changes[end] -= 1
     uses = list(accumulate(changes))
-    left = sum(start == end for start, end in ranges)
-    single = sum(end - start == 1 and uses[start] == 1 for start, end in ranges)
+    left = sum(start == end for start, end in compared)
+    single = sum(end - start == 1 and uses[start] == 1 for start, end in compared)
     return [single, len(ranges) - left - single, left]
 
 
@@ -109,7 +125,8 @@ def aligned_tokens(examples: Sequence[Mapping[str, Any]]) -> int:
     for example in examples:
         for number in range(len(counts)):
             ranges = example.get(f"{of_teacher(number)}ranges") or ()
-            counts[number] += len(example["input_ids"]) - sum(start == end for start, end in ranges)
+            left_out = sum(start == end for start, end in map(compared_from_to, ranges))
+            counts[number] += len(example["input_ids"]) - left_out
     return min(counts)
 
 

@@ -19,8 +19,8 @@ OWN_TOKENS = -1
 def read_states(teacher: TeacherSource, inputs: Mapping[str, Any], own: bool = False) -> dict[Feature, torch.Tensor]:
     """The teacher's states on a batch [B, T, d_t] by layer, at the tokens of the student.
 
-    Where the teacher reads tokens of its own, a student token has the mean of the states whose text overlaps its text;
-    zeros where there are none, which `is_compared` leaves out.
+    Where the teacher reads tokens of its own, a student token has the mean of the states whose text overlaps its text,
+    of those alone that its range says are compared; zeros where there are none, which `is_compared` leaves out.
 
     Those of several teachers are by `capture.of_teacher`.
 
@@ -48,14 +48,14 @@ def pooled(states: torch.Tensor, ranges: torch.Tensor, widest: int) -> torch.Ten
 
     Args:
         states: [B, U, d].
-        ranges: from which of the U tokens up to which [B, T, 2]; zeros come of an empty one.
+        ranges: from which of the U tokens up to which, its last number [B, T, 2 or 3]; zeros come of an empty one.
         widest: the most tokens of any range.
 
     Returns:
         [B, T, d], in the type of the states; that of one token is its state itself. The sum is in float32.
     """
-    start, end = ranges.unbind(dim=-1)
-    count = end - start
+    start = ranges[..., 0]
+    count = ranges[..., -1] - start
     total = torch.zeros(*start.shape, states.shape[-1], dtype=torch.float32, device=states.device)
     for place in range(widest):  # one after the other: no sum depends on what else is in the batch
         inside = (place < count).unsqueeze(-1)
@@ -86,7 +86,7 @@ def compared_with_each(inputs: Mapping[str, Any], mask: torch.Tensor, teachers: 
 def _overlaps(inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
     if RANGES not in inputs:
         return mask
-    return mask & (inputs[RANGES][..., 1] > inputs[RANGES][..., 0])
+    return mask & (inputs[RANGES][..., -1] > inputs[RANGES][..., 0])
 
 
 def compared_items(inputs: Mapping[str, Any], num_items: torch.Tensor | None) -> torch.Tensor | None:

@@ -99,7 +99,8 @@ def _reading(
     for name, tokenizer in (("student", student), (role, teacher)):
         TokenSpans(tokenizer, name)
     config = load_config(model.teacher_name, role, model.teacher_revision, model)
-    return TeacherReading(teacher, getattr(config.get_text_config(decoder=True), "max_position_embeddings", None))
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return TeacherReading(teacher, limit, arguments.data.token_alignment == "causal")
 
 
 def check_role_reads(
@@ -195,9 +196,10 @@ def few_aligned(shares: dict[str, float]) -> Problem | None:
         return None
     return Problem(
         None,
-        f"Only {100 * aligned:.1f} % of the student's tokens have text that the teacher reads too, so the alignment "
+        f"Only {100 * aligned:.1f} % of the student's tokens are aligned with any of the teacher's, so the alignment "
         "teaches little.",
-        "Look at both chat templates, or name a teacher that reads all of the text.",
+        "Look at both chat templates, name a teacher that reads all of the text, or write token_alignment overlap "
+        "where it is causal.",
     )
 
 

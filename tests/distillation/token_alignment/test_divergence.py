@@ -96,6 +96,18 @@ def test_the_gradient_is_that_of_small_steps(beta):
         assert gradient[place].item() == pytest.approx(slope.item(), abs=2e-4)
 
 
+def test_spans_are_those_of_the_text_whatever_states_are_compared():
+    rows = Dataset.from_list([{"text": text} for text in TEXTS])
+    found = []
+    for rule in ("overlap", "causal"):
+        examples = list(encode(rows, sentence_pieces(), 64, teacher_tokenizer=byte_level(), token_alignment=rule))
+        for batch in (DistillationCollator()(examples), pack_step([JoiningCollator()(examples)], 1000)[0]):
+            found.append(coinciding_spans(batch, torch.tensor(sentence_pieces().eos_token_id)))
+    for overlap, causal in zip(found[:2], found[2:], strict=True):
+        assert len(overlap.student) > 5
+        assert all(torch.equal(one, other) for one, other in zip(overlap, causal, strict=True))
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_one_vocabulary_in_another_order_has_the_divergence_of_one(beta):
     torch.manual_seed(2)

@@ -25,7 +25,7 @@ def slow_means(states, ranges):
     means = torch.zeros(*ranges.shape[:2], states.shape[-1])
     for row in range(ranges.shape[0]):
         for token in range(ranges.shape[1]):
-            start, end = ranges[row, token].tolist()
+            start, *_, end = ranges[row, token].tolist()
             if end > start:
                 means[row, token] = states[row, start:end].float().mean(dim=0)
     return means
@@ -55,10 +55,12 @@ def test_values_of_any_size_beside_it_change_no_mean():
     assert pooled(states, torch.tensor([[[1, 3]]]), 2).item() == 1.5
 
 
-@pytest.fixture(scope="module")
-def examples():
+@pytest.fixture(scope="module", params=["overlap", "causal"])
+def examples(request):
     rows = Dataset.from_list([{"text": text} for text in TEXTS])
-    return list(encode(rows, byte_level(), 64, teacher_tokenizer=sentence_pieces()))
+    if request.param == "overlap":
+        return list(encode(rows, byte_level(), 64, teacher_tokenizer=sentence_pieces()))
+    return list(encode(rows, sentence_pieces(), 64, teacher_tokenizer=byte_level(), token_alignment="causal"))
 
 
 def test_the_teacher_reads_its_own_tokens(examples):
@@ -86,6 +88,32 @@ def test_packed_rows_and_their_halves_have_the_same_states(examples):
     torch.testing.assert_close(torch.cat(halves), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_causal_ranges_leave_out_what_has_read_ahead():
+    """Of the tokens that are compared no state changes where the text behind them does."""
+    rows = Dataset.from_list([{"text": text} for text in ("Tom has 12 apples.", "Tom has 12 appl")])
+    read = {"teacher_tokenizer": byte_level(), "max_length": 64}
+    teacher = OnlineTeacher(tiny_llama(16, 2), [2])
+    shares = {}
+    for rule in ("overlap", "causal"):
+        whole, cut_off = (
+            DistillationCollator()([own]) for own in encode(rows, sentence_pieces(), token_alignment=rule, **read)
+        )
+        ours, theirs = whole["input_ids"][0], cut_off["input_ids"][0]
+        same = next(i for i in range(len(theirs)) if ours[i] != theirs[i])
+        compared = is_compared(whole, whole["attention_mask"].bool())[0, :same]
+        states = [read_states(teacher, batch)[2][0, :same][compared] for batch in (whole, cut_off)]
+        shares[rule] = compared.float().mean().item(), torch.allclose(*states, atol=1e-6)
+    assert shares["overlap"][0] > shares["causal"][0] > 0
+    assert not shares["overlap"][1]
+    assert shares["causal"][1]
+
+
+def test_an_example_of_no_tokens_stands_beside_causal_ones(examples):
+    empty = {name: [] for name in examples[0]}
+    for batch in (DistillationCollator()([empty, examples[0]]), pack_step([JoiningCollator()([examples[0]])], 1000)[0]):
+        assert is_compared(batch, batch["attention_mask"].bool()).any()
+
+
 def test_a_pair_of_one_tokenizer_is_read_as_ever(examples):
     plain = [{name: example[name] for name in ("input_ids", "labels")} for example in examples]
     batch, teacher = DistillationCollator()(plain), OnlineTeacher(tiny_llama(16, 2), [2])
@@ -99,7 +127,7 @@ def test_tokens_without_a_state_are_not_compared(examples):
     batch = DistillationCollator()(examples)
     found = is_compared(batch, batch["attention_mask"].bool())
     for row, example in enumerate(examples):
-        expected = [end > start for start, end in example["teacher_ranges"]]
+        expected = [end > start for start, *_, end in example["teacher_ranges"]]
         assert found[row, : len(expected)].tolist() == expected
         assert not found[row, len(expected) :].any()
     assert compared_items(batch, torch.tensor([7, 1, 2, 5])) == 5

@@ -3,7 +3,7 @@ from contextlib import nullcontext
 
 import pytest
 from datasets import Dataset, DatasetDict
-from helpers.programs import words
+from helpers.programs import QUICKSTART, SHORT, words
 from helpers.small_tokenizers import byte_level, sentence_pieces
 from transformers import LlamaConfig
 
@@ -14,12 +14,14 @@ from kava_trainer.data.encoding import encode_dataset
 from kava_trainer.data.retention import load_retention
 from kava_trainer.data.token_alignment.pair_encoder import TeacherReading
 from kava_trainer.data.token_alignment.ranges import as_the_teacher_reads, read_by_the_teacher
+from kava_trainer.runs.advice import on_format
 from kava_trainer.runs.identity import data_digest
 from kava_trainer.runs.pair.tokenizers import (
     alignment_shares,
     check_teacher_answers,
     few_aligned,
     load_tokenizers,
+    teacher_readings,
     tell_tokenizers,
 )
 from kava_trainer.utils.console import Console
@@ -55,6 +57,41 @@ def test_data_of_another_teacher_are_others():
     ]
     assert len(set(digests)) == 3
     assert data_digest(encode(ROWS, byte_level(), 64, teacher_tokenizer=sentence_pieces())) == digests[1]
+
+
+def test_data_aligned_by_another_rule_are_others():
+    read = {"teacher_tokenizer": byte_level()}
+    rules = [encode(ROWS, sentence_pieces(), 64, token_alignment=rule, **read) for rule in ("overlap", "causal")]
+    assert data_digest(rules[0]) != data_digest(rules[1])
+    keys = {TeacherReading(byte_level(), causal=causal).key("content") for causal in (False, True)}
+    assert len(keys) == 2
+    with pytest.raises(BadRequest, match="token_alignment is 'mean'; write overlap"):
+        encode(ROWS, sentence_pieces(), 64, token_alignment="mean", **read)
+
+
+def asked_of(folder, **changes):
+    return parse_arguments(words(QUICKSTART | SHORT | {"output_dir": folder / "out", **changes}))
+
+
+@pytest.mark.parametrize("rule", ["overlap", "causal"])
+def test_the_rule_of_the_arguments_is_read(tmp_path, rule):
+    folder = tmp_path / "student"
+    sentence_pieces().save_pretrained(folder)
+    LlamaConfig(vocab_size=400).save_pretrained(folder)
+    asked = asked_of(tmp_path, student_model_name_or_path=folder, token_alignment=rule)
+    readings = teacher_readings(asked, sentence_pieces())
+    assert readings[0].causal == (rule == "causal")
+    counts = encode_dataset(ROWS, sentence_pieces(), 64, "Tokenizing", readings=readings).token_alignment[0]
+    assert (counts[2] > sum(counts) / 4) == (rule == "causal")
+
+
+@pytest.mark.parametrize(("rule", "told"), [("overlap", False), ("causal", True)])
+def test_a_rule_that_nothing_reads_is_told(tmp_path, rule, told):
+    asked = asked_of(tmp_path, token_alignment=rule)
+    rows = ({"text": "a"}, {"messages": [{"role": "user", "content": "a"}]})
+    for row in rows:
+        problems = on_format(asked, load_tokenizers(asked), [*row], row)[1]
+        assert any("token_alignment causal has no effect" in str(problem) for problem in problems) == told
 
 
 @pytest.mark.parametrize(("limit", "refused"), [(4, True), (10, True), (40, False), (None, False)])
