@@ -20,6 +20,8 @@ from kava_trainer.runs.setup import Data
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bf16_updates
+import gpu_check
+import gpu_check_parts
 import matrix
 import pair_kinds
 import step
@@ -149,3 +151,36 @@ def test_what_a_character_costs_counts_the_end_of_text_but_as_no_character():
     tokens = sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)
     found = pair_kinds.nats_of_a_character(model, Data(held_out, held_out, DistillationCollator(tokenizer)), 2)
     assert found == pytest.approx(math.log(512) * tokens / len("".join(answers)), rel=1e-4)
+
+
+def found_far(place):
+    return gpu_check_parts.alike({"near": 0.1, "far": 0.3}, {"near": 0.2, "far": 0.2})
+
+
+def found_nothing(place):
+    raise FileNotFoundError("no run_summary.json")
+
+
+def test_a_check_of_a_gpu_tells_what_came_of_it(tmp_path):
+    place = gpu_check_parts.Place("cpu", tmp_path)
+    near = gpu_check_parts.outcome(lambda place: gpu_check_parts.alike({"near": 0.1}, {"near": 0.2}), place)
+    assert near == {"outcome": "held", "figures": {"near": 0.1}}
+    far = gpu_check_parts.outcome(found_far, place)
+    assert far == {"outcome": "missed", "figures": {"near": 0.1, "far": 0.3}, "said": "far may be 0.2 at most"}
+    broken = gpu_check_parts.outcome(found_nothing, place)
+    assert broken == {"outcome": "failed", "said": "FileNotFoundError: no run_summary.json"}
+    not_a_number = gpu_check_parts.outcome(
+        lambda place: gpu_check_parts.alike({"loss": math.nan}, {"loss": 0.2}), place
+    )
+    assert not_a_number["outcome"] == "missed"
+    assert gpu_check.CHECKS.keys() == gpu_check_parts.PARTS.keys()
+    results = [gpu_check.Result("step", "missed", 3.2, {"x_usual": 4.0}, "a | b"), gpu_check.Result("fsdp", "not run")]
+    lines = gpu_check.table(results).splitlines()
+    assert lines[2].endswith("| missed | 3 | x usual 4; a / b |")
+    assert lines[3].endswith("| not run | 0 |  |")
+
+
+def test_a_check_that_is_not_there_is_told_as_failed():
+    own = gpu_check.run_check("no such check", "cpu", limit=60)
+    assert own.outcome == "failed"
+    assert "no such check" in own.said
