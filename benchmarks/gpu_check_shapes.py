@@ -14,7 +14,7 @@ from benchmarks.step_sizes import Size  # noqa: E402
 from kava_trainer.quickstart import STUDENT_FOLDER  # noqa: E402
 
 VOCABULARY, MEAN_LENGTH = 151936, 160
-BATCH, LONGEST = 32, 512
+BATCH, LONGEST = 16, 512
 
 
 def _qwen(width: int, layers: int, heads: int, intermediate: int) -> Qwen2Config:
@@ -35,8 +35,8 @@ def student_config() -> Qwen2Config:
     return _qwen(896, 24, 14, 4864)
 
 
-QWEN = Size(teacher_config, student_config, STUDENT_FOLDER, torch.bfloat16, 128, BATCH, LONGEST)
-"""A step of rows of up to 16,384 tokens, which fill a GPU."""
+QWEN = Size(teacher_config, student_config, STUDENT_FOLDER, torch.bfloat16, 4 * BATCH, BATCH, LONGEST)
+"""A step of rows of up to 8,192 tokens, which fill a GPU."""
 
 
 def gsm8k_like(count: int) -> list[dict[str, Any]]:

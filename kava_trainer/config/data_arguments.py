@@ -63,6 +63,11 @@ class DataArguments:
         unit="rows",
     )
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether `token_alignment` is."""
+        return self.token_alignment == "causal"
+
     def problems(self) -> Iterator[Problem]:
         """Every mistake."""
         if not self.dataset_name:

@@ -71,8 +71,8 @@ class DistillationCollator:
             `input_ids`, `attention_mask` and `labels` [B, T], `answer_index`, `next_tokens`, `next_index`, and where
             states are read `teacher_states` [B, T, d_t] by layer; also the `origins` [B, T] of examples that have them.
             Of examples that the teacher reads in other tokens there are `teacher_input_ids` and
-            `teacher_attention_mask` [B, U], `teacher_ranges` [B, T, 2] within each example, and `teacher_widest`, the
-            most tokens of a range; `teacher_states` are [B, U, d_t] then.
+            `teacher_attention_mask` [B, U], `teacher_ranges` [B, T, 2 or 3] within each example, and `teacher_widest`,
+            the most tokens of a range; `teacher_states` are [B, U, d_t] then.
             Examples of which none has labels, which can be predicted on and not learned, give `input_ids` and
             `attention_mask` alone. Where nothing is learned an example of no tokens has a row too, so that predictions
             are those of the examples one by one; then `counted` [B, T] says which tokens are real.

@@ -109,6 +109,8 @@ def encode(
         raise BadRequest(f"token_alignment is {token_alignment!r};", "write overlap or causal.")
     others, causal = of_other_tokens(tokenizer, teacher_tokenizer), token_alignment == "causal"
     readings = {number: TeacherReading(own, causal=causal) for number, own in others.items()}
+    if causal and not readings:
+        warnings.warn("token_alignment causal has no effect without a teacher_tokenizer of other tokens.", stacklevel=2)
     if isinstance(dataset, IterableDataset):
         return cast(_D, _encode_stream(dataset, tokenizer, max_length, assistant_turns, readings))
     if not isinstance(dataset, Dataset):

@@ -133,7 +133,7 @@ def load_data(console: Console, arguments: KavaArguments, tokenizer: PreTrainedT
     if few := few_examples(len(held_out.dataset) if held_out else None):
         console.warn(few)
     kind = _tell_format(console, arguments, tokenizer, train.column_names, train[0])
-    shares = tell_tokenizers(console, encoded.token_alignment, weights_that_stand(arguments))
+    shares = tell_tokenizers(console, encoded.token_alignment, weights_that_stand(arguments), arguments.data.is_causal)
     batches = math.ceil(len(examples) / arguments.training.per_device_train_batch_size)
     console.print(f"{batches} batches prepared")
     evaluation, written = held_out.dataset if held_out else None, None if rollouts is None else encoded.dataset
@@ -161,7 +161,7 @@ def _load_stream(
     for problem in remark_problems(stream.remarks, rows.name, "training", stream.checked):
         console.warn(str(problem))
     kind = _tell_format(console, arguments, tokenizer, rows.column_names, rows.first(1)[0])
-    shares = tell_tokenizers(console, stream.token_alignment, weights_that_stand(arguments))
+    shares = tell_tokenizers(console, stream.token_alignment, weights_that_stand(arguments), arguments.data.is_causal)
     return Data(stream, encoded.dataset, DistillationCollator(tokenizer), kind, retention, None, shares)
 
 

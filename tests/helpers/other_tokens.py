@@ -24,8 +24,11 @@ def make_of_other_tokens(
     folder, teacher=None, student_tokenizer=None, student=None, token_alignment="overlap", **changes
 ):
     """Where the alignment is causal the student reads the smaller tokens, for which it makes a difference."""
-    both = [student_tokenizer or byte_level(), sentence_pieces()]
-    tokenizer, other = reversed(both) if token_alignment == "causal" else both
+    pieces = sentence_pieces()
+    if token_alignment == "causal":
+        tokenizer, other = pieces, student_tokenizer or byte_level()
+    else:
+        tokenizer, other = student_tokenizer or byte_level(), pieces
     read = {"teacher_tokenizer": other, "token_alignment": token_alignment}
     data = encode(Dataset.from_list(ROWS), tokenizer, 64, **read)
     return KavaTrainer(

@@ -180,7 +180,13 @@ def test_a_check_of_a_gpu_tells_what_came_of_it(tmp_path):
     assert lines[3].endswith("| not run | 0 |  |")
 
 
-def test_a_check_that_is_not_there_is_told_as_failed():
-    own = gpu_check.run_check("no such check", "cpu", limit=60)
+def test_a_check_that_is_not_there_is_told_as_failed(tmp_path):
+    own = gpu_check.run_check("no such check", "cpu", 60, tmp_path)
     assert own.outcome == "failed"
     assert "no such check" in own.said
+    assert "Traceback" in (tmp_path / "gpu-check-cpu-no such check.log").read_text()
+
+
+def test_a_check_that_takes_too_long_is_stopped(tmp_path):
+    own = gpu_check.run_check("cache", "cpu", 0.2, tmp_path)
+    assert (own.outcome, own.said) == ("failed", "stopped after 0 s")

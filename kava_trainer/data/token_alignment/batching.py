@@ -22,7 +22,7 @@ class TeacherPart(NamedTuple):
     input_ids: torch.Tensor
     """[U]."""
     ranges: torch.Tensor
-    """[T, 2] or [T, 3], within these."""
+    """[T, 2], within these, or [T, 3] where the alignment is causal."""
 
 
 Parts = dict[int, list[TeacherPart]]
@@ -38,7 +38,7 @@ def teacher_parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[tor
             tokens, it does so for both.
 
     Raises:
-        ValueError: if only some examples have such tokens, or not every token has a range.
+        ValueError: if only some examples have such tokens, or not every token has a range of two or three numbers.
     """
     numbers = sorted({number for example in examples for number in readers(example)})
     return {number: _parts([seen_by(example, number) for example in examples], input_ids) for number in numbers}
@@ -53,22 +53,27 @@ def _parts(examples: Sequence[Mapping[str, Any]], input_ids: Sequence[torch.Tens
     filled = [example for example in examples if len(example["input_ids"])] or [{}]
     if len(filled) != len(input_ids):  # those of no tokens are kept
         filled = [example if len(example["input_ids"]) else {} for example in examples]
-    numbers = max((len(span) for example in filled for span in example.get(RANGES, ())[:1]), default=2)
-    no_text = dict(zip(PAIR_COLUMNS, ([0], [[0] * numbers]), strict=True))
     parts = []
     for example, own in zip(filled, input_ids, strict=True):
-        ids, ranges = (example.get(name, nothing) for name, nothing in no_text.items())
-        parts.append(TeacherPart(*(torch.as_tensor(given, dtype=torch.long) for given in (ids, ranges))))
-        if parts[-1].ranges.shape != (len(own), numbers):
+        given = (example.get(name, nothing) for name, nothing in zip(PAIR_COLUMNS, ([0], [[0, 0]]), strict=True))
+        ids, ranges = (torch.as_tensor(values, dtype=torch.long) for values in given)
+        if ranges.shape not in ((len(own), 2), (len(own), 3)):
             raise ValueError(
-                f"An example has {len(own)} input_ids and {len(ranges)} {RANGES}. Give every token a range, without "
-                "padding."
+                f"An example has {len(own)} input_ids and {RANGES} of shape {list(ranges.shape)}. Give every token a "
+                "range of two or three numbers, without padding."
             )
+        parts.append(TeacherPart(ids, ranges))
     return parts
 
 
+def _of_one_width(ranges: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Ranges of several examples; where some have three numbers, as no example of no tokens has, all of them."""
+    width = max(own.shape[1] for own in ranges)
+    return [own if own.shape[1] == width else torch.cat([own, own[:, 1:]], dim=1) for own in ranges]
+
+
 def widest(ranges: torch.Tensor) -> int:
-    """The most tokens of some ranges [..., 2] whose states are compared; 0 where there are none."""
+    """The most tokens of some ranges [..., 2 or 3] whose states are compared; 0 where there are none."""
     return int((ranges[..., -1] - ranges[..., 0]).max()) if ranges.numel() else 0
 
 
@@ -78,7 +83,7 @@ def tokens_of(parts: Parts) -> dict[int, list[torch.Tensor]]:
 
 
 def padded(parts: Parts) -> dict[str, Any]:
-    """Examples padded on the right: tokens and mask [B, U], and their ranges [B, T, 2]."""
+    """Examples padded on the right: tokens and mask [B, U], and their ranges [B, T, 2 or 3]."""
     return _of_all({number: _padded(own) for number, own in parts.items()})
 
 
@@ -88,7 +93,7 @@ def joined(parts: Parts) -> dict[str, Any]:
 
 
 def packed(parts: Parts) -> dict[str, Any]:
-    """A packed row: tokens and mask [1, U], the ranges [1, T, 2] in it, and the tokens of each example."""
+    """A packed row: tokens and mask [1, U], the ranges [1, T, 2 or 3] in it, and the tokens of each example."""
     return _of_all({number: _packed(own) for number, own in parts.items()})
 
 
@@ -120,14 +125,14 @@ def _padded(parts: Sequence[TeacherPart]) -> dict[str, Any]:
     return {
         TEACHER_TOKENS: pad_sequence(ids, batch_first=True),
         MASK: pad_sequence([torch.ones_like(own) for own in ids], batch_first=True),
-        RANGES: pad_sequence(ranges, batch_first=True),
+        RANGES: pad_sequence(_of_one_width(ranges), batch_first=True),
         WIDEST: max(map(widest, ranges)),
     }
 
 
 def _joined(parts: Sequence[TeacherPart]) -> dict[str, Any]:
     ids, ranges = ([part[side] for part in parts] for side in (0, 1))
-    return {TEACHER_TOKENS: torch.cat(ids), RANGES: torch.cat(ranges), LENGTHS: list(map(len, ids))}
+    return {TEACHER_TOKENS: torch.cat(ids), RANGES: torch.cat(_of_one_width(ranges)), LENGTHS: list(map(len, ids))}
 
 
 def _taken_apart(batch: Mapping[str, Any]) -> list[TeacherPart]:
@@ -139,7 +144,8 @@ def _packed(parts: Sequence[TeacherPart]) -> dict[str, Any]:
     lengths = tuple(len(part.input_ids) for part in parts)
     starts = accumulate(lengths[:-1], initial=0)
     ids = torch.cat([part.input_ids for part in parts]).unsqueeze(0)
-    ranges = torch.cat([_moved(part.ranges, start) for part, start in zip(parts, starts, strict=True)])
+    moved = [_moved(part.ranges, start) for part, start in zip(parts, starts, strict=True)]
+    ranges = torch.cat(_of_one_width(moved))
     return {
         TEACHER_TOKENS: ids,
         MASK: torch.ones_like(ids),

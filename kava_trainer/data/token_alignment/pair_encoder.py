@@ -133,8 +133,8 @@ class PairEncoder:
         Returns:
             What the student's encoder gives; `teacher_input_ids`, `teacher_labels` and `teacher_prompt_length`, what
             the teacher reads; `teacher_ranges` [T, 2], from which of its tokens up to which each of the student's is
-            aligned with, (0, 0) where it is with none, and up to which of them it is compared with where that is
-            `causal`; and `teacher_alignment`, how many are in each of the `KINDS`.
+            aligned with, zeros where it is with none, or where the reading is causal [T, 3], up to which of them it is
+            compared with too; and `teacher_alignment`, how many are in each of the `KINDS`.
 
         Raises:
             ValueError, BadRequest: as an encoder, for either of them.

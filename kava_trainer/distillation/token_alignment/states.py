@@ -67,7 +67,7 @@ def pooled(states: torch.Tensor, ranges: torch.Tensor, widest: int) -> torch.Ten
 def is_compared(inputs: Mapping[str, Any], mask: torch.Tensor, teachers: int = 1) -> torch.Tensor:
     """Where states are compared [B, T], of the tokens of `mask`, with any of so many teachers.
 
-    Of an answer that the student wrote that is the answer alone, and of a teacher's other tokens what overlaps them.
+    Of an answer that the student wrote that is the answer alone, and of a teacher's other tokens what ranges compare.
     """
     found = compared_with_each(inputs, mask, teachers)
     return found.any(dim=0) if found.ndim == 3 else found

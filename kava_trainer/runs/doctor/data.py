@@ -102,7 +102,7 @@ def check_data(checkup: Checkup, arguments: KavaArguments, tokenizer: PreTrained
         shares = alignment_shares(add_counts(seen_by(example, number)[COUNTS] for example in answered))
         which = "" if len(readings) == 1 else f"{role_of(number)}: "
         checkup.ok(f"{which}{describe_shares(shares)}.")
-        if (scarce := few_aligned(shares)) is not None:
+        if (scarce := few_aligned(shares, arguments.data.is_causal)) is not None:
             checkup.warn_of(scarce)
     if not streamed:
         examples.count = round(examples.count * len(answered) / min(len(train), SAMPLE))

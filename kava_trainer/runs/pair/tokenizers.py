@@ -100,7 +100,7 @@ def _reading(
         TokenSpans(tokenizer, name)
     config = load_config(model.teacher_name, role, model.teacher_revision, model)
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return TeacherReading(teacher, limit, arguments.data.token_alignment == "causal")
+    return TeacherReading(teacher, limit, arguments.data.is_causal)
 
 
 def check_role_reads(
@@ -189,22 +189,31 @@ def describe_shares(shares: dict[str, float]) -> str:
     return f"of {shares['tokens']} tokens of the student {one} are aligned one to one, {merged} merged, {left} left out"
 
 
-def few_aligned(shares: dict[str, float]) -> Problem | None:
+def few_aligned(shares: dict[str, float], causal: bool = False) -> Problem | None:
     """A warning where fewer than half of the student's tokens are aligned with any of the teacher's; else None."""
     aligned = 1 - shares["left_out"]
     if aligned >= FEW_ALIGNED:
         return None
+    if causal:
+        return Problem(
+            "token_alignment",
+            f"Only {100 * aligned:.1f} % of the student's tokens are aligned; of causal ones those that end inside a "
+            "token of the teacher's are left out.",
+            "That is as it should be where the student's tokens are so much finer; else look at both chat templates.",
+        )
     return Problem(
         None,
-        f"Only {100 * aligned:.1f} % of the student's tokens are aligned with any of the teacher's, so the alignment "
+        f"Only {100 * aligned:.1f} % of the student's tokens have text that the teacher reads too, so the alignment "
         "teaches little.",
-        "Look at both chat templates, name a teacher that reads all of the text, or write token_alignment overlap "
-        "where it is causal.",
+        "Look at both chat templates, or name a teacher that reads all of the text.",
     )
 
 
 def tell_tokenizers(
-    console: Console, counts: Mapping[int, list[int]], weights: Mapping[str, float] | None = None
+    console: Console,
+    counts: Mapping[int, list[int]],
+    weights: Mapping[str, float] | None = None,
+    causal: bool = False,
 ) -> dict[int, dict[str, float]]:
     """Say how the tokens of each teacher and the student belong together.
 
@@ -212,6 +221,7 @@ def tell_tokenizers(
         console: prints.
         counts: of `count_kinds`, by the number of the teacher; of those whose tokens are others.
         weights: of `weights_that_stand`.
+        causal: whether `token_alignment` is.
 
     Returns:
         The shares of each of these teachers.
@@ -225,6 +235,6 @@ def tell_tokenizers(
     for number, own in shares.items():
         role = role_of(number)
         console.print(f"The tokenizers of {role} and student differ; by their text, {describe_shares(own)}.")
-        if problem := few_aligned(own):
+        if problem := few_aligned(own, causal):
             console.warn(str(problem))
     return shares

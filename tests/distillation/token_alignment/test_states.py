@@ -108,10 +108,20 @@ def test_causal_ranges_leave_out_what_has_read_ahead():
     assert shares["causal"][1]
 
 
-def test_an_example_of_no_tokens_stands_beside_causal_ones(examples):
+def test_an_example_of_no_tokens_stands_beside_others_and_alone(examples):
     empty = {name: [] for name in examples[0]}
-    for batch in (DistillationCollator()([empty, examples[0]]), pack_step([JoiningCollator()([examples[0]])], 1000)[0]):
-        assert is_compared(batch, batch["attention_mask"].bool()).any()
+    assert is_compared(DistillationCollator()([empty, examples[0]]), torch.tensor(True)).any()
+    (row,) = pack_step([JoiningCollator()([empty]), JoiningCollator()([examples[0]])], 1000)
+    assert is_compared(row, row["attention_mask"].bool()).any()
+
+
+def test_a_range_has_two_or_three_numbers(examples):
+    plain = {**examples[0], "teacher_ranges": [own[:2] for own in examples[0]["teacher_ranges"]]}
+    (row,) = pack_step([JoiningCollator()([plain]), JoiningCollator()([examples[1]])], 1000)
+    assert row["teacher_ranges"].shape[2] == len(examples[1]["teacher_ranges"][0])
+    for wrong in ([own[:1] for own in plain["teacher_ranges"]], [[*own, 0, 0] for own in plain["teacher_ranges"]]):
+        with pytest.raises(ValueError, match="range of two or three numbers"):
+            DistillationCollator()([{**plain, "teacher_ranges": wrong}])
 
 
 def test_a_pair_of_one_tokenizer_is_read_as_ever(examples):

@@ -50,6 +50,14 @@ def test_less_than_half_is_a_warning(counts, told):
         assert str(problem).startswith(f"Only {100 * (1 - counts[2] / sum(counts)):.1f} % of the student's tokens")
 
 
+def test_what_a_causal_alignment_leaves_out_is_no_fault_of_a_template():
+    problem = few_aligned({"one_to_one": 0.28, "merged": 0.0, "left_out": 0.72, "tokens": 100}, causal=True)
+    assert str(problem).startswith(
+        "Only 28.0 % of the student's tokens are aligned; of causal ones those that end inside"
+    )
+    assert few_aligned({"one_to_one": 0.6, "merged": 0.0, "left_out": 0.4, "tokens": 100}, causal=True) is None
+
+
 def test_data_of_another_teacher_are_others():
     digests = [
         data_digest(encode(ROWS, byte_level(), 64, teacher_tokenizer=teacher))
@@ -65,6 +73,8 @@ def test_data_aligned_by_another_rule_are_others():
     assert data_digest(rules[0]) != data_digest(rules[1])
     keys = {TeacherReading(byte_level(), causal=causal).key("content") for causal in (False, True)}
     assert len(keys) == 2
+    with pytest.warns(UserWarning, match="token_alignment causal has no effect"):
+        encode(ROWS, byte_level(), 64, token_alignment="causal", **read)
     with pytest.raises(BadRequest, match="token_alignment is 'mean'; write overlap"):
         encode(ROWS, sentence_pieces(), 64, token_alignment="mean", **read)
 
