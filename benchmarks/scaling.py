@@ -122,14 +122,14 @@ def matrix_table() -> str:
     """What `matrix.py` found, engine by engine; messages are told in the text below the table."""
     with MATRIX.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = list(dict.fromkeys((row["teacher"], row["source"]) for row in rows))
-    lines = {}
+    teachers = list(dict.fromkeys(row["teacher"] for row in rows))
+    lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        said = row["outcome"].partition(":")[0] + (f", {row['resume']}" if row["resume"] else "")
-        name = f"{row['engine']} ({row['ranks']}), {row['student']}"
-        lines.setdefault(name, {})[row["teacher"], row["source"]] = said
-    header = ["Engine (processes), student", *(f"{teacher}, {source}" for teacher, source in columns)]
-    return markdown(header, [[name, *(found[column] for column in columns)] for name, found in lines.items()])
+        said = [row["outcome"].partition(":")[0], row["resume"], row["elsewhere"]]
+        name = f"{row['engine']} ({row['ranks']}), {row['student']}, {row['precision']}"
+        lines.setdefault(name, {})[row["teacher"]] = ", ".join(filter(None, said))
+    header = ["Engine (processes), student, precision", *(f"teacher {name}" for name in teachers)]
+    return markdown(header, [[name, *(found[teacher] for teacher in teachers)] for name, found in lines.items()])
 
 
 def document(text: str) -> str:

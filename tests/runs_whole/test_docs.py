@@ -87,6 +87,9 @@ def test_the_tables_of_scaling_are_those_of_its_runs_and_of_its_arithmetic():
         rows = list(csv.DictReader(file))
     assert not [row for row in rows if row["outcome"].startswith("failed")]
     assert {row["resume"] for row in rows if row["outcome"] == "run"} == {"resumed"}
+    assert {row["elsewhere"] for row in rows if row["outcome"] == "run" and row["engine"] != "one process"} == {
+        "goes on"
+    }
 
 
 def test_the_memory_of_a_stream_is_flat_over_a_million_examples():
