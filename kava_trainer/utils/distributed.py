@@ -1,7 +1,8 @@
 """The ranks of a run: what they tell each other, on the host so that no device is waited for, and sharded weights."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
@@ -96,8 +97,35 @@ def from_main_process(work: Callable[[], T]) -> T:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the weights of a model over the ranks."""
-    return isinstance(model, FSDPModule)
+    """Whether FSDP2 has spread the weights of a model, or of the model that it is a part of, over the ranks."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def in_step(module: nn.Module, idle: Callable[[], object]) -> Iterator[None]:
+    """Within the `with` block the ranks may run a module of a sharded model different numbers of times.
+
+    They gather the weights of each pass together, so a rank that is through with its own passes makes idle ones until
+    all are. Every rank must enter the block, and within it no rank may wait for the others but in these passes. An
+    error on one rank leaves the others waiting, as it does in any pass of a sharded model.
+
+    Args:
+        module: each call of it is a pass. What is gathered before the call, such as weights of the model around it, has
+            to be there already.
+        idle: runs it once on anything, and in the same way, for nothing.
+    """
+    hook = module.register_forward_pre_hook(lambda module, args: _keep_pace(), prepend=True)  # before it gathers
+    try:
+        yield
+    finally:
+        hook.remove()
+    while any_rank(False):
+        idle()
+
+
+def _keep_pace() -> None:
+    """Tell the ranks that wait that there is one more pass to come."""
+    any_rank(True)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,23 @@
 """FSDP2 on gloo ranks. Of all that takes part only accelerate keeps sharding to accelerators; here it does not."""
 
+import json
 import os
 from contextlib import contextmanager
 from unittest import mock
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.fsdp import fully_shard
 
 import run_kava
-from helpers import ddp_step, fault_child
+from helpers import ddp_step, fault_child, models
 from kava_trainer.config import launcher
 from kava_trainer.trainer import saving, weights
 from kava_trainer.trainer.trainer import KavaTrainer
+from kava_trainer.utils.distributed import in_step
+from kava_trainer.utils.progress_bar import own_batches
 
 LAUNCHED = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -107,3 +112,26 @@ def train_with_a_bad_step(*arguments):
 
     with mock.patch.object(KavaTrainer, "compute_loss", compute):
         return train(*arguments)
+
+
+def read_in_step(output, items, size):
+    """Each rank runs a sharded model on its own batches, once for each number in them, and writes what it read."""
+    rank = PartialState(cpu=True).process_index
+    model = models.tiny_llama(32, 2)
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    model.eval()
+    passes = []
+    model.register_forward_hook(lambda module, args, output: passes.append(1))
+
+    def read(number):
+        with torch.no_grad():
+            return model(torch.tensor([[1, number]])).logits.sum().item()
+
+    found = []
+    for batch in own_batches(items, size, "Work", lambda: in_step(model, lambda: read(0))):
+        found.append({str(number): [read(number) for _ in range(number)] for number in batch})
+    with open(f"{output}{rank}.json", "w") as file:
+        json.dump({"found": found, "passes": len(passes)}, file)
+    return 0
