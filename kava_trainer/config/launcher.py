@@ -35,6 +35,11 @@ def is_fsdp_asked() -> bool:
     return _is_set("ACCELERATE_USE_FSDP")
 
 
+def may_shard(device_type: str) -> bool:
+    """Whether KAVA shards on a kind of device where it is asked to."""
+    return device_type in SHARDING_DEVICES
+
+
 def describe_engine(world_size: int) -> str:
     """How many processes there are, and what they share, in a few words."""
     if is_fsdp_asked():
@@ -65,6 +70,18 @@ _WANTED = {"fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_auto_wrap_policy"
 def sharding_problems(training: "TrainingArguments") -> list[Problem]:
     """Each thing that FSDP2 was asked for with and that would go wrong."""
     return [*_launcher_problems(), *_argument_problems(training)] if is_fsdp_asked() else []
+
+
+def teacher_sharding_problems(training: "TrainingArguments", asked: str) -> Iterator[Problem]:
+    """Why a teacher that shall be sharded cannot be here, whatever it is; `asked` is `teacher_sharding`."""
+    if asked != "fsdp":
+        return
+    if max(training.world_size, training.n_gpu) == 1:
+        what = "teacher_sharding is fsdp, but there is one process, which has nobody to share the teacher with;"
+        yield Problem("teacher_sharding", what, "write none, or start more: accelerate launch --num_processes 2.")
+    elif not may_shard(training.device.type):
+        what = f"teacher_sharding is fsdp on a {training.device.type} device; KAVA shards on CUDA devices alone;"
+        yield Problem("teacher_sharding", what, "write none.")
 
 
 def _launcher_problems() -> Iterator[Problem]:
@@ -102,7 +119,7 @@ def _argument_problems(training: "TrainingArguments") -> Iterator[Problem]:
 
 def device_problem(device_type: str) -> Problem | None:
     """Why what was asked for would not be done on a kind of device; None where it would."""
-    if not is_fsdp_asked() or device_type in SHARDING_DEVICES:
+    if not is_fsdp_asked() or may_shard(device_type):
         return None
     if device_type != "cpu":
         return Problem(None, f"FSDP was asked for on a {device_type} device; KAVA supports it on CUDA devices alone.")

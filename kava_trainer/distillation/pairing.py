@@ -17,6 +17,7 @@ from ..models.lm_head import check_head
 from ..models.loading import on_device
 from ..models.lora import has_adapter, unwrapped
 from ..models.teacher import OnlineTeacher, TeacherSource
+from ..utils.distributed import is_sharded
 from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
 from .targets import AlignmentTarget, build_targets, choices_for, no_target
@@ -176,7 +177,7 @@ def _source_of(
     if not layers:
         return None
     if not (
-        getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None)
+        getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None) or is_sharded(teacher)
     ):  # it lies where it must
         on_device(teacher, args.device)
     return OnlineTeacher(teacher, layers)

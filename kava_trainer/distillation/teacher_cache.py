@@ -20,7 +20,7 @@ from ..data.packing import pack_step
 from ..models.adapters import find_adapter
 from ..models.attention.capture import Feature
 from ..models.layers import find_decoder, number_of_layers, state_width
-from ..models.lm_head import vocabulary_logits
+from ..models.lm_head import vocabulary_logits, whole_head
 from ..models.loading import model_folder
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
 from ..models.teacher import OnlineTeacher
@@ -303,6 +303,10 @@ class CachedTeacher:
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_t], from the vocabulary head alone."""
         return vocabulary_logits(self.model, states.to(self._dtype))
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """As `OnlineTeacher.whole_head`."""
+        return whole_head(self.model)
 
 
 def is_released(model: PreTrainedModel) -> bool:

@@ -1,9 +1,14 @@
 """The vocabulary head apart from its model, so that logits exist only where a term wants them."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..utils.errors import BadRequest, reason_of
@@ -30,7 +35,8 @@ def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor, with_hooks: 
     head = model.get_output_embeddings()
     if (width := getattr(config, "logits_mup_width_multiplier", None)) is not None:
         states = states / width
-    logits = head(states) if with_hooks else head.forward(states)
+    # The hooks of a head whose weights are gathered already would free them with the first call.
+    logits = head(states) if with_hooks and not _is_gathered(head) else head.forward(states)
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / divisor
     for name in ("logit_scale", "lm_head_multiplier"):
@@ -40,6 +46,29 @@ def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor, with_hooks: 
         if (cap := getattr(config, name, None)) is not None:
             logits = cap * torch.tanh(logits / cap)
     return logits
+
+
+def _is_gathered(head: nn.Module) -> bool:
+    """Whether a head's weights, which FSDP2 has spread over the ranks, are whole on this one now."""
+    return isinstance(head, FSDPModule) and not any(isinstance(own, DTensor) for own in head.parameters())
+
+
+@contextmanager
+def whole_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within the `with` block a vocabulary head that is sharded by itself is whole on every rank.
+
+    It is gathered once then, and not with each of its calls, of which the ranks may make different numbers. Every rank
+    must enter. With any other head nothing happens.
+    """
+    head: Any = model.get_output_embeddings()
+    if not isinstance(head, FSDPModule):
+        yield
+        return
+    head.unshard()
+    try:
+        yield
+    finally:
+        head.reshard()
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

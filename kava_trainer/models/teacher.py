@@ -1,6 +1,7 @@
 """The frozen teacher: loading, quantising, and the one interface through which its states are had."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 import torch
@@ -11,8 +12,9 @@ from ..utils.errors import BadRequest
 from .attention.capture import Feature, FeatureCapture, hidden_layers, layer_of
 from .hidden_states import run_decoder
 from .layers import number_of_layers, state_width, truncated
-from .lm_head import vocabulary_logits
+from .lm_head import vocabulary_logits, whole_head
 from .loading import load_causal_lm, on_device
+from .sharding.teacher import load_sharded
 
 _PACKED_OUTPUTS = 32
 
@@ -64,14 +66,19 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def load_teacher(arguments: ModelArguments, device: torch.device, role: str = "teacher") -> PreTrainedModel:
+def load_teacher(
+    arguments: ModelArguments, device: torch.device, role: str = "teacher", sharded: bool = False
+) -> PreTrainedModel:
     """Load the teacher on `device`, quantised as asked, frozen. Raises `BadRequest` if that cannot be done.
 
     Args:
         arguments: which model it is.
         device: where it goes.
         role: what a message calls it.
+        sharded: whether each rank holds its share alone, see `choose_holding`; then every rank must ask.
     """
+    if sharded:
+        return load_sharded(arguments, device, role)
     quantization = quantization_config(arguments.teacher_quantization)
     placement: dict[str, Any] = {}
     if quantization is not None:
@@ -133,3 +140,7 @@ class OnlineTeacher:
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_t], from the vocabulary head alone."""
         return vocabulary_logits(self.model, states).to(states.device)
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """Within the `with` block `head` may be called on one rank and not on another, see `lm_head.whole_head`."""
+        return whole_head(self.model)

@@ -31,7 +31,7 @@ from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
 from ..models.student import mend_generation_config
 from ..models.teacher import OnlineTeacher, TeacherSource
-from ..utils.distributed import from_main_process, is_sharded
+from ..utils.distributed import from_main_process
 from ..utils.errors import BadRequest
 from ..utils.memory import needs_memory
 from ..utils.progress_bar import show_progress_bars
@@ -238,7 +238,7 @@ class KavaTrainer(StudentTrainer):
         each micro-batch is a list of rows under `rows`, beside their tokens for Trainer's own counting.
         """
         self.clock.begin_line()
-        sharded, limit = is_sharded(self.model), self.steps.row_limit
+        sharded, limit = self.terms.are_gathered_with(self.model), self.steps.row_limit
         batches, rows, counts = self.batches.gather(epoch_iterator, num_batches, self.micro_batch_size, limit, sharded)
         if not batches:
             return batches, None

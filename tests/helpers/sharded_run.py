@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import run_kava
 from helpers import ddp_step, fault_child, models
+from helpers.sharded_teacher import by_shards, own_hash
 from kava_trainer.config import launcher
 from kava_trainer.trainer import saving, weights
 from kava_trainer.trainer.trainer import KavaTrainer
@@ -61,6 +62,16 @@ def train(*arguments):
     """A trainer's run of `fault_child.py` with sharded weights."""
     with sharding_on_cpu():
         return fault_child.train(*arguments)
+
+
+def train_under(folder, output, resume, settings):
+    """As `train`, under the sharded teacher that lies in the folder `settings["teacher"]`."""
+    with sharding_on_cpu():
+        teacher = by_shards(settings["teacher"])
+        before = own_hash(teacher)
+        code = fault_child.train(folder, output, resume, {**settings, "teacher": teacher})
+        assert own_hash(teacher) == before
+        return code
 
 
 def run(*arguments):

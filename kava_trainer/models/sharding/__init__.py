@@ -1,0 +1,1 @@
+"""Models whose weights are spread over the ranks, which gather them block by block."""

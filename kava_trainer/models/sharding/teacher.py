@@ -1,0 +1,244 @@
+"""A frozen teacher that no rank ever holds whole: it is loaded by shards, and gathered block by block to be read with.
+
+It is built without storage and sharded there; each rank then reads its own rows of every weight from the files. What
+belongs together is gathered by FSDP2 when it runs and freed behind it: each block, the embeddings, what else the
+decoder has, and the vocabulary head.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState, init_empty_weights
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from ...config.model_arguments import ModelArguments
+from ...utils.distributed import all_succeed, own_part
+from ...utils.errors import BadRequest, Problem
+from ..hidden_states import run_decoder
+from ..layers import find_blocks, find_decoder, made_up_tokens
+from ..lm_head import vocabulary_logits
+from ..loading import build_causal_lm, load_config, load_generation_config, missing_weights, saved_adapter
+from .checkpoint import StoredWeights, find_weights
+
+_REPLICATED = "write teacher_sharding none."
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a teacher is loaded by shards from."""
+
+    model: PreTrainedModel
+    """Without storage for its weights."""
+    stored: StoredWeights
+    sources: dict[str, str]
+    """What each weight of the model, and each buffer that is saved, is called in the files."""
+
+
+def sharding_problem(arguments: ModelArguments, role: str = "teacher") -> Problem | None:
+    """Why a teacher cannot be loaded by shards; None where it can. Of its files the headers alone are read.
+
+    Args:
+        arguments: which model it is.
+        role: what messages call it.
+
+    Raises:
+        BadRequest: if its config or its files cannot be read, or a weight is missing or of another shape.
+    """
+    found = _plan(arguments, role)
+    return found if isinstance(found, Problem) else None
+
+
+def _plan(arguments: ModelArguments, role: str) -> "_Plan | Problem":
+    """From what a teacher is loaded by shards, or why it cannot be."""
+    name, revision = arguments.teacher_name, arguments.teacher_revision
+    config = load_config(name, role, revision, arguments)
+    if reason := _reason_of_config(arguments, config, role):
+        return _problem(name, role, reason)
+    if (stored := find_weights(name, role, revision)) is None:
+        return _problem(name, role, "it has no safetensors files")
+    # Its buffers are computed, on the CPU: most are in no file.
+    with init_empty_weights(include_buffers=False):
+        model = build_causal_lm(config, arguments.teacher_dtype, arguments, role).eval().requires_grad_(False)
+    if reason := _reason_of_model(model) or _reason_of_names(model, stored):
+        return _problem(name, role, reason)
+    sources = _sources(model, stored)
+    _check_whole(model, stored, sources, name, role)
+    odd = [key for key in sources.values() if not stored.weights[key].is_plain]
+    if odd:
+        return _problem(name, role, f"its files hold {odd[0]} as {stored.weights[odd[0]].dtype}")
+    return _Plan(model, stored, sources)
+
+
+def _problem(name: str, role: str, reason: str) -> Problem:
+    return Problem("teacher_sharding", f"The {role} {name!r} cannot be sharded, because {reason};", _REPLICATED)
+
+
+def _reason_of_config(arguments: ModelArguments, config: PreTrainedConfig, role: str) -> str | None:
+    if saved_adapter(arguments.teacher_name, role, arguments.teacher_revision) is not None:
+        return "it is an adapter, which is merged into a whole model"
+    if arguments.teacher_quantization != "none" or getattr(config, "quantization_config", None) is not None:
+        return "it is quantised"
+    if arguments.trust_remote_code and getattr(config, "auto_map", None):
+        return "it brings code of its own"
+    if getattr(config, "transformers_weights", None) is not None:
+        return "its config names a file of weights (transformers_weights)"
+    if arguments.teacher_dtype == "auto" and config.dtype is None:
+        return "its config names no data type, and teacher_dtype is auto"
+    return None
+
+
+def _reason_of_model(model: PreTrainedModel) -> str | None:
+    """Why a model without storage could not be filled as `from_pretrained` would do it."""
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return "transformers renames or converts its weights as it loads them"
+    parts = (find_decoder(model), model.get_output_embeddings())
+    text = {id(parameter) for part in parts for parameter in part.parameters()}
+    if beside := [name for name, parameter in model.named_parameters() if id(parameter) not in text]:
+        return f"it has weights beside its decoder and its vocabulary head ({beside[0]})"
+    if odd := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        return f"{odd[0]} is a single number"
+    strict, own = (getattr(model, f"_keep_in_fp32_modules{end}", None) or () for end in ("_strict", ""))
+    if model.dtype != torch.float32 and (strict or (own and model.dtype == torch.float16)):
+        return "transformers keeps some of its weights in float32"
+    if odd := [name for name, parameter in model.named_parameters() if parameter.dtype != model.dtype]:
+        return f"{odd[0]} is of another data type than its other weights"
+    return None
+
+
+def _sources(model: PreTrainedModel, stored: StoredWeights) -> dict[str, str]:
+    """What weights of a model, and buffers that are saved, are called in its files; those that are there.
+
+    A weight that is tied to another, which may be stored under either name, is read for each of the two.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    groups: dict[str, list[str]] = {}
+    for target, source in tied.items():
+        groups.setdefault(source, [source]).append(target)
+    names = {own: (own, *groups.get(tied.get(own, own), ())) for own in model.state_dict()}
+    return {own: key for own, keys in names.items() for key in keys[::-1] if key in stored.weights}
+
+
+def _reason_of_names(model: PreTrainedModel, stored: StoredWeights) -> str | None:
+    """Why the names in the files may be other than the model's: it has some that they lack, and they have others."""
+    sources = _sources(model, stored)
+    missing = sorted(model.state_dict().keys() - sources.keys())
+    others = sorted(stored.weights.keys() - sources.values())
+    if not missing or not others:
+        return None
+    return f"its files call its weights by other names ({missing[0]} is not there, and {others[0]} is)"
+
+
+def _check_whole(model: PreTrainedModel, stored: StoredWeights, sources: dict[str, str], name: str, role: str) -> None:
+    """Make sure that every weight is there in its shape. Raises `BadRequest` if not."""
+    state = model.state_dict()
+    if missing := sorted(state.keys() - sources.keys()):
+        raise missing_weights(role, name, missing)
+    for own, key in sources.items():
+        if stored.weights[key].shape != tuple(state[own].shape):
+            raise BadRequest(
+                f"The {role} {name!r} cannot be loaded: {stored.weights[key].file.name} holds {key} as "
+                f"{stored.weights[key].shape}, where its config wants {tuple(state[own].shape)}.",
+                "Download or copy it again.",
+            )
+
+
+def load_sharded(arguments: ModelArguments, device: torch.device, role: str = "teacher") -> PreTrainedModel:
+    """Load a frozen teacher of which each rank holds its share of the rows of each weight. Every rank must ask.
+
+    Args:
+        arguments: which model it is.
+        device: of this rank.
+        role: what messages call it.
+
+    Raises:
+        BadRequest: where `sharding_problem` tells why it cannot be, or as that does.
+    """
+    plan = _plan(arguments, role)
+    if isinstance(plan, Problem):
+        raise BadRequest.of(plan)
+    model, name, revision = plan.model, arguments.teacher_name, arguments.teacher_revision
+    shard(model, init_device_mesh(device.type, (PartialState().num_processes,)))
+    _give_storage(model, device)
+    if reason := all_succeed(lambda: _fill(plan)):
+        raise BadRequest(f"The {role} {name!r} cannot be loaded: {reason}.")
+    if (generation := load_generation_config(name, role, revision)) is not None:
+        cast(Any, model).generation_config = generation
+    _run_once(model)
+    return model
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard a model without storage into what is gathered together, and freed behind each pass.
+
+    The vocabulary head runs apart from the decoder, so it is no part of what that gathers; where the two were tied each
+    has weights of its own from now on.
+    """
+    decoder, head = find_decoder(model), model.get_output_embeddings()
+    for module in (*find_blocks(model), model.get_input_embeddings(), decoder, head):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def _give_storage(model: PreTrainedModel, device: torch.device) -> None:
+    """Give the rows of this rank storage on its device, and leave buffers as they were computed."""
+    computed = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(computed[name])
+
+
+@torch.no_grad()
+def _fill(plan: _Plan) -> None:
+    """Read this rank's rows of each weight, and all of each buffer that is saved."""
+    stored, sources = plan.stored, plan.sources
+    for name, tensor in plan.model.state_dict().items():
+        if not isinstance(tensor, DTensor):
+            tensor.copy_(stored.whole(sources[name]))
+            continue
+        start, stop = own_rows(len(tensor), tensor.device_mesh)
+        if own_part(tensor).shape[0] != stop - start:
+            raise RuntimeError(f"FSDP2 holds {own_part(tensor).shape[0]} rows of {name} where {stop - start} are due")
+        if stop > start:
+            own_part(tensor).copy_(stored.rows(sources[name], start, stop))
+
+
+def own_rows(rows: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """From which row up to which this rank of a mesh holds a tensor, as `torch.chunk` deals them out."""
+    size = math.ceil(rows / mesh.size())
+    start = min(mesh.get_local_rank() * size, rows)
+    return start, min(start + size, rows)
+
+
+@torch.no_grad()
+def _run_once(model: PreTrainedModel) -> None:
+    """Let FSDP2 see in a first pass which modules belong together, before a pass leaves blocks out."""
+    vocabulary_logits(model, run_decoder(model, made_up_tokens(model)))
+
+
+def held_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of weights that this rank itself holds."""
+    return sum(own_part(own).numel() * own.element_size() for own in parameters)
+
+
+def gathered_bytes(model: PreTrainedModel) -> int:
+    """What is whole at once of a sharded teacher, at most: two blocks, or its vocabulary head, beside what its decoder
+    has between embeddings and blocks; or the embeddings beside that.
+
+    The model may have no storage.
+    """
+    decoder, head, embeddings = find_decoder(model), model.get_output_embeddings(), model.get_input_embeddings()
+    blocks = [_bytes([block]) for block in find_blocks(model)]
+    between = _bytes([decoder]) - sum(blocks) - _bytes([embeddings])
+    return max(between, 0) + max(2 * max(blocks), max(blocks) + _bytes([embeddings]), _bytes([head]))
+
+
+def _bytes(modules: Sequence[nn.Module]) -> int:
+    weights = {id(own): own.numel() * own.element_size() for module in modules for own in module.parameters()}
+    return sum(weights.values())

@@ -1,0 +1,1 @@
+"""A teacher that is loaded by shards: what each rank holds of it, and what it gives."""
