@@ -1,6 +1,7 @@
 """Student and projectors in one module, and what its forward pass gives."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -10,9 +11,10 @@ from transformers import PreTrainedModel
 
 from ..models.attention.capture import Feature, FeatureCapture
 from ..models.hidden_states import decoder_output, first_tensor
+from ..models.layers import made_up_tokens
 from ..models.lm_head import vocabulary_logits
 from ..models.routers import router_losses
-from ..utils.distributed import is_sharded
+from ..utils.distributed import in_step, is_sharded
 from .logits_terms import LogitsTerms
 from .targets import AlignedStates, AlignmentTarget
 
@@ -127,6 +129,18 @@ class DistillationModel(nn.Module):
             return StudentOutput(last, states, pairs, router=router)
         own = [p for p in self.student.get_output_embeddings().parameters() if p.requires_grad]
         return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last), router)
+
+    def passes_in_step(self) -> AbstractContextManager[None]:
+        """Within the `with` block each rank may have the student read as often as it needs, see `distributed.in_step`.
+
+        Without gradients, and as this module does it where `distils` is true and `teacher_states` are not given.
+        """
+        return in_step(self, self._read_a_token) if is_sharded(self) else nullcontext()
+
+    @torch.no_grad()
+    def _read_a_token(self) -> None:
+        ids = made_up_tokens(self.student, 1)
+        self(ids, torch.ones_like(ids), distils=True)
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_s].
