@@ -242,8 +242,8 @@ class Pairing:
             source, target = pair_up(self._args, student, self._teachers, target, inherited)
         _try_out(self._args, student, source, target)
         self._tried = self._read_parts()
-        self._trained = [parameter for parameter in target.parameters() if parameter.requires_grad]
-        self._train_projectors()
+        self._trained = {name for name, parameter in target.named_parameters() if parameter.requires_grad}
+        self._train_projectors(target)
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
         return DistillationModel(student, target), source
@@ -276,7 +276,7 @@ class Pairing:
         """
         if self._tried == self._read_parts():
             return source
-        self._train_projectors()
+        self._train_projectors(model.target)
         running = online_teachers(source)
         if self._all_run() and len(running) == len(each_teacher(source)):
             for own in running:
@@ -293,6 +293,7 @@ class Pairing:
         args = self._args
         return args.aligns, args.lm_weight > 0 or args.kd_weight > 0, args.kd_weight > 0
 
-    def _train_projectors(self) -> None:
-        for parameter in self._trained:
-            parameter.requires_grad_(self._args.aligns)
+    def _train_projectors(self, target: AlignmentTarget) -> None:
+        for name, parameter in target.named_parameters():  # which are others once they are sharded
+            if name in self._trained:
+                parameter.requires_grad_(self._args.aligns)

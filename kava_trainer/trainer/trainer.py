@@ -312,10 +312,8 @@ class KavaTrainer(StudentTrainer):
             return self._train(self.run_state.checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: str | None, *args: Any) -> TrainOutput:
-        self.steps.forget()
-        self.probe.forget()
-        if self.rollouts is not None:
-            self.rollouts.forget()
+        for part in filter(None, (self.steps, self.probe, self.rollouts)):
+            part.forget()
         if resume_from_checkpoint and (output := self.take_up_finished(resume_from_checkpoint)):
             return output
         if self.model_init is None:  # else there will be another model
@@ -338,6 +336,7 @@ class KavaTrainer(StudentTrainer):
         if self.args.calibrates and self.run_state.checkpoint is None:
             with needs_memory("while the projectors were calibrated", self.incidents.smaller_evaluation):
                 self.calibrate()
+        self.shard()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the token means since the last line to a training log line; steps without a finite loss do not count.

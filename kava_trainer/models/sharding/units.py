@@ -1,0 +1,130 @@
+"""Which parts of a model FSDP2 gathers and gives up together, and what they compute in."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from ...config.recipes import accelerate_config
+from ...utils.distributed import give_up_whole_weights
+from ...utils.errors import BadRequest
+from ..layers import evaluating, find_blocks, find_decoder, made_up_tokens
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights are spread over the ranks."""
+
+    mesh: DeviceMesh
+    """The ranks, and the kind of their devices."""
+    reshard_after_forward: bool = True
+    """Whether a block is given up after its forward pass and gathered once more for the backward pass."""
+    computes_in: torch.dtype | None = None
+    """The type that a model's weights are gathered in; None for the one that they are held in."""
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None
+    """Makes the context that the forward pass of a student beside projectors runs in."""
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> "Sharding":
+        """As the launcher and the arguments have asked for it, over all ranks.
+
+        The policy that accelerate would make of `mixed_precision` is not read: it would add gradients up in bfloat16.
+        """
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        computes_in = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+        reshard = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+        return cls(mesh, reshard, computes_in, accelerator.autocast)
+
+    def of_modules(self, modules: nn.Module | list[nn.Module], *, reshard: bool = True, exact: bool = False) -> None:
+        """Make one unit of what no earlier call has made one of; its weights come to the device and are spread there.
+
+        Args:
+            modules: whose forward passes gather the unit; siblings share one.
+            reshard: whether `reshard_after_forward` counts, or the unit stays whole up to the backward pass.
+            exact: gather the weights as they are held.
+        """
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if exact else self.computes_in,
+            reduce_dtype=None if exact or self.computes_in is None else torch.float32,
+            cast_forward_inputs=False,  # what comes in is what the unit before has computed, or what no one may round
+        )
+        fully_shard(
+            modules, mesh=self.mesh, reshard_after_forward=reshard and self.reshard_after_forward, mp_policy=policy
+        )
+
+
+def shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
+    """Spread a model over the ranks, block by block, so that no device holds more of it than a block and its ends.
+
+    Units are each block; the embeddings, where they are no weight of the head too; the head with what else the decoder
+    has, whole from the decoder's pass to its backward pass, because the head is run apart; and what is left.
+
+    Args:
+        model: on any device; a module above it may be made a unit afterwards.
+        sharding: over which ranks, and how.
+
+    Raises:
+        BadRequest: if a weight is a single number, or is shared between units.
+    """
+    decoder, head, embeddings = find_decoder(model), model.get_output_embeddings(), model.get_input_embeddings()
+    tied = {id(own) for own in head.parameters()} & {id(own) for own in embeddings.parameters()}
+    units = [*_blocks(model, decoder), *([] if tied else [embeddings])]
+    _check_weights(model, units)
+    for unit in units:
+        sharding.of_modules(unit)
+    sharding.of_modules([decoder, head], reshard=False)
+    sharding.of_modules(model)
+
+
+def _blocks(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
+    """What is gathered one after the other: the decoder's blocks, and those of what a model has beside its decoder."""
+    names, inner = set(model._no_split_modules or ()), {id(module) for module in decoder.modules()}
+    named = [module for module in model.modules() if type(module).__name__ in names]
+    try:
+        blocks: Iterable[nn.Module] = find_blocks(model)
+    except BadRequest:
+        blocks = [module for module in named if id(module) in inner]
+    beside = [module for module in named if id(module) not in inner]
+    return list(_outermost(dict.fromkeys([*blocks, *beside])))
+
+
+def _outermost(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Those that are no part of another."""
+    given = list(modules)
+    parts = {id(part) for module in given for part in module.modules() if part is not module}
+    return (module for module in given if id(module) not in parts)
+
+
+def _check_weights(model: nn.Module, units: list[nn.Module]) -> None:
+    """Make sure that the weights can be spread. Raises `BadRequest` if not."""
+    owners: dict[int, nn.Module] = {}
+    shared = {id(own) for unit in units for own in unit.parameters() if owners.setdefault(id(own), unit) is not unit}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in shared or parameter.ndim == 0:
+            what = "shared between blocks" if id(parameter) in shared else "a single number"
+            raise BadRequest(
+                f"{name} of the {type(model).__name__} is {what}, which FSDP2 cannot spread over processes;",
+                f"start with DDP ({accelerate_config('ddp.yaml')}).",
+            )
+
+
+@torch.no_grad()
+def settle(root: nn.Module, model: PreTrainedModel) -> None:
+    """Run a few tokens once all units are made. From then on parts of a model may be run by themselves.
+
+    FSDP2 takes for the root what is run first, and then no other.
+
+    Args:
+        root: holds all units, and takes `input_ids`.
+        model: whose tokens it reads, itself or a part of it.
+    """
+    with evaluating(root):
+        root(input_ids=made_up_tokens(model), use_cache=False)
+    give_up_whole_weights(root)
