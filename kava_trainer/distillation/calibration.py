@@ -14,6 +14,7 @@ from torch import nn
 from ..data.selection import draw_examples
 from ..data.token_alignment.ranges import aligned_tokens
 from ..models.teacher import TeacherSource
+from ..utils.distributed import give_up_whole_weights, put_whole, whole_weights
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import STEPS, own_batches, told, with_progress
 from .bridge.agreement import Agreement, held_back_tokens, hold_back, measure_agreement
@@ -209,8 +210,8 @@ def calibrate(
     fitted_to, held_back = hold_back(examples) if model.target.bridges else (examples, [])
     moments = [_moments_of(projector, where) for projector in model.target.projectors]
     tokens = aligned_tokens(examples)
-    with told(f"Calibrating the projectors on {tokens} tokens"):
-        for batch in own_batches(fitted_to, batch_size, "Calibrating the projectors"):
+    with told(f"Calibrating the projectors on {tokens} tokens"), whole_weights(model.target):
+        for batch in own_batches(fitted_to, batch_size, "Calibrating the projectors", model.passes_in_step):
             _add_batch(moments, model, teacher, collator(batch))
     fits = list(zip(model.target.projectors, moments, strict=True))
     bridged = []
@@ -221,9 +222,10 @@ def calibrate(
         else:
             _set(projector, sums, least_squares)
     if bridged:
-        batches = map(collator, own_batches(held_back, batch_size, "Measuring the bridges"))
+        batches = map(collator, own_batches(held_back, batch_size, "Measuring the bridges", model.passes_in_step))
         sides = _coordinates(model, teacher, batches, bridged)
         _set_bridges(model.target, bridged, [measure_agreement(*own, total) for own in sides], tell)
+    give_up_whole_weights(model)
     model.train(training)
 
 
@@ -274,8 +276,8 @@ def _set(projector: nn.Module, sums: Moments, least_squares: bool) -> None:
     """Give a projector of one side its map."""
     principal = isinstance(projector, PrincipalProjection)
     weight, bias = sums.principal(turn=least_squares) if principal else sums.ridge()
-    _fitted(projector).weight.copy_(weight)
-    _fitted(projector).bias.copy_(bias)
+    put_whole(_fitted(projector).weight, weight)
+    put_whole(_fitted(projector).bias, bias)
 
 
 def _coordinates(

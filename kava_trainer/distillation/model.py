@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from ..models.attention.capture import Feature, FeatureCapture
 from ..models.hidden_states import decoder_output, first_tensor
+from ..models.layers import made_up_tokens
 from ..models.lm_head import vocabulary_logits
 from ..models.routers import router_losses
 from ..models.sharding.units import Sharding, settle, shard_model
-from ..utils.distributed import is_sharded
+from ..utils.distributed import in_step, is_sharded
 from .logits_terms import LogitsTerms
 from .targets import AlignedStates, AlignmentTarget
 
@@ -158,6 +159,18 @@ class DistillationModel(nn.Module):
             return StudentOutput(last, states, pairs, router=router)
         own = [p for p in self.student.get_output_embeddings().parameters() if p.requires_grad]
         return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last), router)
+
+    def passes_in_step(self) -> AbstractContextManager[None]:
+        """Within the `with` block each rank may have the student read as often as it needs, see `distributed.in_step`.
+
+        Without gradients, and as this module does it where `distils` is true and `teacher_states` are not given.
+        """
+        return in_step(self, self._read_a_token) if is_sharded(self) else nullcontext()
+
+    @torch.no_grad()
+    def _read_a_token(self) -> None:
+        ids = made_up_tokens(self.student, 1)
+        self(ids, torch.ones_like(ids), distils=True)
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_s].

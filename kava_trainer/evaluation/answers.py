@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -21,6 +22,8 @@ from ..distillation.losses import next_token_sum
 from ..models.generation.generate import continue_prompts, stop_tokens
 from ..models.hidden_states import run_decoder
 from ..models.lm_head import vocabulary_logits, vocabulary_size
+from ..models.sharding.passes import passes_in_step
+from ..utils.distributed import is_sharded
 from ..utils.progress_bar import SharedBatches, own_batches
 from .final_answer_match.final_answer_match import FinalAnswerMatch
 
@@ -29,11 +32,13 @@ from .final_answer_match.final_answer_match import FinalAnswerMatch
 def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[str, torch.Tensor]) -> float:
     """Cross-entropy in nats, summed over the answer tokens of one batch.
 
-    The batch is a `DistillationCollator`'s, on the device of the model's last hidden states [B, T, d].
+    The batch is a `DistillationCollator`'s, on the device of the model's last hidden states [B, T, d]. Of a model that
+    is sharded the head is whole behind a pass of the decoder, however many chunks it then reads.
     """
+    with_hooks = not is_sharded(model)
 
     def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return next_token_sum(vocabulary_logits(model, states), targets).unsqueeze(0)
+        return next_token_sum(vocabulary_logits(model, states, with_hooks), targets).unsqueeze(0)
 
     answers = (states.flatten(0, 1)[batch["answer_index"]], batch["next_tokens"])
     one = torch.ones(1, device=states.device)
@@ -61,7 +66,7 @@ def answer_cross_entropy(
     model.eval()
     order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
     total, count = 0.0, 0
-    for rows in own_batches(order, batch_size, description):
+    for rows in own_batches(order, batch_size, description, partial(passes_in_step, model)):
         batch = send_to_device(collator([dataset[row] for row in rows]), model.device)
         states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
         total += answer_loss_sum(model, states, batch)
@@ -96,7 +101,7 @@ def generate_answers(
     )
     order = sorted(range(len(dataset)), key=lambda row: dataset[row]["prompt_length"])
     answers: list[tuple[int, str]] = []
-    batches = own_batches(order, batch_size, "Generating answers")
+    batches = own_batches(order, batch_size, "Generating answers", partial(passes_in_step, model))
     for rows in batches:
         prompts = [_prompt(dataset[row], tokenizer) for row in rows]
         watched = StoppingCriteriaList([_Watched(batches, max(map(len, prompts)), max_new_tokens)])

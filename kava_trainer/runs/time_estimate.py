@@ -13,13 +13,13 @@ from accelerate.utils import release_memory
 from transformers import TrainerState
 
 from ..config.arguments import KavaTrainingArguments
-from ..config.launcher import is_fsdp_asked
 from ..data.selection import mean_length
 from ..data.streaming import ExampleStream
 from ..distillation.loss_terms import STAGE_ENDS
 from ..evaluation.answers import longest_answer
 from ..evaluation.probe import GRADIENT_EXAMPLES, PROBE_TOKENS
 from ..trainer.checkpoint import TRAINER_STATE_FILE
+from ..utils.distributed import is_sharded
 from ..utils.progress_bar import working
 from .advice import planned_steps, steps_per_epoch
 from .fill_cache import examples_at_hand
@@ -209,13 +209,12 @@ def _missing(run: Run, of_a_stream: float) -> float:
 
 def tell_time(run: Run) -> None:
     """Say how long the stages that are still to come will take."""
-    if is_fsdp_asked():  # nothing is sharded yet, and one device may not hold a whole model's gradients
-        run.console.print("No time estimate: the weights are sharded only when the training begins.")
-        return
     try:
         with working("Timing a few passes"):
             rates = Stopwatch(run).rates()
     except torch.OutOfMemoryError:
+        if is_sharded(run.trainer.model):  # the other ranks may wait for this one
+            raise
         release_memory()
         run.console.print("No time estimate: memory ran out in a pass that was to be timed.")
         return

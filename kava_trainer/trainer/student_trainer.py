@@ -284,10 +284,6 @@ class StudentTrainer(SavingTrainer):
         weights = self.weights
         weights.export_student(output_dir, weights.gathered_student(), merge_adapter)
 
-    def whole_student(self) -> PreTrainedModel:
-        """The student with all its weights on this rank; a copy where they are sharded. Every rank must ask."""
-        return self.weights.whole_student()
-
     def advice(self) -> str:
         """What to resume from after the training went wrong, as a sentence."""
         return self.incidents.advice()

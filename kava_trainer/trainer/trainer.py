@@ -212,7 +212,7 @@ class KavaTrainer(StudentTrainer):
         Raises:
             BadRequest: as `calibration_examples`.
         """
-        if not getattr(self.student, "is_quantized", False):  # Trainer has not moved it yet, if it is new or for FSDP
+        if not (is_sharded(self.model) or getattr(self.student, "is_quantized", False)):  # Trainer may yet move it
             self.model.to(self.args.device)
         source, size = cast(TeacherSource, self.teacher), self.args.per_device_eval_batch_size
         examples, fit = self.calibration_examples(), self.args.projector_init == "least_squares"

@@ -2,19 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..config.arguments import KavaTrainingArguments
 from ..distillation.model import DistillationModel
 from ..distillation.projector_files import projector_content, restore_projectors, write_projectors
-from ..models.loading import on_device
 from ..models.lora import has_adapter
 from ..models.lora_files import adapter_weights, load_adapter, load_weights, reload_problem, save_weights
 from ..models.student import mend_generation_config
@@ -54,7 +51,7 @@ class Weights:
                     part.save_pretrained(folder)
         except Exception as error:  # configs and tokenizers fail in ways of their own
             raise BadRequest(f"The student could not be saved ({reason_of(error)}).") from error
-        if not is_sharded(self.model) and (problem := reload_problem(student)) is not None:
+        if (problem := reload_problem(student)) is not None:
             raise BadRequest(f"The student could not be saved: {problem}.", "Change its config along with its modules.")
 
     def projectors(self, with_decoders: bool = False) -> dict[str, Any]:
@@ -73,18 +70,6 @@ class Weights:
         student = self.model.student
         tied = getattr(student, "all_tied_weights_keys", {})
         return {name: tensor for name, tensor in whole_state(student).items() if name not in tied}
-
-    def whole_student(self) -> PreTrainedModel:
-        """The student with all its weights on this rank; a copy where they are sharded."""
-        student = self.model.student
-        if not is_sharded(self.model):
-            return student
-        with torch.random.fork_rng([]):  # its first weights are drawn, and overwritten
-            copy: Any = type(student)(student.config)
-            copy = copy.to(student.dtype)
-        copy.load_state_dict(whole_state(student, everywhere=True))
-        copy.generation_config = deepcopy(student.generation_config)
-        return on_device(copy, self.args.device)
 
     def save_projector(self, path: str | Path) -> None:
         """Write the projectors to one `.pth` file, from the main process."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import BadRequest, RunFailed, reason_of
 
@@ -138,6 +138,27 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def put_whole(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite a tensor, of which each rank may hold a part, with whole values [the same shape]. Every rank must."""
+    values = values.to(tensor)
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values, tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)
+
+
+@contextmanager
+def whole_weights(unit: nn.Module) -> Iterator[None]:
+    """Within the `with` block the own weights of a unit of FSDP2 are whole, to be read. Every rank must enter it."""
+    if not isinstance(unit, FSDPModule):
+        yield
+        return
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
+
+
 def give_up_whole_weights(model: nn.Module) -> None:
     """After a forward pass without a backward pass: hold nothing but the own parts again."""
     for module in model.modules():
@@ -145,15 +166,13 @@ def give_up_whole_weights(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole_state(module: nn.Module, everywhere: bool = False) -> dict[str, torch.Tensor]:
-    """The state of a module of a sharded model with whole weights. Every rank must ask.
+def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a module of a sharded model with whole weights, on the main process's host. Every rank must ask.
 
-    Args:
-        module: the model or a part of it.
-        everywhere: on every rank, on its device; by default on the main process alone, on the CPU.
+    They are gathered one after the other, so that no device holds more than one of them whole.
 
     Returns:
-        Tensors by name; nothing on the other ranks where they are not asked for.
+        Tensors by name; nothing on the other ranks.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, torch.Tensor], get_model_state_dict(module, options=options))
