@@ -175,10 +175,8 @@ class ModelArguments:
         if self.teacher_sharding != "fsdp":
             return
         if self.teacher_quantization != "none":
-            what = (
-                f"teacher_sharding fsdp spreads plain weights, but teacher_quantization is {self.teacher_quantization}, which "
-                "every process holds whole;"
-            )
+            kind = self.teacher_quantization
+            what = f"teacher_sharding fsdp spreads plain weights, and teacher_quantization is {kind};"
             yield Problem("teacher_sharding", what, "write teacher_sharding none, or teacher_quantization none.")
         if self.is_cut:
             what = "teacher_sharding is fsdp, but the student is cut out of the teacher, which needs it whole;"

@@ -165,10 +165,11 @@ class DistillationModel(nn.Module):
 
         Without gradients, and as this module does it where `distils` is true and `teacher_states` are not given.
         """
-        return in_step(self, self._read_a_token) if is_sharded(self) else nullcontext()
+        return in_step(self, self.read_a_token) if is_sharded(self) else nullcontext()
 
     @torch.no_grad()
-    def _read_a_token(self) -> None:
+    def read_a_token(self) -> None:
+        """A pass for nothing, without gradients."""
         ids = made_up_tokens(self.student, 1)
         self(ids, torch.ones_like(ids), distils=True)
 

@@ -23,7 +23,7 @@ from ..models.layers import find_decoder, number_of_layers, state_width
 from ..models.lm_head import vocabulary_logits, whole_head
 from ..models.loading import model_folder
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
-from ..models.teacher import OnlineTeacher
+from ..models.teacher import OnlineTeacher, in_step_reading
 from ..utils.atomic_files import write_atomically
 from ..utils.digests import read_samples
 from ..utils.errors import BadRequest, reason_of
@@ -231,7 +231,7 @@ class TeacherCache:
         writer = ShardWriter(self.folder, self.dtype, self.fingerprint)
         groups = iter(lambda: list(islice(examples, GROUP)), [])
         rows = (row for group in groups for row in _rows(group, budget, packed))
-        with progress_bar(tokens, "Caching the teacher's states", "token", True) as bar:
+        with progress_bar(tokens, "Caching the teacher's states", "token", True) as bar, in_step_reading([teacher]):
             for row in rows:
                 if WATCH.received is not None:
                     break

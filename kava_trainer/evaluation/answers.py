@@ -21,7 +21,7 @@ from ..distillation.chunked_loss import sum_in_chunks
 from ..distillation.losses import next_token_sum
 from ..models.generation.generate import continue_prompts, stop_tokens
 from ..models.hidden_states import run_decoder
-from ..models.lm_head import vocabulary_logits, vocabulary_size
+from ..models.lm_head import vocabulary_logits, vocabulary_size, whole_head
 from ..models.sharding.passes import passes_in_step
 from ..utils.distributed import is_sharded
 from ..utils.progress_bar import SharedBatches, own_batches
@@ -33,7 +33,7 @@ def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[st
     """Cross-entropy in nats, summed over the answer tokens of one batch.
 
     The batch is a `DistillationCollator`'s, on the device of the model's last hidden states [B, T, d]. Of a model that
-    is sharded the head is whole behind a pass of the decoder, however many chunks it then reads.
+    is sharded the head is whole meanwhile, however many chunks it reads.
     """
     with_hooks = not is_sharded(model)
 
@@ -42,7 +42,8 @@ def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[st
 
     answers = (states.flatten(0, 1)[batch["answer_index"]], batch["next_tokens"])
     one = torch.ones(1, device=states.device)
-    return sum_in_chunks(chunk, answers, one, [], vocabulary_size(model))[0].item()
+    with whole_head(model):
+        return sum_in_chunks(chunk, answers, one, [], vocabulary_size(model))[0].item()
 
 
 @torch.no_grad()

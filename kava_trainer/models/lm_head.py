@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..utils.distributed import whole_weights
 from ..utils.errors import BadRequest, reason_of
 from .hidden_states import run_decoder
 from .layers import evaluating, made_up_tokens
@@ -55,20 +56,14 @@ def _is_gathered(head: nn.Module) -> bool:
 
 @contextmanager
 def whole_head(model: PreTrainedModel) -> Iterator[None]:
-    """Within the `with` block a vocabulary head that is sharded by itself is whole on every rank.
+    """Within the `with` block the weights of a vocabulary head are whole on every rank.
 
-    It is gathered once then, and not with each of its calls, of which the ranks may make different numbers. Every rank
-    must enter. With any other head nothing happens.
+    Where it is sharded they are gathered once then, and not with each of its calls, of which the ranks may make
+    different numbers. Every rank must enter. Where they are whole already nothing happens.
     """
     head: Any = model.get_output_embeddings()
-    if not isinstance(head, FSDPModule):
+    with nullcontext() if _is_gathered(head) else whole_weights(head):
         yield
-        return
-    head.unshard()
-    try:
-        yield
-    finally:
-        head.reshard()
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

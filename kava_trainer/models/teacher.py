@@ -1,17 +1,18 @@
 """The frozen teacher: loading, quantising, and the one interface through which its states are had."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
+from ..utils.distributed import in_step, is_sharded
 from ..utils.errors import BadRequest
 from .attention.capture import Feature, FeatureCapture, hidden_layers, layer_of
 from .hidden_states import run_decoder
-from .layers import number_of_layers, state_width, truncated
+from .layers import find_decoder, made_up_tokens, number_of_layers, state_width, truncated
 from .lm_head import vocabulary_logits, whole_head
 from .loading import load_causal_lm, on_device
 from .sharding.teacher import load_sharded
@@ -144,3 +145,29 @@ class OnlineTeacher:
     def whole_head(self) -> AbstractContextManager[None]:
         """Within the `with` block `head` may be called on one rank and not on another, see `lm_head.whole_head`."""
         return whole_head(self.model)
+
+    def read_a_token(self) -> None:
+        """A pass of `features` for nothing."""
+        ids = made_up_tokens(self.model, 1)
+        self.features({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+@contextmanager
+def in_step_reading(teachers: Sequence[OnlineTeacher], then: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Within the `with` block each rank may let teachers read as often as it has something, of which some are sharded.
+
+    Every rank must enter the block; see `distributed.in_step`. Where none is sharded nothing happens.
+
+    Args:
+        teachers: each reads once, in this order, with `features`.
+        then: does for nothing what the ranks do together behind that.
+    """
+    sharded = [own for own in teachers if is_sharded(own.model)]
+
+    def idle() -> None:
+        for own in sharded:
+            own.read_a_token()
+        then()
+
+    with in_step(find_decoder(sharded[0].model), idle) if sharded else nullcontext():
+        yield

@@ -19,7 +19,6 @@ from ..distillation.loss_terms import STAGE_ENDS
 from ..evaluation.answers import longest_answer
 from ..evaluation.probe import GRADIENT_EXAMPLES, PROBE_TOKENS
 from ..trainer.checkpoint import TRAINER_STATE_FILE
-from ..utils.distributed import is_sharded
 from ..utils.progress_bar import working
 from .advice import planned_steps, steps_per_epoch
 from .fill_cache import examples_at_hand
@@ -213,7 +212,7 @@ def tell_time(run: Run) -> None:
         with working("Timing a few passes"):
             rates = Stopwatch(run).rates()
     except torch.OutOfMemoryError:
-        if is_sharded(run.trainer.model):  # the other ranks may wait for this one
+        if run.trainer.terms.are_gathered_with(run.trainer.model):  # the other ranks may wait for this one
             raise
         release_memory()
         run.console.print("No time estimate: memory ran out in a pass that was to be timed.")

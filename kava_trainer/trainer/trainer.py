@@ -31,7 +31,7 @@ from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
 from ..models.student import mend_generation_config
 from ..models.teacher import OnlineTeacher, TeacherSource
-from ..utils.distributed import from_main_process
+from ..utils.distributed import from_main_process, is_sharded
 from ..utils.errors import BadRequest
 from ..utils.memory import needs_memory
 from ..utils.progress_bar import show_progress_bars

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ...utils.distributed import give_up_whole_weights, in_step, is_sharded
 from ..hidden_states import run_decoder
 from ..layers import find_decoder, made_up_tokens
+from ..lm_head import whole_head
 
 T = TypeVar("T")
 
@@ -56,7 +57,8 @@ def read_apart(root: nn.Module, work: Callable[[], T]) -> T:
 
 @contextmanager
 def passes_in_step(model: PreTrainedModel) -> Iterator[None]:
-    """Within the `with` block each rank may run a model, or its decoder, as often as it has something to read.
+    """Within the `with` block each rank may run a model as often as it has something to read: its decoder, then its
+    vocabulary head, by itself or in `whole_head`.
 
     Where the weights are sharded, a rank that is through reads a token again and again until all are, see
     `distributed.in_step`. Every rank must enter the block.
@@ -68,6 +70,8 @@ def passes_in_step(model: PreTrainedModel) -> Iterator[None]:
     @torch.no_grad()
     def read_a_token() -> None:
         run_decoder(model, made_up_tokens(model, 1))
+        with whole_head(model):  # one that is a unit of its own is gathered once with each pass
+            pass
 
     with in_step(find_decoder(model), read_a_token):
         yield

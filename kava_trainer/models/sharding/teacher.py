@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState, init_empty_weights
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,11 +21,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from ...config.model_arguments import ModelArguments
 from ...utils.distributed import all_succeed, own_part
 from ...utils.errors import BadRequest, Problem
-from ..hidden_states import run_decoder
-from ..layers import find_blocks, find_decoder, made_up_tokens
-from ..lm_head import vocabulary_logits
+from ..layers import find_blocks, find_decoder
 from ..loading import build_causal_lm, load_config, load_generation_config, missing_weights, saved_adapter
 from .checkpoint import StoredWeights, find_weights
+from .units import Sharding, settle
 
 _REPLICATED = "write teacher_sharding none."
 
@@ -99,16 +97,24 @@ def _reason_of_model(model: PreTrainedModel) -> str | None:
     """Why a model without storage could not be filled as `from_pretrained` would do it."""
     if get_model_conversion_mapping(model, add_legacy=False):
         return "transformers renames or converts its weights as it loads them"
-    parts = (find_decoder(model), model.get_output_embeddings())
-    text = {id(parameter) for part in parts for parameter in part.parameters()}
-    if beside := [name for name, parameter in model.named_parameters() if id(parameter) not in text]:
-        return f"it has weights beside its decoder and its vocabulary head ({beside[0]})"
-    if odd := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
-        return f"{odd[0]} is a single number"
+    try:
+        decoder = find_decoder(model)
+        find_blocks(model)
+    except BadRequest:
+        return "it keeps no list of its blocks"
+    text = {id(own) for part in (decoder, model.get_output_embeddings()) for own in part.parameters()}
+    weights, known = list(model.named_parameters(remove_duplicate=False)), dict[int, str]()
+    for name, own in weights:
+        if id(own) not in text:
+            return f"it has weights beside its decoder and its vocabulary head ({name})"
+        if own.ndim == 0:
+            return f"{name} is a single number"
+        if known.setdefault(id(own), name) != name:
+            return f"{name} is {known[id(own)]} too"
     strict, own = (getattr(model, f"_keep_in_fp32_modules{end}", None) or () for end in ("_strict", ""))
     if model.dtype != torch.float32 and (strict or (own and model.dtype == torch.float16)):
         return "transformers keeps some of its weights in float32"
-    if odd := [name for name, parameter in model.named_parameters() if parameter.dtype != model.dtype]:
+    if odd := [name for name, own in weights if own.dtype != model.dtype]:
         return f"{odd[0]} is of another data type than its other weights"
     return None
 
@@ -171,7 +177,7 @@ def load_sharded(arguments: ModelArguments, device: torch.device, role: str = "t
         raise BadRequest(f"The {role} {name!r} cannot be loaded: {reason}.")
     if (generation := load_generation_config(name, role, revision)) is not None:
         cast(Any, model).generation_config = generation
-    _run_once(model)
+    settle(model, model)  # before a pass leaves blocks out
     return model
 
 
@@ -181,9 +187,9 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     The vocabulary head runs apart from the decoder, so it is no part of what that gathers; where the two were tied each
     has weights of its own from now on.
     """
-    decoder, head = find_decoder(model), model.get_output_embeddings()
-    for module in (*find_blocks(model), model.get_input_embeddings(), decoder, head):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    sharding, head = Sharding(mesh), model.get_output_embeddings()
+    for module in (*find_blocks(model), model.get_input_embeddings(), find_decoder(model), head):
+        sharding.of_modules(module)
 
 
 def _give_storage(model: PreTrainedModel, device: torch.device) -> None:
@@ -214,12 +220,6 @@ def own_rows(rows: int, mesh: DeviceMesh) -> tuple[int, int]:
     size = math.ceil(rows / mesh.size())
     start = min(mesh.get_local_rank() * size, rows)
     return start, min(start + size, rows)
-
-
-@torch.no_grad()
-def _run_once(model: PreTrainedModel) -> None:
-    """Let FSDP2 see in a first pass which modules belong together, before a pass leaves blocks out."""
-    vocabulary_logits(model, run_decoder(model, made_up_tokens(model)))
 
 
 def held_bytes(parameters: Iterable[torch.Tensor]) -> int:

@@ -121,7 +121,7 @@ class Stopwatch:
         trainer = run.trainer
         self._run, self._trainer = run, trainer
         self._device, self._model, self._terms = run.training.device, trainer.model, trainer.terms
-        self._sharded = is_sharded(trainer.model)
+        self._in_step = trainer.terms.are_gathered_with(trainer.model)
         first = run.data.train
         rows = first.one_pass() if isinstance(first, ExampleStream) else first
         self._sizes = (run.training.per_device_train_batch_size, run.training.per_device_eval_batch_size)
@@ -130,7 +130,7 @@ class Stopwatch:
     def rates(self) -> Rates:
         """What the passes take."""
         training = self._run.training
-        if not self._sharded and not getattr(self._model.student, "is_quantized", False):
+        if not is_sharded(self._model) and not getattr(self._model.student, "is_quantized", False):
             self._model.to(training.device)
         try:
             with _untouched(self._model):
@@ -140,7 +140,7 @@ class Stopwatch:
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         """What some work takes, on all ranks the same where they gather weights for it: how often they do it counts."""
-        return _seconds(self._device, work, _slowest if self._sharded else float)
+        return _seconds(self._device, work, _slowest if self._in_step else float)
 
     def _rates(self) -> Rates:
         weights, control = self._terms.full_weights, self._run.training.run_control
