@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -26,6 +27,7 @@ from ..models.packed_attention import disable_packing, enable_packing, packing_p
 from ..models.teacher import OnlineTeacher, in_step_reading
 from ..utils.atomic_files import write_atomically
 from ..utils.digests import read_samples
+from ..utils.distributed import own_part
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import check_cache_space
 from ..utils.progress_bar import progress_bar, with_progress
@@ -318,6 +320,8 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     """Free a teacher's weights, so that it cannot run; its config and, if wanted, its vocabulary head are left."""
     head = model.get_output_embeddings()
     kept = {id(parameter) for parameter in head.parameters()} if keep_head else set()
+    for parameter in (own for own in model.parameters() if id(own) not in kept and isinstance(own, DTensor)):
+        own_part(parameter).untyped_storage().resize_(0)  # FSDP2 holds on to it
     for module in list(find_decoder(model).modules()):  # blocks go as a whole: quantised ones keep more than parameters
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ModuleList):
@@ -325,4 +329,5 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in kept:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+                nothing = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                setattr(module, name, nn.Parameter(nothing, requires_grad=False))

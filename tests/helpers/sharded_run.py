@@ -80,6 +80,12 @@ def run(*arguments):
         return fault_child.run(*arguments)
 
 
+def run_replicated(*arguments):
+    """A whole run of `run_kava.py` with the whole student on every rank, where a teacher may be sharded."""
+    with mock.patch.object(launcher, "SHARDING_DEVICES", {"cpu"}):
+        return fault_child.run(*arguments)
+
+
 def run_and_signal(*arguments):
     """As `run`, and a signal comes in the middle of it."""
     with sharding_on_cpu():
