@@ -46,7 +46,7 @@ _HARMLESS = {
     "max_length", "max_nonfinite_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "teacher_model_name_or_path", "student_model_name_or_path", "student_config_name", "teacher_revision",
     "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "shuffle_buffer",
-    "merge_adapter", "assistant_turns", "rollouts_from",
+    "merge_adapter", "assistant_turns", "rollouts_from", "teacher_sharding",
 }  # fmt: skip
 """Where things go and what is told, and names whose content is compared instead."""
 

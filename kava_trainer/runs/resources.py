@@ -37,15 +37,17 @@ from ..distillation.teachers.several import SeveralTeachers, each_teacher, role_
 from ..models.attention.capture import hidden_layers
 from ..models.layers import find_blocks, number_of_layers, state_width, train_text_alone
 from ..models.lm_head import vocabulary_size
-from ..models.loading import build_causal_lm, load_config
+from ..models.loading import build_causal_lm
 from ..models.lora import add_adapter
 from ..models.packed_attention import enable_packing
+from ..models.sharding.choice import choose_holding
 from ..models.sizes import model_bytes, optimizer_bytes, optimizer_step_bytes, weight_bytes
 from ..models.student import foreseen_layers, quantized_by, student_config
-from ..models.teacher import OnlineTeacher, TeacherSource, freeze
+from ..models.teacher import OnlineTeacher, TeacherSource
 from ..utils.console import size_text
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import existing_folder
+from .pair.held import meta_teacher, teacher_parts
 
 
 class LiveMemory(TorchDispatchMode):
@@ -191,25 +193,15 @@ def _over_ranks(parts: dict[str, int], world_size: int, gathered: Callable[[], i
     return parts
 
 
-def _meta_teacher(model: ModelArguments, role: str) -> PreTrainedModel:
-    config = load_config(model.teacher_name, role, model.teacher_revision, model)
-    with torch.device("meta"):
-        return freeze(build_causal_lm(config, model.teacher_dtype, model, role))
-
-
-def _head_bytes(training: KavaTrainingArguments, teacher: PreTrainedModel) -> int:
-    """What is left of a teacher whose states are cached."""
-    return weight_bytes([teacher.get_output_embeddings().weight]) if training.kd_weight > 0 else 0
-
-
 def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     """Bytes that training will take on each device, by what takes them; their sum is the peak.
 
-    Of the models only the configs are read.
+    Of the models only the configs are read, and of a teacher that shall be sharded the headers of its files. Every rank
+    must ask.
 
     Returns:
-        `teacher`, `teacher 2` and so on of several, `student`, `adapter` where there is one, `projector`, `gradients`,
-        `optimizer`, `micro-batch`.
+        `teacher`, `teacher 2` and so on of several, `gathered teacher` where one is sharded, `student`, `adapter` where
+        there is one, `projector`, `gradients`, `optimizer`, `micro-batch`.
 
     Raises:
         BadRequest: if a config cannot be had, or the models do not have what the arguments ask for.
@@ -218,7 +210,9 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     student, sizes = _meta_student(model)
     named = [model, *other_teachers(arguments)]
     inherited = foreseen_layers(model)
-    teachers = [_meta_teacher(own, role_of(number)) for number, own in enumerate(named)]
+    teachers = [meta_teacher(own, role_of(number)) for number, own in enumerate(named)]
+    device, processes = training.device, training.world_size
+    holdings = [choose_holding(own, device, processes, role_of(number)) for number, own in enumerate(named)]
     with FakeTensorMode():
         for fake in (*teachers, student):
             _make_fake(fake)
@@ -248,12 +242,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         batch = _micro_batch(arguments, {n: (state_width(teachers[n], own), own) for n, own in held.items()})
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         freed = [] if training.samples else cached
-        teacher_bytes = {
-            role_of(number): _head_bytes(training, own)
-            if number in freed
-            else model_bytes(own, named[number].teacher_quantization)
-            for number, own in enumerate(teachers)
-        }
+        heads_alone = dict.fromkeys(freed, training.kd_weight > 0)
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
         micro_batch = _step_peak(training, distilled, terms, batch)
         parts = {
@@ -263,8 +252,8 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
         }
         return {
-            **teacher_bytes,
-            **_over_ranks(parts, training.world_size, lambda: _gathered_bytes(student, parts["projector"])),
+            **teacher_parts(teachers, named, holdings, heads_alone, processes),
+            **_over_ranks(parts, processes, lambda: _gathered_bytes(student, parts["projector"])),
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),
         }

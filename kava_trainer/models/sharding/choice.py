@@ -25,12 +25,6 @@ class Holding(NamedTuple):
     note: str | None = None
     """Why one that is large enough to be sharded is not, in a sentence."""
 
-    def lines(self, role: str, processes: int) -> list[str]:
-        """What a run says of it; nothing where the teacher is replicated as usual."""
-        if self.sharded:
-            return [f"The {role} is spread over {processes} processes and gathered block by block (teacher_sharding)."]
-        return [] if self.note is None else [self.note]
-
 
 def choose_holding(arguments: ModelArguments, device: torch.device, processes: int, role: str = "teacher") -> Holding:
     """How a teacher is held, from its config and the headers of its files. Every rank must ask.

@@ -21,6 +21,7 @@ from ...models.teacher import load_teacher
 from ...utils.console import Console
 from ...utils.progress_bar import working
 from .choice import find_cut
+from .held import describe_holding
 from .tokenizers import check_role_reads, teacher_readings
 
 _BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
@@ -91,7 +92,7 @@ def _load_teachers(console: Console, arguments: KavaArguments) -> list[PreTraine
     named = {role_of(number): own for number, own in enumerate([arguments.model, *other_teachers(arguments)])}
     held = {role: choose_holding(own, device, processes, role) for role, own in named.items()}
     for role, holding in held.items():
-        for line in holding.lines(role, processes):
+        for line in describe_holding(named[role], holding, role, processes, device.type):
             console.print(line)
     found = []
     for role, own in named.items():
