@@ -1,19 +1,51 @@
 """Teachers that are loaded by shards on gloo ranks."""
 
 import hashlib
+import weakref
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from kava_trainer.config.model_arguments import ModelArguments
-from kava_trainer.models.sharding.teacher import load_sharded
-from kava_trainer.utils.distributed import own_part
+from kava_trainer.models.attention.capture import AttentionPart
+from kava_trainer.models.layers import number_of_layers
+from kava_trainer.models.sharding.teacher import gathered_bytes, held_bytes, load_sharded
+from kava_trainer.models.teacher import OnlineTeacher
+from kava_trainer.utils.distributed import own_part, whole
+from kava_trainer.utils.errors import BadRequest
+
+CPU = torch.device("cpu")
+
+
+class RealMemory(TorchDispatchMode):
+    """The most bytes of tensors that live at once within a `with` block.
+
+    Of one that is spread over ranks the own part counts, of one on the meta device nothing, and of one whose storage
+    FSDP2 has emptied nothing any more.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._seen = 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self._seen.add(own_part(tensor).untyped_storage())
+        sizes = {storage._cdata: storage.nbytes() for storage in self._seen}
+        self.peak = max(self.peak, sum(sizes.values()))
+        return output
 
 
 def by_shards(folder, **changes):
     """The teacher of a folder, of which this rank holds its share."""
     assert PartialState(cpu=True).num_processes > 1
-    return load_sharded(ModelArguments(str(folder), **changes), torch.device("cpu"))
+    return load_sharded(ModelArguments(str(folder), **changes), CPU)
 
 
 def own_hash(model):
@@ -22,3 +54,73 @@ def own_hash(model):
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + own_part(tensor).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def look(folder, output, options):
+    """Compare a sharded teacher with the whole one; rank 0 writes what each rank holds of it and held at most."""
+    with RealMemory() as live:
+        model = by_shards(folder, **options)
+    before = own_hash(model)
+    dtype = options.get("teacher_dtype", "auto")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    plain.eval()
+    assert not any(own.requires_grad for own in model.parameters())
+    assert not any(module.training for module in model.modules())
+    for kind in ("state_dict", "named_buffers"):
+        ours, theirs = dict(getattr(model, kind)()), dict(getattr(plain, kind)())
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].dtype == tensor.dtype, name
+            assert torch.equal(whole(ours[name]), tensor), name
+    assert model.generation_config.to_dict() == plain.generation_config.to_dict()
+    check_states(model, plain, ATTENTION)
+    assert own_hash(model) == before
+    sizes = [held_bytes(model.parameters()), live.peak, held_bytes(plain.parameters()), gathered_bytes(plain)]
+    found = [None] * PartialState().num_processes
+    torch.distributed.all_gather_object(found, sizes)
+    if PartialState().is_main_process:
+        torch.save(found, output)
+    return 0
+
+
+ATTENTION = [[2, AttentionPart(2, "query"), AttentionPart(3, "key")]]
+
+
+def check_states(model, plain, more=()):
+    """What both give are the same bits, whatever is captured and however much of the decoder runs for it."""
+    depth = number_of_layers(plain)
+    ids = torch.arange(1, 25).view(2, 12)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for features in (*more, [1], [depth - 1], [1, 2, depth], [depth]):
+        sharded, ours = OnlineTeacher(model, features), OnlineTeacher(plain, features)
+        found, expected = sharded.features(batch), ours.features(batch)
+        assert found.keys() == expected.keys()
+        for name, states in expected.items():
+            assert torch.equal(found[name], states), (features, name)
+        for teacher in (sharded, ours):
+            teacher.close()
+    states = expected[depth]
+    logits = ours.head(states)
+    assert torch.equal(sharded.head(states), logits)
+    with sharded.whole_head():  # as often as a rank likes
+        for _ in range(1 + PartialState().process_index):
+            assert torch.equal(sharded.head(states), logits)
+    assert torch.equal(sharded.head(states), logits)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+def look_at_each(folder, output):
+    """Compare the sharded teacher with the whole one in each folder of a folder; rank 0 writes which are refused."""
+    refused = {}
+    for own in sorted(Path(folder).iterdir()):
+        try:
+            model = by_shards(own)
+        except BadRequest as error:
+            refused[own.name] = str(error)
+            continue
+        plain = AutoModelForCausalLM.from_pretrained(own).eval()
+        check_states(model, plain)
+    if PartialState().is_main_process:
+        torch.save(refused, output)
+    return 0
