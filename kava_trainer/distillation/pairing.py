@@ -16,6 +16,7 @@ from ..models.layers import number_of_layers, train_text_alone
 from ..models.lm_head import check_head
 from ..models.loading import on_device
 from ..models.lora import has_adapter, unwrapped
+from ..models.sharding.passes import read_apart
 from ..models.teacher import OnlineTeacher, TeacherSource
 from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
@@ -284,7 +285,7 @@ class Pairing:
             source, _ = pair_up(self._args, model.student, self._teachers, model.target)
         elif not self._teachers:
             pair_up(self._args, model.student, None, model.target)
-        _try_out(self._args, model.student, source, model.target)
+        read_apart(model, lambda: _try_out(self._args, model.student, source, model.target))
         self._tried = self._read_parts()
         return source
 
