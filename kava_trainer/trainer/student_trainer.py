@@ -99,6 +99,8 @@ class StudentTrainer(SavingTrainer):
         if self.is_fsdp_enabled and not is_sharded(self.model):
             self.model.shard(Sharding.of(self.accelerator))
             self.optimizer = None  # one that was made holds weights which are no part of the model any more
+            # Trainer evaluates what is prepared, and would prepare it by itself without the optimizer that FSDP2 wants.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     def choose_probe(self) -> None:
         """Fix the examples of the probe, for the teacher and the loss terms that there are now."""
