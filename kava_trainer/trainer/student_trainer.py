@@ -282,7 +282,7 @@ class StudentTrainer(SavingTrainer):
             merge_adapter: merge adapters into the student; else they are written alone.
         """
         weights = self.weights
-        weights.export_student(output_dir, weights.gathered_student(), merge_adapter)
+        weights.export_student(output_dir, weights.gathered_student(merge_adapter), merge_adapter)
 
     def whole_student(self) -> PreTrainedModel:
         """The student with all its weights on this rank; a copy where they are sharded. Every rank must ask."""
@@ -332,7 +332,7 @@ class StudentTrainer(SavingTrainer):
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        state = self.weights.gathered_student()
+        state = self.weights.gathered_student(merge_adapter=True)
         if not self.is_world_process_zero():
             return None
         folder = TemporaryDirectory()

@@ -1,16 +1,18 @@
 """The ranks of a run: what they tell each other, on the host so that no device is waited for, and sharded weights."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -117,15 +119,42 @@ def give_up_whole_weights(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole_state(module: nn.Module, everywhere: bool = False) -> dict[str, torch.Tensor]:
+def whole_state(
+    module: nn.Module, everywhere: bool = False, names: Container[str] | None = None
+) -> dict[str, torch.Tensor]:
     """The state of a module of a sharded model with whole weights. Every rank must ask.
 
     Args:
         module: the model or a part of it.
         everywhere: on every rank, on its device; by default on the main process alone, on the CPU.
+        names: of what is asked for; all of it by default.
 
     Returns:
         Tensors by name; nothing on the other ranks where they are not asked for.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
-    return cast(dict[str, torch.Tensor], get_model_state_dict(module, options=options))
+    if names is None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
+        return cast(dict[str, torch.Tensor], get_model_state_dict(module, options=options))
+    found = {}
+    for name, part in get_model_state_dict(module).items():
+        if name in names:
+            tensor = whole(part)
+            if everywhere or PartialState().is_main_process:
+                found[name] = tensor if everywhere else tensor.cpu()
+    return found
+
+
+def write_parts(module: nn.Module, folder: Path, left_out: Container[str]) -> None:
+    """Let every rank write its part of a sharded model's state, but for what is left out by name."""
+    checkpoint.save({"model": _parts(module, left_out)}, checkpoint_id=folder)
+
+
+def read_parts(module: nn.Module, folder: Path, left_out: Container[str]) -> None:
+    """Put back what `write_parts` wrote, by whichever number of ranks. Every rank must ask."""
+    state = {"model": _parts(module, left_out)}
+    checkpoint.load(state, checkpoint_id=folder)
+    set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
+
+
+def _parts(module: nn.Module, left_out: Container[str]) -> dict[str, Any]:
+    return {name: part for name, part in get_model_state_dict(module).items() if name not in left_out}
