@@ -284,7 +284,7 @@ class StudentTrainer(SavingTrainer):
             merge_adapter: merge adapters into the student; else they are written alone.
         """
         weights = self.weights
-        weights.export_student(output_dir, weights.gathered_student(), merge_adapter)
+        weights.export_student(output_dir, weights.gathered_student(merge_adapter), merge_adapter)
 
     def advice(self) -> str:
         """What to resume from after the training went wrong, as a sentence."""
@@ -330,7 +330,7 @@ class StudentTrainer(SavingTrainer):
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        state = self.weights.gathered_student()
+        state = self.weights.gathered_student(merge_adapter=True)
         if not self.is_world_process_zero():
             return None
         folder = TemporaryDirectory()

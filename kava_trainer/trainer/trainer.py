@@ -29,7 +29,6 @@ from ..distillation.teachers.several import by_role, online_teachers, states_rea
 from ..distillation.token_alignment.divergence import shared_with_each
 from ..models.lm_head import vocabulary_size
 from ..models.routers import router_note
-from ..models.sharding.passes import read_apart
 from ..models.student import mend_generation_config
 from ..models.teacher import OnlineTeacher, TeacherSource
 from ..utils.distributed import from_main_process, is_sharded
@@ -152,7 +151,7 @@ class KavaTrainer(StudentTrainer):
         self.batches.teachers = len(self.target.parts)
         models = {"student": self.student}
         models |= {role: own.model for role, own in by_role(source) if isinstance(own, OnlineTeacher)}
-        if reason := read_apart(self.model, lambda: self.batches.choose_packing(models, self.data_collator)):
+        if reason := self.model.read(lambda: self.batches.choose_packing(models, self.data_collator)):
             self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
         if source is not None and states_readers(source):
             self.read_cache(source)

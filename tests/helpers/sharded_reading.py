@@ -10,7 +10,6 @@ from helpers.data import random_examples
 from helpers.sharded_run import sharding_on_cpu
 from helpers.trainers import make_trainer
 from kava_trainer.evaluation.answers import evaluate_with_answers
-from kava_trainer.models.sharding.passes import read_apart
 from kava_trainer.quickstart import STUDENT_FOLDER
 from kava_trainer.utils.distributed import is_sharded, whole
 
@@ -34,10 +33,10 @@ def measure(output, held_out, settings):
     trainer.choose_probe()
     trainer.student.generation_config.eos_token_id = [0, *range(3, 512, 5)]  # so that answers have many lengths
     own = (trainer.student, tokenizer, data, trainer.data_collator, 2, 12, text)
-    measured = read_apart(trainer.model, lambda: evaluate_with_answers(*own))
+    measured = trainer.model.read(lambda: evaluate_with_answers(*own))
     trainer.calibrate()
     metrics = trainer.evaluate()
-    again = read_apart(trainer.model, lambda: evaluate_with_answers(*own))
+    again = trainer.model.read(lambda: evaluate_with_answers(*own))
     projectors, sharded = whole_projectors(trainer), is_sharded(trainer.model)
     held = {type(parameter).__name__ for parameter in trainer.model.parameters()}
     probe = trainer.run_probe()
