@@ -40,6 +40,13 @@ def may_shard(device_type: str) -> bool:
     return device_type in SHARDING_DEVICES
 
 
+def mixed_precision(training: "TrainingArguments") -> str:
+    """What autocast computes in, `bf16` or `fp16`, as the arguments say or else the launcher; `no` without it."""
+    if training.bf16 or training.fp16:
+        return "fp16" if training.fp16 else "bf16"
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def describe_engine(world_size: int) -> str:
     """How many processes there are, and what they share, in a few words."""
     if is_fsdp_asked():
@@ -102,12 +109,9 @@ def _launcher_problems() -> Iterator[Problem]:
 
 def _argument_problems(training: "TrainingArguments") -> Iterator[Problem]:
     """What the arguments have that would go wrong."""
-    if training.bf16 or training.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        yield Problem(
-            None,
-            "bf16, fp16 and mixed_precision are not supported under FSDP2, where the projectors would be rounded too;",
-            "leave them out, or write student_dtype bfloat16 with optim adamw_torch_8bit.",
-        )
+    if (precision := mixed_precision(training)) not in ("no", "bf16"):
+        what = f"Mixed precision in {precision} is not supported under FSDP2;"
+        yield Problem(None, what, "write bf16 true (in the accelerate config mixed_precision: bf16), or leave it out.")
     optim = optimizer_name(training.optim)
     if optim not in TORCHAO_OPTIMIZERS and any(word in optim for word in ("8bit", "bnb", "paged")):
         what = f"optim {optim} cannot update sharded weights;"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,10 +14,13 @@ from ..models.hidden_states import decoder_output, first_tensor
 from ..models.layers import made_up_tokens
 from ..models.lm_head import vocabulary_logits
 from ..models.routers import router_losses
+from ..models.sharding.passes import read_apart
 from ..models.sharding.units import Sharding, settle, shard_model
 from ..utils.distributed import in_step, is_sharded
 from .logits_terms import LogitsTerms
 from .targets import AlignedStates, AlignmentTarget
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -159,6 +162,11 @@ class DistillationModel(nn.Module):
             return StudentOutput(last, states, pairs, router=router)
         own = [p for p in self.student.get_output_embeddings().parameters() if p.requires_grad]
         return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last), router)
+
+    def read(self, work: Callable[[], T]) -> T:
+        """What some work makes of the student, see `read_apart`; of one that is sharded in the training's precision."""
+        with self._autocast():
+            return read_apart(self, work)
 
     def passes_in_step(self) -> AbstractContextManager[None]:
         """Within the `with` block each rank may have the student read as often as it needs, see `distributed.in_step`.

@@ -15,7 +15,7 @@ from ..models.attention.capture import AttentionPart, Feature, check_features
 from ..models.layers import number_of_layers, train_text_alone
 from ..models.lm_head import check_head
 from ..models.loading import on_device
-from ..models.lora import has_adapter, unwrapped
+from ..models.lora import unwrapped
 from ..models.teacher import OnlineTeacher, TeacherSource
 from ..utils.distributed import is_sharded
 from .loss_terms import needed_teacher_layers
@@ -26,8 +26,8 @@ from .teachers.several import SeveralTeachers, by_role, each_teacher, online_tea
 
 def check_student(student: PreTrainedModel) -> None:
     """Raise `ValueError` for a student that cannot be trained as it is."""
-    if is_fsdp_asked() and has_adapter(student):
-        raise ValueError("Adapters are not supported under FSDP2; start without it.")
+    if is_fsdp_asked() and getattr(student, "is_quantized", False):
+        raise ValueError("The student's weights are quantised, which FSDP2 cannot spread; load them as they are.")
     check_causal("student", student)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("No weight of the student needs a gradient, so it would not learn: student.requires_grad_().")
@@ -285,7 +285,7 @@ class Pairing:
             source, _ = pair_up(self._args, model.student, self._teachers, model.target)
         elif not self._teachers:
             pair_up(self._args, model.student, None, model.target)
-        _try_out(self._args, model.student, source, model.target)
+        model.read(lambda: _try_out(self._args, model.student, source, model.target))
         self._tried = self._read_parts()
         return source
 

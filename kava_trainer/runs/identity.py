@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
-from ..config.launcher import is_fsdp_asked
+from ..config.launcher import is_fsdp_asked, mixed_precision
 from ..config.student_cut import CUT_ARGUMENTS
 from ..data.streaming import ExampleStream
 from ..data.token_alignment.ranges import PAIR_COLUMNS, is_pair_column
@@ -30,7 +30,8 @@ _SAME = {
     "student_init", "alignment_target", "kv_shape", "projector_sharing", "layer_mapping", "projector_direction",
     "projector_anchor", "projector_mlp_ratio", "projector_rank", "use_peft", "student_quantization", "lora_r",
     "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "dataloader_drop_last",
-    "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16", "streaming", *CUT_ARGUMENTS,
+    "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16", "mixed_precision",
+    "streaming", *CUT_ARGUMENTS,
 }  # fmt: skip
 """A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
 
@@ -129,6 +130,7 @@ def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
         **_teachers(arguments),
         "world_size": arguments.training.world_size,
         "sharded": is_fsdp_asked(),
+        "mixed_precision": mixed_precision(arguments.training),
     }
 
 
@@ -173,7 +175,10 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
     found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
     examples = _step_examples(there)
     split_alike = examples is not None and examples == _step_examples(here)
-    for name in sorted(there.keys() & here.keys()):
+    known = there.keys() & here.keys()
+    if "mixed_precision" in known:  # which the launcher may have been asked for in their place
+        known -= {"bf16", "fp16"}
+    for name in sorted(known):
         if there[name] == here[name]:
             continue
         kind = "harmless" if name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) else "training"

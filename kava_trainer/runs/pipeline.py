@@ -8,12 +8,12 @@ from typing import cast
 
 import torch
 from datasets import Dataset
-from torch import nn
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import hide_tokens
 from ..data.collators import DistillationCollator
 from ..data.token_alignment.ranges import as_the_teacher_reads
+from ..distillation.model import DistillationModel
 from ..evaluation.answers import Evaluation, evaluate_with_answers, first_problems, have_prompts, longest_answer
 from ..evaluation.final_answer_match.final_answer_match import is_exact_match
 from ..models.layers import context_length
@@ -176,7 +176,7 @@ def measure(
     held_out: Dataset,
     names: tuple[str, ...],
     retention: Dataset | None = None,
-    student_root: nn.Module | None = None,
+    student_in: DistillationModel | None = None,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Measure the teacher or the student on held-out examples, and print the figures.
 
@@ -187,7 +187,7 @@ def measure(
         held_out: tokenised examples.
         names: `teacher` for the teacher, any other name of `LONG_NAMES` for the student.
         retention: tokenised text that is no answer, see `load_retention`.
-        student_root: the model that the student is a part of, see `read_apart`; by default it is none's.
+        student_in: the model that holds the student, whose weights may be sharded; by default none does.
 
     Yields:
         Each name with its figures and answers.
@@ -195,7 +195,7 @@ def measure(
     training = arguments.training
     if not is_sharded(models.student):
         on_device(models.student, training.device)
-    roots = {"teacher": models.teacher, "student": models.student if student_root is None else student_root}
+    read_student = partial(read_apart, models.student) if student_in is None else student_in.read
     read = {"teacher": as_the_teacher_reads(held_out), "student": held_out}
     sizes = {role: training.generation_max_new_tokens or 2 * longest_answer(own) for role, own in read.items()}
     most = _most_new_tokens(models, read, sizes)
@@ -217,7 +217,7 @@ def measure(
                 most[role] if generates else None,
                 as_the_teacher_reads(retention) if role == "teacher" and retention is not None else retention,
             )
-            measured = read_apart(roots[role], evaluate)
+            measured = evaluate() if role == "teacher" else read_student(evaluate)
         figures = measured.figures
         match, kept = figures["exact_match"], figures["retention_cross_entropy"]
         shown = "" if match is None else f", exact match {100 * match:.1f} %"

@@ -25,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..config.alignment.teachers import cache_folders, other_teachers
 from ..config.arguments import KavaArguments, KavaTrainingArguments
-from ..config.launcher import is_fsdp_asked
+from ..config.launcher import is_fsdp_asked, mixed_precision
 from ..config.model_arguments import ModelArguments
 from ..data.packing import pack_step
 from ..data.token_alignment.ranges import of_teacher
@@ -233,7 +233,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         source: TeacherSource | None = SeveralTeachers(sources) if len(sources) > 1 else next(iter(sources), None)
 
         def autocast() -> Any:
-            dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((training.bf16, training.fp16))
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(training))
             return torch.autocast("cpu", dtype) if dtype else nullcontext()
 
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)

@@ -99,6 +99,8 @@ class StudentTrainer(SavingTrainer):
         if self.is_fsdp_enabled and not is_sharded(self.model):
             self.model.shard(Sharding.of(self.accelerator))
             self.optimizer = None  # one that was made holds weights which are no part of the model any more
+            # Trainer evaluates what is prepared, and would prepare it by itself without the optimizer that FSDP2 wants.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     def choose_probe(self) -> None:
         """Fix the examples of the probe, for the teacher and the loss terms that there are now."""
@@ -282,7 +284,7 @@ class StudentTrainer(SavingTrainer):
             merge_adapter: merge adapters into the student; else they are written alone.
         """
         weights = self.weights
-        weights.export_student(output_dir, weights.gathered_student(), merge_adapter)
+        weights.export_student(output_dir, weights.gathered_student(merge_adapter), merge_adapter)
 
     def advice(self) -> str:
         """What to resume from after the training went wrong, as a sentence."""
@@ -328,7 +330,7 @@ class StudentTrainer(SavingTrainer):
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        state = self.weights.gathered_student()
+        state = self.weights.gathered_student(merge_adapter=True)
         if not self.is_world_process_zero():
             return None
         folder = TemporaryDirectory()

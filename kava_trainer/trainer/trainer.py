@@ -151,12 +151,13 @@ class KavaTrainer(StudentTrainer):
         self.batches.teachers = len(self.target.parts)
         models = {"student": self.student}
         models |= {role: own.model for role, own in by_role(source) if isinstance(own, OnlineTeacher)}
-        if reason := self.batches.choose_packing(models, self.data_collator):
+        if reason := self.model.read(lambda: self.batches.choose_packing(models, self.data_collator)):
             self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
         if source is not None and states_readers(source):
             self.read_cache(source)
         else:
             self.choose_probe()
+        self.shard()
 
     def call_model_init(self, trial: Any = None) -> DistillationModel:
         """A new student of `model_init`, beside new projectors, as the trial's arguments ask.
@@ -336,7 +337,6 @@ class KavaTrainer(StudentTrainer):
         if self.args.calibrates and self.run_state.checkpoint is None:
             with needs_memory("while the projectors were calibrated", self.incidents.smaller_evaluation):
                 self.calibrate()
-        self.shard()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the token means since the last line to a training log line; steps without a finite loss do not count.

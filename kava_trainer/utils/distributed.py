@@ -1,17 +1,19 @@
 """The ranks of a run: what they tell each other, on the host so that no device is waited for, and sharded weights."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -166,13 +168,41 @@ def give_up_whole_weights(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
+def whole_state(module: nn.Module, names: Container[str] | None = None) -> dict[str, torch.Tensor]:
     """The state of a module of a sharded model with whole weights, on the main process's host. Every rank must ask.
 
     They are gathered one after the other, so that no device holds more than one of them whole.
 
+    Args:
+        module: the model or a part of it.
+        names: of what is asked for; all of it by default.
+
     Returns:
         Tensors by name; nothing on the other ranks.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, torch.Tensor], get_model_state_dict(module, options=options))
+    if names is None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast(dict[str, torch.Tensor], get_model_state_dict(module, options=options))
+    found = {}
+    for name, part in get_model_state_dict(module).items():
+        if name in names:
+            tensor = whole(part)
+            if PartialState().is_main_process:
+                found[name] = tensor.cpu()
+    return found
+
+
+def write_parts(module: nn.Module, folder: Path, left_out: Container[str]) -> None:
+    """Let every rank write its part of a sharded model's state, but for what is left out by name."""
+    checkpoint.save({"model": _parts(module, left_out)}, checkpoint_id=folder)
+
+
+def read_parts(module: nn.Module, folder: Path, left_out: Container[str]) -> None:
+    """Put back what `write_parts` wrote, by whichever number of ranks. Every rank must ask."""
+    state = {"model": _parts(module, left_out)}
+    checkpoint.load(state, checkpoint_id=folder)
+    set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
+
+
+def _parts(module: nn.Module, left_out: Container[str]) -> dict[str, Any]:
+    return {name: part for name, part in get_model_state_dict(module).items() if name not in left_out}

@@ -27,7 +27,7 @@ class Sharding:
     reshard_after_forward: bool = True
     """Whether a block is given up after its forward pass and gathered once more for the backward pass."""
     computes_in: torch.dtype | None = None
-    """The type that a model's weights are gathered in; None for the one that they are held in."""
+    """The type that the weights of blocks are gathered in; None for the one that they are held in."""
     autocast: Callable[[], AbstractContextManager[Any]] | None = None
     """Makes the context that the forward pass of a student beside projectors runs in."""
 
@@ -48,12 +48,12 @@ class Sharding:
         Args:
             modules: whose forward passes gather the unit; siblings share one.
             reshard: whether `reshard_after_forward` counts, or the unit stays whole up to the backward pass.
-            exact: gather the weights as they are held.
+            exact: gather the weights as they are held, and let autocast choose what they compute in.
         """
         policy = MixedPrecisionPolicy(
             param_dtype=None if exact else self.computes_in,
-            reduce_dtype=None if exact or self.computes_in is None else torch.float32,
-            cast_forward_inputs=False,  # what comes in is what the unit before has computed, or what no one may round
+            reduce_dtype=None if self.computes_in is None else torch.float32,
+            cast_forward_inputs=False,  # autocast does so where it has to, and leaves the states between blocks exact
         )
         fully_shard(
             modules, mesh=self.mesh, reshard_after_forward=reshard and self.reshard_after_forward, mp_policy=policy
@@ -64,7 +64,9 @@ def shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
     """Spread a model over the ranks, block by block, so that no device holds more of it than a block and its ends.
 
     Units are each block; the embeddings, where they are no weight of the head too; the head with what else the decoder
-    has, whole from the decoder's pass to its backward pass, because the head is run apart; and what is left.
+    has, whole from the decoder's pass to its backward pass, because the head is run apart; and what is left. Blocks
+    alone are gathered in another type than they are held in: with the ends as they are, the states between the blocks
+    are those that autocast makes in one process, and the head's gradient is added up over chunks as it is there.
 
     Args:
         model: on any device; a module above it may be made a unit afterwards.
@@ -78,9 +80,9 @@ def shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
     units = [*_blocks(model, decoder), *([] if tied else [embeddings])]
     _check_weights(model, units)
     for unit in units:
-        sharding.of_modules(unit)
-    sharding.of_modules([decoder, head], reshard=False)
-    sharding.of_modules(model)
+        sharding.of_modules(unit, exact=unit is embeddings)
+    sharding.of_modules([decoder, head], reshard=False, exact=True)
+    sharding.of_modules(model, exact=True)
 
 
 def _blocks(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
@@ -103,16 +105,27 @@ def _outermost(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _check_weights(model: nn.Module, units: list[nn.Module]) -> None:
-    """Make sure that the weights can be spread. Raises `BadRequest` if not."""
+    """Make sure that the weights can be spread as these units and a rest. Raises `BadRequest` if not."""
     owners: dict[int, nn.Module] = {}
     shared = {id(own) for unit in units for own in unit.parameters() if owners.setdefault(id(own), unit) is not unit}
+    kinds: dict[nn.Module | None, set[torch.dtype]] = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in shared or parameter.ndim == 0:
-            what = "shared between blocks" if id(parameter) in shared else "a single number"
-            raise BadRequest(
-                f"{name} of the {type(model).__name__} is {what}, which FSDP2 cannot spread over processes;",
-                f"start with DDP ({accelerate_config('ddp.yaml')}).",
-            )
+        if parameter.requires_grad:
+            kinds.setdefault(owners.get(id(parameter)), set()).add(parameter.dtype)
+        what = "is shared between blocks" if id(parameter) in shared else ""
+        what = "is a single number" if parameter.ndim == 0 else what
+        if what:
+            raise BadRequest(f"{name} of the {type(model).__name__} {what}, which FSDP2 cannot spread;", _instead())
+    if odd := next((found for found in kinds.values() if len(found) > 1), None):
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in odd))
+        what = (
+            f"Weights of the {type(model).__name__} that are trained together are {names}, which FSDP2 cannot spread;"
+        )
+        raise BadRequest(what, f"write student_dtype float32, or {_instead()}")
+
+
+def _instead() -> str:
+    return f"start with DDP ({accelerate_config('ddp.yaml')})."
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ...config.arguments import KavaArguments, KavaTrainingArguments
+from ...config.launcher import mixed_precision
 from ...data.collators import DistillationCollator
 from ...data.splits import load_splits
 from ...distillation.rollouts.choice import derived_seed
@@ -180,8 +181,9 @@ def answer_prompts(
 
 def _autocast(training: KavaTrainingArguments) -> torch.autocast:
     """What a training computes in."""
-    kind = torch.float16 if training.fp16 else torch.bfloat16
-    return torch.autocast(training.device.type, kind, enabled=training.fp16 or training.bf16)
+    precision = mixed_precision(training)
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(training.device.type, kind, enabled=precision in ("fp16", "bf16"))
 
 
 def _tell(console: Console, rollouts: Sequence[Rollout]) -> None:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ...data.collators import DistillationCollator, JoiningCollator
@@ -28,7 +27,6 @@ from ...models.attention.capture import Feature
 from ...models.generation.generate import own_defaults_off
 from ...models.hidden_states import run_decoder
 from ...models.layers import evaluating, in_mode, keeping_gradients
-from ...models.sharding.passes import read_apart
 from ...utils.distributed import give_up_whole_weights, is_sharded, largest_over_ranks
 from ..setup import Run
 
@@ -160,8 +158,8 @@ class Stopwatch:
             states = each(row, lambda: self._terms.teacher_states(row)) if self._terms.teacher is not None else 0.0
             terms = each(batch, lambda: self._forward(batch, weights))
             theirs = self._padded(len(batch["input_ids"]), read_by_the_teacher)
-            teacher_read = self._seconds(lambda: _read(teacher, teacher, theirs)) / int(batch["attention_mask"].sum())
-            student_read = each(batch, lambda: _read(self._model, student, batch))
+            teacher_read = self._seconds(lambda: _read(teacher, theirs)) / int(batch["attention_mask"].sum())
+            student_read = each(batch, lambda: self._model.read(lambda: _read(student, batch)))
         divergence = 0.0
         if "kd" in weights and self._run.training.kd_schedule == "stage":
             others = {name: weight for name, weight in weights.items() if name != "kd"}
@@ -180,8 +178,8 @@ class Stopwatch:
             optimizer=PASSES_OF_OPTIMIZER * copy,
             divergence=divergence,
             ranks=self._ranks(),
-            teacher_token=self._token(teacher, teacher, read_by_the_teacher),
-            student_token=self._token(self._model, student, list),
+            teacher_token=self._token(teacher, read_by_the_teacher),
+            student_token=self._token(student, list),
         )
 
     def _ranks(self) -> float:
@@ -237,10 +235,8 @@ class Stopwatch:
         self._model.zero_grad()
         self._forward(row, weights).backward()
 
-    def _token(
-        self, root: nn.Module, model: PreTrainedModel, read: Callable[[Sequence[Any]], list[dict[str, Any]]]
-    ) -> float:
-        """Seconds that one more token takes in all answers of a batch; 0 where none are written. `root` as `_read`."""
+    def _token(self, model: PreTrainedModel, read: Callable[[Sequence[Any]], list[dict[str, Any]]]) -> float:
+        """Seconds that one more token takes in all answers of a batch; 0 where none are written."""
         run = self._run
         if not generates(run) and not run.training.samples:
             return 0.0
@@ -249,23 +245,21 @@ class Stopwatch:
 
         def write(tokens: int) -> None:
             greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
-            asked = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "generation_config": greedy}
-            with evaluating(model), own_defaults_off(model):
-                read_apart(root, partial(cast(Any, model).generate, **asked))
+            with evaluating(model), torch.no_grad(), own_defaults_off(model):
+                cast(Any, model).generate(
+                    input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy
+                )
 
-        first = self._seconds(lambda: write(1))
-        return max(self._seconds(lambda: write(1 + NEW_TOKENS)) - first, 0.0) / NEW_TOKENS
+        def taken(tokens: int) -> float:
+            return self._seconds(lambda: self._model.read(lambda: write(tokens)))
+
+        return max(taken(1 + NEW_TOKENS) - taken(1), 0.0) / NEW_TOKENS
 
 
-def _read(root: nn.Module, model: PreTrainedModel, batch: dict[str, Any]) -> None:
-    """Read a batch with a model that is a part of `root`, see `read_apart`."""
-
-    def read() -> None:
+def _read(model: PreTrainedModel, batch: dict[str, Any]) -> None:
+    with evaluating(model):
         states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
         answer_loss_sum(model, states, batch)
-
-    with evaluating(model):
-        read_apart(root, read)
 
 
 def _slowest(seconds: float) -> float:
