@@ -163,15 +163,16 @@ class StepRunner(TrainerCallback):
         """The loss of rows with its gradients added up; None where memory ran out.
 
         Args:
-            exchange: whether the ranks exchange gradients with the last row, which Trainer lets through. Where weights
-                are sharded they do so with each, and keep their own parts of the sum.
+            exchange: whether the ranks exchange gradients with the last row, which Trainer lets through. Where the
+                student is sharded they do so with each, and keep their own parts of the sum.
         """
         total = torch.zeros((), device=self._args.device)
-        if self._sharded:  # gradients that wait for the last pass would be whole ones, on every rank
+        spread = isinstance(model, FSDPModule)
+        if spread:  # gradients that wait for the last pass would be whole ones, on every rank
             cast(FSDPModule, model).set_requires_gradient_sync(True)
         try:
             for left, row in enumerate(rows, start=1 - len(rows)):
-                exchanges = self._sharded or (left == 0 and exchange)
+                exchanges = spread or (left == 0 and exchange)
                 with nullcontext() if exchanges else self._accelerator.no_sync(model):
                     total += self._backward(model, row, num_items)
         except torch.OutOfMemoryError:
