@@ -4,6 +4,7 @@ import hashlib
 import weakref
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.distillation.teacher_cache import CachedTeacher, is_released, release_weights
 from kava_trainer.models.attention.capture import AttentionPart
 from kava_trainer.models.layers import number_of_layers
 from kava_trainer.models.sharding.teacher import gathered_bytes, held_bytes, load_sharded
@@ -52,7 +54,7 @@ def own_hash(model):
     """Of what this rank holds."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + own_part(tensor).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + own_part(tensor).clone().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -75,7 +77,9 @@ def look(folder, output, options):
     assert model.generation_config.to_dict() == plain.generation_config.to_dict()
     check_states(model, plain, ATTENTION)
     assert own_hash(model) == before
-    sizes = [held_bytes(model.parameters()), live.peak, held_bytes(plain.parameters()), gathered_bytes(plain)]
+    held = held_bytes(model.parameters())
+    check_release(model, plain)
+    sizes = [held, live.peak, held_bytes(plain.parameters()), gathered_bytes(plain)]
     found = [None] * PartialState().num_processes
     torch.distributed.all_gather_object(found, sizes)
     if PartialState().is_main_process:
@@ -108,6 +112,19 @@ def check_states(model, plain, more=()):
     assert torch.equal(sharded.head(states), logits)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+def check_release(model, plain):
+    """What is left of a teacher whose states are cached is its head, still spread over the ranks."""
+    before = [own_part(own) for own in model.parameters()]
+    head = held_bytes(model.get_output_embeddings().parameters())
+    release_weights(model, keep_head=True)
+    assert sum(own.untyped_storage().nbytes() for own in before) == pytest.approx(head, rel=0.02)  # rows of padding
+    assert is_released(model)
+    states = torch.randn(3, 5, plain.config.hidden_size).to(plain.dtype)
+    cached = CachedTeacher(model, lambda ids: {})
+    with cached.whole_head():
+        assert torch.equal(cached.head(states), CachedTeacher(plain, lambda ids: {}).head(states))
 
 
 def look_at_each(folder, output):
