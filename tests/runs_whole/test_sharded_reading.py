@@ -61,8 +61,8 @@ def held(folder, ranks, gathers=""):
 
 
 MOST = {"evaluation": 0.8, "calibration": 0.8, "training": 1.7, "time": 2.2}
-"""Shares of the student that a rank of two holds at most: its half, that of the gradients and, where they are timed, of a
-copy, what is gathered for a block or two, and what passes take. With all weights there would be one more."""
+"""Shares of the student that a rank of two holds at most: its half, that of the gradients and, where passes are timed,
+of a copy, what is gathered for a block or two, and what passes take. With all weights there would be one more."""
 
 WRITTEN = {"checkpoint": 0.8, "export": 0.8}
 """Likewise, but the main process's host takes all that is written, and a CPU is host and device."""
