@@ -242,7 +242,7 @@ class StudentTrainer(SavingTrainer):
             self.incidents,
             self.clock,
             self.data_collator,
-            lambda: self.student,
+            lambda: self.model,
             lambda: self.running_teacher,
             tokenizer,
             known_tokens(models, tokenizer),

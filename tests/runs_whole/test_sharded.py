@@ -261,12 +261,6 @@ def test_the_config_that_comes_along_shards_on_cuda_alone(monkeypatch, device):
     ("name", "value", "told"),
     [
         ("use_peft", "true", "use_peft is not supported under FSDP2"),
-        (
-            "on_policy_fraction",
-            "0.5",
-            "on_policy_fraction is 0.5, but under FSDP2 no process has the whole student to sample with; "
-            "start with DDP",
-        ),
     ],
 )
 def test_what_needs_whole_weights_is_refused_where_they_are_sharded(monkeypatch, name, value, told):

@@ -1,13 +1,16 @@
 """What a sharded student is worth is what it is worth whole, and no rank ever holds it whole."""
 
 import json
+import re
 
 import pytest
 import torch
-from helpers import held_bytes, sharded_reading
+from helpers import fault_child, held_bytes, sharded_reading, sharded_run
 from helpers.data import write_problems
-from helpers.models import tiny_sizes
+from helpers.models import tiny_llama, tiny_sizes
+from helpers.outcomes import finish
 from helpers.processes import Run
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kava_trainer.quickstart import STUDENT_FOLDER
@@ -89,3 +92,57 @@ def test_the_more_ranks_the_less_each_holds(tmp_path):
     (size, two), (_, four) = held(tmp_path / "2", 2), held(tmp_path / "4", 4)
     for stage in ("shards", *MOST, *WRITTEN):
         assert max(found[stage] for found in four[1:]) < two[1][stage] - 0.15 * size, stage
+
+
+SAMPLING = {
+    "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 1, "projector_dropout": 0.0, "kd_weight": 1.0, "on_policy_fraction": 0.5,
+    "on_policy_max_new_tokens": 9, "per_device_eval_batch_size": 1, "model": tiny_llama, "max_tokens_per_batch": 60,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"rollouts_every": 2}])
+def test_sharded_students_answer_as_whole_ones_and_go_on_as_if_nothing_had_been(tmp_path, changes):
+    """One rank has two of its three prompts to answer, one at a time, while the other has one."""
+    settings = SAMPLING | changes
+    straight = finish(tmp_path / "straight", None, settings, 2, function=sharded_run.train)
+    resumed = finish(
+        tmp_path / "again", tmp_path / "straight" / "run" / "checkpoint-2", settings, 2, function=sharded_run.train
+    )
+    whole = finish(tmp_path / "whole", None, settings, 2)
+    assert straight["wrapper"] == "FSDPDistillationModel" != whole["wrapper"]
+    for name in ("weights", "optimizer", "losses", "lines"):
+        assert resumed[name] == straight[name], name
+    assert straight["losses"] == pytest.approx(whole["losses"], rel=1e-3)
+    sampled = [[line for line in run["lines"] if "rollout_entropy" in line] for run in (straight, whole)]
+    assert len(sampled[0]) == settings["max_steps"]
+    for own, other in zip(*sampled, strict=True):
+        assert own["rollout_length"] == other["rollout_length"]
+        assert own["rollout_entropy"] == pytest.approx(other["rollout_entropy"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_whole_sharded_run_finishes_with_the_student_of_a_replicated_one(tmp_path):
+    """And measures it, its start and its control as that one does, on examples that two ranks cannot share evenly."""
+    data = str(write_problems(tmp_path / "data.jsonl"))
+    changes = {
+        "max_steps": 4, "max_eval_samples": 5, "projector_dropout": 0.0, "generation_max_new_tokens": 6,
+        "evaluate_generation": True, "run_control": True, "retention_dataset_name": data, "learning_rate": 1e-4,
+    }  # fmt: skip
+    folders = [tmp_path / "sharded", tmp_path / "replicated"]
+    for folder, function in zip(folders, (sharded_run.run, fault_child.run), strict=True):
+        folder.mkdir()
+        run = Run(function, folder, folder, data, changes, ranks=2)
+        assert run.wait() == [0, 0], run.output()
+        assert re.search("^Time estimate: ", run.output(), re.M)
+    summaries = [json.loads((folder / "out" / "run_summary.json").read_text()) for folder in folders]
+    ours, theirs = (summary["evaluation"] for summary in summaries)
+    assert ours.keys() == theirs.keys() == {"teacher", "student_before", "student_after", "control_sft"}
+    for name, figures in theirs.items():
+        assert ours[name] == pytest.approx(figures, rel=1e-5 if name in ("teacher", "student_before") else 1e-3), name
+    assert summaries[0]["samples"] == summaries[1]["samples"]
+    first, second = (load_file(folder / "out" / "final_student" / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    for name, weight in second.items():
+        torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
