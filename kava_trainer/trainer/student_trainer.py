@@ -212,7 +212,7 @@ class StudentTrainer(SavingTrainer):
         if isinstance(optimizer, OwnRounding):
             optimizer.seed = lambda: self.args.seed + self.state.global_step
         give_own_rate(optimizer, self.target, self.args.projector_learning_rate)
-        self._trained_weights = weights_by_group(optimizer)
+        self._trained_weights = weights_by_group(optimizer, drop_empty=is_sharded(self.model))
         return optimizer
 
     def create_scheduler(
