@@ -59,7 +59,8 @@ def engine_problems(fsdp: Any, deepspeed: Any) -> list[Problem]:
     instead = f"accelerate launch --config_file {FSDP_CONFIG}"
     found = []
     if deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
-        found.append(Problem("deepspeed", "deepspeed is not supported;", f"shard with FSDP2 in its place: {instead}."))
+        remedy = f"shard with FSDP2 in its place: {instead} (its engine was never seen to keep KAVA's steps and files)."
+        found.append(Problem("deepspeed", "deepspeed is not supported;", remedy))
     if fsdp and not is_fsdp_asked():
         found.append(Problem("fsdp", "fsdp is not read from the arguments;", f"start with {instead}."))
     return found

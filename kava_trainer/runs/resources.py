@@ -35,12 +35,13 @@ from ..distillation.targets import build_targets
 from ..distillation.teacher_cache import CachedTeacher
 from ..distillation.teachers.several import SeveralTeachers, each_teacher, role_of
 from ..models.attention.capture import hidden_layers
-from ..models.layers import find_blocks, number_of_layers, state_width, train_text_alone
+from ..models.layers import number_of_layers, state_width, train_text_alone
 from ..models.lm_head import vocabulary_size
 from ..models.loading import build_causal_lm
 from ..models.lora import add_adapter
 from ..models.packed_attention import enable_packing
 from ..models.sharding.choice import choose_holding
+from ..models.sharding.sizes import gather_in, gathered_bytes
 from ..models.sizes import model_bytes, optimizer_bytes, optimizer_step_bytes, weight_bytes
 from ..models.student import foreseen_layers, quantized_by, student_config
 from ..models.teacher import OnlineTeacher, TeacherSource
@@ -177,12 +178,6 @@ def _step_peak(
     return live.peak
 
 
-def _gathered_bytes(student: PreTrainedModel, projector: int) -> int:
-    """What is whole at once of a sharded model, weights and gradients: projectors, two blocks, all but the blocks."""
-    blocks = [weight_bytes(block.parameters()) for block in find_blocks(student)]
-    return 2 * (model_bytes(student) - sum(blocks) + 2 * max(blocks) + projector)
-
-
 def _over_ranks(parts: dict[str, int], world_size: int, gathered: Callable[[], int]) -> dict[str, int]:
     """What one rank has of the parts that training changes."""
     if is_fsdp_asked():
@@ -232,9 +227,10 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         ]
         source: TeacherSource | None = SeveralTeachers(sources) if len(sources) > 1 else next(iter(sources), None)
 
+        computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(training))
+
         def autocast() -> Any:
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(training))
-            return torch.autocast("cpu", dtype) if dtype else nullcontext()
+            return torch.autocast("cpu", computes_in) if computes_in else nullcontext()
 
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
         distilled = DistillationModel(student, target).train()
@@ -244,16 +240,19 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         freed = [] if training.samples else cached
         heads_alone = dict.fromkeys(freed, training.kd_weight > 0)
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
-        micro_batch = _step_peak(training, distilled, terms, batch)
         parts = {
             **sizes,
             "projector": weight_bytes([*target.parameters(), *target.buffers()]),  # one that is frozen has buffers
             "gradients": weight_bytes(trained),
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
         }
+        shares = _over_ranks(parts, training.world_size, lambda: gathered_bytes(student, target, computes_in))
+        if is_fsdp_asked() and computes_in:
+            gather_in(student, computes_in)
+        micro_batch = _step_peak(training, distilled, terms, batch)
         return {
             **teacher_parts(teachers, named, holdings, heads_alone, processes),
-            **_over_ranks(parts, processes, lambda: _gathered_bytes(student, parts["projector"])),
+            **shares,
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),
         }

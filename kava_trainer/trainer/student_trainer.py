@@ -212,7 +212,7 @@ class StudentTrainer(SavingTrainer):
         if isinstance(optimizer, OwnRounding):
             optimizer.seed = lambda: self.args.seed + self.state.global_step
         give_own_rate(optimizer, self.target, self.args.projector_learning_rate)
-        self._trained_weights = weights_by_group(optimizer)
+        self._trained_weights = weights_by_group(optimizer, drop_empty=is_sharded(self.model))
         return optimizer
 
     def create_scheduler(
@@ -242,7 +242,7 @@ class StudentTrainer(SavingTrainer):
             self.incidents,
             self.clock,
             self.data_collator,
-            lambda: self.student,
+            lambda: self.model,
             lambda: self.running_teacher,
             tokenizer,
             known_tokens(models, tokenizer),

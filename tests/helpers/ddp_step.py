@@ -58,7 +58,6 @@ def main(
         gradient_accumulation_steps=int(accumulation),
         projector_dropout=0.0,
         optim="sgd",
-        max_grad_norm=0.0,
         learning_rate=1.0,
         projector_learning_rate=1.0,
         lr_scheduler_type="constant",
@@ -67,7 +66,7 @@ def main(
         teacher=by_shards(teacher) if teacher else None,
         **given,
         **({"kd_weight": 0.5, "kd_tokens": tokens, "relative_mse_weight": 0.5} if tokens else {}),
-        **json.loads(changes),
+        **{"max_grad_norm": 0.0, **json.loads(changes)},
     )
     write_step(trainer, output)
 

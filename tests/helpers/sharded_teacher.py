@@ -15,7 +15,8 @@ from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.distillation.teacher_cache import CachedTeacher, is_released, release_weights
 from kava_trainer.models.attention.capture import AttentionPart
 from kava_trainer.models.layers import number_of_layers
-from kava_trainer.models.sharding.teacher import gathered_bytes, held_bytes, load_sharded
+from kava_trainer.models.sharding.sizes import gathered_of_teacher, held_bytes
+from kava_trainer.models.sharding.teacher import load_sharded
 from kava_trainer.models.teacher import OnlineTeacher
 from kava_trainer.utils.distributed import own_part, whole
 from kava_trainer.utils.errors import BadRequest
@@ -79,7 +80,7 @@ def look(folder, output, options):
     assert own_hash(model) == before
     held = held_bytes(model.parameters())
     check_release(model, plain)
-    sizes = [held, live.peak, held_bytes(plain.parameters()), gathered_bytes(plain)]
+    sizes = [held, live.peak, held_bytes(plain.parameters()), gathered_of_teacher(plain)]
     found = [None] * PartialState().num_processes
     torch.distributed.all_gather_object(found, sizes)
     if PartialState().is_main_process:

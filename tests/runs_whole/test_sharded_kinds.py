@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.trainer.checkpoint import broken_reason
 
 PADDED = {"max_tokens_per_batch": 0}
@@ -55,7 +56,7 @@ def test_a_sharded_step_in_bf16_is_that_of_one_process(tmp_path, in_bf16):
 @pytest.mark.slow
 def test_a_sharded_step_in_bf16_is_no_further_from_float32_than_that_of_one_process(tmp_path, in_bf16):
     exact = step(tmp_path / "exact", ddp_step.main, 1, 4, 2)
-    split = step(tmp_path / "split", sharded_run.step, 2, 2, 2, bf16=True, max_grad_norm=0.0)
+    split = step(tmp_path / "split", sharded_run.step, 2, 2, 2, bf16=True)
     names = exact["weights"].keys()
     assert 1e-4 < distance(split, exact, names) < 1.1 * distance(in_bf16, exact, names)
 
@@ -66,7 +67,8 @@ def test_gradients_of_a_sharded_step_in_bf16_are_clipped_as_in_one_process(tmp_p
     alone = step(tmp_path / "alone", ddp_step.main, 1, 4, 2, **clipped)
     split = step(tmp_path / "split", sharded_run.step, 2, 4, 1, **clipped)
     assert distance(split, alone, alone["weights"].keys()) < 1e-5
-    assert split["line"]["grad_norm"] == pytest.approx(alone["line"]["grad_norm"], rel=1e-5) > 1
+    assert split["line"]["grad_norm"] == pytest.approx(alone["line"]["grad_norm"], rel=1e-5)
+    assert alone["line"]["grad_norm"] > 1
 
 
 @pytest.mark.slow
@@ -86,9 +88,15 @@ def test_an_accelerate_config_asks_for_bf16_as_the_arguments_do(tmp_path):
     ],
 )
 def test_a_sharded_step_of_adapters_is_that_of_one_process(tmp_path, student, ranks, batch_size):
-    alone = step(tmp_path / "alone", ddp_step.main, 1, 8, 1, student)
+    heads = []
+    alone = step(tmp_path / "alone", ddp_step.main, 1, batch_size, ranks, student)
     split = step(tmp_path / "split", sharded_run.step, ranks, batch_size, 1, student)
     assert split["wrapper"] == "FSDPDistillationModel"
+    for state in (split, alone):  # a head in bfloat16 is as near as that is
+        head = state["weights"].pop("student.lm_head.modules_to_save.default.weight", None)
+        heads.append(head)
+    if heads[0] is not None:
+        torch.testing.assert_close(*heads, rtol=2**-7, atol=1e-4)
     assert_same_step(split, alone)
 
 
@@ -133,7 +141,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path, kind, befo
     first, straight = trained("first", before), trained("straight", after)
     resumed = trained("resumed", after, tmp_path / "first" / "run" / "checkpoint-3")
     assert resumed["world_size"] == after[0] != first["world_size"]
-    assert resumed["losses"] == pytest.approx(straight["losses"], rel=2e-3)
+    assert resumed["losses"][-1] == pytest.approx(straight["losses"][-1], rel=2e-3 if "bf16" in settings else 1e-5)
     assert resumed["optimizer"] == pytest.approx(straight["optimizer"], rel=5e-2, abs=1e-4)
 
 
@@ -168,7 +176,7 @@ def test_a_whole_sharded_run_exports_its_adapters(tmp_path, merge):
     """What is exported is the student that one process would have trained, up to rounding."""
     data = str(write_problems(tmp_path / "data.jsonl"))
     changes = {"use_peft": "true", "merge_adapter": merge, "lora_r": "4", "lora_dropout": "0", "max_steps": "4"}
-    changes |= {"projector_dropout": "0", "learning_rate": "1e-2", "generation_max_new_tokens": "4"}
+    changes |= {"projector_dropout": "0", "learning_rate": "1e-2", "student_model_name_or_path": TEACHER_FOLDER}
     runs = {}
     for name, function, ranks, accumulation in (("alone", "run", 1, 4), ("split", "run", 2, 2)):
         module = sharded_run if ranks > 1 else sharded_run.fault_child

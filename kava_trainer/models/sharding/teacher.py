@@ -6,13 +6,11 @@ decoder has, and the vocabulary head.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState, init_empty_weights
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -220,25 +218,3 @@ def own_rows(rows: int, mesh: DeviceMesh) -> tuple[int, int]:
     size = math.ceil(rows / mesh.size())
     start = min(mesh.get_local_rank() * size, rows)
     return start, min(start + size, rows)
-
-
-def held_bytes(parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes of weights that this rank itself holds."""
-    return sum(own_part(own).numel() * own.element_size() for own in parameters)
-
-
-def gathered_bytes(model: PreTrainedModel) -> int:
-    """What is whole at once of a sharded teacher, at most: two blocks, or its vocabulary head, beside what its decoder
-    has between embeddings and blocks; or the embeddings beside that.
-
-    The model may have no storage.
-    """
-    decoder, head, embeddings = find_decoder(model), model.get_output_embeddings(), model.get_input_embeddings()
-    blocks = [_bytes([block]) for block in find_blocks(model)]
-    between = _bytes([decoder]) - sum(blocks) - _bytes([embeddings])
-    return max(between, 0) + max(2 * max(blocks), max(blocks) + _bytes([embeddings]), _bytes([head]))
-
-
-def _bytes(modules: Sequence[nn.Module]) -> int:
-    weights = {id(own): own.numel() * own.element_size() for module in modules for own in module.parameters()}
-    return sum(weights.values())

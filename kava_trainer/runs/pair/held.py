@@ -11,7 +11,7 @@ from ...config.model_arguments import ModelArguments
 from ...distillation.teachers.several import role_of
 from ...models.loading import build_causal_lm, load_config
 from ...models.sharding.choice import Holding
-from ...models.sharding.teacher import gathered_bytes
+from ...models.sharding.sizes import gathered_of_teacher
 from ...models.sizes import model_bytes, weight_bytes
 from ...models.teacher import freeze
 from ...utils.console import size_text
@@ -59,7 +59,7 @@ def teacher_parts(
             whole = size
         else:
             size = model_bytes(teacher, own.teacher_quantization)
-            whole = gathered_bytes(teacher)
+            whole = gathered_of_teacher(teacher)
         if holding.sharded:
             size = share_bytes(teacher, processes) if alone is None else math.ceil(size / processes)
             gathered.append(whole)
@@ -80,7 +80,7 @@ def describe_holding(
         return
     teacher = meta_teacher(model, role)
     dtype = str(teacher.dtype).removeprefix("torch.")
-    spread = share_bytes(teacher, processes) + gathered_bytes(teacher)
+    spread = share_bytes(teacher, processes) + gathered_of_teacher(teacher)
     kind = model.teacher_quantization if quantised else "4bit"
     whole = model_bytes(teacher, kind)
     texts = (
