@@ -320,8 +320,8 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     """Free a teacher's weights, so that it cannot run; its config and, if wanted, its vocabulary head are left."""
     head = model.get_output_embeddings()
     kept = {id(parameter) for parameter in head.parameters()} if keep_head else set()
-    for parameter in (own for own in model.parameters() if id(own) not in kept and isinstance(own, DTensor)):
-        own_part(parameter).untyped_storage().resize_(0)  # FSDP2 holds on to it
+    for spread in (own for own in model.parameters() if id(own) not in kept and isinstance(own, DTensor)):
+        own_part(spread).untyped_storage().resize_(0)  # FSDP2 holds on to it
     for module in list(find_decoder(model).modules()):  # blocks go as a whole: quantised ones keep more than parameters
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ModuleList):

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 
 import run_kava
-from helpers import ddp_step, fault_child, models
+from helpers import ddp_step, fault_child, models, several
 from helpers.sharded_teacher import by_shards, own_hash
 from kava_trainer.config import launcher
 from kava_trainer.trainer import saving, weights
@@ -55,6 +55,17 @@ def step(*arguments):
     """One optimizer step of `ddp_step.py` with sharded weights."""
     with sharding_on_cpu():
         ddp_step.main(*arguments)
+    return 0
+
+
+def step_of_several(output, batch_size, accumulation, *folders):
+    """One optimizer step of `several.py` with sharded weights, also of the teachers, which lie in these folders."""
+
+    def load():
+        return [by_shards(folder) for folder in folders]
+
+    with sharding_on_cpu(), mock.patch.object(several, "new_teachers", load):
+        several.step(output, batch_size, accumulation)
     return 0
 
 

@@ -8,6 +8,7 @@ from helpers.models import tiny_llama
 from helpers.programs import QUICKSTART, words
 
 from kava_trainer.config import checks, launcher, optimizer_names
+from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.runs import advice
 from kava_trainer.runs.advice import held_out_of_a_small_stream, memory_shortage, precision_problems, rounding_problem
@@ -129,7 +130,7 @@ SPREAD, FOUR_BITS = "write teacher_sharding fsdp", "choose teacher_quantization 
 def test_a_teacher_that_is_too_large_is_spread_before_it_is_rounded(tmp_path, monkeypatch, processes, options, advised):
     monkeypatch.setattr(launcher, "SHARDING_DEVICES", {"cpu"})
     monkeypatch.setattr(advice, "is_slow_at_half_precision", lambda device: False)
-    monkeypatch.setattr("kava_trainer.config.arguments.KavaTrainingArguments.world_size", processes, raising=False)
+    monkeypatch.setattr(KavaTrainingArguments, "world_size", processes, raising=False)
     remedy = memory_shortage(10**15, asked_for(tmp_path, use_cpu="true", **options)).remedy
     assert [part for part in (SPREAD, FOUR_BITS) if part in remedy] == [advised.split(" and ")[0]]
     assert f"{advised}," in remedy

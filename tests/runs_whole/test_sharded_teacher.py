@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ddp_step, fault_child, outcomes, sharded_run
+from helpers import ddp_step, fault_child, outcomes, several, sharded_run
 from helpers.data import write_problems
 from helpers.outcomes import assert_same_step, one_step
 from helpers.processes import Run
@@ -61,6 +61,22 @@ def test_a_step_in_bfloat16_under_a_sharded_teacher_is_that_under_a_whole_one(tm
     assert sharded["line"] == whole["line"]
     for name, weight in whole["weights"].items():
         assert torch.equal(sharded["weights"][name], weight), name
+
+
+@pytest.mark.slow
+def test_several_sharded_teachers_of_which_one_reads_other_tokens_teach_as_whole_ones_do(tmp_path):
+    folders = []
+    for number, own in enumerate(several.new_teachers()):
+        folders.append(str(tmp_path / f"teacher{number}"))
+        own.save_pretrained(folders[-1])
+    found = []
+    cases = ((several.step, 8, (), 1), (sharded_run.step_of_several, 4, folders, 2))
+    for function, size, given, ranks in cases:
+        output = str(tmp_path / f"step{ranks}")
+        run = Run(function, tmp_path, output, str(size), "1", *given, ranks=ranks)
+        assert run.wait() == [0] * ranks, run.output()
+        found.append(torch.load(f"{output}.pt", weights_only=True))
+    assert_same_step(found[1], found[0])
 
 
 SETTINGS = {

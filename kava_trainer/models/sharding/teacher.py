@@ -101,19 +101,19 @@ def _reason_of_model(model: PreTrainedModel) -> str | None:
     except BadRequest:
         return "it keeps no list of its blocks"
     text = {id(own) for part in (decoder, model.get_output_embeddings()) for own in part.parameters()}
-    weights, known = list(model.named_parameters(remove_duplicate=False)), dict[int, str]()
-    for name, own in weights:
+    known: dict[int, str] = {}
+    for name, own in model.named_parameters(remove_duplicate=False):
         if id(own) not in text:
             return f"it has weights beside its decoder and its vocabulary head ({name})"
         if own.ndim == 0:
             return f"{name} is a single number"
         if known.setdefault(id(own), name) != name:
             return f"{name} is {known[id(own)]} too"
-    strict, own = (getattr(model, f"_keep_in_fp32_modules{end}", None) or () for end in ("_strict", ""))
-    if model.dtype != torch.float32 and (strict or (own and model.dtype == torch.float16)):
+        if own.dtype != model.dtype:
+            return f"{name} is of another data type than its other weights"
+    kept = {torch.bfloat16: ["_strict"], torch.float16: ["_strict", ""]}.get(model.dtype, [])
+    if any(getattr(model, f"_keep_in_fp32_modules{end}", None) for end in kept):
         return "transformers keeps some of its weights in float32"
-    if odd := [name for name, own in weights if own.dtype != model.dtype]:
-        return f"{odd[0]} is of another data type than its other weights"
     return None
 
 

@@ -29,8 +29,8 @@ def share_bytes(teacher: PreTrainedModel, processes: int) -> int:
 
     Its vocabulary head is a part of its own then, also where it is tied to the embeddings.
     """
-    head, embeddings = teacher.get_output_embeddings().weight, teacher.get_input_embeddings().weight
-    tied = weight_bytes([head]) if head is embeddings else 0
+    head = teacher.get_output_embeddings().weight
+    tied = weight_bytes([head]) if head is teacher.get_input_embeddings().weight else 0
     return math.ceil((model_bytes(teacher) + tied) / processes)
 
 

@@ -6,6 +6,7 @@ from helpers import sharded_run
 from helpers.models import tiny_llama
 
 from kava_trainer.config import launcher
+from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.models.sharding import choice
@@ -120,7 +121,7 @@ def test_a_run_says_how_a_teacher_is_held_and_what_would_take_less(fsdp, saved):
 
 
 def test_the_estimate_of_a_run_holds_a_share_of_a_sharded_teacher(monkeypatch, fsdp):
-    monkeypatch.setattr("kava_trainer.config.arguments.KavaTrainingArguments.world_size", 4, raising=False)
+    monkeypatch.setattr(KavaTrainingArguments, "world_size", 4, raising=False)
     given = ["quickstart", "--use_cpu", "--teacher_sharding"]
     whole = estimate_memory(parse_arguments([*given, "none"]))
     sharded = estimate_memory(parse_arguments([*given, "fsdp"]))
@@ -150,6 +151,6 @@ def test_what_cannot_be_sharded_whatever_it_is_is_refused_before_anything_is_rea
 
 
 def test_on_a_device_that_nothing_is_sharded_on_it_is_refused(monkeypatch):
-    monkeypatch.setattr("kava_trainer.config.arguments.KavaTrainingArguments.world_size", 2, raising=False)
+    monkeypatch.setattr(KavaTrainingArguments, "world_size", 2, raising=False)
     with pytest.raises(BadRequest, match="teacher_sharding is fsdp on a cpu device; KAVA shards on CUDA devices alone"):
         parse_arguments(["quickstart", "--use_cpu", "--teacher_sharding", "fsdp"])
