@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,8 +30,8 @@ def share_bytes(teacher: PreTrainedModel, processes: int) -> int:
 
     Its vocabulary head is a part of its own then, also where it is tied to the embeddings.
     """
-    head = teacher.get_output_embeddings().weight
-    tied = weight_bytes([head]) if head is teacher.get_input_embeddings().weight else 0
+    head: Any = teacher.get_output_embeddings()
+    tied = weight_bytes([head.weight]) if head.weight is teacher.get_input_embeddings().weight else 0
     return math.ceil((model_bytes(teacher) + tied) / processes)
 
 
