@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -141,3 +141,17 @@ def settle(root: nn.Module, model: PreTrainedModel) -> None:
     with evaluating(root):
         root(input_ids=made_up_tokens(model), use_cache=False)
     give_up_whole_weights(root)
+
+
+def shard_to_read(model: PreTrainedModel, device: torch.device) -> None:
+    """Spread a model that is not trained over all ranks, to be read in the types that it is held in.
+
+    Args:
+        model: on the CPU.
+        device: this rank's.
+
+    Raises:
+        BadRequest: as `shard_model`.
+    """
+    shard_model(model, Sharding(init_device_mesh(device.type, (PartialState().num_processes,))))
+    settle(model, model)
