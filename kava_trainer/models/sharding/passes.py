@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from ...utils.distributed import give_up_whole_weights, in_step, is_sharded
@@ -69,5 +69,6 @@ def passes_in_step(model: PreTrainedModel) -> Iterator[None]:
     def read_a_token() -> None:
         run_decoder(model, made_up_tokens(model, 1))
 
+    cast(FSDPModule, model).unshard()  # what is whole between the passes: no rank may yet wait for a first pass
     with in_step(find_decoder(model), read_a_token):
         yield
