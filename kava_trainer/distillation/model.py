@@ -184,7 +184,6 @@ class DistillationModel(nn.Module):
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_s].
 
-        Where the weights are sharded, the head's are whole within the forward pass. The hooks that see to it would take
-        the gradient of one chunk for the end of the backward pass.
+        Where the weights are sharded, the head's are whole from the decoder's pass on, see `shard_model`.
         """
-        return vocabulary_logits(self.student, states, with_hooks=not is_sharded(self))
+        return vocabulary_logits(self.student, states)

@@ -23,7 +23,6 @@ from ..models.generation.generate import continue_prompts, stop_tokens
 from ..models.hidden_states import run_decoder
 from ..models.lm_head import vocabulary_logits, vocabulary_size, whole_head
 from ..models.sharding.passes import passes_in_step
-from ..utils.distributed import is_sharded
 from ..utils.progress_bar import SharedBatches, own_batches
 from .final_answer_match.final_answer_match import FinalAnswerMatch
 
@@ -35,10 +34,9 @@ def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[st
     The batch is a `DistillationCollator`'s, on the device of the model's last hidden states [B, T, d]. Of a model that
     is sharded the head is whole meanwhile, however many chunks it reads.
     """
-    with_hooks = not is_sharded(model)
 
     def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return next_token_sum(vocabulary_logits(model, states, with_hooks), targets).unsqueeze(0)
+        return next_token_sum(vocabulary_logits(model, states), targets).unsqueeze(0)
 
     answers = (states.flatten(0, 1)[batch["answer_index"]], batch["next_tokens"])
     one = torch.ones(1, device=states.device)

@@ -21,7 +21,7 @@ _AGREE, _LARGE = 1e-3, 100.0
 """The difference that counts as none, as a share of the largest logit; how large logits are made to show a cap."""
 
 
-def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor, with_hooks: bool = True) -> torch.Tensor:
+def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """Logits [..., vocabulary] of last hidden states [..., d], as the model's own forward pass makes them.
 
     Besides the head itself these are the scalings that some families have in their config: a factor before the head
@@ -30,14 +30,13 @@ def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor, with_hooks: 
     Args:
         model: a causal language model.
         states: [..., d].
-        with_hooks: whether the hooks on the head run, as they do in the model's own forward pass.
     """
     config = model.config.get_text_config(decoder=True)
     head = model.get_output_embeddings()
     if (width := getattr(config, "logits_mup_width_multiplier", None)) is not None:
         states = states / width
     # The hooks of a head whose weights are gathered already would free them with the first call.
-    logits = head(states) if with_hooks and not _is_gathered(head) else head.forward(states)
+    logits = head.forward(states) if _is_gathered(head) else head(states)
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / divisor
     for name in ("logit_scale", "lm_head_multiplier"):

@@ -30,8 +30,7 @@ _SAME = {
     "student_init", "alignment_target", "kv_shape", "projector_sharing", "layer_mapping", "projector_direction",
     "projector_anchor", "projector_mlp_ratio", "projector_rank", "use_peft", "student_quantization", "lora_r",
     "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "dataloader_drop_last",
-    "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16", "mixed_precision",
-    "streaming", *CUT_ARGUMENTS,
+    "train_sampling_strategy", "seed", "data_seed", "optim", "optim_args", "bf16", "fp16", "streaming", *CUT_ARGUMENTS,
 }  # fmt: skip
 """A checkpoint that differs in one of these holds weights or a position in the data that this run cannot go on from."""
 
@@ -168,6 +167,13 @@ def _step_examples(run: dict[str, Any]) -> int | None:
     return math.prod(run[name] for name in _SPLIT)
 
 
+def _with_precision(run: dict[str, Any]) -> dict[str, Any]:
+    """An identity in which `bf16` and `fp16` are what the run computed in, whoever asked for it."""
+    asked = run["mixed_precision"]
+    kept = {name: value for name, value in run.items() if name != "mixed_precision"}
+    return {**kept, "bf16": asked == "bf16", "fp16": asked == "fp16"}
+
+
 def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
     """Compare the run that wrote a checkpoint with this one, each as `run_identity`, by the names that both know."""
     there = {**_BEFORE, **there} if there else there
@@ -175,10 +181,9 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
     found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
     examples = _step_examples(there)
     split_alike = examples is not None and examples == _step_examples(here)
-    known = there.keys() & here.keys()
-    if "mixed_precision" in known:  # which the launcher may have been asked for in their place
-        known -= {"bf16", "fp16"}
-    for name in sorted(known):
+    if "mixed_precision" in there.keys() & here.keys():
+        there, here = _with_precision(there), _with_precision(here)
+    for name in sorted(there.keys() & here.keys()):
         if there[name] == here[name]:
             continue
         kind = "harmless" if name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES) else "training"

@@ -142,7 +142,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def put_whole(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Overwrite a tensor, of which each rank may hold a part, with whole values [the same shape]. Every rank must."""
-    values = values.to(tensor)
+    values = values.to(device=tensor.device, dtype=tensor.dtype)
     if isinstance(tensor, DTensor):
         values = distribute_tensor(values, tensor.device_mesh, tensor.placements)
     tensor.copy_(values)

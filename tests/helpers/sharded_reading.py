@@ -1,5 +1,9 @@
 """What a student is worth, read in one process or, where its weights are sharded, by several ranks."""
 
+import json
+from pathlib import Path
+from unittest import mock
+
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -9,8 +13,12 @@ from helpers import models
 from helpers.data import random_examples
 from helpers.sharded_run import sharding_on_cpu
 from helpers.trainers import make_trainer
+from kava_trainer.config.launcher import is_fsdp_asked
+from kava_trainer.config.parser import parse_arguments
 from kava_trainer.evaluation.answers import evaluate_with_answers
 from kava_trainer.quickstart import STUDENT_FOLDER
+from kava_trainer.runs import measure as measure_run
+from kava_trainer.runs.rollouts import sample
 from kava_trainer.utils.distributed import is_sharded, whole
 
 
@@ -54,3 +62,41 @@ def measure(output, held_out, settings):
 def measure_sharded(*arguments):
     with sharding_on_cpu():
         return measure(*arguments)
+
+
+def evaluate(output, words):
+    """Write what `python -m kava_trainer evaluate` measures of the models of a command line, by rank."""
+    sharded, original = [], measure_run.measure
+
+    def watched(console, arguments, models, *others):
+        sharded.append(is_sharded(models.student))
+        return original(console, arguments, models, *others)
+
+    with mock.patch.object(measure_run, "measure", watched):
+        figures = measure_run.measure_models(parse_arguments(words))
+    with open(f"{output}{PartialState().process_index}.json", "w") as file:
+        json.dump({"figures": figures, "sharded": sharded}, file)
+    return 0
+
+
+def evaluate_sharded(*arguments):
+    with sharding_on_cpu():
+        return evaluate(*arguments)
+
+
+def answer(path, words):
+    """`python -m kava_trainer rollouts` with a command line; 9 where the weights are not held as they should be."""
+    sharded, original = [], sample.sample_answers
+
+    def watched(prompts, student, sampling):
+        sharded.append(is_sharded(student))
+        return original(prompts, student, sampling)
+
+    with mock.patch.object(sample, "sample_answers", watched):
+        sample.sample_rollouts(parse_arguments(words), Path(path))
+    return 0 if set(sharded) == {is_fsdp_asked()} else 9
+
+
+def answer_sharded(*arguments):
+    with sharding_on_cpu():
+        return answer(*arguments)

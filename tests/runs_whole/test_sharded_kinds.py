@@ -7,15 +7,19 @@ import pytest
 import torch
 from helpers import ddp_step, outcomes, sharded_run, sharded_variants
 from helpers.data import write_problems
-from helpers.models import lora_llama_with_a_trained_head, tiny_lora_llama
+from helpers.models import lora_llama_of_rank_1, lora_llama_with_a_trained_head, tiny_llama, tiny_lora_llama
 from helpers.outcomes import assert_same_step
 from helpers.processes import Run
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from kava_trainer.config.model_arguments import ModelArguments
+from kava_trainer.distillation.pairing import check_student
+from kava_trainer.models.student import student_config
 from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.trainer.checkpoint import broken_reason
+from kava_trainer.utils.errors import BadRequest
 
 PADDED = {"max_tokens_per_batch": 0}
 """The examples of a rank are then those of a micro-batch of one process."""
@@ -83,6 +87,7 @@ def test_an_accelerate_config_asks_for_bf16_as_the_arguments_do(tmp_path):
     ("student", "ranks", "batch_size"),
     [
         ("tiny_lora_llama", 2, 4),
+        pytest.param("lora_llama_of_rank_1", 4, 2, marks=pytest.mark.slow),
         pytest.param("tiny_lora_llama", 4, 2, marks=pytest.mark.slow),
         pytest.param("lora_llama_with_a_trained_head", 2, 4, marks=pytest.mark.slow),
     ],
@@ -113,6 +118,8 @@ KINDS = {
     "adapters": {"model": tiny_lora_llama},
     "adapters in bf16": {"model": tiny_lora_llama, "bf16": True},
     "adapters and head": {"model": lora_llama_with_a_trained_head},
+    "adapters of one row": {"model": lora_llama_of_rank_1},
+    "adapters, activations computed twice": {"model": tiny_lora_llama, "gradient_checkpointing": True},
 }
 
 
@@ -194,3 +201,21 @@ def test_a_whole_sharded_run_exports_its_adapters(tmp_path, merge):
     summaries = [json.loads((folder.parent / "run_summary.json").read_text()) for folder in folders]
     measured = [summary["evaluation"]["student_after"]["perplexity"] for summary in summaries]
     assert measured[0] == pytest.approx(measured[1], rel=1e-3)
+
+
+def test_quantised_students_are_refused_where_weights_are_sharded(tmp_path, monkeypatch):
+    """By their config, before a weight is read; in a script by the model."""
+    config = json.loads((TEACHER_FOLDER / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = ModelArguments("quickstart", student_model_name_or_path=str(tmp_path), use_peft=True, merge_adapter=False)
+    student = tiny_llama(32, 2)
+    student_config(asked)
+    check_student(student)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_student(student)
+    with pytest.raises(BadRequest, match=r"quantised by bitsandbytes, which FSDP2 cannot spread; name one .* DDP"):
+        student_config(asked)
+    student.is_quantized = True
+    with pytest.raises(ValueError, match="quantised, which FSDP2 cannot spread; load them as they are"):
+        check_student(student)

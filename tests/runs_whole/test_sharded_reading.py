@@ -26,7 +26,7 @@ def measured(folder, function, ranks, held_out, settings):
     (2, 7, {"projector_init": "least_squares", "kd_weight": 0.5}),
     (2, 1, {"projector_init": "least_squares", "kind": "untied"}),  # the second rank has nothing to read
     (2, 5, {"projector_anchor": "pca", "layer_mapping": "uniform:2", "kind": "untied"}),
-    pytest.param(4, 6, {"projector_anchor": "pca", "projector_rank": 8}, marks=pytest.mark.slow),
+    pytest.param(4, 6, {"projector_anchor": "pca", "projector_rank": 8, "projector_init": "least_squares"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_figures_of_a_sharded_student_are_those_of_the_whole_one(tmp_path, ranks, held_out, settings):
     alone = measured(tmp_path / "alone", sharded_reading.measure, 1, held_out, settings)
@@ -146,3 +146,33 @@ def test_a_whole_sharded_run_finishes_with_the_student_of_a_replicated_one(tmp_p
     assert first.keys() == second.keys()
     for name, weight in second.items():
         torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_models_are_measured_on_shards_as_whole(tmp_path):
+    options = {"evaluate_generation": True, "generation_max_new_tokens": 6, "max_eval_samples": 5}
+    words = fault_child.words(tmp_path, str(write_problems(tmp_path / "data.jsonl")), **options)
+    found = {}
+    for function, ranks in ((sharded_reading.evaluate, 1), (sharded_reading.evaluate_sharded, 2)):
+        run = Run(function, tmp_path, str(tmp_path / function.__name__), words, ranks=ranks)
+        assert run.wait() == [0] * ranks, run.output()
+        found[ranks] = [json.loads((tmp_path / f"{function.__name__}{rank}.json").read_text()) for rank in range(ranks)]
+    (alone,) = found[1]
+    for one in found[2]:
+        assert (alone["sharded"], one["sharded"]) == ([False], [True])
+        assert one["figures"].keys() == {"teacher", "student"}
+        for name, figures in one["figures"].items():
+            assert figures == pytest.approx(alone["figures"][name], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_sharded_student_writes_the_answers_of_a_replicated_one(tmp_path):
+    options = {"max_train_samples": 7, "on_policy_max_new_tokens": 9, "per_device_eval_batch_size": 2}
+    words = fault_child.words(tmp_path, str(write_problems(tmp_path / "data.jsonl")), **options)
+    written = [tmp_path / "replicated.jsonl", tmp_path / "sharded.jsonl"]
+    for path, function in zip(written, (sharded_reading.answer, sharded_reading.answer_sharded), strict=True):
+        run = Run(function, tmp_path, str(path), words, ranks=2)
+        assert run.wait() == [0, 0], run.output()
+    replicated, sharded = (path.read_text().splitlines() for path in written)
+    assert len(sharded) == 7
+    assert sharded == replicated

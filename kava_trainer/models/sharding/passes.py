@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from ...utils.distributed import give_up_whole_weights, in_step, is_sharded
@@ -73,5 +73,7 @@ def passes_in_step(model: PreTrainedModel) -> Iterator[None]:
         with whole_head(model):  # one that is a unit of its own is gathered once with each pass
             pass
 
+    if isinstance(model, FSDPModule):
+        model.unshard()  # what is whole between the passes: no rank may yet wait for a first pass
     with in_step(find_decoder(model), read_a_token):
         yield

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from ...config.recipes import accelerate_config
 from ...utils.distributed import give_up_whole_weights
 from ...utils.errors import BadRequest
-from ..layers import evaluating, find_blocks, find_decoder, made_up_tokens
+from ..layers import DECODER_PASS, evaluating, find_blocks, find_decoder, made_up_tokens
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Sharding:
         reshard = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
         return cls(mesh, reshard, computes_in, accelerator.autocast)
 
-    def of_modules(self, modules: nn.Module | list[nn.Module], *, reshard: bool = True, exact: bool = False) -> None:
+    def of_modules(self, modules: nn.Module, *, reshard: bool = True, exact: bool = False) -> None:
         """Make one unit of what no earlier call has made one of; its weights come to the device and are spread there.
 
         Args:
-            modules: whose forward passes gather the unit; siblings share one.
+            modules: whose forward pass gathers the unit.
             reshard: whether `reshard_after_forward` counts, or the unit stays whole up to the backward pass.
             exact: gather the weights as they are held, and let autocast choose what they compute in.
         """
@@ -63,8 +63,8 @@ class Sharding:
 def shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
     """Spread a model over the ranks, block by block, so that no device holds more of it than a block and its ends.
 
-    Units are each block; the embeddings, where they are no weight of the head too; the head with what else the decoder
-    has, whole from the decoder's pass to its backward pass, because the head is run apart; and what is left. Blocks
+    Units are each block; the embeddings, where they are no weight of the head too; what else stands beside decoder and
+    head; and these ends, whole from the decoder's pass to its backward pass, because the head is run apart. Blocks
     alone are gathered in another type than they are held in: with the ends as they are, the states between the blocks
     are those that autocast makes in one process, and the head's gradient is added up over chunks as it is there.
 
@@ -77,12 +77,25 @@ def shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
     """
     decoder, head, embeddings = find_decoder(model), model.get_output_embeddings(), model.get_input_embeddings()
     tied = {id(own) for own in head.parameters()} & {id(own) for own in embeddings.parameters()}
-    units = [*_blocks(model, decoder), *([] if tied else [embeddings])]
-    _check_weights(model, units)
-    for unit in units:
-        sharding.of_modules(unit, exact=unit is embeddings)
-    sharding.of_modules([decoder, head], reshard=False, exact=True)
-    sharding.of_modules(model, exact=True)
+    blocks = _blocks(model, decoder)
+    apart = [] if tied else [embeddings]
+    _check_weights(model, [*blocks, *apart])
+    for unit in blocks:
+        sharding.of_modules(unit)
+    for unit in (*apart, *_beside(model, {decoder, head, embeddings})):
+        sharding.of_modules(unit, exact=True)
+    sharding.of_modules(model, reshard=False, exact=True)
+    setattr(model, DECODER_PASS, lambda *args, **kwargs: decoder(*args, **kwargs))
+    register_fsdp_forward_method(model, DECODER_PASS)
+
+
+def _beside(model: nn.Module, ends: set[nn.Module]) -> Iterator[nn.Module]:
+    """The largest modules with weights that neither hold the ends of a model nor are in them."""
+    for child in model.children():
+        if child not in ends and not ends.isdisjoint(child.modules()):
+            yield from _beside(child, ends)
+        elif child not in ends and next(child.parameters(), None) is not None:
+            yield child
 
 
 def _blocks(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
@@ -141,3 +154,17 @@ def settle(root: nn.Module, model: PreTrainedModel) -> None:
     with evaluating(root):
         root(input_ids=made_up_tokens(model), use_cache=False)
     give_up_whole_weights(root)
+
+
+def shard_to_read(model: PreTrainedModel, device: torch.device) -> None:
+    """Spread a model that is not trained over all ranks, to be read in the types that it is held in.
+
+    Args:
+        model: on the CPU.
+        device: this rank's.
+
+    Raises:
+        BadRequest: as `shard_model`.
+    """
+    shard_model(model, Sharding(init_device_mesh(device.type, (PartialState().num_processes,))))
+    settle(model, model)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.families import FAMILIES
 from helpers.models import STUDENT_SIZE, lora_llama_with_a_trained_head, tiny_llama, tiny_lora_llama
 from torch import nn
 
@@ -21,13 +22,12 @@ def made(monkeypatch):
 
 
 def own_weights(made):
-    """The names of the weights of each unit, by the number of the unit; an earlier one has what a later one shares."""
+    """How many weights each unit has that are in none before it."""
     seen = set()
-    for modules, _ in made:
-        modules = modules if isinstance(modules, list) else [modules]
-        fresh = {id(own) for module in modules for own in module.parameters()} - seen
+    for module, _ in made:
+        fresh = {id(own) for own in module.parameters()} - seen
         seen |= fresh
-        yield fresh
+        yield len(fresh)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -35,21 +35,30 @@ def own_weights(made):
 def test_each_weight_is_in_one_unit_and_tied_ones_are_not_parted(made, make, tied):
     student = make(STUDENT_SIZE, 2, tie=tied)
     shard_model(student, NOWHERE)
-    groups = list(own_weights(made))
-    blocks = [made[number][0] for number in range(2)]
-    assert blocks == list(student.model.layers)
-    embeddings, head = student.get_input_embeddings(), student.get_output_embeddings()
-    assert [modules for modules, _ in made[2:]] == [*([] if tied else [embeddings]), [student.model, head], student]
-    assert sum(map(len, groups)) == len(list(student.parameters()))
-    assert groups[-1] == set()  # all of a model that reads text alone is in its decoder and its head
-    assert [options["reshard_after_forward"] for _, options in made][-2:] == [False, True]
+    apart = [] if tied else [student.get_input_embeddings()]
+    assert [module for module, _ in made] == [*student.model.layers, *apart, student]
+    assert list(own_weights(made))[2:] == ([2] if tied else [1, 2])  # the last norm, and the head
+    assert [options["reshard_after_forward"] for _, options in made] == [True] * (len(made) - 1) + [False]
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3_vision", "qwen2_vl"])
+def test_what_reads_no_text_is_no_part_of_the_ends(made, family):
+    model = FAMILIES[family]()
+    shard_model(model, NOWHERE)
+    names = {id(module): name for name, module in model.named_modules()}
+    units = [names[id(module)] for module, _ in made]
+    vision = next(name for name in ("model.vision_tower", "model.visual") if name in units)
+    inner = [place for place, name in enumerate(units) if name.startswith(f"{vision}.")]
+    assert inner
+    assert max(inner) < units.index(vision) < units.index("")
+    assert list(own_weights(made))[-1] == 2  # the last norm, and embeddings or head
 
 
 @pytest.mark.parametrize("computes_in", [None, torch.bfloat16])
 def test_blocks_alone_are_gathered_in_what_they_compute_in(made, computes_in):
     shard_model(tiny_llama(STUDENT_SIZE, 2, tie=False), Sharding(mesh=None, computes_in=computes_in))
     policies = [options["mp_policy"] for _, options in made]
-    assert [policy.param_dtype for policy in policies] == [computes_in, computes_in, None, None, None]
+    assert [policy.param_dtype for policy in policies] == [computes_in, computes_in, None, None]
     assert {policy.reduce_dtype for policy in policies} == {None if computes_in is None else torch.float32}
     assert not any(policy.cast_forward_inputs for policy in policies)
 
@@ -88,4 +97,4 @@ def test_what_fsdp2_cannot_spread_is_refused_before_anything_is_spread(made, mak
 
 def test_frozen_weights_of_another_type_are_gathered_beside_those_that_are_trained(made):
     shard_model(lora_llama_with_a_trained_head(STUDENT_SIZE, 2), NOWHERE)
-    assert len(made) == 5
+    assert len(made) == 4
