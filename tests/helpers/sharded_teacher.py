@@ -3,6 +3,7 @@
 import hashlib
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.distillation.teacher_cache import CachedTeacher, is_released, release_weights
 from kava_trainer.models.attention.capture import AttentionPart
 from kava_trainer.models.layers import number_of_layers
+from kava_trainer.models.sharding.checkpoint import StoredWeights
 from kava_trainer.models.sharding.sizes import gathered_of_teacher, held_bytes
 from kava_trainer.models.sharding.teacher import load_sharded
 from kava_trainer.models.teacher import OnlineTeacher
@@ -49,6 +51,25 @@ def by_shards(folder, **changes):
     """The teacher of a folder, of which this rank holds its share."""
     assert PartialState(cpu=True).num_processes > 1
     return load_sharded(ModelArguments(str(folder), **changes), CPU)
+
+
+def by_shards_from_a_torn_file(folder):
+    """Of two ranks the second cannot read a file; all of them end with the sentence that it says."""
+    PartialState(cpu=True)
+    original = StoredWeights.rows
+
+    def rows(self, name, start, stop):
+        if PartialState().process_index == 1 and "norm" in name:
+            raise OSError(5, "Input/output error")
+        return original(self, name, start, stop)
+
+    with mock.patch.object(StoredWeights, "rows", rows):
+        try:
+            by_shards(folder)
+        except BadRequest as error:
+            print(error)
+            return error.exit_code
+    return 0
 
 
 def own_hash(model):

@@ -191,6 +191,14 @@ def test_a_teacher_whose_files_are_not_whole_is_refused(tmp_path, kind):
         sharding_problem(ModelArguments(str(folder)))
 
 
+@pytest.mark.slow
+def test_a_file_that_one_rank_cannot_read_ends_all_of_them(tmp_path):
+    run = Run(sharded_teacher.by_shards_from_a_torn_file, tmp_path, str(saved(tmp_path / "model")), ranks=2)
+    assert run.wait() == [2, 2], run.output()
+    assert "cannot be loaded: [Errno 5] Input/output error." in run.output()
+    assert "cannot be loaded: another process could not" in run.output()
+
+
 def test_a_file_that_an_index_names_and_that_is_not_there_is_told_of(tmp_path):
     folder = saved(tmp_path / "model", max_shard_size="100KB")
     assert sharding_problem(ModelArguments(str(folder))) is None
