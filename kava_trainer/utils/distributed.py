@@ -60,8 +60,12 @@ def any_rank(flag: bool) -> bool:
     return largest_over_ranks(int(flag)) > 0
 
 
-def all_succeed(work: Callable[[], None]) -> str | None:
+def all_succeed(work: Callable[[], None], elsewhere: str = "another process could not write its part") -> str | None:
     """Let every rank do something that may fail on disk. Every rank must ask.
+
+    Args:
+        work: is done.
+        elsewhere: what is said where it failed on other ranks alone.
 
     Returns:
         Why it failed on this rank or another; None where it failed on none.
@@ -77,7 +81,7 @@ def all_succeed(work: Callable[[], None]) -> str | None:
     except (Exception, CheckpointException) as error:  # tokenizers have no kind of their own for a full disk
         problem = reason_of(error)
     failed = any_rank(problem is not None)
-    return (problem or "another process could not write its part") if failed else None
+    return (problem or elsewhere) if failed else None
 
 
 def from_main_process(work: Callable[[], T]) -> T:

@@ -171,7 +171,7 @@ def load_sharded(arguments: ModelArguments, device: torch.device, role: str = "t
     model, name, revision = plan.model, arguments.teacher_name, arguments.teacher_revision
     shard(model, init_device_mesh(device.type, (PartialState().num_processes,)))
     _give_storage(model, device)
-    if reason := all_succeed(lambda: _fill(plan)):
+    if reason := all_succeed(lambda: _fill(plan), "another process could not read its part"):
         raise BadRequest(f"The {role} {name!r} cannot be loaded: {reason}.")
     if (generation := load_generation_config(name, role, revision)) is not None:
         cast(Any, model).generation_config = generation
