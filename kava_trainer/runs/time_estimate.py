@@ -23,7 +23,7 @@ from ..utils.progress_bar import working
 from .advice import planned_steps, steps_per_epoch
 from .fill_cache import examples_at_hand
 from .setup import Run
-from .timing.passes import Rates, Stopwatch, generates
+from .timing.passes import Rates, Stopwatch, generates, recomputes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
     gradients_at_the_start_alone: bool = False
     control: bool = False
     checkpointing: bool = False
-    """Whether the activations are computed again in the backward pass."""
+    """Whether activations are computed again in the backward pass, which was not timed."""
     batches: int = 0
     """Batches whose answers are generated; 0 where none are."""
     answer: float = 0.0
@@ -172,9 +172,7 @@ def plan_of(run: Run) -> Plan:
         gradient=terms * min(gradient_examples * length, PROBE_TOKENS, held_out) if probes else 0.0,
         gradients_at_the_start_alone=sparing,
         control=training.run_control,
-        checkpointing=bool(
-            getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None)
-        ),
+        checkpointing=recomputes(training) and not is_sharded(run.trainer.model),  # of which the step was timed so
         batches=math.ceil(len(data.evaluation) / per_round) if data.evaluation is not None and generates(run) else 0,
         answer=answer,
         longest=training.generation_max_new_tokens or 2 * answer,

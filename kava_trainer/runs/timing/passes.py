@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import GenerationConfig, PreTrainedModel
 
+from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, JoiningCollator
 from ...data.packing import pack_step
 from ...data.streaming import ExampleStream
@@ -73,6 +74,13 @@ class Rates:
     """Likewise."""
 
 
+def recomputes(training: KavaTrainingArguments) -> bool:
+    """Whether the backward passes of a training compute activations again."""
+    return bool(
+        getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None)
+    )
+
+
 def generates(run: Run) -> bool:
     """Whether teacher and student will answer held-out problems."""
     held_out = run.data.evaluation
@@ -131,10 +139,28 @@ class Stopwatch:
         if not is_sharded(self._model) and not getattr(self._model.student, "is_quantized", False):
             self._model.to(training.device)
         try:
-            with _untouched(self._model):
+            with _untouched(self._model), self._in_memory():
                 return self._rates()
         finally:
             give_up_whole_weights(self._model)
+
+    @contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        """Within the `with` block passes of a sharded model keep as little for the backward pass as the training asks.
+
+        One rank that ran out of memory could not go on without the others, which would wait for it.
+        """
+        student: Any = self._model.student
+        if not (self._sharded and recomputes(self._run.training)):
+            yield
+            return
+        newer = hasattr(student, "activation_checkpointing_enable")
+        name = "activation_checkpointing" if newer else "gradient_checkpointing"
+        getattr(student, f"{name}_enable")()
+        try:
+            yield
+        finally:
+            getattr(student, f"{name}_disable")()
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         """What some work takes, on all ranks the same where they gather weights for it: how often they do it counts."""
