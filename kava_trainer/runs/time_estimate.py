@@ -172,7 +172,8 @@ def plan_of(run: Run) -> Plan:
         gradient=terms * min(gradient_examples * length, PROBE_TOKENS, held_out) if probes else 0.0,
         gradients_at_the_start_alone=sparing,
         control=training.run_control,
-        checkpointing=recomputes(training) and not is_sharded(run.trainer.model),  # of which the step was timed so
+        # Where weights are gathered the step was timed so.
+        checkpointing=recomputes(training) and not run.trainer.terms.are_gathered_with(run.trainer.model),
         batches=math.ceil(len(data.evaluation) / per_round) if data.evaluation is not None and generates(run) else 0,
         answer=answer,
         longest=training.generation_max_new_tokens or 2 * answer,

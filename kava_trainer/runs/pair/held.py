@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -30,9 +29,9 @@ def share_bytes(teacher: PreTrainedModel, processes: int) -> int:
 
     Its vocabulary head is a part of its own then, also where it is tied to the embeddings.
     """
-    head: Any = teacher.get_output_embeddings()
-    tied = weight_bytes([head.weight]) if head.weight is teacher.get_input_embeddings().weight else 0
-    return math.ceil((model_bytes(teacher) + tied) / processes)
+    head = list(teacher.get_output_embeddings().parameters())
+    tied = [own for own in teacher.get_input_embeddings().parameters() if own is head[0]]
+    return math.ceil((model_bytes(teacher) + weight_bytes(tied)) / processes)
 
 
 def teacher_parts(

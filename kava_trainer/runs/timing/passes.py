@@ -151,7 +151,7 @@ class Stopwatch:
         One rank that ran out of memory could not go on without the others, which would wait for it.
         """
         student: Any = self._model.student
-        if not (self._sharded and recomputes(self._run.training)):
+        if not (self._in_step and recomputes(self._run.training)):
             yield
             return
         newer = hasattr(student, "activation_checkpointing_enable")
