@@ -9,7 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from helpers import models
+from helpers import fault_child, models
 from helpers.data import random_examples
 from helpers.sharded_run import sharding_on_cpu
 from helpers.trainers import make_trainer
@@ -100,3 +100,13 @@ def answer(path, words):
 def answer_sharded(*arguments):
     with sharding_on_cpu():
         return answer(*arguments)
+
+
+def train_with_another_term(*arguments):
+    """As `fault_child.train`; the teacher's divergence is weighed once the trainer is there."""
+    return fault_child.train(*arguments, prepare=lambda trainer: setattr(trainer.args, "kd_weight", 0.5))
+
+
+def train_with_another_term_sharded(*arguments):
+    with sharding_on_cpu():
+        return train_with_another_term(*arguments)

@@ -179,3 +179,12 @@ def test_a_sharded_student_writes_the_answers_of_a_replicated_one(tmp_path):
     replicated, sharded = (path.read_text().splitlines() for path in written)
     assert len(sharded) == 7
     assert sharded == replicated
+
+
+@pytest.mark.slow
+def test_terms_that_are_weighed_later_are_tried_out_on_shards(tmp_path):
+    settings = SAMPLING | {"on_policy_fraction": 0.0, "kd_weight": 0.0, "max_steps": 2, "save_strategy": "no"}
+    functions = (sharded_reading.train_with_another_term_sharded, sharded_reading.train_with_another_term)
+    sharded, whole = (finish(tmp_path / own.__name__, None, settings, 2, function=own) for own in functions)
+    assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    assert all(line["kd_loss"] > 0 for line in sharded["lines"] if "loss" in line)
