@@ -54,45 +54,49 @@ class StoredWeights:
         return self._opened[file]
 
 
-def find_weights(name: str, role: str, revision: str | None) -> StoredWeights | None:
-    """The weights of a model in its folder or in the cache of the hub, which fetches those that it lacks.
+def find_weights(name: str, role: str, revision: str | None, fetch: bool = True) -> StoredWeights | None:
+    """The weights of a model in its folder or in the cache of the hub.
 
     Args:
         name: hub id, local folder or `quickstart`.
         role: what messages call the model.
         revision: hub revision, or None.
+        fetch: whether the cache fetches what it lacks.
 
     Returns:
-        None where the model has no safetensors files.
+        None where the model has no safetensors files, or not all of them are here and none is fetched.
 
     Raises:
         BadRequest: if they cannot be read.
     """
     try:
-        files = _files(name, role, revision)
+        files = _files(name, role, revision, fetch)
         return None if files is None else StoredWeights(_read_headers(files))
     except Exception as error:  # safetensors, json and the hub fail in ways of their own
         raise BadRequest(f"The {role} {name!r} cannot be loaded: {reason_of(error)}") from error
 
 
-def _files(name: str, role: str, revision: str | None) -> list[Path] | None:
+def _files(name: str, role: str, revision: str | None, fetch: bool) -> list[Path] | None:
     """The files in the order that transformers looks for them: one, or else those that an index names."""
-    if (single := _file(name, role, revision, SAFE_WEIGHTS_NAME)) is not None:
+    if (single := _file(name, role, revision, SAFE_WEIGHTS_NAME, fetch)) is not None:
         return [single]
-    if (index := _file(name, role, revision, SAFE_WEIGHTS_INDEX_NAME)) is None:
+    if (index := _file(name, role, revision, SAFE_WEIGHTS_INDEX_NAME, fetch)) is None:
         return None
     parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    found = {part: _file(name, role, revision, part) for part in parts}
-    if missing := [part for part, path in found.items() if path is None]:
+    found = {part: _file(name, role, revision, part, fetch) for part in parts}
+    missing = [part for part, path in found.items() if path is None]
+    if missing and not fetch and model_folder(name, role) is None:
+        return None
+    if missing:
         raise FileNotFoundError(f"of its {len(parts)} files of weights {', '.join(missing[:3])} are not there")
     return [path for path in found.values() if path is not None]
 
 
-def _file(name: str, role: str, revision: str | None, file: str) -> Path | None:
+def _file(name: str, role: str, revision: str | None, file: str, fetch: bool) -> Path | None:
     if (folder := model_folder(name, role)) is not None:
         return folder / file if (folder / file).is_file() else None
     try:
-        found = cached_file(name, file, revision=revision)
+        found = cached_file(name, file, revision=revision, local_files_only=not fetch)
     except OSError:  # neither on the hub nor in its cache
         return None
     return None if found is None else Path(found)

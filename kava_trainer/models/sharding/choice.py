@@ -26,7 +26,9 @@ class Holding(NamedTuple):
     """Why one that is large enough to be sharded is not, in a sentence."""
 
 
-def choose_holding(arguments: ModelArguments, device: torch.device, processes: int, role: str = "teacher") -> Holding:
+def choose_holding(
+    arguments: ModelArguments, device: torch.device, processes: int, role: str = "teacher", fetch: bool = False
+) -> Holding:
     """How a teacher is held, from its config and the headers of its files. Every rank must ask.
 
     Args:
@@ -34,12 +36,13 @@ def choose_holding(arguments: ModelArguments, device: torch.device, processes: i
         device: of this rank.
         processes: of the run.
         role: what messages call it.
+        fetch: see `sharding_problem`.
 
     Raises:
         BadRequest: if it shall be sharded, and cannot be; or as `sharding_problem`.
     """
     if arguments.teacher_sharding == "fsdp":
-        if (problem := sharding_problem(arguments, role)) is not None:
+        if (problem := sharding_problem(arguments, role, fetch)) is not None:
             raise BadRequest.of(problem)
         return Holding(sharded=True)
     may = arguments.teacher_sharding == "auto" and is_fsdp_asked() and processes > 1 and may_shard(device.type)
@@ -47,7 +50,7 @@ def choose_holding(arguments: ModelArguments, device: torch.device, processes: i
         return Holding(sharded=False)
     if arguments.is_cut:
         return Holding(False, f"The {role} is replicated, because the student is cut out of its whole weights.")
-    if (problem := sharding_problem(arguments, role)) is not None:
+    if (problem := sharding_problem(arguments, role, fetch)) is not None:
         return Holding(False, f"{problem.what.removesuffix(';')}. Every process holds all of it.")
     return Holding(sharded=True)
 

@@ -20,7 +20,14 @@ from ...config.model_arguments import ModelArguments
 from ...utils.distributed import all_succeed, own_part
 from ...utils.errors import BadRequest, Problem
 from ..layers import find_blocks, find_decoder
-from ..loading import build_causal_lm, load_config, load_generation_config, missing_weights, saved_adapter
+from ..loading import (
+    build_causal_lm,
+    load_config,
+    load_generation_config,
+    missing_weights,
+    model_folder,
+    saved_adapter,
+)
 from .checkpoint import StoredWeights, find_weights
 from .units import Sharding, settle
 
@@ -38,32 +45,38 @@ class _Plan:
     """What each weight of the model, and each buffer that is saved, is called in the files."""
 
 
-def sharding_problem(arguments: ModelArguments, role: str = "teacher") -> Problem | None:
+def sharding_problem(arguments: ModelArguments, role: str = "teacher", fetch: bool = True) -> Problem | None:
     """Why a teacher cannot be loaded by shards; None where it can. Of its files the headers alone are read.
 
     Args:
         arguments: which model it is.
         role: what messages call it.
+        fetch: whether files that are on the hub alone are fetched; else what they would tell is left open.
 
     Raises:
         BadRequest: if its config or its files cannot be read, or a weight is missing or of another shape.
     """
-    found = _plan(arguments, role)
+    found = _plan(arguments, role, fetch)
     return found if isinstance(found, Problem) else None
 
 
-def _plan(arguments: ModelArguments, role: str) -> "_Plan | Problem":
-    """From what a teacher is loaded by shards, or why it cannot be."""
+def _plan(arguments: ModelArguments, role: str, fetch: bool = True) -> "_Plan | Problem | None":
+    """From what a teacher is loaded by shards, or why it cannot be; None where that is left open."""
     name, revision = arguments.teacher_name, arguments.teacher_revision
     config = load_config(name, role, revision, arguments)
     if reason := _reason_of_config(arguments, config, role):
         return _problem(name, role, reason)
-    if (stored := find_weights(name, role, revision)) is None:
+    stored = find_weights(name, role, revision, fetch)
+    if stored is None and (fetch or model_folder(name, role) is not None):
         return _problem(name, role, "it has no safetensors files")
     # Its buffers are computed, on the CPU: most are in no file.
     with init_empty_weights(include_buffers=False):
         model = build_causal_lm(config, arguments.teacher_dtype, arguments, role).eval().requires_grad_(False)
-    if reason := _reason_of_model(model) or _reason_of_names(model, stored):
+    if reason := _reason_of_model(model):
+        return _problem(name, role, reason)
+    if stored is None:
+        return None
+    if reason := _reason_of_names(model, stored):
         return _problem(name, role, reason)
     sources = _sources(model, stored)
     _check_whole(model, stored, sources, name, role)
@@ -127,7 +140,8 @@ def _sources(model: PreTrainedModel, stored: StoredWeights) -> dict[str, str]:
     for target, source in tied.items():
         groups.setdefault(source, [source]).append(target)
     names = {own: (own, *groups.get(tied.get(own, own), ())) for own in model.state_dict()}
-    return {own: key for own, keys in names.items() for key in keys[::-1] if key in stored.weights}
+    found = {own: [key for key in keys if key in stored.weights] for own, keys in names.items()}
+    return {own: keys[0] for own, keys in found.items() if keys}
 
 
 def _reason_of_names(model: PreTrainedModel, stored: StoredWeights) -> str | None:
@@ -166,8 +180,8 @@ def load_sharded(arguments: ModelArguments, device: torch.device, role: str = "t
         BadRequest: where `sharding_problem` tells why it cannot be, or as that does.
     """
     plan = _plan(arguments, role)
-    if isinstance(plan, Problem):
-        raise BadRequest.of(plan)
+    if not isinstance(plan, _Plan):
+        raise BadRequest.of(cast(Problem, plan))
     model, name, revision = plan.model, arguments.teacher_name, arguments.teacher_revision
     shard(model, init_device_mesh(device.type, (PartialState().num_processes,)))
     _give_storage(model, device)

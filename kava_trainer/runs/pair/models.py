@@ -90,7 +90,7 @@ def _load_teachers(console: Console, arguments: KavaArguments) -> list[PreTraine
     """
     device, processes = arguments.training.device, arguments.training.world_size
     named = {role_of(number): own for number, own in enumerate([arguments.model, *other_teachers(arguments)])}
-    held = {role: choose_holding(own, device, processes, role) for role, own in named.items()}
+    held = {role: choose_holding(own, device, processes, role, fetch=True) for role, own in named.items()}
     for role, holding in held.items():
         for line in describe_holding(named[role], holding, role, processes, device.type):
             console.print(line)

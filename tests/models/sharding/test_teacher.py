@@ -235,6 +235,8 @@ def test_a_teacher_of_the_hub_is_found_in_the_cache(tmp_path, hub, monkeypatch):
     api = HfApi(endpoint=hub.address, token="hf_any")
     api.create_repo("me/teacher")
     api.upload_folder(repo_id="me/teacher", folder_path=folder)
+    assert sharding_problem(ModelArguments("me/teacher"), fetch=False) is None
+    assert not [path for _, path in hub.asked if path.endswith(".safetensors")]  # it may be large
     AutoModelForCausalLM.from_pretrained("me/teacher")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.asked)
