@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -42,13 +42,14 @@ def read_apart(root: nn.Module, work: Callable[[], T]) -> T:
         except BaseException as error:  # is raised again, once FSDP2 knows that the pass is over
             errors.append(error)
 
-    root.run_apart = run_apart  # type: ignore[assignment]  # a method, for this once
+    model: Any = root
+    model.run_apart = run_apart  # a method of it, for this once
     register_fsdp_forward_method(root, "run_apart")
     try:
         with torch.no_grad():
-            root.run_apart()
+            model.run_apart()
     finally:
-        del root.run_apart
+        del model.run_apart
         give_up_whole_weights(root)
     if errors:
         raise errors[0]
