@@ -85,6 +85,15 @@ def test_another_number_of_processes_is_not_resumed(tmp_path):
         check_resumable(path, identity(tmp_path))
 
 
+def test_a_run_goes_on_with_a_teacher_that_is_held_in_another_way(tmp_path):
+    there = identity(tmp_path)
+    found = compare(there, {**there, "teacher_sharding": "fsdp"})
+    assert (found.incompatible, found.training) == ([], [])
+    assert found.harmless == ["teacher_sharding was auto, is fsdp"]
+    before = {name: value for name, value in there.items() if name != "teacher_sharding"}
+    assert compare(before, there) == compare(there, there)
+
+
 def test_harmless_and_other_differences_are_named(tmp_path):
     path = checkpoint(tmp_path, identity(tmp_path))
     found = check_resumable(path, identity(tmp_path, logging_steps=5, max_steps=70, learning_rate=1e-4))
