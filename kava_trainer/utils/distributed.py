@@ -98,8 +98,8 @@ def from_main_process(work: Callable[[], T]) -> T:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the weights of a model over the ranks."""
-    return isinstance(model, FSDPModule)
+    """Whether FSDP2 has spread the weights of a model, which may be compiled, over the ranks."""
+    return isinstance(getattr(model, "_orig_mod", model), FSDPModule)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
