@@ -138,7 +138,7 @@ def whole_state(
     found = {}
     for name, part in get_model_state_dict(module).items():
         if name in names:
-            tensor = whole(part)
+            tensor = whole(cast(torch.Tensor, part))
             if everywhere or PartialState().is_main_process:
                 found[name] = tensor if everywhere else tensor.cpu()
     return found
