@@ -190,7 +190,7 @@ def whole_state(module: nn.Module, names: Container[str] | None = None) -> dict[
     found = {}
     for name, part in get_model_state_dict(module).items():
         if name in names:
-            tensor = whole(part)
+            tensor = whole(cast(torch.Tensor, part))
             if PartialState().is_main_process:
                 found[name] = tensor.cpu()
     return found

@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed import HashStore
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 
@@ -37,7 +38,10 @@ def sharding_on_cpu():
         new = not AcceleratorState._shared_state
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if new:
-            assert self.distributed_type == DistributedType.MULTI_CPU
+            if os.environ.get("WORLD_SIZE", "1") == "1":  # accelerate has a group of one rank on a GPU alone
+                torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            else:
+                assert self.distributed_type == DistributedType.MULTI_CPU
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":

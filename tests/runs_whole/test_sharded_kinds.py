@@ -137,7 +137,21 @@ def test_a_resumed_sharded_run_has_the_same_losses_and_weights(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "adapters"])
-@pytest.mark.parametrize(("before", "after"), [((2, 2), (4, 1)), ((4, 1), (2, 2))])
+def test_a_compiled_sharded_run_is_that_of_one_that_is_not(tmp_path, kind):
+    settings = SETTINGS | {"projector_dropout": 0.0, **PADDED} | KINDS[kind]
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    plain = finish(tmp_path / "plain", None, settings, 2)
+    straight = finish(tmp_path / "straight", None, settings | compiled, 2)
+    resumed = finish(tmp_path / "again", tmp_path / "straight" / "run" / "checkpoint-3", settings | compiled, 2)
+    assert (plain["wrapper"], straight["wrapper"]) == ("FSDPDistillationModel", "OptimizedModule")
+    for name in ("optimizer", "losses"):
+        assert plain[name] == pytest.approx(straight[name], rel=1e-5, abs=1e-7), name
+        assert resumed[name] == straight[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "adapters"])
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (4, 1)), ((4, 1), (2, 2)), ((2, 2), (1, 4)), ((1, 4), (2, 2))])
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path, kind, before, after):
     settings = SETTINGS | {"projector_dropout": 0.0, "count": 24, **PADDED} | KINDS[kind]
 
@@ -148,8 +162,10 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path, kind, befo
     first, straight = trained("first", before), trained("straight", after)
     resumed = trained("resumed", after, tmp_path / "first" / "run" / "checkpoint-3")
     assert resumed["world_size"] == after[0] != first["world_size"]
+    assert resumed["wrapper"] == "FSDPDistillationModel"
     assert resumed["losses"][-1] == pytest.approx(straight["losses"][-1], rel=2e-3 if "bf16" in settings else 1e-5)
-    assert resumed["optimizer"] == pytest.approx(straight["optimizer"], rel=5e-2, abs=1e-4)
+    if "bf16" not in settings:  # in which small gradients have either sign
+        assert resumed["optimizer"] == pytest.approx(straight["optimizer"], rel=1e-2, abs=1e-5)
 
 
 @pytest.mark.slow
