@@ -19,7 +19,10 @@ from kava_trainer.distillation.state_shards import bytes_per_token  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT, STEP, MATRIX = ROOT / "docs" / "scaling.md", RESULTS / "step-real-hidden.csv", RESULTS / "matrix.csv"
+LARGE = RESULTS / "large-pair.csv"
 TOKENS, STEP_TOKENS = 1e9, 2**20
+GPU_MEMORY, LARGE_TOKENS = 80e9, 4096
+"""Of one GPU; of a micro-batch of the large pair, see `large_pair.py`."""
 
 # NVIDIA H100 SXM, as its data sheet has it: dense bf16, NVLink in one direction, and one 400 Gb/s port a GPU.
 PEAK, NVLINK, NETWORK, SHARE = 989e12, 450e9, 50e9, 0.4
@@ -118,6 +121,49 @@ def memory_table() -> str:
     return markdown(["", "student, gradients, optimizer", "gathered", "teacher", "micro-batch", "sum"], rows)
 
 
+def large_counts() -> dict[str, int]:
+    """What `large_pair.py` has counted, by name."""
+    with LARGE.open(newline="") as file:
+        return {row["name"]: int(row["count"]) for row in csv.DictReader(file)}
+
+
+def large_memory_table() -> str:
+    """Memory of one of eight GPUs with a pair that fits none of them."""
+    counts = large_counts()
+    beside = [counts["trained"], counts["gathered"], counts["micro-batch"]]
+    teachers = {
+        "whole, bf16": (counts["teacher, whole"], 0),
+        "whole, 4-bit": (counts["teacher, 4-bit"], 0),
+        "spread, bf16": (counts["teacher, spread"], counts["teacher, gathered"]),
+        "states cached, head spread": (counts["head"] / GPUS_OF_A_NODE, counts["head"]),
+    }
+    rows = []
+    for name, (held, gathered) in teachers.items():
+        figures = [held, gathered, *beside]
+        fits = "yes" if sum(figures) < GPU_MEMORY else "no"
+        rows.append([name, *(f"{figure / 1e9:.1f}" for figure in (*figures, sum(figures))), fits])
+    header = [
+        "Teacher", "teacher", "gathered of it", "student, gradients, optimizer", "gathered", "micro-batch", "sum",
+        "fits 80 GB",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def large_step_table() -> str:
+    """What a micro-batch of that pair costs each GPU, with the teacher spread over all of them, and with it whole."""
+    counts = large_counts()
+    teacher, student = (counts[f"weights, {role}"] for role in ("teacher", "student"))
+    blocks = {role: counts[f"weights, {role}"] - counts[f"embeddings, {role}"] for role in ("teacher", "student")}
+    seconds = LARGE_TOKENS * (2 * blocks["teacher"] + 8 * blocks["student"]) / (PEAK * SHARE)
+    others = (GPUS_OF_A_NODE - 1) / GPUS_OF_A_NODE
+    student_bytes = others * student * (2 + 2 + 4)
+    rows = []
+    for name, carried in (("spread", student_bytes + others * 2 * teacher), ("whole, 4-bit", student_bytes)):
+        rates = [f"{carried / rate:.2f}" for rate in (NVLINK, NETWORK)]
+        rows.append([name, f"{seconds:.2f}", f"{carried / 1e9:.0f}", *rates])
+    return markdown(["Teacher", "s computing", "GB carried", "s over NVLink", "s over the network"], rows)
+
+
 def matrix_table() -> str:
     """What `matrix.py` found, engine by engine; messages are told in the text below the table."""
     with MATRIX.open(newline="") as file:
@@ -135,6 +181,7 @@ def matrix_table() -> str:
 def document(text: str) -> str:
     """The document with its tables made anew."""
     tables = {"time": time_table(), "cache": cache_table(), "memory": memory_table(), "matrix": matrix_table()}
+    tables |= {"large memory": large_memory_table(), "large step": large_step_table()}
     for name, table in tables.items():
         text = fill(text, name, table)
     return text

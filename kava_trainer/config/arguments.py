@@ -28,7 +28,7 @@ from .checks import (
     usual_dropout,
 )
 from .data_arguments import DataArguments
-from .launcher import device_problem, is_fsdp_asked, sharding_problems
+from .launcher import device_problem, is_fsdp_asked, sharding_problems, teacher_sharding_problems
 from .model_arguments import ModelArguments, argument
 from .recipes import accelerate_config
 
@@ -342,9 +342,11 @@ class KavaArguments:
             what = "layer_mapping inherited needs a student that is cut out of its teacher, and this one is not;"
             found.append(Problem("layer_mapping", what, "write student_init teacher_layers, or layer_mapping all."))
         found += written_for_other_targets(self.training, self.given)
-        if self.model.use_peft and is_fsdp_asked():
-            remedy = f"start with DDP ({accelerate_config('ddp.yaml')})."
-            found.append(Problem("use_peft", "use_peft is not supported under FSDP2;", remedy))
+        found += teacher_sharding_problems(self.training, self.model.teacher_sharding)
+        if self.model.student_quantization != "none" and is_fsdp_asked():
+            what = f"student_quantization is {self.model.student_quantization}, but FSDP2 cannot spread such weights;"
+            remedy = f"write none, or start with DDP ({accelerate_config('ddp.yaml')})."
+            found.append(Problem("student_quantization", what, remedy))
         if tokens > LARGEST_MICRO_BATCH:
             what = f"One micro-batch could hold {tokens} tokens, more than {LARGEST_MICRO_BATCH};"
             names = [f"per_device_train_batch_size ({batch})", f"max_length ({length})"]

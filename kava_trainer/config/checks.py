@@ -20,10 +20,9 @@ from .alignment.target_checks import (
     target_problems,
 )
 from .alignment.teachers import several_problems
-from .launcher import engine_problems, is_fsdp_asked
+from .launcher import engine_problems
 from .layer_mapping import parse_layer_mapping
 from .optimizer_names import missing_package, other_missing_packages, steps_in_backward
-from .recipes import accelerate_config
 
 if TYPE_CHECKING:  # which asks here
     from .arguments import KavaTrainingArguments
@@ -246,9 +245,6 @@ def _rollout_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:
         what = f"{asked} teacher_cache_dir holds no states of answers that are yet to be sampled;"
         remedy = "leave teacher_cache_dir out, or name a file of answers that are sampled already in rollouts_from."
         yield Problem("teacher_cache_dir", what, remedy)
-    if is_fsdp_asked():
-        what = f"{asked} under FSDP2 no process has the whole student to sample with;"
-        yield Problem("on_policy_fraction", what, f"start with DDP ({accelerate_config('ddp.yaml')}).")
 
 
 def _schedule_problems(training: "KavaTrainingArguments") -> Iterator[Problem]:

@@ -45,7 +45,7 @@ NOTES = {
     "optim_args": (None, "Its options, such as bf16_stochastic_round=True,block_size=64."),
     "weight_decay": (None, "Of student and projector, but for biases and norms."),
     "max_grad_norm": (None, "Norm that the gradient of student and projectors together is clipped to; 0 never clips."),
-    "bf16": (None, "Compute in bfloat16 and keep weights as they are; not under FSDP2."),
+    "bf16": (None, "Compute in bfloat16 and keep weights as they are, also under FSDP2."),
     "gradient_checkpointing": (None, "Compute activations again in the backward pass: less memory, more time."),
     "per_device_eval_batch_size": ("examples", "Examples that are evaluated at once, also by the teacher."),
     "eval_strategy": (None, "When the student is evaluated during the training: no, steps or epoch."),

@@ -35,6 +35,18 @@ def is_fsdp_asked() -> bool:
     return _is_set("ACCELERATE_USE_FSDP")
 
 
+def may_shard(device_type: str) -> bool:
+    """Whether KAVA shards on a kind of device where it is asked to."""
+    return device_type in SHARDING_DEVICES
+
+
+def mixed_precision(training: "TrainingArguments") -> str:
+    """What autocast computes in, `bf16` or `fp16`, as the arguments say or else the launcher; `no` without it."""
+    if training.bf16 or training.fp16:
+        return "fp16" if training.fp16 else "bf16"
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def describe_engine(world_size: int) -> str:
     """How many processes there are, and what they share, in a few words."""
     if is_fsdp_asked():
@@ -47,7 +59,8 @@ def engine_problems(fsdp: Any, deepspeed: Any) -> list[Problem]:
     instead = f"accelerate launch --config_file {FSDP_CONFIG}"
     found = []
     if deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
-        found.append(Problem("deepspeed", "deepspeed is not supported;", f"shard with FSDP2 in its place: {instead}."))
+        remedy = f"shard with FSDP2 in its place: {instead} (its engine was never seen to keep KAVA's steps and files)."
+        found.append(Problem("deepspeed", "deepspeed is not supported;", remedy))
     if fsdp and not is_fsdp_asked():
         found.append(Problem("fsdp", "fsdp is not read from the arguments;", f"start with {instead}."))
     return found
@@ -65,6 +78,18 @@ _WANTED = {"fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_auto_wrap_policy"
 def sharding_problems(training: "TrainingArguments") -> list[Problem]:
     """Each thing that FSDP2 was asked for with and that would go wrong."""
     return [*_launcher_problems(), *_argument_problems(training)] if is_fsdp_asked() else []
+
+
+def teacher_sharding_problems(training: "TrainingArguments", asked: str) -> Iterator[Problem]:
+    """Why a teacher that shall be sharded cannot be here, whatever it is; `asked` is `teacher_sharding`."""
+    if asked != "fsdp":
+        return
+    if max(training.world_size, training.n_gpu) == 1:
+        what = "teacher_sharding is fsdp, but there is one process, which has nobody to share the teacher with;"
+        yield Problem("teacher_sharding", what, "write none, or start more: accelerate launch --num_processes 2.")
+    elif not may_shard(training.device.type):
+        what = f"teacher_sharding is fsdp on a {training.device.type} device; KAVA shards on CUDA devices alone;"
+        yield Problem("teacher_sharding", what, "write none.")
 
 
 def _launcher_problems() -> Iterator[Problem]:
@@ -85,12 +110,9 @@ def _launcher_problems() -> Iterator[Problem]:
 
 def _argument_problems(training: "TrainingArguments") -> Iterator[Problem]:
     """What the arguments have that would go wrong."""
-    if training.bf16 or training.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        yield Problem(
-            None,
-            "bf16, fp16 and mixed_precision are not supported under FSDP2, where the projectors would be rounded too;",
-            "leave them out, or write student_dtype bfloat16 with optim adamw_torch_8bit.",
-        )
+    if (precision := mixed_precision(training)) not in ("no", "bf16"):
+        what = f"Mixed precision in {precision} is not supported under FSDP2;"
+        yield Problem(None, what, "write bf16 true (in the accelerate config mixed_precision: bf16), or leave it out.")
     optim = optimizer_name(training.optim)
     if optim not in TORCHAO_OPTIMIZERS and any(word in optim for word in ("8bit", "bnb", "paged")):
         what = f"optim {optim} cannot update sharded weights;"
@@ -102,7 +124,7 @@ def _argument_problems(training: "TrainingArguments") -> Iterator[Problem]:
 
 def device_problem(device_type: str) -> Problem | None:
     """Why what was asked for would not be done on a kind of device; None where it would."""
-    if not is_fsdp_asked() or device_type in SHARDING_DEVICES:
+    if not is_fsdp_asked() or may_shard(device_type):
         return None
     if device_type != "cpu":
         return Problem(None, f"FSDP was asked for on a {device_type} device; KAVA supports it on CUDA devices alone.")

@@ -47,6 +47,11 @@ class ModelArguments:
     teacher_dtype: Literal["auto", "float32", "bfloat16"] = argument(
         "auto", "Data type of the teacher's weights; auto takes the checkpoint's own."
     )
+    teacher_sharding: Literal["auto", "none", "fsdp"] = argument(
+        "auto",
+        "Let every process hold the whole teacher (none), or spread it over them and gather it block by block (fsdp); "
+        "auto spreads one that takes more than a quarter of a device where the student is spread too.",
+    )
     student_model_name_or_path: str | None = argument(None, "Hub id or local folder of the student, or 'quickstart'.")
     student_revision: str | None = argument(None, "Hub revision of the student.")
     student_config_name: str | None = argument(
@@ -143,6 +148,7 @@ class ModelArguments:
             what = "student_model_name_or_path and student_config_name exclude each other;"
             yield Problem("student_model_name_or_path", what, "keep one of them.")
         yield from cut
+        yield from self._sharding_problems()
         yield from self._adapter_problems() if self.use_peft else self._problems_without_adapter()
 
     @property
@@ -164,6 +170,17 @@ class ModelArguments:
     def exports_adapter(self) -> bool:
         """Whether the finished student is its adapters alone."""
         return self.use_peft and not self.merge_adapter
+
+    def _sharding_problems(self) -> Iterator[Problem]:
+        if self.teacher_sharding != "fsdp":
+            return
+        if self.teacher_quantization != "none":
+            kind = self.teacher_quantization
+            what = f"teacher_sharding fsdp spreads plain weights, and teacher_quantization is {kind};"
+            yield Problem("teacher_sharding", what, "write teacher_sharding none, or teacher_quantization none.")
+        if self.is_cut:
+            what = "teacher_sharding is fsdp, but the student is cut out of the teacher, which needs it whole;"
+            yield Problem("teacher_sharding", what, "write none.")
 
     def _problems_without_adapter(self) -> Iterator[Problem]:
         if self.student_quantization != "none":

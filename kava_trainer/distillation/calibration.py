@@ -5,6 +5,8 @@ and the sums of several ranks add up to those of one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +15,8 @@ from torch import nn
 
 from ..data.selection import draw_examples
 from ..data.token_alignment.ranges import aligned_tokens
-from ..models.teacher import TeacherSource
+from ..models.teacher import TeacherSource, in_step_reading
+from ..utils.distributed import give_up_whole_weights, is_sharded, put_whole, whole_weights
 from ..utils.errors import BadRequest
 from ..utils.progress_bar import STEPS, own_batches, told, with_progress
 from .bridge.agreement import Agreement, held_back_tokens, hold_back, measure_agreement
@@ -21,6 +24,7 @@ from .bridge.fit import BridgeFit, decide_rank, tell_agreement
 from .model import DistillationModel
 from .projector import ElasticBottleneck, LowRankBridge, PrincipalProjection, normalise
 from .targets import AlignmentTarget
+from .teachers.several import online_teachers
 from .token_alignment.states import compared_with_each, read_states
 
 RIDGE = 1e-3
@@ -206,11 +210,12 @@ def calibrate(
     def total(sums: torch.Tensor) -> torch.Tensor:
         return sum_over_ranks(sums.to(device)).to(where)
 
+    in_step = partial(_in_step, model, teacher)
     fitted_to, held_back = hold_back(examples) if model.target.bridges else (examples, [])
     moments = [_moments_of(projector, where) for projector in model.target.projectors]
     tokens = aligned_tokens(examples)
-    with told(f"Calibrating the projectors on {tokens} tokens"):
-        for batch in own_batches(fitted_to, batch_size, "Calibrating the projectors"):
+    with told(f"Calibrating the projectors on {tokens} tokens"), whole_weights(model.target):
+        for batch in own_batches(fitted_to, batch_size, "Calibrating the projectors", in_step):
             _add_batch(moments, model, teacher, collator(batch))
     fits = list(zip(model.target.projectors, moments, strict=True))
     bridged = []
@@ -221,9 +226,10 @@ def calibrate(
         else:
             _set(projector, sums, least_squares)
     if bridged:
-        batches = map(collator, own_batches(held_back, batch_size, "Measuring the bridges"))
+        batches = map(collator, own_batches(held_back, batch_size, "Measuring the bridges", in_step))
         sides = _coordinates(model, teacher, batches, bridged)
         _set_bridges(model.target, bridged, [measure_agreement(*own, total) for own in sides], tell)
+    give_up_whole_weights(model)
     model.train(training)
 
 
@@ -252,6 +258,14 @@ def _states(
     yield from model.target.fitted_sides(output.hidden_states, teacher_states, mask)
 
 
+def _in_step(model: DistillationModel, teacher: TeacherSource) -> AbstractContextManager[None]:
+    """Within the `with` block the ranks may have different numbers of batches, whichever of the models are sharded."""
+    running = [own for own in online_teachers(teacher) if is_sharded(own.model)]
+    if not running:
+        return model.passes_in_step()
+    return in_step_reading(running, model.read_a_token if is_sharded(model) else lambda: None)
+
+
 def _add_batch(
     moments: list[Moments], model: DistillationModel, teacher: TeacherSource, batch: dict[str, torch.Tensor]
 ) -> None:
@@ -274,8 +288,8 @@ def _set(projector: nn.Module, sums: Moments, least_squares: bool) -> None:
     """Give a projector of one side its map."""
     principal = isinstance(projector, PrincipalProjection)
     weight, bias = sums.principal(turn=least_squares) if principal else sums.ridge()
-    _fitted(projector).weight.copy_(weight)
-    _fitted(projector).bias.copy_(bias)
+    put_whole(_fitted(projector).weight, weight)
+    put_whole(_fitted(projector).bias, bias)
 
 
 def _coordinates(

@@ -1,8 +1,9 @@
 """The terms on logits of one micro-batch: next tokens and the teacher's distribution, at some tokens alone."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial, reduce
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -27,6 +28,8 @@ class TeacherLogits(NamedTuple):
     """Makes logits of them, without gradients."""
     share: float = 1.0
     """Of the teacher in the divergence."""
+    whole_head: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Makes the context in which the ranks may call `head` different numbers of times."""
 
 
 class LogitsTerms:
@@ -77,7 +80,10 @@ class LogitsTerms:
         weights = _vector(list(self._weights.values()), last_state.device)
         rows = (student, self._targets, *teacher)
         size = self._vocabulary * max(1, len(self._teachers))
-        total, sums = sum_in_chunks(partial(self._chunk, head), rows, weights, parameters, size)
+        with ExitStack() as whole:
+            for own in self._teachers:
+                whole.enter_context(own.whole_head())
+            total, sums = sum_in_chunks(partial(self._chunk, head), rows, weights, parameters, size)
         return total, dict(zip(self._weights, sums, strict=True))
 
     def _chunk(self, head: Head, states: torch.Tensor, targets: torch.Tensor, *teacher: torch.Tensor) -> torch.Tensor:

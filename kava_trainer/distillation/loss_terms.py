@@ -14,6 +14,7 @@ from ..config.arguments import KavaTrainingArguments
 from ..data.token_alignment.ranges import RANGES, seen_by
 from ..models.attention.capture import Feature, in_order, states_of_teacher
 from ..models.teacher import TeacherSource
+from ..utils.distributed import is_sharded
 from .logits_terms import AGREEMENT, FIGURES, KD_ROUTING, LogitsTerms, TeacherLogits
 from .logits_tokens import CountedTokens, count_tokens, is_sampled, positions_and_targets, ratio_to_widest, widest
 from .losses import token_mean, token_sum
@@ -116,6 +117,12 @@ class LossTerms:
         }
         return {name: weight for name, weight in weights.items() if weight > 0}
 
+    def are_gathered_with(self, model: nn.Module) -> bool:
+        """Whether a pass of the student or of a teacher gathers weights that are spread over the ranks, so that all of
+        them must make as many."""
+        teachers = (getattr(own, "model", None) for own in each_teacher(self.teacher))
+        return any(is_sharded(own) for own in (model, *teachers) if isinstance(own, nn.Module))
+
     def teacher_states(
         self, inputs: Mapping[str, Any], weights: Mapping[str, float] | None = None
     ) -> dict[Feature, torch.Tensor] | None:
@@ -211,7 +218,9 @@ class LossTerms:
         for number, (source, share) in enumerate(zip(sources, teacher_weights(self.teacher), strict=True)):
             read, own = seen_by(inputs, number) if number else inputs, states_of_teacher(states, number)
             last = own[OWN_TOKENS if RANGES in read else source.num_layers]
-            yield _ReadBatch(read, TeacherLogits(last, partial(self._teacher_head, source), share), shared[number])
+            whole = getattr(source, "whole_head", nullcontext)  # a source of the user's own need not have it
+            logits = TeacherLogits(last, partial(self._teacher_head, source), share, whole)
+            yield _ReadBatch(read, logits, shared[number])
 
     def _tokens_of(self, name: str, inputs: Mapping[str, Any]) -> CountedTokens:
         """What a term on logits is a mean over."""

@@ -1,8 +1,9 @@
 """Student and projectors in one module, and what its forward pass gives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -10,11 +11,16 @@ from transformers import PreTrainedModel
 
 from ..models.attention.capture import Feature, FeatureCapture
 from ..models.hidden_states import decoder_output, first_tensor
+from ..models.layers import made_up_tokens
 from ..models.lm_head import vocabulary_logits
 from ..models.routers import router_losses
-from ..utils.distributed import is_sharded
+from ..models.sharding.passes import read_apart
+from ..models.sharding.units import Sharding, settle, shard_model
+from ..utils.distributed import in_step, is_sharded
 from .logits_terms import LogitsTerms
 from .targets import AlignedStates, AlignmentTarget
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,6 +71,7 @@ class DistillationModel(nn.Module):
         # Trainer turns it off, and adds it to a config that has none but in its part for text.
         self.student_uses_cache: bool | None = getattr(student.config, "use_cache", None)
         self._capture = FeatureCapture(student, target.student_features)
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -74,10 +81,27 @@ class DistillationModel(nn.Module):
                 raise
             return getattr(self.student, name)
 
+    def shard(self, sharding: Sharding) -> None:
+        """Spread student and projectors over the ranks; the parameters are others from then on.
+
+        The projectors are a unit of their own, which computes as it does in one process.
+
+        Args:
+            sharding: over which ranks, and how.
+
+        Raises:
+            BadRequest: as `shard_model`.
+        """
+        shard_model(self.student, sharding)
+        for module in (self.target, self):
+            sharding.of_modules(module, exact=True)
+        self._autocast = sharding.autocast or nullcontext
+        settle(self, self.student)
+
     @property
     def _no_split_modules(self) -> list[str]:
-        """What accelerate shards as units: the student's blocks, and the projectors, whose data type may differ."""
-        return [*(self.student._no_split_modules or ()), type(self.target).__name__]
+        """What accelerate looks for and makes units of; there is nothing left for it, see `shard`."""
+        return []
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
@@ -116,8 +140,19 @@ class DistillationModel(nn.Module):
         Returns:
             A `StudentOutput`; of the student alone its own output, with `loss` and `logits`.
         """
-        if not distils:
-            return self.student(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **others)
+        with self._autocast():  # which accelerate puts around no model that is sharded
+            if not distils:
+                return self.student(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **others)
+            return self._distil(input_ids, attention_mask, packed_lengths, teacher_states, logits_terms)
+
+    def _distil(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        packed_lengths: Sequence[int] | None,
+        teacher_states: dict[Feature, torch.Tensor] | None,
+        logits_terms: LogitsTerms | None,
+    ) -> StudentOutput:
         with self._capture as states:
             output = decoder_output(self.student, cast(torch.Tensor, input_ids), attention_mask, packed_lengths)
         last = first_tensor(output)
@@ -128,10 +163,27 @@ class DistillationModel(nn.Module):
         own = [p for p in self.student.get_output_embeddings().parameters() if p.requires_grad]
         return StudentOutput(last, states, pairs, *logits_terms(self.head, own, last), router)
 
+    def read(self, work: Callable[[], T]) -> T:
+        """What some work makes of the student, see `read_apart`; of one that is sharded in the training's precision."""
+        with self._autocast():
+            return read_apart(self, work)
+
+    def passes_in_step(self) -> AbstractContextManager[None]:
+        """Within the `with` block each rank may have the student read as often as it needs, see `distributed.in_step`.
+
+        Without gradients, and as this module does it where `distils` is true and `teacher_states` are not given.
+        """
+        return in_step(self, self.read_a_token) if is_sharded(self) else nullcontext()
+
+    @torch.no_grad()
+    def read_a_token(self) -> None:
+        """A pass for nothing, without gradients."""
+        ids = made_up_tokens(self.student, 1)
+        self(ids, torch.ones_like(ids), distils=True)
+
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_s].
 
-        Where the weights are sharded, the head's are whole within the forward pass. The hooks that see to it would take
-        the gradient of one chunk for the end of the backward pass.
+        Where the weights are sharded, the head's are whole from the decoder's pass on, see `shard_model`.
         """
-        return vocabulary_logits(self.student, states, with_hooks=not is_sharded(self))
+        return vocabulary_logits(self.student, states)

@@ -15,8 +15,9 @@ from ..models.attention.capture import AttentionPart, Feature, check_features
 from ..models.layers import number_of_layers, train_text_alone
 from ..models.lm_head import check_head
 from ..models.loading import on_device
-from ..models.lora import has_adapter, unwrapped
+from ..models.lora import unwrapped
 from ..models.teacher import OnlineTeacher, TeacherSource
+from ..utils.distributed import is_sharded
 from .loss_terms import needed_teacher_layers
 from .model import DistillationModel
 from .targets import AlignmentTarget, build_targets, choices_for, no_target
@@ -25,8 +26,8 @@ from .teachers.several import SeveralTeachers, by_role, each_teacher, online_tea
 
 def check_student(student: PreTrainedModel) -> None:
     """Raise `ValueError` for a student that cannot be trained as it is."""
-    if is_fsdp_asked() and has_adapter(student):
-        raise ValueError("Adapters are not supported under FSDP2; start without it.")
+    if is_fsdp_asked() and getattr(student, "is_quantized", False):
+        raise ValueError("The student's weights are quantised, which FSDP2 cannot spread; load them as they are.")
     check_causal("student", student)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("No weight of the student needs a gradient, so it would not learn: student.requires_grad_().")
@@ -176,7 +177,7 @@ def _source_of(
     if not layers:
         return None
     if not (
-        getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None)
+        getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None) or is_sharded(teacher)
     ):  # it lies where it must
         on_device(teacher, args.device)
     return OnlineTeacher(teacher, layers)
@@ -242,8 +243,8 @@ class Pairing:
             source, target = pair_up(self._args, student, self._teachers, target, inherited)
         _try_out(self._args, student, source, target)
         self._tried = self._read_parts()
-        self._trained = [parameter for parameter in target.parameters() if parameter.requires_grad]
-        self._train_projectors()
+        self._trained = {name for name, parameter in target.named_parameters() if parameter.requires_grad}
+        self._train_projectors(target)
         if getattr(student, "is_quantized", False):
             target.to(student.device)  # Trainer moves no model that bitsandbytes has quantised
         return DistillationModel(student, target), source
@@ -276,7 +277,7 @@ class Pairing:
         """
         if self._tried == self._read_parts():
             return source
-        self._train_projectors()
+        self._train_projectors(model.target)
         running = online_teachers(source)
         if self._all_run() and len(running) == len(each_teacher(source)):
             for own in running:
@@ -284,7 +285,7 @@ class Pairing:
             source, _ = pair_up(self._args, model.student, self._teachers, model.target)
         elif not self._teachers:
             pair_up(self._args, model.student, None, model.target)
-        _try_out(self._args, model.student, source, model.target)
+        model.read(lambda: _try_out(self._args, model.student, source, model.target))
         self._tried = self._read_parts()
         return source
 
@@ -293,6 +294,7 @@ class Pairing:
         args = self._args
         return args.aligns, args.lm_weight > 0 or args.kd_weight > 0, args.kd_weight > 0
 
-    def _train_projectors(self) -> None:
-        for parameter in self._trained:
-            parameter.requires_grad_(self._args.aligns)
+    def _train_projectors(self, target: AlignmentTarget) -> None:
+        for name, parameter in target.named_parameters():  # which are others once they are sharded
+            if name in self._trained:
+                parameter.requires_grad_(self._args.aligns)

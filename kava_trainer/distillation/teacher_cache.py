@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -20,12 +21,13 @@ from ..data.packing import pack_step
 from ..models.adapters import find_adapter
 from ..models.attention.capture import Feature
 from ..models.layers import find_decoder, number_of_layers, state_width
-from ..models.lm_head import vocabulary_logits
+from ..models.lm_head import vocabulary_logits, whole_head
 from ..models.loading import model_folder
 from ..models.packed_attention import disable_packing, enable_packing, packing_problem
-from ..models.teacher import OnlineTeacher
+from ..models.teacher import OnlineTeacher, in_step_reading
 from ..utils.atomic_files import write_atomically
 from ..utils.digests import read_samples
+from ..utils.distributed import own_part
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import check_cache_space
 from ..utils.progress_bar import progress_bar, with_progress
@@ -231,7 +233,7 @@ class TeacherCache:
         writer = ShardWriter(self.folder, self.dtype, self.fingerprint)
         groups = iter(lambda: list(islice(examples, GROUP)), [])
         rows = (row for group in groups for row in _rows(group, budget, packed))
-        with progress_bar(tokens, "Caching the teacher's states", "token", True) as bar:
+        with progress_bar(tokens, "Caching the teacher's states", "token", True) as bar, in_step_reading([teacher]):
             for row in rows:
                 if WATCH.received is not None:
                     break
@@ -304,6 +306,10 @@ class CachedTeacher:
         """Logits [..., vocabulary] of last hidden states [..., d_t], from the vocabulary head alone."""
         return vocabulary_logits(self.model, states.to(self._dtype))
 
+    def whole_head(self) -> AbstractContextManager[None]:
+        """As `OnlineTeacher.whole_head`."""
+        return whole_head(self.model)
+
 
 def is_released(model: PreTrainedModel) -> bool:
     """Whether `release_weights` took the model's weights."""
@@ -314,6 +320,8 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     """Free a teacher's weights, so that it cannot run; its config and, if wanted, its vocabulary head are left."""
     head = model.get_output_embeddings()
     kept = {id(parameter) for parameter in head.parameters()} if keep_head else set()
+    for spread in (own for own in model.parameters() if id(own) not in kept and isinstance(own, DTensor)):
+        own_part(spread).untyped_storage().resize_(0)  # FSDP2 holds on to it
     for module in list(find_decoder(model).modules()):  # blocks go as a whole: quantised ones keep more than parameters
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ModuleList):
@@ -321,4 +329,5 @@ def release_weights(model: PreTrainedModel, keep_head: bool) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in kept:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+                nothing = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                setattr(module, name, nn.Parameter(nothing, requires_grad=False))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -20,7 +21,8 @@ from ..distillation.chunked_loss import sum_in_chunks
 from ..distillation.losses import next_token_sum
 from ..models.generation.generate import continue_prompts, stop_tokens
 from ..models.hidden_states import run_decoder
-from ..models.lm_head import vocabulary_logits, vocabulary_size
+from ..models.lm_head import vocabulary_logits, vocabulary_size, whole_head
+from ..models.sharding.passes import passes_in_step
 from ..utils.progress_bar import SharedBatches, own_batches
 from .final_answer_match.final_answer_match import FinalAnswerMatch
 
@@ -29,7 +31,8 @@ from .final_answer_match.final_answer_match import FinalAnswerMatch
 def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[str, torch.Tensor]) -> float:
     """Cross-entropy in nats, summed over the answer tokens of one batch.
 
-    The batch is a `DistillationCollator`'s, on the device of the model's last hidden states [B, T, d].
+    The batch is a `DistillationCollator`'s, on the device of the model's last hidden states [B, T, d]. Of a model that
+    is sharded the head is whole meanwhile, however many chunks it reads.
     """
 
     def chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -37,7 +40,8 @@ def answer_loss_sum(model: PreTrainedModel, states: torch.Tensor, batch: dict[st
 
     answers = (states.flatten(0, 1)[batch["answer_index"]], batch["next_tokens"])
     one = torch.ones(1, device=states.device)
-    return sum_in_chunks(chunk, answers, one, [], vocabulary_size(model))[0].item()
+    with whole_head(model):
+        return sum_in_chunks(chunk, answers, one, [], vocabulary_size(model))[0].item()
 
 
 @torch.no_grad()
@@ -61,7 +65,7 @@ def answer_cross_entropy(
     model.eval()
     order = sorted(range(len(dataset)), key=lambda row: len(dataset[row]["input_ids"]))
     total, count = 0.0, 0
-    for rows in own_batches(order, batch_size, description):
+    for rows in own_batches(order, batch_size, description, partial(passes_in_step, model)):
         batch = send_to_device(collator([dataset[row] for row in rows]), model.device)
         states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
         total += answer_loss_sum(model, states, batch)
@@ -96,7 +100,7 @@ def generate_answers(
     )
     order = sorted(range(len(dataset)), key=lambda row: dataset[row]["prompt_length"])
     answers: list[tuple[int, str]] = []
-    batches = own_batches(order, batch_size, "Generating answers")
+    batches = own_batches(order, batch_size, "Generating answers", partial(passes_in_step, model))
     for rows in batches:
         prompts = [_prompt(dataset[row], tokenizer) for row in rows]
         watched = StoppingCriteriaList([_Watched(batches, max(map(len, prompts)), max_new_tokens)])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layers import find_blocks, find_decoder, number_of_layers
+from .layers import decoder_pass, find_blocks, find_decoder, number_of_layers
 from .packed_attention import packed_arguments
 
 
@@ -27,7 +27,7 @@ def decoder_output(
         arguments = {"attention_mask": attention_mask, "use_cache": False}
     else:
         arguments = packed_arguments(model, packed_lengths, input_ids.device)
-    return find_decoder(model)(input_ids=input_ids, **arguments)
+    return decoder_pass(model)(input_ids=input_ids, **arguments)
 
 
 def run_decoder(

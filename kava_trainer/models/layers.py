@@ -1,8 +1,8 @@
 """The parts of a decoder: where it holds its blocks, how many there are, and how wide and long it is."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from ..utils.errors import BadRequest
 
 TOKENS = 16
 """Of the text that models are tried out on."""
+
+DECODER_PASS = "decoder_pass_of_shards"
+"""Name that a sharded model has a pass of its decoder by, before which its ends are gathered."""
 
 
 def config_layers(config: PreTrainedConfig) -> int:
@@ -61,6 +64,11 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     if inner is None:
         raise BadRequest(f"{type(model).__name__} keeps no decoder apart from its vocabulary head;", "use another.")
     return inner
+
+
+def decoder_pass(model: PreTrainedModel) -> Callable[..., Any]:
+    """What runs the decoder alone, called as the decoder itself is. Raises `BadRequest` if there is none."""
+    return getattr(model, DECODER_PASS, None) or find_decoder(model)
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -1,11 +1,17 @@
 """The vocabulary head apart from its model, so that logits exist only where a term wants them."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..utils.distributed import whole_weights
 from ..utils.errors import BadRequest, reason_of
 from .hidden_states import run_decoder
 from .layers import evaluating, made_up_tokens
@@ -15,7 +21,7 @@ _AGREE, _LARGE = 1e-3, 100.0
 """The difference that counts as none, as a share of the largest logit; how large logits are made to show a cap."""
 
 
-def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor, with_hooks: bool = True) -> torch.Tensor:
+def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """Logits [..., vocabulary] of last hidden states [..., d], as the model's own forward pass makes them.
 
     Besides the head itself these are the scalings that some families have in their config: a factor before the head
@@ -24,13 +30,13 @@ def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor, with_hooks: 
     Args:
         model: a causal language model.
         states: [..., d].
-        with_hooks: whether the hooks on the head run, as they do in the model's own forward pass.
     """
     config = model.config.get_text_config(decoder=True)
     head = model.get_output_embeddings()
     if (width := getattr(config, "logits_mup_width_multiplier", None)) is not None:
         states = states / width
-    logits = head(states) if with_hooks else head.forward(states)
+    # The hooks of a head whose weights are gathered already would free them with the first call.
+    logits = head.forward(states) if _is_gathered(head) else head(states)
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / divisor
     for name in ("logit_scale", "lm_head_multiplier"):
@@ -40,6 +46,23 @@ def vocabulary_logits(model: PreTrainedModel, states: torch.Tensor, with_hooks: 
         if (cap := getattr(config, name, None)) is not None:
             logits = cap * torch.tanh(logits / cap)
     return logits
+
+
+def _is_gathered(head: nn.Module) -> bool:
+    """Whether a head's weights, which FSDP2 has spread over the ranks, are whole on this one now."""
+    return isinstance(head, FSDPModule) and not any(isinstance(own, DTensor) for own in head.parameters())
+
+
+@contextmanager
+def whole_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within the `with` block the weights of a vocabulary head are whole on every rank.
+
+    Where it is sharded they are gathered once then, and not with each of its calls, of which the ranks may make
+    different numbers. Every rank must enter. Where they are whole already nothing happens.
+    """
+    head: Any = model.get_output_embeddings()
+    with nullcontext() if _is_gathered(head) else whole_weights(head):
+        yield
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -17,9 +17,25 @@ _PREFIX = "base_model.model."
 """What names of weights begin with in an adapter's file, and in a `PeftModel`."""
 
 
-def adapter_weights(student: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The trained weights of a student with adapters, by their names in the student without the adapter's own."""
-    return get_peft_model_state_dict(student, adapter_name=ADAPTER, save_embedding_layers=False)
+def adapter_weights(
+    student: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The trained weights of a student with adapters, by their names in the student without the adapter's own.
+
+    Where it does not hold them itself, `state_dict` has those of `trained_names`.
+    """
+    return get_peft_model_state_dict(student, state_dict, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
+def trained_names(student: PreTrainedModel) -> set[str]:
+    """The names, in a student with adapters, of the adapters' weights and of what is trained beside them."""
+    trained = {name for name, weight in student.named_parameters() if weight.requires_grad}
+    return trained | {name for name in student.state_dict() if not _is_beneath(name)}
+
+
+def _is_beneath(name: str) -> bool:
+    """Whether a name is that of a weight beneath the adapters."""
+    return not any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
 
 
 def save_weights(
@@ -37,15 +53,17 @@ def save_weights(
         student: it is left as it is.
         folder: an existing folder.
         merge_adapter: write a plain model with the adapters merged into it instead.
-        state_dict: all weights of a student without adapters, where it does not hold them itself.
+        state_dict: the weights of a student that does not hold them itself: all of them, or those of `trained_names`
+            where adapters are written alone.
     """
     if not has_adapter(student):
         student.save_pretrained(folder, state_dict=state_dict)
         return
     if merge_adapter:
-        merged_student(student).save_pretrained(folder)
+        merged_student(student, state_dict).save_pretrained(folder)
         return
-    weights = {f"{_PREFIX}{name}": weight.contiguous() for name, weight in adapter_weights(student).items()}
+    own = adapter_weights(student, state_dict)
+    weights = {f"{_PREFIX}{name}": weight.contiguous() for name, weight in own.items()}
     student.peft_config[ADAPTER].save_pretrained(str(folder))
     save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     student.generation_config.save_pretrained(folder)
@@ -105,38 +123,48 @@ def reload_problem(student: PreTrainedModel) -> str | None:
     return f"{odd[0]}{more} of its weights are not what its config describes, so nobody could load them again"
 
 
-def merged_student(student: PreTrainedModel) -> PreTrainedModel:
+def merged_student(student: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
     """A plain model on the CPU that computes what a student with adapters does, up to rounding.
 
     Quantised weights are dequantised: the adapters were trained, and the student was measured, on what these hold, and
     not on the weights that they were quantised from. The student is left as it is.
+
+    Args:
+        student: has adapters.
+        state_dict: all its weights, where it does not hold them itself.
     """
     config = copy.deepcopy(student.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         plain = type(student)(config)
-    base = base_weights(student)
+    base = base_weights(student, state_dict)
     plain.load_state_dict({name: base[name] for name in plain.state_dict()}, assign=True)
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(student.generation_config)
     adapter = cast(LoraConfig, copy.deepcopy(student.peft_config[ADAPTER]))
     adapter.base_model_name_or_path = None
     adapted = get_peft_model(plain, adapter, ADAPTER)
-    weights = {f"{_PREFIX}{name}": weight for name, weight in adapter_weights(student).items()}
+    weights = {f"{_PREFIX}{name}": weight for name, weight in adapter_weights(student, state_dict).items()}
     set_peft_model_state_dict(adapted, weights, ADAPTER)
     return cast(PreTrainedModel, adapted.merge_and_unload())
 
 
-def base_weights(student: PreTrainedModel) -> dict[str, torch.Tensor]:
+def base_weights(
+    student: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """Copies on the CPU of the weights beneath a student's adapters, dequantised, by their names in a plain model.
 
     Where weights are quantised, the parts of their quantisation are among them too.
+
+    Args:
+        student: has adapters.
+        state_dict: all its weights, where it does not hold them itself.
     """
     modules, found = dict(student.named_modules()), {}
-    for name, weight in student.state_dict().items():
+    for name, weight in (student.state_dict() if state_dict is None else state_dict).items():
         owner, _, kind = name.rpartition(".")
-        if any(part.startswith("lora_") or part == "modules_to_save" for part in name.split(".")):
+        if not _is_beneath(name):
             continue
         if kind == "weight" and not weight.is_floating_point():
             weight = _dequantised(modules[owner])

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..utils.errors import reason_of
 from .attention.recorders import is_recorded, recorders_of
-from .layers import context_length, evaluating, find_decoder, made_up_tokens, number_of_layers, truncated
+from .layers import context_length, decoder_pass, evaluating, find_decoder, made_up_tokens, number_of_layers, truncated
 
 PACKED_SDPA = "kava_packed_sdpa"
 """Name of the attention that reads `packed_lengths`; without them it is `sdpa`."""
@@ -167,11 +167,11 @@ def _states(model: PreTrainedModel, *examples: torch.Tensor) -> torch.Tensor:
     """The last states [12, d] of a row in which examples [1, T] are packed."""
     arguments = packed_arguments(model, [example.shape[1] for example in examples], model.device)
     row = torch.cat(examples, dim=1)
-    return find_decoder(model)(input_ids=row, **arguments)[0][0, -LENGTH:].float()
+    return decoder_pass(model)(input_ids=row, **arguments)[0][0, -LENGTH:].float()
 
 
 def _alone(model: PreTrainedModel, example: torch.Tensor) -> torch.Tensor:
-    return find_decoder(model)(input_ids=example, use_cache=False)[0][0, -LENGTH:].float()
+    return decoder_pass(model)(input_ids=example, use_cache=False)[0][0, -LENGTH:].float()
 
 
 def _sees_others(model: PreTrainedModel) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, optimizer_name, parse_optim_args
+from ..utils.distributed import is_sharded
 
 _BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of one weight in NF4: half a byte, an 8-bit scale for 64 weights, and a float32 for 256 of those scales."""
@@ -17,6 +18,12 @@ _BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 def weight_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Size of weights as they are held."""
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """How many parameters a model has, each tied one once, also where sharding gave it weights of its own."""
+    tied = getattr(model, "all_tied_weights_keys", {}) if is_sharded(model) else {}
+    return sum(own.numel() for name, own in model.named_parameters() if name not in tied)
 
 
 def model_bytes(model: PreTrainedModel, quantization: str = "none") -> int:

@@ -5,7 +5,9 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from ..config.launcher import is_fsdp_asked
 from ..config.model_arguments import ModelArguments
+from ..config.recipes import accelerate_config
 from ..utils.errors import BadRequest
 from .layers import train_text_alone
 from .loading import build_causal_lm, load_causal_lm, load_config, saved_adapter
@@ -114,6 +116,11 @@ def student_config(arguments: ModelArguments, cut: Cut | None = None) -> PreTrai
         )
     if arguments.student_quantization != "none":
         raise BadRequest(f"The student {name!r} is quantised by {method} already;", "write student_quantization none.")
+    if is_fsdp_asked():
+        raise BadRequest(
+            f"The student {name!r} holds weights quantised by {method}, which FSDP2 cannot spread;",
+            f"name one that is not quantised, or start with DDP ({accelerate_config('ddp.yaml')}).",
+        )
     if arguments.merge_adapter and method != "bitsandbytes":
         raise BadRequest(
             f"Adapters cannot be merged into the student {name!r}, whose weights are quantised by {method};",

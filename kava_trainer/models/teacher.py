@@ -1,18 +1,21 @@
 """The frozen teacher: loading, quantising, and the one interface through which its states are had."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..config.model_arguments import ModelArguments
+from ..utils.distributed import in_step, is_sharded
 from ..utils.errors import BadRequest
 from .attention.capture import Feature, FeatureCapture, hidden_layers, layer_of
 from .hidden_states import run_decoder
-from .layers import number_of_layers, state_width, truncated
-from .lm_head import vocabulary_logits
+from .layers import find_decoder, made_up_tokens, number_of_layers, state_width, truncated
+from .lm_head import vocabulary_logits, whole_head
 from .loading import load_causal_lm, on_device
+from .sharding.teacher import load_sharded
 
 _PACKED_OUTPUTS = 32
 
@@ -64,14 +67,19 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def load_teacher(arguments: ModelArguments, device: torch.device, role: str = "teacher") -> PreTrainedModel:
+def load_teacher(
+    arguments: ModelArguments, device: torch.device, role: str = "teacher", sharded: bool = False
+) -> PreTrainedModel:
     """Load the teacher on `device`, quantised as asked, frozen. Raises `BadRequest` if that cannot be done.
 
     Args:
         arguments: which model it is.
         device: where it goes.
         role: what a message calls it.
+        sharded: whether each rank holds its share alone, see `choose_holding`; then every rank must ask.
     """
+    if sharded:
+        return load_sharded(arguments, device, role)
     quantization = quantization_config(arguments.teacher_quantization)
     placement: dict[str, Any] = {}
     if quantization is not None:
@@ -133,3 +141,33 @@ class OnlineTeacher:
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of last hidden states [..., d_t], from the vocabulary head alone."""
         return vocabulary_logits(self.model, states).to(states.device)
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """Within the `with` block `head` may be called on one rank and not on another, see `lm_head.whole_head`."""
+        return whole_head(self.model)
+
+    def read_a_token(self) -> None:
+        """A pass of `features` for nothing."""
+        ids = made_up_tokens(self.model, 1)
+        self.features({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+@contextmanager
+def in_step_reading(teachers: Sequence[OnlineTeacher], then: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Within the `with` block each rank may let teachers read as often as it has something, of which some are sharded.
+
+    Every rank must enter the block; see `distributed.in_step`. Where none is sharded nothing happens.
+
+    Args:
+        teachers: each reads once, in this order, with `features`.
+        then: does for nothing what the ranks do together behind that.
+    """
+    sharded = [own for own in teachers if is_sharded(own.model)]
+
+    def idle() -> None:
+        for own in sharded:
+            own.read_a_token()
+        then()
+
+    with in_step(find_decoder(sharded[0].model), idle) if sharded else nullcontext():
+        yield

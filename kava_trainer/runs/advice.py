@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
+from ..config.launcher import is_fsdp_asked, may_shard
 from ..config.model_arguments import ModelArguments
 from ..config.optimizer_names import TORCHAO_OPTIMIZERS, missing_package, optimizer_name, parse_optim_args
 from ..data.formats import find_format, prompt_kind, unread_columns
@@ -234,13 +235,22 @@ def _memory_remedies(arguments: KavaArguments) -> Iterator[str]:
         yield f"lower max_length (now {arguments.data.max_length})"
     if not training.gradient_checkpointing:
         yield "set gradient_checkpointing"
-    if model.teacher_quantization != "4bit" and not is_slow_at_half_precision(training.device):
-        yield "choose teacher_quantization 4bit"
+    may_spread = training.world_size > 1 and may_shard(training.device.type) and not model.is_cut
+    if may_spread and model.teacher_quantization == "none" and not _spreads_teacher(model):
+        yield "write teacher_sharding fsdp"
+    elif model.teacher_quantization != "4bit" and not is_slow_at_half_precision(training.device):
+        asked = model.teacher_sharding == "fsdp"
+        yield "choose teacher_quantization 4bit" + (" and teacher_sharding none" if asked else "")
     if training.teacher_cache_dir is None and not training.samples:
         yield "name a teacher_cache_dir"
     if not any(bits in optimizer_name(training.optim) for bits in ("8bit", "4bit")):
         ready = missing_package(TORCHAO_OPTIMIZERS[0]) is None
         yield f"choose an optim with 8-bit states such as {'adamw_torch_8bit' if ready else 'adamw_8bit'}"
+
+
+def _spreads_teacher(model: ModelArguments) -> bool:
+    """Whether a teacher that is large is spread over the processes."""
+    return model.teacher_sharding == "fsdp" or (model.teacher_sharding == "auto" and is_fsdp_asked())
 
 
 def check_processes(training: KavaTrainingArguments) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..config.arguments import KavaArguments, KavaTrainingArguments
-from ..config.launcher import is_fsdp_asked
+from ..config.launcher import is_fsdp_asked, mixed_precision
 from ..config.student_cut import CUT_ARGUMENTS
 from ..data.streaming import ExampleStream
 from ..data.token_alignment.ranges import PAIR_COLUMNS, is_pair_column
@@ -46,7 +46,7 @@ _HARMLESS = {
     "max_length", "max_nonfinite_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "teacher_model_name_or_path", "student_model_name_or_path", "student_config_name", "teacher_revision",
     "student_revision", "report_to", "project", "trust_remote_code", "push_to_hub", "shuffle_buffer",
-    "merge_adapter", "assistant_turns", "token_alignment", "rollouts_from",
+    "merge_adapter", "assistant_turns", "token_alignment", "rollouts_from", "teacher_sharding",
 }  # fmt: skip
 """Where things go and what is told, and names whose content is compared instead."""
 
@@ -129,6 +129,7 @@ def run_identity(arguments: KavaArguments, data: str) -> dict[str, Any]:
         **_teachers(arguments),
         "world_size": arguments.training.world_size,
         "sharded": is_fsdp_asked(),
+        "mixed_precision": mixed_precision(arguments.training),
     }
 
 
@@ -166,6 +167,13 @@ def _step_examples(run: dict[str, Any]) -> int | None:
     return math.prod(run[name] for name in _SPLIT)
 
 
+def _with_precision(run: dict[str, Any]) -> dict[str, Any]:
+    """An identity in which `bf16` and `fp16` are what the run computed in, whoever asked for it."""
+    asked = run["mixed_precision"]
+    kept = {name: value for name, value in run.items() if name != "mixed_precision"}
+    return {**kept, "bf16": asked == "bf16", "fp16": asked == "fp16"}
+
+
 def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
     """Compare the run that wrote a checkpoint with this one, each as `run_identity`, by the names that both know."""
     there = {**_BEFORE, **there} if there else there
@@ -173,6 +181,8 @@ def compare(there: dict[str, Any], here: dict[str, Any]) -> Differences:
     found: dict[str, list[str]] = {"incompatible": [], "training": [], "harmless": []}
     examples = _step_examples(there)
     split_alike = examples is not None and examples == _step_examples(here)
+    if "mixed_precision" in there.keys() & here.keys():
+        there, here = _with_precision(there), _with_precision(here)
     for name in sorted(there.keys() & here.keys()):
         if there[name] == here[name]:
             continue

@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.arguments import KavaArguments
 from ..config.data_arguments import DataArguments
+from ..config.launcher import is_fsdp_asked
 from ..config.model_arguments import ModelArguments
 from ..config.student_cut import CUT_ARGUMENTS
 from ..data.streaming import ExampleStream
 from ..models.lora_files import load_adapter
+from ..models.sharding.units import shard_to_read
 from ..reports.run_reader import find_student, finished_summary
 from ..reports.summary import ModelFigures, Summary, finite, write_text
 from ..trainer.final_student import FINAL_STUDENT
@@ -128,6 +130,8 @@ def measure_models(arguments: KavaArguments, finished: FinishedRun | None = None
             models = load_models(console, arguments, tokenizer, train)
         if finished is not None and finished.adapter is not None:
             put_adapter_on(finished.adapter, models.student)
+        if is_fsdp_asked():
+            shard_to_read(models.student, arguments.training.device)
         console.stage("Evaluation")
         measured = measure(console, arguments, models, held_out, ("teacher", "student"), retention)
         evaluation = {name: one.figures for name, one in measured}

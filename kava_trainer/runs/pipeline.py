@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,15 +13,18 @@ from ..config.arguments import KavaArguments, KavaTrainingArguments
 from ..config.launcher import hide_tokens
 from ..data.collators import DistillationCollator
 from ..data.token_alignment.ranges import as_the_teacher_reads
+from ..distillation.model import DistillationModel
 from ..evaluation.answers import Evaluation, evaluate_with_answers, first_problems, have_prompts, longest_answer
 from ..evaluation.final_answer_match.final_answer_match import is_exact_match
 from ..models.layers import context_length
 from ..models.loading import on_device
+from ..models.sharding.passes import read_apart
 from ..reports.summary import MOST_SAMPLES
 from ..reports.tables import LONG_NAMES
 from ..reports.verdict import CONTROL_FAILED
 from ..trainer.trainer import KavaTrainer
 from ..utils.console import Console
+from ..utils.distributed import is_sharded
 from ..utils.errors import BadRequest, Interrupted, RunFailed, exit_code, reason_of
 from ..utils.files import no_empty_folders_if_refused
 from ..utils.memory import needs_memory, peak_memory_bytes
@@ -61,7 +65,7 @@ def run(arguments: KavaArguments, argv: list[str]) -> int:
         try_teacher(run)
         tell_time(run)
         run.console.stage("Evaluation")
-        _evaluate(run, run.models, ("teacher", "student_before"))
+        _evaluate(run, run.trainer, ("teacher", "student_before"))
         if run.caches:
             write_caches(run, run.caches)
             read_from_caches(run, run.caches)
@@ -137,12 +141,13 @@ def _interrupted(run: Run, stopped: KavaTrainer) -> tuple[str, int]:
     return "interrupted", exit_code(cast(int, stopped.emergency.received))
 
 
-def _evaluate(run: Run, models: Models, names: tuple[str, ...]) -> None:
-    """Measure the teacher or the student on the held-out examples, and print and note the figures."""
-    data, summary = run.data, run.summary
+def _evaluate(run: Run, trainer: KavaTrainer, names: tuple[str, ...]) -> None:
+    """Measure the teacher or a trainer's student on the held-out examples, and print and note the figures."""
+    data, summary, models = run.data, run.summary, replace(run.models, student=trainer.student)
     if data.evaluation is not None:
-        problems = first_problems(models.tokenizer, data.evaluation, MOST_SAMPLES)
-        for name, measured in measure(run.console, run.arguments, models, data.evaluation, names, data.retention):
+        problems, held_out = first_problems(models.tokenizer, data.evaluation, MOST_SAMPLES), data.evaluation
+        found = measure(run.console, run.arguments, models, held_out, names, data.retention, trainer.model)
+        for name, measured in found:
             summary.add_evaluation(name, measured.figures)
             summary.add_answers(name, problems, measured.answers, is_exact_match)
 
@@ -171,6 +176,7 @@ def measure(
     held_out: Dataset,
     names: tuple[str, ...],
     retention: Dataset | None = None,
+    student_in: DistillationModel | None = None,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Measure the teacher or the student on held-out examples, and print the figures.
 
@@ -181,12 +187,15 @@ def measure(
         held_out: tokenised examples.
         names: `teacher` for the teacher, any other name of `LONG_NAMES` for the student.
         retention: tokenised text that is no answer, see `load_retention`.
+        student_in: the model that holds the student, whose weights may be sharded; by default none does.
 
     Yields:
         Each name with its figures and answers.
     """
     training = arguments.training
-    on_device(models.student, training.device)
+    if not is_sharded(models.student):
+        on_device(models.student, training.device)
+    read_student = partial(read_apart, models.student) if student_in is None else student_in.read
     read = {"teacher": as_the_teacher_reads(held_out), "student": held_out}
     sizes = {role: training.generation_max_new_tokens or 2 * longest_answer(own) for role, own in read.items()}
     most = _most_new_tokens(models, read, sizes)
@@ -198,8 +207,9 @@ def measure(
         with told(line), needs_memory("in the evaluation", lambda: smaller_batches(arguments)):
             role = "teacher" if name == "teacher" else "student"
             tokenizer = models.tokenizer_of(role)
-            measured = evaluate_with_answers(
-                models.teacher if role == "teacher" else models.student,
+            evaluate = partial(
+                evaluate_with_answers,
+                models.by_role[role],
                 tokenizer,
                 read[role],
                 DistillationCollator(tokenizer),
@@ -207,6 +217,7 @@ def measure(
                 most[role] if generates else None,
                 as_the_teacher_reads(retention) if role == "teacher" and retention is not None else retention,
             )
+            measured = evaluate() if role == "teacher" else read_student(evaluate)
         figures = measured.figures
         match, kept = figures["exact_match"], figures["retention_cross_entropy"]
         shown = "" if match is None else f", exact match {100 * match:.1f} %"
@@ -238,7 +249,7 @@ def _measure_finished(run: Run) -> str | None:
     console.stage("Evaluation")
     metrics = trainer.evaluate()
     summary.add_final(metrics, trainer.pair_figures())
-    _evaluate(run, replace(run.models, student=trainer.whole_student()), ("student_after",))
+    _evaluate(run, trainer, ("student_after",))
     tell_alignment(console, metrics, trainer.collapse, summary.content.final.pairs or [])
     return trainer.collapse
 
@@ -253,7 +264,7 @@ def _run_control(run: Run, resume: bool) -> KavaTrainer | None:
         if arguments.training.samples:  # for equal steps are not equally long
             summary.content.throughput.control_train_seconds = control.clock.spent()["train_seconds"]
         if not was_interrupted(control):
-            _evaluate(run, replace(run.models, student=control.whole_student()), ("control_sft",))
+            _evaluate(run, control, ("control_sft",))
         return control
     except (RunFailed, BadRequest, torch.OutOfMemoryError) as error:
         if arguments.training.world_size > 1:  # the other processes may wait for this one

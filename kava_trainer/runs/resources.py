@@ -25,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..config.alignment.teachers import cache_folders, other_teachers
 from ..config.arguments import KavaArguments, KavaTrainingArguments
-from ..config.launcher import is_fsdp_asked
+from ..config.launcher import is_fsdp_asked, mixed_precision
 from ..config.model_arguments import ModelArguments
 from ..data.packing import pack_step
 from ..data.token_alignment.ranges import of_teacher
@@ -35,17 +35,20 @@ from ..distillation.targets import build_targets
 from ..distillation.teacher_cache import CachedTeacher
 from ..distillation.teachers.several import SeveralTeachers, each_teacher, role_of
 from ..models.attention.capture import hidden_layers
-from ..models.layers import find_blocks, number_of_layers, state_width, train_text_alone
+from ..models.layers import number_of_layers, state_width, train_text_alone
 from ..models.lm_head import vocabulary_size
-from ..models.loading import build_causal_lm, load_config
+from ..models.loading import build_causal_lm
 from ..models.lora import add_adapter
 from ..models.packed_attention import enable_packing
+from ..models.sharding.choice import choose_holding
+from ..models.sharding.sizes import gather_in, gathered_bytes
 from ..models.sizes import model_bytes, optimizer_bytes, optimizer_step_bytes, weight_bytes
 from ..models.student import foreseen_layers, quantized_by, student_config
-from ..models.teacher import OnlineTeacher, TeacherSource, freeze
+from ..models.teacher import OnlineTeacher, TeacherSource
 from ..utils.console import size_text
 from ..utils.errors import BadRequest, reason_of
 from ..utils.files import existing_folder
+from .pair.held import meta_teacher, teacher_parts
 
 
 class LiveMemory(TorchDispatchMode):
@@ -175,12 +178,6 @@ def _step_peak(
     return live.peak
 
 
-def _gathered_bytes(student: PreTrainedModel, projector: int) -> int:
-    """What is whole at once of a sharded model, weights and gradients: projectors, two blocks, all but the blocks."""
-    blocks = [weight_bytes(block.parameters()) for block in find_blocks(student)]
-    return 2 * (model_bytes(student) - sum(blocks) + 2 * max(blocks) + projector)
-
-
 def _over_ranks(parts: dict[str, int], world_size: int, gathered: Callable[[], int]) -> dict[str, int]:
     """What one rank has of the parts that training changes."""
     if is_fsdp_asked():
@@ -191,25 +188,15 @@ def _over_ranks(parts: dict[str, int], world_size: int, gathered: Callable[[], i
     return parts
 
 
-def _meta_teacher(model: ModelArguments, role: str) -> PreTrainedModel:
-    config = load_config(model.teacher_name, role, model.teacher_revision, model)
-    with torch.device("meta"):
-        return freeze(build_causal_lm(config, model.teacher_dtype, model, role))
-
-
-def _head_bytes(training: KavaTrainingArguments, teacher: PreTrainedModel) -> int:
-    """What is left of a teacher whose states are cached."""
-    return weight_bytes([teacher.get_output_embeddings().weight]) if training.kd_weight > 0 else 0
-
-
 def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     """Bytes that training will take on each device, by what takes them; their sum is the peak.
 
-    Of the models only the configs are read.
+    Of the models only the configs are read, and of a teacher that shall be sharded the headers of its files. Every rank
+    must ask.
 
     Returns:
-        `teacher`, `teacher 2` and so on of several, `student`, `adapter` where there is one, `projector`, `gradients`,
-        `optimizer`, `micro-batch`.
+        `teacher`, `teacher 2` and so on of several, `gathered teacher` where one is sharded, `student`, `adapter` where
+        there is one, `projector`, `gradients`, `optimizer`, `micro-batch`.
 
     Raises:
         BadRequest: if a config cannot be had, or the models do not have what the arguments ask for.
@@ -218,7 +205,9 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     student, sizes = _meta_student(model)
     named = [model, *other_teachers(arguments)]
     inherited = foreseen_layers(model)
-    teachers = [_meta_teacher(own, role_of(number)) for number, own in enumerate(named)]
+    teachers = [meta_teacher(own, role_of(number)) for number, own in enumerate(named)]
+    device, processes = training.device, training.world_size
+    holdings = [choose_holding(own, device, processes, role_of(number)) for number, own in enumerate(named)]
     with FakeTensorMode():
         for fake in (*teachers, student):
             _make_fake(fake)
@@ -238,9 +227,10 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         ]
         source: TeacherSource | None = SeveralTeachers(sources) if len(sources) > 1 else next(iter(sources), None)
 
+        computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(training))
+
         def autocast() -> Any:
-            dtype = {(True, False): torch.bfloat16, (False, True): torch.float16}.get((training.bf16, training.fp16))
-            return torch.autocast("cpu", dtype) if dtype else nullcontext()
+            return torch.autocast("cpu", computes_in) if computes_in else nullcontext()
 
         terms = LossTerms(training, target, source, vocabulary_size(student), autocast)
         distilled = DistillationModel(student, target).train()
@@ -248,23 +238,21 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
         batch = _micro_batch(arguments, {n: (state_width(teachers[n], own), own) for n, own in held.items()})
         trained = [parameter for parameter in distilled.parameters() if parameter.requires_grad]
         freed = [] if training.samples else cached
-        teacher_bytes = {
-            role_of(number): _head_bytes(training, own)
-            if number in freed
-            else model_bytes(own, named[number].teacher_quantization)
-            for number, own in enumerate(teachers)
-        }
+        heads_alone = dict.fromkeys(freed, training.kd_weight > 0)
         embeddings = [m.weight for m in student.modules() if isinstance(m, nn.Embedding)]
-        micro_batch = _step_peak(training, distilled, terms, batch)
         parts = {
             **sizes,
             "projector": weight_bytes([*target.parameters(), *target.buffers()]),  # one that is frozen has buffers
             "gradients": weight_bytes(trained),
             "optimizer": optimizer_bytes(training.optim, trained, embeddings, training.optim_args),
         }
+        shares = _over_ranks(parts, training.world_size, lambda: gathered_bytes(student, target, computes_in))
+        if is_fsdp_asked() and computes_in:
+            gather_in(student, computes_in)
+        micro_batch = _step_peak(training, distilled, terms, batch)
         return {
-            **teacher_bytes,
-            **_over_ranks(parts, training.world_size, lambda: _gathered_bytes(student, parts["projector"])),
+            **teacher_parts(teachers, named, holdings, heads_alone, processes),
+            **shares,
             # the optimizer's step comes when the micro-batch has been freed
             "micro-batch": max(micro_batch, optimizer_step_bytes(training.optim, trained)),
         }

@@ -13,7 +13,6 @@ from accelerate.utils import release_memory
 from transformers import TrainerState
 
 from ..config.arguments import KavaTrainingArguments
-from ..config.launcher import is_fsdp_asked
 from ..data.selection import mean_length
 from ..data.streaming import ExampleStream
 from ..distillation.loss_terms import STAGE_ENDS
@@ -24,7 +23,7 @@ from ..utils.progress_bar import working
 from .advice import planned_steps, steps_per_epoch
 from .fill_cache import examples_at_hand
 from .setup import Run
-from .timing.passes import Rates, Stopwatch, generates
+from .timing.passes import Rates, Stopwatch, generates, recomputes
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Plan:
     gradients_at_the_start_alone: bool = False
     control: bool = False
     checkpointing: bool = False
-    """Whether the activations are computed again in the backward pass."""
+    """Whether activations are computed again in the backward pass, which was not timed."""
     batches: int = 0
     """Batches whose answers are generated; 0 where none are."""
     answer: float = 0.0
@@ -173,9 +172,8 @@ def plan_of(run: Run) -> Plan:
         gradient=terms * min(gradient_examples * length, PROBE_TOKENS, held_out) if probes else 0.0,
         gradients_at_the_start_alone=sparing,
         control=training.run_control,
-        checkpointing=bool(
-            getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None)
-        ),
+        # Where weights are gathered the step was timed so.
+        checkpointing=recomputes(training) and not run.trainer.terms.are_gathered_with(run.trainer.model),
         batches=math.ceil(len(data.evaluation) / per_round) if data.evaluation is not None and generates(run) else 0,
         answer=answer,
         longest=training.generation_max_new_tokens or 2 * answer,
@@ -209,13 +207,12 @@ def _missing(run: Run, of_a_stream: float) -> float:
 
 def tell_time(run: Run) -> None:
     """Say how long the stages that are still to come will take."""
-    if is_fsdp_asked():  # nothing is sharded yet, and one device may not hold a whole model's gradients
-        run.console.print("No time estimate: the weights are sharded only when the training begins.")
-        return
     try:
         with working("Timing a few passes"):
             rates = Stopwatch(run).rates()
     except torch.OutOfMemoryError:
+        if run.trainer.terms.are_gathered_with(run.trainer.model):  # the other ranks may wait for this one
+            raise
         release_memory()
         run.console.print("No time estimate: memory ran out in a pass that was to be timed.")
         return

@@ -227,3 +227,26 @@ def _count_origins(rows: list[dict[str, Any]], teachers: int) -> list[int]:
 
 def _sizes(batch: dict[str, Any]) -> tuple[int, int, int]:
     return batch["input_ids"].numel(), len(batch["input_ids"]), len(batch["next_index"])
+
+
+def without_repeated(inputs: dict[str, torch.Tensor], args: KavaTrainingArguments, state: Any) -> dict[str, Any]:
+    """Take the examples of an evaluation out of every mean that accelerate repeats to give all ranks equally many.
+
+    Args:
+        inputs: a batch of `collators`.
+        args: of the run.
+        state: accelerate's `GradientState`, which knows how many examples the last batch of all ranks has.
+    """
+    rows = len(inputs["input_ids"])
+    if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return inputs
+    first = args.process_index * args.eval_batch_size
+    repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
+    counted = inputs.get("counted", inputs["attention_mask"]).bool() & ~repeated.unsqueeze(1)
+    ignored = ~counted.flatten()[inputs["answer_index"]]
+    return {
+        **inputs,
+        "counted": counted,
+        "labels": inputs["labels"].masked_fill(~counted, IGNORED),
+        "next_tokens": inputs["next_tokens"].masked_fill(ignored, IGNORED),
+    }

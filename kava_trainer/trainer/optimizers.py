@@ -94,6 +94,25 @@ def give_own_rate(optimizer: torch.optim.Optimizer, projectors: nn.Module, rate:
             optimizer.add_param_group({**rest, "params": projector, "lr": rate})
 
 
+def weights_by_group(optimizer: torch.optim.Optimizer, drop_empty: bool = False) -> list[list[torch.Tensor]]:
+    """The weights of each group of an optimizer.
+
+    Args:
+        optimizer: that was just made.
+        drop_empty: take groups without weights from it. Those of sharded weights come back from a checkpoint without
+            their options (torch 2.13.0), and the optimizer could take no step.
+    """
+    if drop_empty:
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return [list(group["params"]) for group in optimizer.param_groups]
+
+
+def give_weights(optimizer: torch.optim.Optimizer, weights: list[list[torch.Tensor]]) -> None:
+    """Let the groups of an optimizer hold these weights, see `weights_by_group`."""
+    for group, own in zip(optimizer.param_groups, weights, strict=True):
+        group["params"] = list(own)
+
+
 def rate_of(optimizer: torch.optim.Optimizer | None, projectors: nn.Module) -> float:
     """The learning rate of the projectors; 0 where nothing trains them."""
     own = {id(parameter) for parameter in projectors.parameters()}

@@ -118,7 +118,7 @@ class SavingTrainer(Trainer):
             RunFailed: if the disk does not take them, or they cannot be saved; it says where the weights are.
         """
         weights = self.weights
-        state, projectors = weights.gathered_student(), weights.projectors()
+        state, projectors = weights.gathered_student(merge_adapter), weights.projectors()
         written, checksums = False, dict[str, str]()
 
         def write() -> None:
@@ -243,7 +243,10 @@ class SavingTrainer(Trainer):
     def _write_the_rest(self, folder: Path) -> None:
         """Let every rank write its part of what resuming needs beside them, with Trainer's own methods."""
         if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(folder))
+            if self.is_fsdp_enabled and self.weights.are_adapters:
+                self.weights.write_adapter_parts(folder, self.accelerator, cast(Any, self.optimizer), self.lr_scheduler)
+            else:
+                self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
             self.run_state.save(folder, self.args.process_index, self.args.world_size)

@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -162,12 +163,17 @@ class StepRunner(TrainerCallback):
         """The loss of rows with its gradients added up; None where memory ran out.
 
         Args:
-            exchange: whether the ranks exchange gradients with the last row, which Trainer lets through.
+            exchange: whether the ranks exchange gradients with the last row, which Trainer lets through. Where the
+                student is sharded they do so with each, and keep their own parts of the sum.
         """
         total = torch.zeros((), device=self._args.device)
+        spread = isinstance(model, FSDPModule)
+        if spread:  # gradients that wait for the last pass would be whole ones, on every rank
+            cast(FSDPModule, model).set_requires_gradient_sync(True)
         try:
             for left, row in enumerate(rows, start=1 - len(rows)):
-                with nullcontext() if left == 0 and exchange else self._accelerator.no_sync(model):
+                exchanges = spread or (left == 0 and exchange)
+                with nullcontext() if exchanges else self._accelerator.no_sync(model):
                     total += self._backward(model, row, num_items)
         except torch.OutOfMemoryError:
             return None

@@ -10,14 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data.collators import completed
-from ..data.formats import IGNORED
 from ..data.token_alignment.ranges import readers
 from ..distillation.loss_terms import LossTerms
 from ..distillation.rollouts.sampling import RolloutFn
@@ -27,14 +26,16 @@ from ..distillation.token_means import TokenMeans
 from ..evaluation.answers import perplexity
 from ..evaluation.probe import ProbeResult
 from ..models.generation.generate import known_tokens
+from ..models.sharding.units import Sharding
 from ..models.teacher import OnlineTeacher
-from ..utils.distributed import give_up_whole_weights
+from ..utils.distributed import give_up_whole_weights, is_sharded
 from ..utils.memory import needs_memory
 from ..utils.signals import WATCH
-from .batches import StepBatches, with_spared_workers
+from .batches import StepBatches, with_spared_workers, without_repeated
+from .callbacks.hub import send_folder
 from .callbacks.probe import ProbeCallback, progress_of
 from .callbacks.status import StatusCallback
-from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, settled
+from .optimizers import OwnRounding, check_holds_projectors, give_own_rate, give_weights, settled, weights_by_group
 from .rollouts.rollouts import Rollouts
 from .run_state import read_progress
 from .saving import SavingTrainer
@@ -89,6 +90,18 @@ class StudentTrainer(SavingTrainer):
         """In a hyperparameter search each trial has a folder of its own, as its checkpoints do."""
         return Path(self._get_output_dir(self._trial))
 
+    def shard(self) -> None:
+        """Spread student and projectors over the ranks, where FSDP2 was asked for and they are not yet.
+
+        Raises:
+            BadRequest: if they have weights that cannot be spread.
+        """
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            self.model.shard(Sharding.of(self.accelerator))
+            self.optimizer = None  # one that was made holds weights which are no part of the model any more
+            # Trainer evaluates what is prepared, and would prepare it by itself without the optimizer that FSDP2 wants.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+
     def choose_probe(self) -> None:
         """Fix the examples of the probe, for the teacher and the loss terms that there are now."""
         self.probe.choose(self.eval_dataset, self.data_collator, self.terms)
@@ -129,28 +142,12 @@ class StudentTrainer(SavingTrainer):
         if "labels" not in prepared and not prediction_loss_only:
             with torch.no_grad(), self.compute_loss_context_manager():
                 return None, self.model(**prepared).logits, None
-        inputs = self._without_repeated(dict(completed(prepared)))
+        inputs = without_repeated(dict(completed(prepared)), self.args, self.accelerator.gradient_state)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             if prediction_loss_only:
                 return loss, None, None
             return loss, self.model.head(outputs["last_hidden_state"]), inputs["labels"]
-
-    def _without_repeated(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Take the examples out of every mean that accelerate repeats to give all ranks equally many."""
-        state, rows = self.accelerator.gradient_state, len(inputs["input_ids"])
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        first = self.args.process_index * self.args.eval_batch_size
-        repeated = torch.arange(first, first + rows, device=inputs["input_ids"].device) >= state.remainder
-        counted = inputs.get("counted", inputs["attention_mask"]).bool() & ~repeated.unsqueeze(1)
-        ignored = ~counted.flatten()[inputs["answer_index"]]
-        return {
-            **inputs,
-            "counted": counted,
-            "labels": inputs["labels"].masked_fill(~counted, IGNORED),
-            "next_tokens": inputs["next_tokens"].masked_fill(ignored, IGNORED),
-        }
 
     def evaluation_loop(
         self,
@@ -215,7 +212,20 @@ class StudentTrainer(SavingTrainer):
         if isinstance(optimizer, OwnRounding):
             optimizer.seed = lambda: self.args.seed + self.state.global_step
         give_own_rate(optimizer, self.target, self.args.projector_learning_rate)
+        self._trained_weights = weights_by_group(optimizer, drop_empty=is_sharded(self.model))
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As Trainer's. Where weights are sharded, the optimizer first gets those again that it was made of.
+
+        accelerate 1.15.0 has just looked for them by the place of this rank's part in memory, and parts that are empty,
+        as those of a weight with fewer rows than there are ranks may be, have all the same.
+        """
+        if is_sharded(self.model):
+            give_weights(cast(torch.optim.Optimizer, self.optimizer), self._trained_weights)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def make_rollouts(self, rollout_fn: RolloutFn | None) -> Rollouts | None:
         """What lets the student write answers itself; None where it shall not. Raises as `Rollouts`."""
@@ -232,7 +242,7 @@ class StudentTrainer(SavingTrainer):
             self.incidents,
             self.clock,
             self.data_collator,
-            lambda: self.student,
+            lambda: self.model,
             lambda: self.running_teacher,
             tokenizer,
             known_tokens(models, tokenizer),
@@ -274,11 +284,7 @@ class StudentTrainer(SavingTrainer):
             merge_adapter: merge adapters into the student; else they are written alone.
         """
         weights = self.weights
-        weights.export_student(output_dir, weights.gathered_student(), merge_adapter)
-
-    def whole_student(self) -> PreTrainedModel:
-        """The student with all its weights on this rank; a copy where they are sharded. Every rank must ask."""
-        return self.weights.whole_student()
+        weights.export_student(output_dir, weights.gathered_student(merge_adapter), merge_adapter)
 
     def advice(self) -> str:
         """What to resume from after the training went wrong, as a sentence."""
@@ -324,7 +330,7 @@ class StudentTrainer(SavingTrainer):
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        state = self.weights.gathered_student()
+        state = self.weights.gathered_student(merge_adapter=True)
         if not self.is_world_process_zero():
             return None
         folder = TemporaryDirectory()
@@ -333,15 +339,8 @@ class StudentTrainer(SavingTrainer):
         shutil.copy(Path(str(self.args.output_dir)) / "README.md", folder.name)
         if self.pusher is not None:
             self.pusher.finish()
-        sent: Future[CommitInfo] = HfApi(token=token).upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=folder.name,
-            commit_message=commit_message,
-            revision=revision or self.args.hub_revision,
-            run_as_future=True,
-        )
-        sent.add_done_callback(lambda _: folder.cleanup())
-        return sent.result() if blocking else sent
+        place = {"repo_id": str(self.hub_model_id), "revision": revision or self.args.hub_revision}
+        return send_folder(folder, commit_message, blocking, token, place)
 
     def _announce_push(self) -> None:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)

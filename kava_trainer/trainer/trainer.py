@@ -151,12 +151,13 @@ class KavaTrainer(StudentTrainer):
         self.batches.teachers = len(self.target.parts)
         models = {"student": self.student}
         models |= {role: own.model for role, own in by_role(source) if isinstance(own, OnlineTeacher)}
-        if reason := self.batches.choose_packing(models, self.data_collator):
+        if reason := self.model.read(lambda: self.batches.choose_packing(models, self.data_collator)):
             self.console.print(f"No packing, because {reason}; micro-batches are padded to their longest example.")
         if source is not None and states_readers(source):
             self.read_cache(source)
         else:
             self.choose_probe()
+        self.shard()
 
     def call_model_init(self, trial: Any = None) -> DistillationModel:
         """A new student of `model_init`, beside new projectors, as the trial's arguments ask.
@@ -212,7 +213,7 @@ class KavaTrainer(StudentTrainer):
         Raises:
             BadRequest: as `calibration_examples`.
         """
-        if not getattr(self.student, "is_quantized", False):  # Trainer has not moved it yet, if it is new or for FSDP
+        if not (is_sharded(self.model) or getattr(self.student, "is_quantized", False)):  # Trainer may yet move it
             self.model.to(self.args.device)
         source, size = cast(TeacherSource, self.teacher), self.args.per_device_eval_batch_size
         examples, fit = self.calibration_examples(), self.args.projector_init == "least_squares"
@@ -238,7 +239,7 @@ class KavaTrainer(StudentTrainer):
         each micro-batch is a list of rows under `rows`, beside their tokens for Trainer's own counting.
         """
         self.clock.begin_line()
-        sharded, limit = is_sharded(self.model), self.steps.row_limit
+        sharded, limit = self.terms.are_gathered_with(self.model), self.steps.row_limit
         batches, rows, counts = self.batches.gather(epoch_iterator, num_batches, self.micro_batch_size, limit, sharded)
         if not batches:
             return batches, None
@@ -312,10 +313,9 @@ class KavaTrainer(StudentTrainer):
             return self._train(self.run_state.checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: str | None, *args: Any) -> TrainOutput:
-        self.steps.forget()
-        self.probe.forget()
-        if self.rollouts is not None:
-            self.rollouts.forget()
+        parts: list[Any] = [self.steps, self.probe, self.rollouts]
+        for part in filter(None, parts):
+            part.forget()
         if resume_from_checkpoint and (output := self.take_up_finished(resume_from_checkpoint)):
             return output
         if self.model_init is None:  # else there will be another model

@@ -2,23 +2,31 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from accelerate import Accelerator
+from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from transformers.trainer import SCHEDULER_NAME
 
 from ..config.arguments import KavaTrainingArguments
 from ..distillation.model import DistillationModel
 from ..distillation.projector_files import projector_content, restore_projectors, write_projectors
-from ..models.loading import on_device
 from ..models.lora import has_adapter
-from ..models.lora_files import adapter_weights, load_adapter, load_weights, reload_problem, save_weights
+from ..models.lora_files import (
+    adapter_weights,
+    load_adapter,
+    load_weights,
+    reload_problem,
+    save_weights,
+    trained_names,
+)
 from ..models.student import mend_generation_config
-from ..utils.distributed import any_rank, is_sharded, own_part, whole_state
+from ..utils.distributed import any_rank, is_sharded, own_part, read_parts, whole_state, write_parts
 from ..utils.errors import BadRequest, reason_of
 from .checkpoint import PROJECTOR_FILE
 from .final_student import NotSaved, keep_weights, where_kept, why_not_saved
@@ -54,7 +62,7 @@ class Weights:
                     part.save_pretrained(folder)
         except Exception as error:  # configs and tokenizers fail in ways of their own
             raise BadRequest(f"The student could not be saved ({reason_of(error)}).") from error
-        if not is_sharded(self.model) and (problem := reload_problem(student)) is not None:
+        if (problem := reload_problem(student)) is not None:
             raise BadRequest(f"The student could not be saved: {problem}.", "Change its config along with its modules.")
 
     def projectors(self, with_decoders: bool = False) -> dict[str, Any]:
@@ -66,25 +74,42 @@ class Weights:
         target = self.model.target
         return projector_content(target.projectors, target.use, target.decoders if with_decoders else None)
 
-    def gathered_student(self) -> dict[str, torch.Tensor] | None:
-        """The student's weights, on the main process, where they are sharded; else None."""
+    def gathered_student(self, merge_adapter: bool = False) -> dict[str, torch.Tensor] | None:
+        """The student's weights, on the main process, where they are sharded; else None.
+
+        Args:
+            merge_adapter: also those beneath adapters, which merging needs.
+        """
         if not is_sharded(self.model):
             return None
         student = self.model.student
         tied = getattr(student, "all_tied_weights_keys", {})
+        if has_adapter(student):
+            return whole_state(student, names=None if merge_adapter else trained_names(student))
         return {name: tensor for name, tensor in whole_state(student).items() if name not in tied}
 
-    def whole_student(self) -> PreTrainedModel:
-        """The student with all its weights on this rank; a copy where they are sharded."""
+    @property
+    def are_adapters(self) -> bool:
+        """Whether the student is trained through adapters."""
+        return has_adapter(self.model.student)
+
+    @property
+    def _untouched(self) -> set[str]:
+        """The names of what is beneath a student's adapters, which no checkpoint holds."""
         student = self.model.student
-        if not is_sharded(self.model):
-            return student
-        with torch.random.fork_rng([]):  # its first weights are drawn, and overwritten
-            copy: Any = type(student)(student.config)
-            copy = copy.to(student.dtype)
-        copy.load_state_dict(whole_state(student, everywhere=True))
-        copy.generation_config = deepcopy(student.generation_config)
-        return on_device(copy, self.args.device)
+        return {f"student.{name}" for name in student.state_dict().keys() - trained_names(student)}
+
+    def write_adapter_parts(
+        self, folder: Path, accelerator: Accelerator, optimizer: torch.optim.Optimizer, scheduler: Any
+    ) -> None:
+        """Write what Trainer writes of a sharded training, without the weights beneath the student's adapters.
+
+        Every rank must ask. Trainer leaves them out only where its model is a `PeftModel` (transformers 5.23.0).
+        """
+        write_parts(self.model, folder / f"{FSDP_MODEL_NAME}_0", self._untouched)
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, self.model, str(folder))
+        if self.args.should_save:
+            torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def save_projector(self, path: str | Path) -> None:
         """Write the projectors to one `.pth` file, from the main process."""
@@ -101,7 +126,7 @@ class Weights:
 
         Args:
             folder: where to.
-            state_dict: of `gathered_student`.
+            state_dict: of `gathered_student`, as it is for `merge_adapter`.
             merge_adapter: merge adapters into the student; else they are written alone.
         """
         if self.args.should_save:
@@ -141,7 +166,9 @@ class Weights:
             raise
         except Exception as error:  # configs, tokenizers, safetensors and disks fail in ways of their own
             student = self.model.student
-            weights = state_dict or (adapter_weights(student) if has_adapter(student) else student.state_dict())
+            weights = state_dict or student.state_dict()
+            if has_adapter(student):
+                weights = adapter_weights(student, state_dict)
             told = why_not_saved(error, folder, weights)
             places = (folder.parent, Path(str(self.args.output_dir)), Path(gettempdir()))
             raise NotSaved(f"{told} {where_kept(keep_weights(weights, places))}") from error
@@ -155,7 +182,9 @@ class Weights:
             sharded: whether Trainer wrote student and projectors together.
         """
         student, target = self.model.student, self.model.target
-        if has_adapter(student):
+        if has_adapter(student) and sharded:
+            read_parts(self.model, Path(checkpoint) / f"{FSDP_MODEL_NAME}_0", self._untouched)
+        elif has_adapter(student):
             load_adapter(checkpoint, student)
         elif sharded:
             load_model(self.model)

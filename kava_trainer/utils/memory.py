@@ -26,6 +26,13 @@ def free_memory_bytes(device: torch.device) -> int:
     return min([psutil.virtual_memory().available, *_left_by_limits()])
 
 
+def total_memory_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device; for any other device, of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total
+
+
 def _left_by_limits() -> list[int]:
     """What each memory limit that holds for this process leaves of itself; containers and job schedulers set some.
 

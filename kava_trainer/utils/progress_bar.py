@@ -10,8 +10,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from accelerate import PartialState
@@ -239,8 +239,10 @@ def with_progress(items: Sequence[T], description: str, unit: str, form: str | N
 class SharedBatches:
     """This rank's batches of `own_batches`, under a bar."""
 
-    def __init__(self, items: Sequence[Any], size: int, description: str) -> None:
-        self._items, self._size, self._description = items, size, description
+    def __init__(
+        self, items: Sequence[Any], size: int, description: str, in_step: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._items, self._size, self._description, self._in_step = items, size, description, in_step
         self._bar: Progress | None = None
 
     def note(self, text: str) -> None:
@@ -255,20 +257,28 @@ class SharedBatches:
         with state.split_between_processes(self._items) as share, bar as self._bar:
             for start in range(0, rounds * size, size):
                 WATCH.check()
-                if start < len(share):
-                    yield share[start : start + size]
+                with self._in_step():
+                    if start < len(share):
+                        yield share[start : start + size]
                 bar.update()
 
 
-def own_batches(items: Sequence[Any], size: int, description: str) -> SharedBatches:
+def own_batches(
+    items: Sequence[Any],
+    size: int,
+    description: str,
+    in_step: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> SharedBatches:
     """This rank's share of the items, batch by batch.
 
     Args:
         items: the same on every rank.
         size: items of one batch.
         description: of the progress bar.
+        in_step: makes the context that each batch is worked on in, and a rank that has none waits in: of
+            `distributed.in_step` where a sharded model reads them.
 
     Raises:
         Interrupted: on all ranks after the same number of batches, if any has got a signal.
     """
-    return SharedBatches(items, size, description)
+    return SharedBatches(items, size, description, in_step)

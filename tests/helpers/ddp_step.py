@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from helpers import models
 from helpers.data import random_examples
+from helpers.sharded_teacher import by_shards
 from helpers.trainers import loss_lines, make_trainer
 from kava_trainer.distillation.rollouts.examples import Rollout
 from kava_trainer.distillation.rollouts.files import as_dataset, mixed
@@ -38,7 +39,9 @@ def main(
     tokens: str = "",
     on_policy: str = "",
     changes: str = "{}",
+    teacher: str = "",
 ) -> None:
+    """`teacher` is a folder that it is loaded from by shards; by default it is whole."""
     mercator_weight, lm_weight = map(float, weighting.split(","))
     tokenizer, given = AutoTokenizer.from_pretrained(STUDENT_FOLDER), {}
     if on_policy == "file":
@@ -55,15 +58,15 @@ def main(
         gradient_accumulation_steps=int(accumulation),
         projector_dropout=0.0,
         optim="sgd",
-        max_grad_norm=0.0,
         learning_rate=1.0,
         projector_learning_rate=1.0,
         lr_scheduler_type="constant",
         mercator_weight=mercator_weight,
         lm_weight=lm_weight,
+        teacher=by_shards(teacher) if teacher else None,
         **given,
         **({"kd_weight": 0.5, "kd_tokens": tokens, "relative_mse_weight": 0.5} if tokens else {}),
-        **json.loads(changes),
+        **{"max_grad_norm": 0.0, **json.loads(changes)},
     )
     write_step(trainer, output)
 

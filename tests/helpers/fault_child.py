@@ -148,7 +148,8 @@ def train(folder, output, resume, settings, prepare=lambda trainer: None):
     trainer = make_trainer(folder, AutoTokenizer.from_pretrained(STUDENT_FOLDER), **settings)
     prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
-    assert torch.distributed.is_initialized() == (int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    assert torch.distributed.is_initialized() == (several or trainer.is_fsdp_enabled)
     optimizer = trainer.optimizer.optimizer.state.values() if trainer.optimizer else ()
     states = [torch.cat([plain(p) for p in state.values() if isinstance(p, torch.Tensor) and p.dim()])
               for state in optimizer]  # fmt: skip

@@ -52,6 +52,19 @@ def tiny_lora_llama(hidden_size: int, layers: int, seed: int = 0, tie: bool = Tr
     return student
 
 
+def lora_llama_of_rank_1(*sizes, seed):
+    """Half of its adapters' weights have one row, which all ranks but one have no part of."""
+    return tiny_lora_llama(*sizes, seed=seed, lora_r=1)
+
+
+def lora_llama_with_a_trained_head(hidden_size: int, layers: int, seed: int = 0) -> LlamaForCausalLM:
+    """Adapters in float32 on weights in bfloat16, of which the head is trained."""
+    student = tiny_llama(hidden_size, layers, seed, tie=False).bfloat16()
+    options = {**LORA, "lora_modules_to_save": ["lm_head"], "student_model_name_or_path": "some/student"}
+    add_adapter(student, ModelArguments("teacher", use_peft=True, **options))
+    return student
+
+
 def llama_as_wide_as_the_teacher(width, layers, seed):
     return tiny_llama(TEACHER_SIZE, layers, seed=seed)
 

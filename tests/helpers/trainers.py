@@ -25,7 +25,11 @@ SETTINGS = {
 """Of a training that takes a second."""
 
 
-def make_trainer(folder, tokenizer, count=16, model=tiny_llama, rollout_fn=None, train=None, **changes):
+def tiny_teacher():
+    return tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
+
+
+def make_trainer(folder, tokenizer, count=16, model=tiny_llama, rollout_fn=None, train=None, teacher=None, **changes):
     arguments = {
         "output_dir": str(folder),
         **SETTINGS,
@@ -36,7 +40,7 @@ def make_trainer(folder, tokenizer, count=16, model=tiny_llama, rollout_fn=None,
         **changes,
     }
     args = KavaTrainingArguments(**arguments)
-    teacher = tiny_llama(TEACHER_SIZE, TEACHER_LAYERS, seed=1)
+    teacher = tiny_teacher() if teacher is None else teacher
     student = model(STUDENT_SIZE, STUDENT_LAYERS, seed=2)
     torch.manual_seed(3)
     target = build_target(args, student, teacher)

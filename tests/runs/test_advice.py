@@ -7,7 +7,8 @@ import torch
 from helpers.models import tiny_llama
 from helpers.programs import QUICKSTART, words
 
-from kava_trainer.config import checks, optimizer_names
+from kava_trainer.config import checks, launcher, optimizer_names
+from kava_trainer.config.arguments import KavaTrainingArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.runs import advice
 from kava_trainer.runs.advice import held_out_of_a_small_stream, memory_shortage, precision_problems, rounding_problem
@@ -112,6 +113,27 @@ def test_four_bits_are_not_advised_where_they_are_advised_against(tmp_path, monk
     monkeypatch.setattr(advice, "free_memory_bytes", lambda device: 1)
     remedy = memory_shortage(2, asked_for(tmp_path, use_cpu="true")).remedy
     assert ("4bit" in remedy) is (processor == "AVX512")
+
+
+SPREAD, FOUR_BITS = "write teacher_sharding fsdp", "choose teacher_quantization 4bit"
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "advised"),
+    [
+        (1, {}, FOUR_BITS),
+        (2, {}, SPREAD),
+        (2, {"teacher_sharding": "fsdp"}, f"{FOUR_BITS} and teacher_sharding none"),
+        (2, {"teacher_quantization": "8bit"}, FOUR_BITS),
+    ],
+)
+def test_a_teacher_that_is_too_large_is_spread_before_it_is_rounded(tmp_path, monkeypatch, processes, options, advised):
+    monkeypatch.setattr(launcher, "SHARDING_DEVICES", {"cpu"})
+    monkeypatch.setattr(advice, "is_slow_at_half_precision", lambda device: False)
+    monkeypatch.setattr(KavaTrainingArguments, "world_size", processes, raising=False)
+    remedy = memory_shortage(10**15, asked_for(tmp_path, use_cpu="true", **options)).remedy
+    assert [part for part in (SPREAD, FOUR_BITS) if part in remedy] == [advised.split(" and ")[0]]
+    assert f"{advised}," in remedy
 
 
 def test_doctor_s_advice_is_numbered_once(capsys):

@@ -30,6 +30,25 @@ def checkpoint(folder, run, step=2):
     return folder / f"checkpoint-{step}"
 
 
+@pytest.mark.parametrize(("launched", "asked"), [("bf16", {"bf16": True}), ("no", {})])
+def test_it_is_the_same_who_asks_for_a_precision(tmp_path, monkeypatch, launched, asked):
+    there = identity(tmp_path, **asked)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert compare(there, identity(tmp_path)).incompatible == []
+    other = "no" if launched == "bf16" else "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", other)
+    before, now = (str(name == "bf16") for name in (launched, other))
+    assert compare(there, identity(tmp_path)).incompatible == [f"bf16 was {before}, is {now}"]
+
+
+def test_a_checkpoint_that_knows_no_precision_of_the_launcher_is_compared_by_the_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    here = identity(tmp_path)
+    before = {name: value for name, value in here.items() if name != "mixed_precision"}
+    assert compare(before, here).incompatible == []
+    assert compare({**before, "bf16": True}, here).incompatible == ["bf16 was True, is False"]
+
+
 def test_an_identity_is_plain_json_without_secrets_and_equal_to_itself(tmp_path):
     here = identity(tmp_path, hub_token="hf_planted")
     assert json.loads(json.dumps(here)) == here
@@ -64,6 +83,15 @@ def test_another_number_of_processes_is_not_resumed(tmp_path):
     path = checkpoint(tmp_path, identity(tmp_path) | {"world_size": 4})
     with pytest.raises(BadRequest, match="world_size was 4, is 1"):
         check_resumable(path, identity(tmp_path))
+
+
+def test_a_run_goes_on_with_a_teacher_that_is_held_in_another_way(tmp_path):
+    there = identity(tmp_path)
+    found = compare(there, {**there, "teacher_sharding": "fsdp"})
+    assert (found.incompatible, found.training) == ([], [])
+    assert found.harmless == ["teacher_sharding was auto, is fsdp"]
+    before = {name: value for name, value in there.items() if name != "teacher_sharding"}
+    assert compare(before, there) == compare(there, there)
 
 
 def test_harmless_and_other_differences_are_named(tmp_path):

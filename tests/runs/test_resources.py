@@ -7,16 +7,19 @@ import pytest
 import torch
 from helpers.models import LORA, model_of, tiny_llama, tiny_lora_llama
 from helpers.places import ROOT, shared_path
+from helpers.sharded_run import LAUNCHED
 from helpers.trainers import make_trainer
 from torch import nn
 from transformers import AutoConfig
 from transformers.training_args import OptimizerNames
 
-from kava_trainer.config.arguments import KavaArguments
+from kava_trainer.config import launcher
+from kava_trainer.config.arguments import KavaArguments, KavaTrainingArguments
 from kava_trainer.config.data_arguments import DataArguments
 from kava_trainer.config.model_arguments import ModelArguments
 from kava_trainer.config.parser import parse_arguments
 from kava_trainer.models.lora import trained_parameters
+from kava_trainer.models.sharding.sizes import gathered_bytes
 from kava_trainer.models.sizes import model_bytes, optimizer_bytes, optimizer_step_bytes
 from kava_trainer.models.student import load_student
 from kava_trainer.quickstart import TEACHER_FOLDER
@@ -286,3 +289,45 @@ def test_with_adapters_only_they_have_gradients_and_optimizer_states():
     assert quantised["student"] < 0.3 * lora["student"]
     assert quantised["adapter"] == lora["adapter"]
     assert checkpoint_bytes(lora, arguments.training) == lora["adapter"] + lora["projector"] + lora["optimizer"]
+
+
+@pytest.fixture
+def over_4_ranks(monkeypatch):
+    """Estimates what a rank of four takes where weights are sharded."""
+
+    def estimate(*argv):
+        with monkeypatch.context() as patch:
+            for name, value in LAUNCHED.items():
+                patch.setenv(name, value)
+            patch.setattr(launcher, "SHARDING_DEVICES", {"cpu"})
+            patch.setattr(KavaTrainingArguments, "world_size", 4)
+            return estimate_memory(parse_arguments([QUICKSTART, "--use_cpu", "true", *argv]))
+
+    return estimate
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("false", None), ("true", torch.bfloat16)])
+def test_of_a_sharded_student_a_rank_has_its_share_and_what_is_gathered(over_4_ranks, precision, kind):
+    argv = ("--bf16", precision, "--use_cpu", "true")
+    alone, shares = estimate_memory(parse_arguments([QUICKSTART, *argv])), over_4_ranks(*argv)
+    for name in ("student", "projector"):
+        assert shares[name] == pytest.approx(alone[name] / 4, abs=1)
+    assert shares["gradients"] == shares["student"] + shares["projector"]  # in float32, whatever is computed in
+    assert shares["optimizer"] == 2 * shares["gradients"]
+    student = load_student(parse_arguments([QUICKSTART]).model, None)
+    assert shares["gathered weights"] == gathered_bytes(student, nn.Identity(), kind) + 2 * alone["projector"]
+    if kind is None:
+        assert shares["micro-batch"] == alone["micro-batch"]
+    else:  # autocast makes copies of the weights, which are gathered in bfloat16 already
+        assert shares["micro-batch"] < alone["micro-batch"]
+
+
+def test_of_sharded_adapters_a_rank_has_their_gradients_and_states_alone(over_4_ranks):
+    argv = ("--student_model_name_or_path", str(TEACHER_FOLDER), "--use_peft")
+    alone, shares = estimate_memory(parse_arguments([QUICKSTART, *argv])), over_4_ranks(*argv)
+    for name in ("student", "adapter", "projector"):
+        assert shares[name] == pytest.approx(alone[name] / 4, abs=1)
+    assert shares["gradients"] == shares["adapter"] + shares["projector"]
+    assert shares["optimizer"] == 2 * shares["gradients"]
+    whole = over_4_ranks("--student_model_name_or_path", str(TEACHER_FOLDER))
+    assert shares["gathered weights"] < whole["gathered weights"]

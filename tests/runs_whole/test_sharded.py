@@ -27,6 +27,7 @@ from kava_trainer.config.parser import parse_arguments
 from kava_trainer.data.collators import JoiningCollator
 from kava_trainer.data.packing import as_many_rows, pack_step
 from kava_trainer.distillation.projector_files import load_projectors
+from kava_trainer.quickstart import TEACHER_FOLDER
 from kava_trainer.trainer.checkpoint import broken_reason, list_checkpoints
 from kava_trainer.utils.errors import BadRequest
 
@@ -225,9 +226,14 @@ def problems_of(**changes):
         ({"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}, "Write fsdp_state_dict_type: SHARDED_STATE_DICT"),
         ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, {}, "Write fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
         ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}, {}, "leave it out, the blocks are known"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "not supported under FSDP2"),
-        ({}, {"bf16": True}, "write student_dtype bfloat16"),
-        ({}, {"fp16": True}, "write student_dtype bfloat16"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "fp16"},
+            {},
+            "Mixed precision in fp16 is not supported under FSDP2; write bf16 true",
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "Mixed precision in fp8 is not supported under FSDP2"),
+        ({}, {"fp16": True}, "write bf16 true"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"fp16": True}, "Mixed precision in fp16"),
         ({}, {"optim": "adamw_bnb_8bit"}, "cannot update sharded weights"),
         ({}, {"optim": "paged_adamw_32bit"}, "write adamw_torch_8bit"),
         ({}, {"save_on_each_node": True}, "need a folder that all share"),
@@ -243,7 +249,10 @@ def test_what_would_go_wrong_with_sharded_weights_is_refused(monkeypatch, enviro
 def test_deepspeed_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (problem,) = problems_of()
-    assert problem.startswith("deepspeed is not supported; shard with FSDP2")
+    assert problem.startswith(
+        "deepspeed is not supported; shard with FSDP2 in its place: accelerate launch --config_file"
+    )
+    assert "fsdp2.yaml" in problem
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu", "xpu"])
@@ -251,7 +260,9 @@ def test_the_config_that_comes_along_shards_on_cuda_alone(monkeypatch, device):
     assert launcher.device_problem(device) is None
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
-    assert problems_of(optim="adamw_torch_8bit") == []
+    assert problems_of(optim="adamw_torch_8bit") == problems_of(bf16=True) == []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert problems_of() == []
     problem = launcher.device_problem(device)
     assert (problem is None) == (device == "cuda")
     assert device != "cpu" or "plain data parallelism" in str(problem)
@@ -260,21 +271,20 @@ def test_the_config_that_comes_along_shards_on_cuda_alone(monkeypatch, device):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("use_peft", "true", "use_peft is not supported under FSDP2"),
         (
-            "on_policy_fraction",
-            "0.5",
-            "on_policy_fraction is 0.5, but under FSDP2 no process has the whole student to sample with; "
-            "start with DDP",
+            "student_quantization",
+            "4bit",
+            "student_quantization is 4bit, but FSDP2 cannot spread such weights; write none, or start with DDP",
         ),
+        ("student_quantization", "8bit", "student_quantization is 8bit, but FSDP2 cannot spread such weights"),
     ],
 )
 def test_what_needs_whole_weights_is_refused_where_they_are_sharded(monkeypatch, name, value, told):
     for variable, setting in LAUNCHED.items():
         monkeypatch.setenv(variable, setting)
     monkeypatch.setattr(launcher, "SHARDING_DEVICES", {"cpu"})
-    options = {"teacher_model_name_or_path": "quickstart", "student_model_name_or_path": "quickstart"}
-    options |= {"dataset_name": "quickstart", name: value, "use_cpu": "true"}
+    options = {"teacher_model_name_or_path": "quickstart", "student_model_name_or_path": TEACHER_FOLDER}
+    options |= {"dataset_name": "quickstart", name: value, "use_cpu": "true", "use_peft": "true"}
     with pytest.raises(BadRequest, match=told):
         parse_arguments(words(options))
 

@@ -19,7 +19,7 @@ from ...models.attention.capture import FeatureCapture
 from ...models.hidden_states import run_decoder
 from ...models.layers import evaluating, number_of_layers
 from ...utils.console import Console
-from ...utils.distributed import from_main_process
+from ...utils.distributed import from_main_process, is_sharded
 from ...utils.errors import BadRequest
 from ...utils.progress_bar import told
 from ..projector_files import kept_use
@@ -135,7 +135,11 @@ class LayerChooser:
         examples = draw_examples(self.train, CKA_TOKENS, self.args.seed)
         size = self.args.per_device_eval_batch_size
         # Where two layers are all but alike, two devices could round to different ones.
-        choice = from_main_process(lambda: choose_layers(student, teacher, examples, self.collator, size))
+        if is_sharded(teacher):  # all ranks gather its weights for it
+            own = choose_layers(student, teacher, examples, self.collator, size)
+            choice = from_main_process(lambda: own)
+        else:
+            choice = from_main_process(lambda: choose_layers(student, teacher, examples, self.collator, size))
         console = Console(self.args.plain_output)
         for line in choice.lines():
             console.print(line)

@@ -227,7 +227,7 @@ class SpanDivergence:
                 "kd_weight is above 0, and the teacher reads other tokens; give KavaTrainer the tokenizers, as "
                 "processing_class and teacher_tokenizer."
             )
-        self._states, self._teacher_head, share = teacher
+        self._states, self._teacher_head, share, self._whole_head = teacher
         self._shared, self._options = shared.to(self._states.device), (temperature, beta)
         self._spans, self._weight = coinciding_spans(inputs, self._shared.end), weight
         self._vocabulary = vocabulary
@@ -249,9 +249,10 @@ class SpanDivergence:
         weights = torch.as_tensor(self._weight, dtype=torch.float32, device=last_state.device).reshape(1)
         positions = sum(part.shape[1] for part in self._spans)
         function = partial(self._chunk, head)
-        total, sums = sum_in_chunks(
-            function, (*rows, self._counts[kept]), weights, parameters, self._widest() * positions
-        )
+        with self._whole_head():
+            total, sums = sum_in_chunks(
+                function, (*rows, self._counts[kept]), weights, parameters, self._widest() * positions
+            )
         return total, {"kd": sums[0]}
 
     def _widest(self) -> int:

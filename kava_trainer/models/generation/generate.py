@@ -15,6 +15,9 @@ def continue_prompts(
 ) -> torch.Tensor:
     """Let a model continue prompts, of which none may be empty.
 
+    Where its weights are sharded, `passes_in_step` keeps the ranks together; `generate` itself could do that only for
+    ranks that all have prompts.
+
     Args:
         model: a causal language model, in evaluation mode; of its own defaults of generation none is used.
         prompts: token ids.
@@ -30,7 +33,7 @@ def continue_prompts(
     mask = pad_sequence([torch.ones_like(own) for own in tokens], **width).to(model.device)
     with own_defaults_off(model):
         output = cast(Any, model).generate(
-            input_ids=input_ids, attention_mask=mask, generation_config=config, **options
+            input_ids=input_ids, attention_mask=mask, generation_config=config, synced_gpus=False, **options
         )
     return output[:, input_ids.shape[1] :]
 

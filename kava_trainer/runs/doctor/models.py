@@ -33,14 +33,13 @@ from ...distillation.teachers.several import role_of
 from ...models.attention.capture import layer_of
 from ...models.layers import find_blocks, hidden_size, number_of_layers
 from ...models.loading import (
-    build_causal_lm,
-    load_config,
     load_generation_config,
     missing_weights,
     model_folder,
     saved_adapter,
 )
 from ...models.routers import router_note
+from ...models.sharding.choice import choose_holding
 from ...models.student import foreseen_layers, load_student, mend_generation_config, quantized_by, student_config
 from ...models.teacher import freeze, load_teacher
 from ...trainer.trainer import KavaTrainer
@@ -49,6 +48,7 @@ from ...utils.errors import BadRequest, reason_of
 from ...utils.files import existing_folder
 from ...utils.hub import hub_reason
 from ..advice import long_warmup, loose_projector, planned_steps, precision_problems
+from ..pair.held import meta_teacher
 from ..pair.models import Models
 from ..pair.tokenizers import check_role_reads, load_tokenizers, teacher_reading, teacher_readings
 from ..setup import Data, make_trainer, measure_teacher
@@ -85,22 +85,25 @@ def check_tokenizers(checkup: Checkup, arguments: KavaArguments) -> PreTrainedTo
 
 def check_teacher_model(checkup: Checkup, arguments: KavaArguments) -> PreTrainedModel:
     """Whether the teacher's config makes a model and its weights are there; the model without storage."""
-    return _check_teacher(checkup, arguments.model, role_of(0))
+    return _check_teacher(checkup, arguments, arguments.model, role_of(0))
 
 
 def check_other_teachers(checkup: Checkup, arguments: KavaArguments) -> list[PreTrainedModel]:
     """The same of the others, where there are several."""
     found = enumerate(other_teachers(arguments), start=1)
-    return [_check_teacher(checkup, model, role_of(number)) for number, model in found]
+    return [_check_teacher(checkup, arguments, model, role_of(number)) for number, model in found]
 
 
-def _check_teacher(checkup: Checkup, model: ModelArguments, role: str) -> PreTrainedModel:
-    config = load_config(model.teacher_name, role, model.teacher_revision, model)
-    with torch.device("meta"):
-        teacher = freeze(build_causal_lm(config, model.teacher_dtype, model, role))
+def _check_teacher(checkup: Checkup, arguments: KavaArguments, model: ModelArguments, role: str) -> PreTrainedModel:
+    teacher = meta_teacher(model, role)
     name, revision = model.teacher_name, model.teacher_revision
     weights = _check_weights(name, role, revision, teacher)
-    checkup.ok(f"{_describe(teacher, name, revision)}, {weights}.")
+    device, processes = arguments.training.device, expected_processes(arguments.training)
+    holding = choose_holding(model, device, processes, role)
+    spread = f", spread over {processes} processes" if holding.sharded else ""
+    checkup.ok(f"{_describe(teacher, name, revision)}, {weights}{spread}.")
+    if holding.note is not None:
+        checkup.ok(holding.note)
     return teacher
 
 

@@ -14,11 +14,14 @@ from ...distillation.teachers.several import role_of
 from ...models.layers import hidden_size, number_of_layers
 from ...models.lora import trained_parameters
 from ...models.pruning.cut import Cut
+from ...models.sharding.choice import choose_holding
+from ...models.sizes import parameter_count
 from ...models.student import load_student
 from ...models.teacher import load_teacher
 from ...utils.console import Console
 from ...utils.progress_bar import working
 from .choice import find_cut
+from .held import describe_holding
 from .tokenizers import check_role_reads, teacher_readings
 
 _BESIDE = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save"}
@@ -79,6 +82,25 @@ def own_parameters(student: PreTrainedModel) -> int:
     return student.num_parameters() - sum(parameter.numel() for parameter in beside)
 
 
+def _load_teachers(console: Console, arguments: KavaArguments) -> list[PreTrainedModel]:
+    """All teachers, each whole on every process or spread over them; how each is held is decided before any is loaded.
+
+    Raises:
+        BadRequest: as `choose_holding` and `load_teacher`.
+    """
+    device, processes = arguments.training.device, arguments.training.world_size
+    named = {role_of(number): own for number, own in enumerate([arguments.model, *other_teachers(arguments)])}
+    held = {role: choose_holding(own, device, processes, role, fetch=True) for role, own in named.items()}
+    for role, holding in held.items():
+        for line in describe_holding(named[role], holding, role, processes, device.type):
+            console.print(line)
+    found = []
+    for role, own in named.items():
+        with working(f"Loading the {role}"):
+            found.append(load_teacher(own, device, role, held[role].sharded))
+    return found
+
+
 def load_models(
     console: Console,
     arguments: KavaArguments,
@@ -99,12 +121,7 @@ def load_models(
         BadRequest: where one cannot be had, or does not fit tokenizer or lengths.
     """
     readings = teacher_readings(arguments, tokenizer)
-    with working("Loading the teacher"):
-        teacher = load_teacher(arguments.model, arguments.training.device)
-    others = []
-    for number, named in enumerate(other_teachers(arguments), start=1):
-        with working(f"Loading the {role_of(number)}"):
-            others.append(load_teacher(named, arguments.training.device, role_of(number)))
+    teacher, *others = _load_teachers(console, arguments)
     cut = find_cut(console, arguments, teacher, train, DistillationCollator(tokenizer), earlier)
     set_seed(arguments.training.seed)
     with working("Loading the student"):
@@ -114,7 +131,7 @@ def load_models(
         check_role_reads(model, role, tokenizer, arguments.data.max_length, reading)
         width, depth = hidden_size(model), number_of_layers(model)
         console.print(
-            f"{role.capitalize()}: d_model={width}, {depth} layers, {model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{role.capitalize()}: d_model={width}, {depth} layers, {parameter_count(model) / 1e6:.2f} M parameters, "
             f"{str(model.dtype).removeprefix('torch.')}"
         )
     if arguments.model.use_peft:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ...config.arguments import KavaArguments, KavaTrainingArguments
+from ...config.launcher import is_fsdp_asked, mixed_precision
 from ...data.collators import DistillationCollator
 from ...data.splits import load_splits
 from ...distillation.rollouts.choice import derived_seed
@@ -22,12 +23,15 @@ from ...distillation.rollouts.sampling import Answers, Sampling, sample_answers,
 from ...models.generation.generate import known_tokens, stop_tokens
 from ...models.layers import evaluating
 from ...models.loading import check_reads, on_device
+from ...models.sharding.passes import passes_in_step, read_apart
+from ...models.sharding.units import shard_to_read
 from ...models.student import load_student, mend_generation_config
 from ...utils.console import Console
+from ...utils.distributed import is_sharded
 from ...utils.errors import BadRequest, RunFailed, reason_of
 from ...utils.files import check_new_file
 from ...utils.memory import needs_memory
-from ...utils.progress_bar import progress_bar, working
+from ...utils.progress_bar import Progress, progress_bar, working
 from ..advice import smaller_models
 from ..display import tell_encoding
 from ..measure import FinishedRun, put_adapter_on
@@ -119,6 +123,9 @@ def _load_student(
     mend_generation_config(student)  # which says what ends an answer, also where a model has none
     if finished is not None and finished.adapter is not None:
         put_adapter_on(finished.adapter, student)
+    if is_fsdp_asked():
+        shard_to_read(student, training.device)
+        return student
     return on_device(student, training.device)
 
 
@@ -132,17 +139,18 @@ def answer_prompts(
     """An answer to each prompt, in their order, sampled as a training would; the ranks share them out.
 
     The longest prompts are answered first, so that memory runs out at once if it does; then half as many are answered
-    at a time.
+    at a time, but by a student that is sharded: the other ranks would wait for the one that begins anew.
 
     Args:
         console: prints.
         training: says how the answers are sampled, `per_device_eval_batch_size` at a time, and the seed.
-        student: on its device.
+        student: on its device, or sharded.
         tokenizer: of the prompts.
         prompts: token ids, none empty.
 
     Raises:
         RunFailed: if memory runs out with a single prompt.
+        torch.OutOfMemoryError: if memory runs out, and the student is sharded.
     """
     state, size = PartialState(), training.per_device_eval_batch_size
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
@@ -160,10 +168,11 @@ def answer_prompts(
             torch.manual_seed(seed)
             return sample_answers(asked, student, Sampling.asked(training, ends, pad_token, seed, count, vocabulary))
 
-        return sample_what_fits(sample, size, len(asked), tell)
+        return sample(size) if is_sharded(student) else sample_what_fits(sample, size, len(asked), tell)
 
     found: list[tuple[int, Rollout]] = []
-    with progress_bar(len(share), "Sampling the answers", "prompt") as bar, evaluating(student), _autocast(training):
+
+    def answer_share(bar: Progress) -> None:
         while len(found) < len(share):
             places = share[len(found) : len(found) + size]
             asked = [prompts[place] for place in places]
@@ -173,15 +182,23 @@ def answer_prompts(
                     "Out of memory while the student answered a single prompt.",
                     f"Lower on_policy_max_new_tokens (now {training.on_policy_max_new_tokens}) or max_length.",
                 )
-            found += zip(places, map(partial(rollout_of, end_tokens=ends), asked, answers.tokens), strict=True)
+            found.extend(zip(places, map(partial(rollout_of, end_tokens=ends), asked, answers.tokens), strict=True))
             bar.update(len(places))
+
+    def answer_in_step() -> None:
+        with progress_bar(len(share), "Sampling the answers", "prompt") as bar, passes_in_step(student):
+            answer_share(bar)
+
+    with evaluating(student), _autocast(training):
+        read_apart(student, answer_in_step)
     return [rollout for _, rollout in sorted(gather_object(found), key=itemgetter(0))]
 
 
 def _autocast(training: KavaTrainingArguments) -> torch.autocast:
     """What a training computes in."""
-    kind = torch.float16 if training.fp16 else torch.bfloat16
-    return torch.autocast(training.device.type, kind, enabled=training.fp16 or training.bf16)
+    precision = mixed_precision(training)
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(training.device.type, kind, enabled=precision in ("fp16", "bf16"))
 
 
 def _tell(console: Console, rollouts: Sequence[Rollout]) -> None:

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import GenerationConfig, PreTrainedModel
 
+from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, JoiningCollator
 from ...data.packing import pack_step
 from ...data.streaming import ExampleStream
@@ -27,6 +28,7 @@ from ...models.attention.capture import Feature
 from ...models.generation.generate import own_defaults_off
 from ...models.hidden_states import run_decoder
 from ...models.layers import evaluating, in_mode, keeping_gradients
+from ...utils.distributed import give_up_whole_weights, is_sharded, largest_over_ranks
 from ..setup import Run
 
 LONGEST_PASS, FORWARD = 2.5, 3
@@ -72,21 +74,34 @@ class Rates:
     """Likewise."""
 
 
+def recomputes(training: KavaTrainingArguments) -> bool:
+    """Whether the backward passes of a training compute activations again."""
+    return bool(
+        getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None)
+    )
+
+
 def generates(run: Run) -> bool:
     """Whether teacher and student will answer held-out problems."""
     held_out = run.data.evaluation
     return bool(held_out and run.training.evaluate_generation and have_prompts(run.tokenizer, held_out))
 
 
-def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
-    """What some work takes on a device; quick work is done more often."""
+def _seconds(device: torch.device, work: Callable[[], Any], agree: Callable[[float], float] = float) -> float:
+    """What some work takes on a device; quick work is done more often.
+
+    Args:
+        device: that is waited for.
+        work: is timed.
+        agree: makes one time of those of all ranks, where they work together.
+    """
     best = math.inf
     for _ in range(REPEATS):
         began = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, agree(time.perf_counter() - began))
         if best > QUICK:
             break
     return best
@@ -112,6 +127,7 @@ class Stopwatch:
         trainer = run.trainer
         self._run, self._trainer = run, trainer
         self._device, self._model, self._terms = run.training.device, trainer.model, trainer.terms
+        self._in_step = trainer.terms.are_gathered_with(trainer.model)
         first = run.data.train
         rows = first.one_pass() if isinstance(first, ExampleStream) else first
         self._sizes = (run.training.per_device_train_batch_size, run.training.per_device_eval_batch_size)
@@ -120,22 +136,47 @@ class Stopwatch:
     def rates(self) -> Rates:
         """What the passes take."""
         training = self._run.training
-        if not getattr(self._model.student, "is_quantized", False):
+        if not is_sharded(self._model) and not getattr(self._model.student, "is_quantized", False):
             self._model.to(training.device)
-        with _untouched(self._model):
-            return self._rates()
+        try:
+            with _untouched(self._model), self._in_memory():
+                return self._rates()
+        finally:
+            give_up_whole_weights(self._model)
+
+    @contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        """Within the `with` block passes of a sharded model keep as little for the backward pass as the training asks.
+
+        One rank that ran out of memory could not go on without the others, which would wait for it.
+        """
+        student: Any = self._model.student
+        if not (self._in_step and recomputes(self._run.training)):
+            yield
+            return
+        newer = hasattr(student, "activation_checkpointing_enable")
+        name = "activation_checkpointing" if newer else "gradient_checkpointing"
+        getattr(student, f"{name}_enable")()
+        try:
+            yield
+        finally:
+            getattr(student, f"{name}_disable")()
+
+    def _seconds(self, work: Callable[[], Any]) -> float:
+        """What some work takes, on all ranks the same where they gather weights for it: how often they do it counts."""
+        return _seconds(self._device, work, _slowest if self._in_step else float)
 
     def _rates(self) -> Rates:
         weights, control = self._terms.full_weights, self._run.training.run_control
         one = self._row(1)
         self._pass(one, weights)  # the first pass of all takes longer
-        taken = _seconds(self._device, lambda: self._pass(one, weights))
+        taken = self._seconds(lambda: self._pass(one, weights))
         fitting = LONGEST_PASS / max(taken, 1e-6)
         row = self._row(max(1, min(self._sizes[0], int(fitting))))
         batch = self._padded(max(1, min(self._sizes[1], int(FORWARD * fitting))))  # as evaluations read them
 
         def each(rows: dict[str, Any], work: Callable[[], Any]) -> float:
-            return _seconds(self._device, work) / int(rows["attention_mask"].sum())
+            return self._seconds(work) / int(rows["attention_mask"].sum())
 
         step = each(row, lambda: self._pass(row, weights))
         teacher, student = self._run.models.teacher, self._run.models.student
@@ -143,8 +184,8 @@ class Stopwatch:
             states = each(row, lambda: self._terms.teacher_states(row)) if self._terms.teacher is not None else 0.0
             terms = each(batch, lambda: self._forward(batch, weights))
             theirs = self._padded(len(batch["input_ids"]), read_by_the_teacher)
-            teacher_read = _seconds(self._device, lambda: _read(teacher, theirs)) / int(batch["attention_mask"].sum())
-            student_read = each(batch, lambda: _read(student, batch))
+            teacher_read = self._seconds(lambda: _read(teacher, theirs)) / int(batch["attention_mask"].sum())
+            student_read = each(batch, lambda: self._model.read(lambda: _read(student, batch)))
         divergence = 0.0
         if "kd" in weights and self._run.training.kd_schedule == "stage":
             others = {name: weight for name, weight in weights.items() if name != "kd"}
@@ -152,7 +193,7 @@ class Stopwatch:
             divergence = max(step - each(row, lambda: self._pass(row, others)) - teacher_too, 0.0)
         plain = each(row, lambda: self._pass(row, {"lm": 1.0})) if control else 0.0
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        copy = _seconds(self._device, lambda: [parameter.detach().clone() for parameter in trained])
+        copy = self._seconds(lambda: [parameter.detach().clone() for parameter in trained])
         return Rates(
             step=step,
             teacher=states,
@@ -178,7 +219,7 @@ class Stopwatch:
     def _rank(self, width: int) -> float:
         """Seconds that the rank of states of this width takes; above the number of tokens they grow with it."""
         wave = torch.arange(PROBE_TOKENS * width, device=self._device).sin().view(-1, width)
-        return _seconds(self._device, partial(effective_rank, wave))
+        return self._seconds(partial(effective_rank, wave))
 
     @torch.no_grad()
     def _probed_widths(self) -> list[int]:
@@ -235,11 +276,18 @@ class Stopwatch:
                     input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy
                 )
 
-        first = _seconds(self._device, lambda: write(1))
-        return max(_seconds(self._device, lambda: write(1 + NEW_TOKENS)) - first, 0.0) / NEW_TOKENS
+        def taken(tokens: int) -> float:
+            return self._seconds(lambda: self._model.read(lambda: write(tokens)))
+
+        return max(taken(1 + NEW_TOKENS) - taken(1), 0.0) / NEW_TOKENS
 
 
 def _read(model: PreTrainedModel, batch: dict[str, Any]) -> None:
     with evaluating(model):
         states = run_decoder(model, batch["input_ids"], batch["attention_mask"])
         answer_loss_sum(model, states, batch)
+
+
+def _slowest(seconds: float) -> float:
+    """The longest time that any rank took. Every rank must ask."""
+    return largest_over_ranks(round(seconds * 1e9)) / 1e9

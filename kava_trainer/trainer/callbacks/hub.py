@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import HubStrategy
@@ -53,6 +54,25 @@ def no_repository(error: BaseException, arguments: KavaTrainingArguments) -> Pro
         f"{login}Or write push_to_hub false, and send the student afterwards: "
         f"{push_command(arguments.output_dir, place)}",
     )
+
+
+def send_folder(
+    folder: TemporaryDirectory[str], message: str | None, blocking: bool, token: str | None, place: dict[str, Any]
+) -> CommitInfo | Future[CommitInfo]:
+    """Send all of a folder, which is then gone; the commit, or its future where `blocking` is false.
+
+    Args:
+        folder: is sent.
+        message: of the commit.
+        blocking: wait until all is sent.
+        token: of the hub; None for that of a login.
+        place: the `repo_id` and the `revision`.
+    """
+    sent: Future[CommitInfo] = HfApi(token=token).upload_folder(
+        folder_path=folder.name, commit_message=message, run_as_future=True, **place
+    )
+    sent.add_done_callback(lambda _: folder.cleanup())
+    return sent.result() if blocking else sent
 
 
 def make_repository(

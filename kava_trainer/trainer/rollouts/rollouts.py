@@ -7,17 +7,20 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, JoiningCollator, separated
+from ...distillation.model import DistillationModel
 from ...distillation.rollouts.choice import choose, count_chosen, derived_seed, turn_of
 from ...distillation.rollouts.examples import Example, Rollout, of_the_data, prompt_of, rollout_of, without_answer
 from ...distillation.rollouts.sampling import Answers, RolloutFn, Sampling, sample_answers, sample_what_fits
 from ...distillation.token_means import TokenMeans
 from ...models.generation.generate import stop_tokens
 from ...models.layers import evaluating
+from ...models.sharding.passes import passes_in_step
 from ...models.teacher import OnlineTeacher
+from ...utils.distributed import is_sharded
 from ...utils.errors import RunFailed
 from ..incidents import Incidents
 from ..throughput import Throughput
@@ -38,7 +41,7 @@ class Rollouts:
         incidents: is told of memory that ran out and of answers that go wrong.
         clock: measures the seconds.
         collator: of the trainer.
-        student: gives the plain student as it is now.
+        model: gives the student as it is now, beside its projectors; where it is sharded, all ranks answer together.
         teacher: gives the teacher that runs; it is asked where a cache has the states on the examples of the data.
         tokenizer: whose end-of-text token ends an answer, beside what the student itself stops at.
         vocabulary: tokens from 0 that both models and the tokenizer know.
@@ -57,7 +60,7 @@ class Rollouts:
         incidents: Incidents,
         clock: Throughput,
         collator: Any,
-        student: Callable[[], PreTrainedModel],
+        model: Callable[[], DistillationModel],
         teacher: Callable[[], OnlineTeacher | None],
         tokenizer: PreTrainedTokenizerBase | None,
         vocabulary: int,
@@ -73,9 +76,9 @@ class Rollouts:
             )
         self._args, self._incidents, self._clock, self._collator = args, incidents, clock, collator.reading(None)
         self._teacher = teacher
-        self._student, self._means, self._autocast, self._rollout_fn = student, means, autocast, rollout_fn
+        self._model, self._means, self._autocast, self._rollout_fn = model, means, autocast, rollout_fn
         self._vocabulary = vocabulary
-        self._end_tokens = tuple(stop_tokens(student(), tokenizer))
+        self._end_tokens = tuple(stop_tokens(model().student, tokenizer))
         if not self._end_tokens:
             raise ValueError("Nothing could end a student's own answer; give a processing_class with an eos_token.")
         self._batch_size: int | None = None
@@ -154,7 +157,7 @@ class Rollouts:
         """An answer to each prompt; the figures of all are noted, and the first of all are kept."""
         with self._clock.stopwatch.measure("generation"):
             step = self._incidents.step + 1
-            answers = self._sampled(prompts, seed, step) if prompts else Answers([], None if self._rollout_fn else [])
+            answers = self._sampled(prompts, seed, step)
         rollouts = self._rollouts_of(prompts, answers)
         note_figures(self._means(), rollouts, answers.entropies, self._args.device)
         if self._first is None and rollouts:
@@ -171,15 +174,17 @@ class Rollouts:
         There are at most `MOST_SHOWN`, all of the first generation, and none where there was none. Nothing of a
         training is changed by it. Raises `RunFailed` if memory runs out with a single prompt.
         """
-        if not self._first:
-            return []
-        prompts = [own.prompt for own in self._first]
+        first = self._first or []
+        prompts = [own.prompt for own in first]
         seed = derived_seed(self._args.seed, self._incidents.step, self._args.process_index)
         last = self._rollouts_of(prompts, self._sampled(prompts, seed, None))
-        return list(zip(self._first, last, strict=True))
+        return list(zip(first, last, strict=True))
 
     def _sampled(self, prompts: list[list[int]], seed: int, step: int | None) -> Answers:
         """The answers, of as many prompts at a time as fit. Raises `RunFailed` if not even one does.
+
+        Sharded weights are gathered with the other ranks, which would wait for one that begins anew: there the run ends
+        where so many do not fit.
 
         Args:
             prompts: token ids.
@@ -198,11 +203,18 @@ class Rollouts:
             self._incidents.note("oom", told, step)
 
         size = self._batch_size or self._args.per_device_eval_batch_size
+        longest = f"lower on_policy_max_new_tokens (now {self._args.on_policy_max_new_tokens})"
+        if is_sharded(self._model()):
+            try:
+                return sample(size)
+            except torch.OutOfMemoryError as error:
+                raise RunFailed(
+                    f"Out of memory {when} while the student answered {min(size, len(prompts))} prompts at a time; "
+                    f"lower per_device_eval_batch_size (now {size}), or {longest}. {self._incidents.advice()}"
+                ) from error
         if (answers := sample_what_fits(sample, size, len(prompts), tell)) is None:
-            raise RunFailed(
-                f"Out of memory {when} while the student answered a single prompt; lower on_policy_max_new_tokens "
-                f"(now {self._args.on_policy_max_new_tokens}). {self._incidents.advice()}"
-            )
+            what = f"Out of memory {when} while the student answered a single prompt; {longest}."
+            raise RunFailed(f"{what} {self._incidents.advice()}")
         return answers
 
     def _sampling(self, seed: int, batch_size: int) -> Sampling:
@@ -210,14 +222,21 @@ class Rollouts:
         return Sampling.asked(self._args, self._end_tokens, pad_token, seed, batch_size, self._vocabulary)
 
     def _sample(self, prompts: list[list[int]], sampling: Sampling) -> Answers:
-        student, device = self._student(), self._args.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), evaluating(student), self._autocast():
+        model, device = self._model(), self._args.device
+        student, devices = model.student, [device] if device.type == "cuda" else []
+
+        def answer() -> Answers:
+            with passes_in_step(student):
+                if not prompts:
+                    return Answers([], None if self._rollout_fn else [])
+                if self._rollout_fn is None:
+                    return sample_answers(prompts, student, sampling)
+                given = self._rollout_fn([list(prompt) for prompt in prompts], student, sampling)
+            return Answers(checked_answers(given, len(prompts), sampling.vocabulary))
+
+        with torch.random.fork_rng(devices), evaluating(student), self._autocast():
             torch.manual_seed(sampling.seed)
-            if self._rollout_fn is None:
-                return sample_answers(prompts, student, sampling)
-            given = self._rollout_fn([list(prompt) for prompt in prompts], student, sampling)
-        return Answers(checked_answers(given, len(prompts), sampling.vocabulary))
+            return model.read(answer)
 
     def judge(self, figures: dict[str, float]) -> None:
         """Warn once of each way in which the answers of a log line go wrong."""

@@ -87,7 +87,7 @@ KV = {"alignment_target": "kv", "projector_direction": "teacher_to_student"}
 def test_ranks_are_timed_of_what_a_probe_measures(make, monkeypatch, changes, widths):
     timed = []
     monkeypatch.setattr(passes, "effective_rank", lambda wave: timed.append(wave.shape))
-    monkeypatch.setattr(passes, "_seconds", lambda device, work: (work(), 1.0)[1])
+    monkeypatch.setattr(passes, "_seconds", lambda device, work, agree: (work(), 1.0)[1])
     watch = Stopwatch(make(**changes))
     assert watch._probed_widths() == widths
     assert watch._ranks() == len(widths)

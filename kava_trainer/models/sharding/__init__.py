@@ -1,0 +1,1 @@
+"""Models whose weights are spread over the ranks, with torch's `fully_shard`."""
