@@ -312,7 +312,8 @@ class KavaTrainer(StudentTrainer):
             return self._train(self.run_state.checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: str | None, *args: Any) -> TrainOutput:
-        for part in filter(None, (self.steps, self.probe, self.rollouts)):
+        parts: list[Any] = [self.steps, self.probe, self.rollouts]
+        for part in filter(None, parts):
             part.forget()
         if resume_from_checkpoint and (output := self.take_up_finished(resume_from_checkpoint)):
             return output
