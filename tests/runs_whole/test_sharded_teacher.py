@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ddp_step, fault_child, outcomes, several, sharded_run
+from helpers import ddp_step, fault_child, outcomes, several, sharded_run, sharded_traffic
 from helpers.data import write_problems
 from helpers.outcomes import assert_same_step, one_step
 from helpers.processes import Run
@@ -134,3 +134,27 @@ def test_a_whole_run_under_a_sharded_teacher_measures_what_one_under_a_whole_one
         assert own == pytest.approx(other, rel=1e-3), name
     assert found["sharded"]["final"]["cos_sim"] == pytest.approx(found["whole"]["final"]["cos_sim"], rel=1e-3)
     assert found["sharded"]["evaluation"]["teacher"] == found["whole"]["evaluation"]["teacher"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_sends_what_the_arithmetic_of_docs_says(tmp_path, teacher, precision):
+    """The student's blocks twice, its ends once, their gradients in float32, and the teacher once."""
+    sent = {}
+    for name, folder in (("whole", ""), ("sharded", teacher)):
+        output = tmp_path / name
+        asked = ("4", "1", "1.0,1.0", "tiny_llama", "all", "", json.dumps({"bf16": precision == "bfloat16"}), folder)
+        run = Run(sharded_traffic.step, tmp_path, str(output), *asked, ranks=2)
+        assert run.wait() == [0, 0], run.output()
+        sent[name] = torch.load(f"{output}-traffic.pt", weights_only=True)
+    weights = torch.load(tmp_path / "whole.pt", weights_only=True)["weights"]
+    counts = {own: sum(w.numel() for name, w in weights.items() if own in name) for own in (".layers.", "target.")}
+    total = sum(own.numel() for own in weights.values())
+    blocks, size = counts[".layers."], 4 if precision == "float32" else 2
+    assert sent["whole"]["scattered"] == pytest.approx(4 * total, rel=0.02)
+    gathered = 2 * size * blocks + 4 * (total - blocks - counts["target."])
+    assert gathered <= 1.02 * sent["whole"]["gathered"]
+    assert sent["whole"]["gathered"] <= 1.02 * (gathered + 2 * 4 * counts["target."])
+    assert sent["sharded"]["scattered"] == sent["whole"]["scattered"]
+    read = sum(own.nbytes for own in tiny_teacher().state_dict().values())
+    assert sent["sharded"]["gathered"] - sent["whole"]["gathered"] == pytest.approx(read, rel=0.02)
