@@ -244,7 +244,7 @@ class SavingTrainer(Trainer):
         """Let every rank write its part of what resuming needs beside them, with Trainer's own methods."""
         if not self.args.save_only_model:
             if self.is_fsdp_enabled and self.weights.are_adapters:
-                self.weights.write_adapter_parts(folder, self.accelerator, cast(Any, self.optimizer), self.lr_scheduler)
+                self.weights.write_adapter_parts(folder, self.accelerator, self.optimizer, self.lr_scheduler)
             else:
                 self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))

@@ -99,9 +99,7 @@ class Weights:
         student = self.model.student
         return {f"student.{name}" for name in student.state_dict().keys() - trained_names(student)}
 
-    def write_adapter_parts(
-        self, folder: Path, accelerator: Accelerator, optimizer: torch.optim.Optimizer, scheduler: Any
-    ) -> None:
+    def write_adapter_parts(self, folder: Path, accelerator: Accelerator, optimizer: Any, scheduler: Any) -> None:
         """Write what Trainer writes of a sharded training, without the weights beneath the student's adapters.
 
         Every rank must ask. Trainer leaves them out only where its model is a `PeftModel` (transformers 5.23.0).
