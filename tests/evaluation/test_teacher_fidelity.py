@@ -155,9 +155,9 @@ def run(output, **changes):
     return summary_of(output)
 
 
-def without_noise(arguments, device):
+def without_noise(arguments, device, *others):
     """A teacher that is told to be quantised and is not."""
-    return load_teacher(type(arguments)(**{**vars(arguments), "teacher_quantization": "none"}), device)
+    return load_teacher(type(arguments)(**{**vars(arguments), "teacher_quantization": "none"}), device, *others)
 
 
 load_teacher = models.load_teacher
