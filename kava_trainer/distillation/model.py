@@ -1,5 +1,6 @@
 """Student and projectors in one module, and what its forward pass gives."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ class DistillationModel(nn.Module):
         Raises:
             BadRequest: as `shard_model`.
         """
+        # Of the projectors' last product, a view: nobody changes the outputs of a unit in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         shard_model(self.student, sharding)
         for module in (self.target, self):
             sharding.of_modules(module, exact=True)
@@ -100,13 +103,8 @@ class DistillationModel(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """What accelerate looks for and makes units of; there is nothing left for it, see `shard`."""
+        """What accelerate makes units of: nothing is left for it, see `shard`, whatever the student itself names."""
         return []
-
-    @property
-    def _keys_to_ignore_on_save(self) -> list[str]:
-        """Tied weights that a checkpoint leaves out; Trainer asks for them before it warns of missing keys."""
-        return list(getattr(self.student, "all_tied_weights_keys", {}))
 
     def forward(
         self,
@@ -140,7 +138,7 @@ class DistillationModel(nn.Module):
         Returns:
             A `StudentOutput`; of the student alone its own output, with `loss` and `logits`.
         """
-        with self._autocast():  # which accelerate puts around no model that is sharded
+        with self._autocast():  # accelerate does so too, but only around what the trainer has prepared
             if not distils:
                 return self.student(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **others)
             return self._distil(input_ids, attention_mask, packed_lengths, teacher_states, logits_terms)

@@ -196,7 +196,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
 
     Returns:
         `teacher`, `teacher 2` and so on of several, `gathered teacher` where one is sharded, `student`, `adapter` where
-        there is one, `projector`, `gradients`, `optimizer`, `micro-batch`.
+        there is one, `projector`, `gradients`, `optimizer`, `gathered weights` under FSDP2, `micro-batch`.
 
     Raises:
         BadRequest: if a config cannot be had, or the models do not have what the arguments ask for.
@@ -206,7 +206,7 @@ def estimate_memory(arguments: KavaArguments) -> dict[str, int]:
     named = [model, *other_teachers(arguments)]
     inherited = foreseen_layers(model)
     teachers = [meta_teacher(own, role_of(number)) for number, own in enumerate(named)]
-    device, processes = training.device, training.world_size
+    device, processes = training.device, max(training.world_size, training.n_gpu)  # a doctor is one process of many
     holdings = [choose_holding(own, device, processes, role_of(number)) for number, own in enumerate(named)]
     with FakeTensorMode():
         for fake in (*teachers, student):

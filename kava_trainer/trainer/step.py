@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..config.arguments import KavaTrainingArguments
-from ..config.launcher import is_fsdp_asked
+from ..config.launcher import FSDP_CONFIG, is_fsdp_asked
 from ..config.optimizer_names import optimizer_name
 from ..data.packing import halve
 from ..distillation.token_means import TokenMeans
@@ -94,7 +94,8 @@ class StepRunner(TrainerCallback):
             RunFailed: if the weights should be sharded, and are not.
         """
         if is_fsdp_asked() and not is_sharded(kwargs["model"]):
-            raise RunFailed("FSDP was asked for, but transformers has not sharded the model; nothing was trained.")
+            what = "FSDP was asked for, but there is no process group to spread the student over; nothing was trained."
+            raise RunFailed(f"{what} Start with accelerate launch --config_file {FSDP_CONFIG}.")
         self._optimizer = kwargs["optimizer"]
 
     def release(self) -> None:
@@ -126,7 +127,9 @@ class StepRunner(TrainerCallback):
         Raises:
             RunFailed: if memory runs out with a single example.
         """
-        rows, last = split_rows(rows, self.row_limit), self._accelerator.sync_gradients
+        # A limit of an earlier run, in which each rank was for itself, would give the ranks unlike numbers of passes.
+        limit, last = None if self._sharded else self.row_limit, self._accelerator.sync_gradients
+        rows = split_rows(rows, limit)
         self._done += rows
         loss = None if self._short_of_memory else self._pass(model, rows, num_items, last and not self._careful)
         self._short_of_memory = loss is None
@@ -167,7 +170,7 @@ class StepRunner(TrainerCallback):
                 student is sharded they do so with each, and keep their own parts of the sum.
         """
         total = torch.zeros((), device=self._args.device)
-        spread = isinstance(model, FSDPModule)
+        spread = is_sharded(model)
         if spread:  # gradients that wait for the last pass would be whole ones, on every rank
             cast(FSDPModule, model).set_requires_gradient_sync(True)
         try:
@@ -234,9 +237,11 @@ class StepRunner(TrainerCallback):
         states = sum(2 * own_part(weight).numel() * (weight.element_size() - 1) for weight in trained)
         name = "adamw_torch_8bit" if is_sharded(model) else "adamw_bnb_8bit"
         small = f"write optim {name}, which saves {states / 1e9:.2f} GB of optimizer states"
+        spread = ", or teacher_sharding fsdp where the teacher is whole on every process"
         return [
             "" if "8bit" in optimizer_name(self._args.optim) else small,
             "write teacher_quantization 4bit"
+            + (f" with teacher_sharding none{spread}" if self._args.world_size > 1 else "")
             + (", or name a teacher_cache_dir, which frees the teacher's memory" if self._may_cache else ""),
         ]
 

@@ -103,7 +103,7 @@ def from_main_process(work: Callable[[], T]) -> T:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the weights of a model, or of the model that it is a part of, over the ranks."""
+    """Whether FSDP2 has spread the weights of a model, or of any part of it, over the ranks; it may be compiled."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 

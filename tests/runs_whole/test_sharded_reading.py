@@ -1,6 +1,7 @@
 """What a sharded student is worth is what it is worth whole, and no rank ever holds it whole."""
 
 import json
+import os
 import re
 
 import pytest
@@ -123,6 +124,34 @@ def test_sharded_students_answer_as_whole_ones_and_go_on_as_if_nothing_had_been(
     for own, other in zip(*sampled, strict=True):
         assert own["rollout_length"] == other["rollout_length"]
         assert own["rollout_entropy"] == pytest.approx(other["rollout_entropy"], rel=1e-3)
+
+
+def nothing_on_the_second_rank(prompts, student, sampling):
+    return [[5, 7, 0] if os.environ.get("RANK", "0") == "0" else [] for _ in prompts]
+
+
+@pytest.mark.slow
+def test_ranks_whose_answers_say_nothing_make_as_many_passes(tmp_path):
+    """Rows of one example, of which the second rank would have fewer if it left prompts without an answer out."""
+    settings = SAMPLING | {"max_tokens_per_batch": 1, "rollout_fn": nothing_on_the_second_rank, "max_steps": 2}
+    settings |= {"save_strategy": "no", "on_policy_fraction": 1.0}
+    sharded = finish(tmp_path / "sharded", None, settings, 2, function=sharded_run.train)
+    whole = finish(tmp_path / "whole", None, settings, 2)
+    assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sharded_teacher_reads_answers_beside_its_cache(tmp_path):
+    """In each step one rank has two answers for it to read, one at a time, and the other has one."""
+    data = str(write_problems(tmp_path / "data.jsonl"))
+    changes = {
+        "teacher_cache_dir": str(tmp_path / "cache"), "teacher_sharding": "fsdp", "on_policy_fraction": 0.375,
+        "on_policy_max_new_tokens": 4, "kd_weight": 1.0, "max_steps": 2, "eval_strategy": "no", "save_steps": 2,
+        "projector_dropout": 0.0,
+    }  # fmt: skip
+    run = Run(sharded_run.run, tmp_path, tmp_path, data, changes, ranks=2)
+    assert run.wait() == [0, 0], run.output()
+    assert "spread over 2 processes" in run.output()
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def read_apart(root: nn.Module, work: Callable[[], T]) -> T:
 
     Args:
         root: the model that holds all units. Every rank must call, and make as many passes, see `passes_in_step`.
-        work: runs parts of it.
+        work: runs parts of it; within it nobody may call this of the same model.
 
     Raises:
         BaseException: what `work` raises.
@@ -36,7 +36,7 @@ def read_apart(root: nn.Module, work: Callable[[], T]) -> T:
     found: list[T] = []
     errors: list[BaseException] = []
 
-    def run_apart() -> None:
+    def run_apart(_: None) -> None:
         try:
             found.append(work())
         except BaseException as error:  # is raised again, once FSDP2 knows that the pass is over
@@ -47,7 +47,7 @@ def read_apart(root: nn.Module, work: Callable[[], T]) -> T:
     register_fsdp_forward_method(root, "run_apart")
     try:
         with torch.no_grad():
-            model.run_apart()
+            model.run_apart(None)  # torch 2.11 moves the first of the arguments to the device, and wants one
     finally:
         del model.run_apart
         give_up_whole_weights(root)

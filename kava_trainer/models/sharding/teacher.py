@@ -206,9 +206,9 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 def _give_storage(model: PreTrainedModel, device: torch.device) -> None:
     """Give the rows of this rank storage on its device, and leave buffers as they were computed."""
-    computed = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    computed = {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
     model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
+    for name, buffer in model.named_buffers(remove_duplicate=False):
         buffer.copy_(computed[name])
 
 

@@ -19,7 +19,7 @@ from ...distillation.token_means import TokenMeans
 from ...models.generation.generate import stop_tokens
 from ...models.layers import evaluating
 from ...models.sharding.passes import passes_in_step
-from ...models.teacher import OnlineTeacher
+from ...models.teacher import OnlineTeacher, in_step_reading
 from ...utils.distributed import is_sharded
 from ...utils.errors import RunFailed
 from ..incidents import Incidents
@@ -95,7 +95,7 @@ class Rollouts:
         """The micro-batches of an optimizer step with the student's answers in the place of some examples.
 
         An answer that says nothing is left out; a micro-batch of nothing else keeps a prompt, of which nothing is
-        learned.
+        learned. Where the ranks gather weights together all prompts are kept, for they need as many passes.
 
         Args:
             batches: of `JoiningCollator`, or padded.
@@ -106,9 +106,16 @@ class Rollouts:
         for part in parts:
             places = range(start, start := start + len(part))
             found = [replaced.get(place, own) for place, own in zip(places, part, strict=True)]
+            if self._gather_together():
+                found = [without_answer(given) if own is None else own for own, given in zip(found, part, strict=True)]
             kept = [own for own in found if own is not None] or [without_answer(part[0])]
             mixed.append(JoiningCollator()(kept) if joined else self._collator.for_training()(kept))
         return mixed
+
+    def _gather_together(self) -> bool:
+        """Whether a pass of the student or of the teacher gathers weights that are spread over the ranks."""
+        teacher = self._teacher()
+        return is_sharded(self._model()) or (teacher is not None and is_sharded(teacher.model))
 
     def _replaced(self, examples: list[Example]) -> dict[int, Example | None]:
         """What stands in the place of some of a step's examples: the student's answer; None where it says nothing.
@@ -140,14 +147,16 @@ class Rollouts:
             like: states of the data by layer.
         """
         size = self._batch_size or self._args.per_device_eval_batch_size
-        for start in range(0, len(examples), size):
-            part = examples[start : start + size]
-            batch = send_to_device(self._collator(part), self._args.device)
-            with self._clock.stopwatch.measure("teacher"), self._autocast():
-                states = cast(OnlineTeacher, self._teacher()).features(batch)
-            for row, example in enumerate(part):
-                length = len(example["input_ids"])
-                example["teacher_states"] = {layer: states[layer][row, :length].to(own) for layer, own in like.items()}
+        teacher = cast(OnlineTeacher, self._teacher())
+        with in_step_reading([teacher]):
+            for start in range(0, len(examples), size):
+                part = examples[start : start + size]
+                batch = send_to_device(self._collator(part), self._args.device)
+                with self._clock.stopwatch.measure("teacher"), self._autocast():
+                    states = teacher.features(batch)
+                for row, example in enumerate(part):
+                    read = {layer: own[row, : len(example["input_ids"])] for layer, own in states.items()}
+                    example["teacher_states"] = {layer: read[layer].to(own) for layer, own in like.items()}
 
     def _is_due(self, step: int) -> bool:
         every = self._args.rollouts_every
