@@ -123,8 +123,13 @@ KINDS = {
 }
 
 
+IN_EVERY_RUN = ("bf16", "adapters", "adapters of one row")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in IN_EVERY_RUN else pytest.mark.exhaustive) for kind in KINDS]
+)
 def test_a_resumed_sharded_run_has_the_same_losses_and_weights(tmp_path, kind):
     settings = SETTINGS | {"projector_dropout": 0.1} | KINDS[kind]
     straight = finish(tmp_path / "straight", None, settings, 2)
@@ -136,6 +141,7 @@ def test_a_resumed_sharded_run_has_the_same_losses_and_weights(tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["bf16", "adapters"])
 def test_a_compiled_sharded_run_is_that_of_one_that_is_not(tmp_path, kind):
     settings = SETTINGS | {"projector_dropout": 0.0, **PADDED} | KINDS[kind]
@@ -145,13 +151,27 @@ def test_a_compiled_sharded_run_is_that_of_one_that_is_not(tmp_path, kind):
     resumed = finish(tmp_path / "again", tmp_path / "straight" / "run" / "checkpoint-3", settings | compiled, 2)
     assert (plain["wrapper"], straight["wrapper"]) == ("FSDPDistillationModel", "OptimizedModule")
     for name in ("optimizer", "losses"):
-        assert plain[name] == pytest.approx(straight[name], rel=1e-5, abs=1e-7), name
         assert resumed[name] == straight[name], name
+    exact = "bf16" not in settings  # in which small gradients have either sign
+    assert plain["losses"] == pytest.approx(straight["losses"], rel=1e-5 if exact else 2e-3)
+    if exact:
+        assert plain["optimizer"] == pytest.approx(straight["optimizer"], rel=1e-5, abs=1e-7)
+
+
+SPLITS = [((2, 2), (4, 1)), ((4, 1), (2, 2)), ((2, 2), (1, 4)), ((1, 4), (2, 2))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bf16", "adapters"])
-@pytest.mark.parametrize(("before", "after"), [((2, 2), (4, 1)), ((4, 1), (2, 2)), ((2, 2), (1, 4)), ((1, 4), (2, 2))])
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        *((*SPLITS[number], kind) for number, kind in enumerate(("bf16", "adapters", "adapters", "bf16"))),
+        *(
+            pytest.param(*SPLITS[number], kind, marks=pytest.mark.exhaustive)
+            for number, kind in enumerate(("adapters", "bf16", "bf16", "adapters"))
+        ),
+    ],
+)
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path, kind, before, after):
     settings = SETTINGS | {"projector_dropout": 0.0, "count": 24, **PADDED} | KINDS[kind]
 
