@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,12 @@ def said_of(run: Run, codes: list[int], folder: Path) -> str:
 
 def cell(engine: str, changes: dict[str, Any], folder: Path, data: str) -> tuple[str, str]:
     """The outcome of one cell, and of resuming it."""
-    return cell_of(engine, changes, folder, data)[:2]
+    return cell_of(engine, changes, folder, data, elsewhere={})[:2]
 
 
-def cell_of(engine: str, changes: dict[str, Any], folder: Path, data: str) -> tuple[str, str, str, str]:
+def cell_of(
+    engine: str, changes: dict[str, Any], folder: Path, data: str, elsewhere: Mapping[str, int] = ELSEWHERE
+) -> tuple[str, str, str, str]:
     """The outcome of one cell, of resuming it, and of going on with other processes; how far these are apart."""
     ranks, out = ENGINES[engine], folder / "out"
     run = start(engine, ranks, changes, folder, data)
@@ -134,13 +136,13 @@ def cell_of(engine: str, changes: dict[str, Any], folder: Path, data: str) -> tu
     if f"wrapper: {WRAPPERS[engine]}, ranks: {ranks}" not in run.output():
         return "failed: it did not run as it was asked to", "", "", ""
     expected, ends = tensors_of(out), {}
-    for number in (ranks, *([ELSEWHERE[engine]] if engine in ELSEWHERE else [])):
+    for number in (ranks, *([elsewhere[engine]] if engine in elsewhere else [])):
         ends[number] = _resumed(engine, number, changes, folder, data)
     again = ends[ranks]
     resume = again if isinstance(again, str) else "resumed" if are_equal(again, expected) else "other weights"
-    if engine not in ELSEWHERE:
+    if engine not in elsewhere:
         return "run", resume, "", ""
-    found = ends[ELSEWHERE[engine]]
+    found = ends[elsewhere[engine]]
     if isinstance(found, str):
         return "run", resume, found, ""
     far = apart(found, expected)

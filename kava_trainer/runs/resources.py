@@ -156,12 +156,18 @@ def _micro_batch(arguments: KavaArguments, cached: Mapping[int, tuple[int, list[
     return row
 
 
+def recomputes(training: KavaTrainingArguments) -> bool:
+    """Whether the backward passes of a training compute activations again."""
+    return bool(
+        getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None)
+    )
+
+
 def _step_peak(
     training: KavaTrainingArguments, model: DistillationModel, terms: LossTerms, batch: dict[str, Any]
 ) -> int:
     """Bytes alive at once in one micro-batch's passes, beyond weights and the gradients of earlier ones."""
-    checkpointing = getattr(training, "activation_checkpointing", None) or training.gradient_checkpointing
-    if checkpointing:
+    if recomputes(training):
         enable = getattr(model.student, "activation_checkpointing_enable", model.student.gradient_checkpointing_enable)
         enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -22,8 +22,9 @@ from ..trainer.checkpoint import TRAINER_STATE_FILE
 from ..utils.progress_bar import working
 from .advice import planned_steps, steps_per_epoch
 from .fill_cache import examples_at_hand
+from .resources import recomputes
 from .setup import Run
-from .timing.passes import Rates, Stopwatch, generates, recomputes
+from .timing.passes import Rates, Stopwatch, generates
 
 
 @dataclass(frozen=True)

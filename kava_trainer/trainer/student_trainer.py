@@ -248,6 +248,7 @@ class StudentTrainer(SavingTrainer):
             known_tokens(models, tokenizer),
             lambda: self.steps.means,
             lambda: self.accelerator.autocast(),
+            lambda: self.terms.are_gathered_with(self.model),
             rollout_fn,
         )
         self.batches.mix = rollouts.mix

@@ -1,6 +1,6 @@
 """Bytes that are whole on a rank while the rest of a sharded model is spread."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ def gather_in(student: PreTrainedModel, kind: torch.dtype) -> None:
 
 def held_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Bytes of weights that this rank itself holds."""
-    return sum(own_part(own).numel() * own.element_size() for own in parameters)
+    return weight_bytes(map(own_part, parameters))
 
 
 def gathered_of_teacher(model: PreTrainedModel) -> int:
@@ -57,11 +57,7 @@ def gathered_of_teacher(model: PreTrainedModel) -> int:
     The model may have no storage.
     """
     decoder, head, embeddings = find_decoder(model), model.get_output_embeddings(), model.get_input_embeddings()
-    blocks = [_bytes([block]) for block in find_blocks(model)]
-    between = _bytes([decoder]) - sum(blocks) - _bytes([embeddings])
-    return max(between, 0) + max(2 * max(blocks), max(blocks) + _bytes([embeddings]), _bytes([head]))
-
-
-def _bytes(modules: Sequence[nn.Module]) -> int:
-    weights = {id(own): own.numel() * own.element_size() for module in modules for own in module.parameters()}
-    return sum(weights.values())
+    blocks = [weight_bytes(block.parameters()) for block in find_blocks(model)]
+    whole, first, last = (weight_bytes(module.parameters()) for module in (decoder, embeddings, head))
+    between = whole - sum(blocks) - first
+    return max(between, 0) + max(2 * max(blocks), max(blocks) + first, last)

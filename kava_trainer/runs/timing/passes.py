@@ -13,7 +13,6 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import GenerationConfig, PreTrainedModel
 
-from ...config.arguments import KavaTrainingArguments
 from ...data.collators import DistillationCollator, JoiningCollator
 from ...data.packing import pack_step
 from ...data.streaming import ExampleStream
@@ -29,6 +28,7 @@ from ...models.generation.generate import own_defaults_off
 from ...models.hidden_states import run_decoder
 from ...models.layers import evaluating, in_mode, keeping_gradients
 from ...utils.distributed import give_up_whole_weights, is_sharded, largest_over_ranks
+from ..resources import recomputes
 from ..setup import Run
 
 LONGEST_PASS, FORWARD = 2.5, 3
@@ -72,13 +72,6 @@ class Rates:
     """One more token in all answers of a batch, in seconds."""
     student_token: float = 0.0
     """Likewise."""
-
-
-def recomputes(training: KavaTrainingArguments) -> bool:
-    """Whether the backward passes of a training compute activations again."""
-    return bool(
-        getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None)
-    )
 
 
 def generates(run: Run) -> bool:

@@ -47,6 +47,7 @@ class Rollouts:
         vocabulary: tokens from 0 that both models and the tokenizer know.
         means: gives the sums that figures of the log are noted in.
         autocast: makes the context that the student runs in.
+        gather_together: tells whether a pass of a step gathers weights that are spread over the ranks.
         rollout_fn: writes the answers in place of `sample_answers`.
 
     Raises:
@@ -66,6 +67,7 @@ class Rollouts:
         vocabulary: int,
         means: Callable[[], TokenMeans],
         autocast: Callable[[], AbstractContextManager[Any]],
+        gather_together: Callable[[], bool],
         rollout_fn: RolloutFn | None = None,
     ) -> None:
         if type(collator) is not DistillationCollator:
@@ -75,7 +77,7 @@ class Rollouts:
                 "on_policy_fraction needs a teacher that runs: a cache has no states of what is sampled now."
             )
         self._args, self._incidents, self._clock, self._collator = args, incidents, clock, collator.reading(None)
-        self._teacher = teacher
+        self._teacher, self._gather_together = teacher, gather_together
         self._model, self._means, self._autocast, self._rollout_fn = model, means, autocast, rollout_fn
         self._vocabulary = vocabulary
         self._end_tokens = tuple(stop_tokens(model().student, tokenizer))
@@ -103,19 +105,15 @@ class Rollouts:
         parts = [[of_the_data(example) for example in separated(batch)] for batch in batches]
         replaced = self._replaced([example for part in parts for example in part])
         joined, start, mixed = "lengths" in batches[0], 0, []
+        gather_together = self._gather_together()
         for part in parts:
             places = range(start, start := start + len(part))
             found = [replaced.get(place, own) for place, own in zip(places, part, strict=True)]
-            if self._gather_together():
+            if gather_together:
                 found = [without_answer(given) if own is None else own for own, given in zip(found, part, strict=True)]
             kept = [own for own in found if own is not None] or [without_answer(part[0])]
             mixed.append(JoiningCollator()(kept) if joined else self._collator.for_training()(kept))
         return mixed
-
-    def _gather_together(self) -> bool:
-        """Whether a pass of the student or of the teacher gathers weights that are spread over the ranks."""
-        teacher = self._teacher()
-        return is_sharded(self._model()) or (teacher is not None and is_sharded(teacher.model))
 
     def _replaced(self, examples: list[Example]) -> dict[int, Example | None]:
         """What stands in the place of some of a step's examples: the student's answer; None where it says nothing.
